@@ -1,0 +1,320 @@
+"""Decides which sequences run in a step and what becomes of their tokens.
+
+There is no prefill phase and no decode phase. Every sequence has tokens that are not in the KV cache yet; a step spends
+its token budget on catching up. A prompt chunk, a single decoded token and a run of drafts are the same thing.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from dataclasses import dataclass, field
+
+from engine.kv_manager import KVCacheManager, needs_prompt_scores
+from engine.types import RequestTiming, Sampled, Scheduled, Sequence, StepOutput
+from engine.waiting_queue import WaitingQueue
+
+MAX_SCORED_ROWS = 256  # prompt rows of one request whose logits are held at once: at 150k tokens, 150 MB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """max_num_batched_tokens: the token budget of a step. headroom: output tokens per sequence for which room is kept
+    free when another is admitted."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_lookahead_tokens: int = 0
+    headroom: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"scheduler.max_num_batched_tokens is {self.max_num_batched_tokens}, but scheduler.max_num_seqs is "
+                f"{self.max_num_seqs}: each running request needs a token per step; raise the first or lower the second"
+            )
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making."""
+
+    budget: int
+    items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
+
+    def add(self, item: Scheduled) -> None:
+        self.items[item.seq.arrival] = item
+        self.budget -= item.num_new_tokens
+
+    def drop(self, seq: Sequence) -> None:
+        item = self.items.pop(seq.arrival, None)
+        if item is not None:
+            self.budget += item.num_new_tokens
+
+
+class Scheduler:
+    """Owns the waiting and running sequences, and alone writes their tokens and progress.
+
+    Admission cannot thrash: a sequence is admitted only while every running one could still grow by its headroom, and
+    each preemption doubles a sequence's headroom. So a request is preempted at most log2(max_tokens / headroom) times.
+    """
+
+    def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
+        num_tokens = limits.max_model_len + limits.num_lookahead_tokens
+        if kv.window is None and kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
+            raise ValueError(
+                f"one request of max_model_len ({limits.max_model_len} tokens) needs {kv.num_blocks_for(num_tokens)} "
+                f"KV blocks of {kv.block_size} tokens, but there are {kv.pool.num_blocks}; lower model.max_model_len to "
+                f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
+            )
+        self.kv = kv
+        self.limits = limits
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in order of service: priority, then arrival
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
+        self.num_prefix_hits = 0
+        self._num_arrivals = 0
+        self._by_id: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence. Raises ValueError where it could never run."""
+        request_id = seq.request.request_id
+        if request_id in self._by_id:
+            raise ValueError(f"request id {request_id} is in use; ids must be unique among unfinished requests")
+        if seq.num_tokens >= self.limits.max_model_len:
+            raise ValueError(
+                f"prompt has {seq.num_tokens} tokens, but max_model_len is {self.limits.max_model_len} and at least "
+                "one token must be generated; shorten it or raise model.max_model_len"
+            )
+        seq.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._by_id[request_id] = seq
+        self.waiting.push(seq)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Forgets the request and frees its blocks; None if it is unknown or has finished."""
+        seq = self._by_id.get(request_id)
+        if seq is None:
+            return None
+        if not self.waiting.remove(seq):
+            self.running.remove(seq)
+        self._forget(seq)
+        return seq
+
+    def schedule(self) -> list[Scheduled]:
+        """Plans the next step.
+
+        Sequences that lack a single token come first: theirs are the streams that somebody is reading. What is left
+        of the budget goes to those further behind, in order of service, and then to new ones.
+        """
+        plan = _Plan(self.limits.max_num_batched_tokens)
+        num_preemptions = self.num_preemptions
+        caught_up = [seq for seq in self.running if _is_caught_up(seq)]
+        for index, seq in enumerate(caught_up):
+            num_after = len(caught_up) - index - 1  # each of them gets a token before this one's drafts do
+            self._continue(seq, plan, max(plan.budget - num_after, 1))
+        for seq in [seq for seq in self.running if not _is_caught_up(seq)]:
+            self._continue(seq, plan, plan.budget)
+        if self.num_preemptions == num_preemptions:
+            self._admit(plan)
+        return list(plan.items.values())
+
+    def update(self, batch: list[Scheduled], sampled: list[Sampled]) -> list[StepOutput]:
+        """Commits a step: the tokens that were computed, and those that were sampled for each item."""
+        now, outputs = time.monotonic(), []
+        for item, result in zip(batch, sampled, strict=True):
+            seq = item.seq
+            seq.num_computed_tokens += item.num_new_tokens - item.num_drafts + len(result.accepted)
+            seq.num_scored_tokens += item.num_scored
+            seq.num_prefill_chunks += seq.first_token_at is None
+            seq.num_drafts += item.num_drafts
+            seq.num_accepted_drafts += len(result.accepted)
+            seq.draft_token_ids, seq.draft_parents = [], []
+            token_ids = self._append(seq, result.token_ids)
+            if token_ids and seq.first_token_at is None:
+                seq.first_token_at = now
+            if result.error is not None:
+                seq.finish_reason = "error"  # what this step wrote into the cache may be wrong: it is not committed
+            else:
+                self.kv.commit(seq)
+            if token_ids or result.prompt_logprobs or seq.finish_reason:
+                outputs.append(_output(seq, token_ids, result, now))
+            if seq.finish_reason:
+                self.running.remove(seq)
+                self._forget(seq)
+        return outputs
+
+    def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
+        if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
+            return
+        item = self._fit(seq, budget)
+        num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
+        while not self.kv.allocate(seq, num_tokens):
+            victim = self.running.pop()
+            plan.drop(victim)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        plan.add(item)
+
+    def _admit(self, plan: _Plan) -> None:
+        """Starts waiting sequences while budget, seats and memory last, first come first served.
+
+        A sequence whose next prefix block is being computed by another waits for it instead of computing it again.
+        """
+        held: list[Sequence] = []
+        coming = self._coming_hashes() if self.waiting.peek() else set()
+        while plan.budget > 0 and len(self.running) < self.limits.max_num_seqs:
+            seq = self.waiting.peek()
+            if seq is None:
+                break
+            prefix = self.kv.find_prefix(seq)
+            if len(held) < self.limits.max_num_seqs and self._next_block_is_coming(seq, prefix, coming):
+                held.append(self.waiting.pop())
+                continue
+            if not self._has_room(seq, prefix):
+                break
+            self._start(self.waiting.pop(), prefix)
+            coming.update(self.kv.hashes(seq)[: seq.num_prompt_tokens // self.kv.block_size])
+            self._continue(seq, plan, plan.budget)
+        for seq in held:
+            self.waiting.push(seq)
+
+    def _start(self, seq: Sequence, prefix: list[int]) -> None:
+        self.kv.start(seq, prefix)
+        num_hits = min(len(prefix) * self.kv.block_size, seq.num_prompt_tokens)
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens = num_hits
+            self.num_prefix_queries += seq.num_prompt_tokens
+            self.num_prefix_hits += num_hits
+        # The first allocation cannot fail, because `_has_room` has counted it; an empty table means "preempted".
+        allocated = self.kv.allocate(seq, seq.num_computed_tokens + 1)
+        assert allocated, "a sequence was admitted without room"
+        insort(self.running, seq, key=_service_order)
+
+    def _coming_hashes(self) -> set[bytes]:
+        """Digests of the prompt blocks that running sequences have yet to fill."""
+        size = self.kv.block_size
+        return {
+            block_hash
+            for seq in self.running
+            if not _is_caught_up(seq)
+            for block_hash in self.kv.hashes(seq)[seq.num_committed_blocks : seq.num_prompt_tokens // size]
+        }
+
+    def _next_block_is_coming(self, seq: Sequence, prefix: list[int], coming: set[bytes]) -> bool:
+        if not coming or not self.kv.can_share_prefix(seq):
+            return False
+        hashes = self.kv.hashes(seq)
+        num_usable = (seq.num_tokens - 1) // self.kv.block_size
+        return len(prefix) < num_usable and hashes[len(prefix)] in coming
+
+    def _has_room(self, seq: Sequence, prefix: list[int]) -> bool:
+        reserved = sum(
+            max(self.kv.num_blocks_for(self._reserved_tokens(other)) - len(other.block_table), 0)
+            for other in self.running
+        )
+        num_needed = self.kv.num_new_blocks(seq, self._reserved_tokens(seq), prefix)
+        return num_needed + reserved <= self.kv.pool.num_free
+
+    def _reserved_tokens(self, seq: Sequence) -> int:
+        """Tokens that the sequence must be able to hold before another is admitted."""
+        limits, params = self.limits, seq.params
+        headroom = limits.headroom << min(seq.num_preemptions, 20)
+        end = min(seq.num_tokens + headroom, seq.num_prompt_tokens + params.max_tokens, limits.max_model_len)
+        if self.kv.window is not None:  # blocks behind the window are free again; those in it and a chunk are not
+            released = seq.num_released_blocks * self.kv.block_size
+            end = min(end, released + self.kv.window + limits.max_num_batched_tokens + 2 * self.kv.block_size)
+        return min(end, limits.max_model_len) + limits.num_lookahead_tokens
+
+    def _fit(self, seq: Sequence, budget: int) -> Scheduled:
+        """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count."""
+        params, computed = seq.params, seq.num_computed_tokens
+        num_verified = min(seq.num_tokens - computed, budget)
+        if needs_prompt_scores(seq):
+            return self._fit_scored(seq, num_verified)
+        samples = computed + num_verified == seq.num_tokens
+        num_left = min(params.max_tokens - seq.num_output_tokens, self.limits.max_model_len - seq.num_tokens)
+        num_drafts = min(len(seq.draft_token_ids), budget - num_verified, num_left - 1) if samples else 0
+        return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
+
+    def _fit_scored(self, seq: Sequence, num_new_tokens: int) -> Scheduled:
+        """A chunk whose rows score the prompt tokens that follow them.
+
+        Rows that were scored before (the sequence was preempted) are computed without logits in a chunk of their own,
+        and no chunk reaches from the prompt into the output: so the rows with logits are always the chunk's last.
+        """
+        computed, num_prompt = seq.num_computed_tokens, seq.num_prompt_tokens
+        if computed < seq.num_scored_tokens:
+            return Scheduled(seq, min(num_new_tokens, seq.num_scored_tokens - computed), 0, samples=False)
+        end = num_prompt if seq.num_tokens == num_prompt else num_prompt - 1
+        num_new_tokens = min(num_new_tokens, end - computed, MAX_SCORED_ROWS)
+        num_scored = min(computed + num_new_tokens, num_prompt - 1) - computed
+        samples = computed + num_new_tokens == seq.num_tokens
+        return Scheduled(seq, num_new_tokens, 0, samples, num_scored)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.kv.free(seq)
+        seq.draft_token_ids, seq.draft_parents = [], []
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push(seq)
+
+    def _append(self, seq: Sequence, token_ids: list[int]) -> list[int]:
+        """Appends tokens up to the first that ends the sequence; returns those that count."""
+        params = seq.params
+        for i, token_id in enumerate(token_ids):
+            seq.token_ids.append(token_id)
+            if token_id in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
+                seq.finish_reason, seq.stop_token_id = "stop", token_id
+            elif seq.num_output_tokens >= params.max_tokens or seq.num_tokens >= self.limits.max_model_len:
+                seq.finish_reason = "length"
+            if seq.finish_reason:
+                return token_ids[: i + 1]
+        return token_ids
+
+    def _forget(self, seq: Sequence) -> None:
+        self.kv.free(seq)
+        del self._by_id[seq.request.request_id]
+
+
+def _service_order(seq: Sequence) -> tuple[int, int]:
+    return seq.request.priority, seq.arrival
+
+
+def _is_caught_up(seq: Sequence) -> bool:
+    return seq.num_tokens - seq.num_computed_tokens == 1
+
+
+def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
+    return StepOutput(
+        request_id=seq.request.request_id,
+        token_ids=token_ids,
+        finish_reason=seq.finish_reason,
+        stop_token_id=seq.stop_token_id,
+        logprobs=result.logprobs[: len(token_ids)] if result.logprobs is not None else None,
+        prompt_logprobs=result.prompt_logprobs,
+        num_cached_tokens=seq.num_cached_tokens,
+        timing=_timing(seq, now) if seq.finish_reason else None,
+        error=result.error,
+    )
+
+
+def _timing(seq: Sequence, now: float) -> RequestTiming:
+    scheduled_at = now if seq.first_scheduled_at is None else seq.first_scheduled_at
+    first_token_at = now if seq.first_token_at is None else seq.first_token_at
+    return RequestTiming(
+        queued=scheduled_at - seq.added_at,
+        prefill=first_token_at - scheduled_at,
+        decode=now - first_token_at,
+        num_prefill_chunks=seq.num_prefill_chunks,
+        num_preemptions=seq.num_preemptions,
+        num_drafts=seq.num_drafts,
+        num_accepted_drafts=seq.num_accepted_drafts,
+    )

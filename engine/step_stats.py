@@ -1,0 +1,97 @@
+"""One step in numbers: where its time went and what the model's arithmetic demanded."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+from engine.scheduler import Scheduler
+from engine.types import Sampled, Scheduled, StepStats
+
+
+class StepClock:
+    """Splits a step's wall time into named laps, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCost:
+    """What a step must at least read and compute.
+
+    weight_bytes: read once per step; flops_per_token: two per parameter of the matrix products;
+    kv_bytes_per_token: of all layers; attention_flops_per_pair: for one query token and one token of its context.
+    """
+
+    weight_bytes: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+    attention_flops_per_pair: int
+
+    def bytes_moved(self, batch: list[Scheduled]) -> int:
+        num_kv_tokens = sum(item.seq.num_computed_tokens + item.num_new_tokens for item in batch)
+        return self.weight_bytes + num_kv_tokens * self.kv_bytes_per_token
+
+    def flops(self, batch: list[Scheduled]) -> int:
+        num_tokens = sum(item.num_new_tokens for item in batch)
+        num_pairs = sum(
+            item.num_new_tokens * (item.seq.num_computed_tokens + (item.num_new_tokens + 1) // 2) for item in batch
+        )
+        return num_tokens * self.flops_per_token + num_pairs * self.attention_flops_per_pair
+
+
+class StepRecorder:
+    """Gathers a step's numbers while it runs. Make one per step, before scheduling."""
+
+    def __init__(self, scheduler: Scheduler, cost: ModelCost) -> None:
+        self.clock = StepClock()
+        self._scheduler, self._cost = scheduler, cost
+        self._before = _counters(scheduler)
+
+    def plan(self, batch: list[Scheduled]) -> None:
+        """Notes what the step is going to do; the sequences' progress changes afterwards."""
+        self._bytes_moved, self._flops = self._cost.bytes_moved(batch), self._cost.flops(batch)
+        self._num_tokens, self._num_seqs = sum(item.num_new_tokens for item in batch), len(batch)
+        self._num_drafts = [item.num_drafts for item in batch if item.num_drafts]
+
+    def stats(self, sampled: list[Sampled]) -> StepStats:
+        pool = self._scheduler.kv.pool
+        preemptions, queries, hits = (
+            after - before for after, before in zip(_counters(self._scheduler), self._before, strict=True)
+        )
+        num_accepted = [len(result.accepted) for result in sampled]
+        seconds = self.clock.seconds
+        return StepStats(
+            num_tokens=self._num_tokens,
+            num_seqs=self._num_seqs,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            schedule=seconds["schedule"],
+            forward=seconds["forward"],
+            sample=seconds["sample"],
+            update=seconds["update"],
+            propose=seconds["propose"],
+            num_blocks=pool.num_blocks,
+            num_owned_blocks=pool.num_owned,
+            num_cached_blocks=pool.num_cached_free,
+            num_preemptions=preemptions,
+            num_prefix_queries=queries,
+            num_prefix_hits=hits,
+            num_drafts=len(self._num_drafts),
+            num_draft_tokens=sum(self._num_drafts),
+            accepted_by_position=[sum(n > depth for n in num_accepted) for depth in range(max(num_accepted))],
+            bytes_moved=self._bytes_moved,
+            flops=self._flops,
+        )
+
+
+def _counters(scheduler: Scheduler) -> tuple[int, int, int]:
+    return scheduler.num_preemptions, scheduler.num_prefix_queries, scheduler.num_prefix_hits

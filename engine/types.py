@@ -1,0 +1,202 @@
+"""The nouns of the engine: what comes in, what lives inside, what goes out.
+
+Messages are frozen msgspec structs and cross the process border; `Sequence` and `Scheduled` stay inside the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a request's tokens are chosen. Values were validated by whoever made it; the engine trusts them.
+
+    The seed is always set, so that a replay is the same request.
+    """
+
+    seed: int
+    max_tokens: int
+    min_tokens: int = 0  # no stop token is sampled before this many output tokens
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0  # over output tokens
+    presence_penalty: float = 0.0  # over output tokens
+    repetition_penalty: float = 1.0  # over prompt and output tokens
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[list[int]] = []  # token sequences that must not be completed
+    stop_token_ids: list[int] = []  # end of sequence included, unless the request ignores it
+    logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely
+    prompt_logprobs: int | None = None
+    num_drafts: int | None = None  # None: as configured; 0: no speculation for this request
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a client asks for."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = []  # already emitted: empty, unless the engine died
+    priority: int = 0  # lower runs first
+    cache_salt: str = ""  # requests share cached prefixes only with the same salt
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model's untouched logits."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a finished request's time went inside the engine, in seconds. The parts sum to the time in the engine."""
+
+    queued: float
+    prefill: float
+    decode: float
+    num_prefill_chunks: int
+    num_preemptions: int
+    num_drafts: int
+    num_accepted_drafts: int
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step produced for one request. The last one has a finish reason."""
+
+    request_id: str
+    token_ids: list[int] = []  # 1 to k + 1; may be empty where only prompt log-probabilities came or at an error
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # which stop token ended it; it is the last of `token_ids`
+    logprobs: list[TokenLogprobs] | None = None  # one per token id, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored, in order
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    timing: RequestTiming | None = None  # with the finish reason
+    error: str | None = None  # with finish reason "error"
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One step in numbers, for the metrics. Times in seconds, sizes in tokens or blocks."""
+
+    num_tokens: int
+    num_seqs: int
+    num_running: int
+    num_waiting: int
+    schedule: float
+    forward: float
+    sample: float
+    update: float
+    propose: float
+    num_blocks: int
+    num_owned_blocks: int
+    num_cached_blocks: int  # free, but still holding a prefix that may be reused
+    num_preemptions: int  # in this step
+    num_prefix_queries: int  # prompt tokens looked up in the prefix cache in this step
+    num_prefix_hits: int  # prompt tokens found there
+    num_drafts: int  # sequences that carried drafts
+    num_draft_tokens: int
+    accepted_by_position: list[int]  # accepted draft tokens of this step, by draft position
+    bytes_moved: int  # weights and KV read, as the model's arithmetic demands
+    flops: int
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request inside the engine.
+
+        token_ids        [ prompt .......... | output ...... ]
+        computed         [ in the KV cache ......... ]
+        drafts                                         ( a tree of guesses )
+
+    A step computes the tokens that are not computed yet, drafts included. `draft_parents[i]` is the index of the
+    draft that draft i follows, or -1 where it follows the newest token; parents come before their children, so a
+    chain is [-1, 0, 1, ...].
+    """
+
+    request: Request
+    token_ids: list[int]
+    arrival: int = 0  # order of arrival, kept across preemptions
+    added_at: float = 0.0  # seconds, time.monotonic
+    draft_token_ids: list[int] = field(default_factory=list)
+    draft_parents: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_draft_computed_tokens: int = 0  # the same, in the draft model's cache
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `token_ids`, computed or not
+    num_committed_blocks: int = 0  # leading blocks that the prefix cache knows
+    num_released_blocks: int = 0  # leading blocks that a sliding window left behind
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    first_scheduled_at: float | None = None
+    first_token_at: float | None = None
+    num_prefill_chunks: int = 0
+    num_preemptions: int = 0
+    num_drafts: int = 0
+    num_accepted_drafts: int = 0
+    num_scored_tokens: int = 0  # prompt tokens whose log-probabilities were emitted
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) + len(self.draft_token_ids) - self.num_computed_tokens
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """One line of the scheduler's plan for a step: run `num_new_tokens` tokens from the first uncomputed one.
+
+    The sequence's drafts are the last `num_drafts` of them. Logits are wanted for the last `num_logits` rows: first
+    `num_scored` rows that only score prompt tokens (prompt log-probabilities), then, if `samples`, 1 + num_drafts
+    rows that are sampled.
+    """
+
+    seq: Sequence
+    num_new_tokens: int
+    num_drafts: int
+    samples: bool  # False for a prompt chunk that is not the last
+    num_scored: int = 0
+
+    @property
+    def num_sampled_rows(self) -> int:
+        return 1 + self.num_drafts if self.samples else 0
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_scored + self.num_sampled_rows
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the sampler decided for one `Scheduled`; empty for a prompt chunk that does not sample."""
+
+    token_ids: list[int]  # accepted drafts, then the first token that is not a draft
+    accepted: list[int] = field(default_factory=list)  # indices of the accepted drafts, from the root down
+    logprobs: list[TokenLogprobs] | None = None  # one per token id
+    prompt_logprobs: list[TokenLogprobs] | None = None  # one per scored row
+    error: str | None = None  # the request cannot go on, for example because its logits are not finite

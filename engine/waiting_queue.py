@@ -1,0 +1,44 @@
+"""Requests that wait for their first step or, preempted, for their next."""
+
+from __future__ import annotations
+
+import heapq
+
+from engine.types import Sequence
+
+
+class WaitingQueue:
+    """Priority, then arrival. All operations cost O(log n): removed entries stay in the heap until they surface."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Sequence]] = []
+        self._members: set[int] = set()  # arrival numbers
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def push(self, seq: Sequence) -> None:
+        self._members.add(seq.arrival)
+        heapq.heappush(self._heap, (seq.request.priority, seq.arrival, seq))
+
+    def peek(self) -> Sequence | None:
+        while self._heap and self._heap[0][1] not in self._members:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
+
+    def pop(self) -> Sequence:
+        seq = self.peek()
+        assert seq is not None, "pop from an empty queue"
+        heapq.heappop(self._heap)
+        self._members.remove(seq.arrival)
+        return seq
+
+    def remove(self, seq: Sequence) -> bool:
+        """Takes a sequence out, wherever it stands; False if it is not here."""
+        if seq.arrival not in self._members:
+            return False
+        self._members.remove(seq.arrival)
+        if len(self._heap) > 2 * len(self._members) + 64:  # mostly leftovers of an aborted burst
+            self._heap = [entry for entry in self._heap if entry[1] in self._members]
+            heapq.heapify(self._heap)
+        return True

@@ -1,0 +1,297 @@
+"""Scheduler and KV manager together, against a model of what the KV cache holds. No tensors."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+
+from engine.block_pool import NULL_BLOCK
+from engine.kv_manager import KVCacheManager
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, StepOutput
+
+VOCAB_SIZE = 5  # few tokens, so that prompts share prefixes and drafts come true
+
+
+@dataclass
+class World:
+    """A scheduler whose 'model' is a hash, and a KV cache that remembers for which prefix each slot was written."""
+
+    scheduler: Scheduler
+    rng: random.Random
+    with_drafts: bool = True
+    slots: dict[int, int] = field(default_factory=dict)
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    finished: Counter[str] = field(default_factory=Counter)
+    num_scored: Counter[str] = field(default_factory=Counter)
+    last_batch: list[Scheduled] = field(default_factory=list)
+
+    @property
+    def kv(self) -> KVCacheManager:
+        return self.scheduler.kv
+
+    def add(self, request: Request) -> Sequence:
+        seq = Sequence(request, request.prompt_token_ids + request.output_token_ids)
+        self.scheduler.add(seq)
+        self.outputs[request.request_id] = list(request.output_token_ids)
+        return seq
+
+    def step(self) -> list[StepOutput]:
+        batch = self.last_batch = self.scheduler.schedule()
+        sampled = [self._run(item) for item in batch]
+        outputs = self.scheduler.update(batch, sampled)
+        for output in outputs:
+            self.outputs[output.request_id] += output.token_ids
+            self.num_scored[output.request_id] += len(output.prompt_logprobs or [])
+            self.finished[output.request_id] += output.finish_reason is not None
+        for item in batch:
+            if item.samples and not item.seq.finish_reason and self.with_drafts:
+                self._draft(item.seq)
+        return outputs
+
+    def run(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+            self.check()
+        raise AssertionError("the scheduler does not finish")
+
+    def check(self) -> None:
+        """What must hold after every step."""
+        pool, running = self.kv.pool, self.scheduler.running
+        owners = Counter(block for seq in running for block in seq.block_table if block != NULL_BLOCK)
+        assert all(count == owners[block] for block, count in enumerate(pool.ref_counts))
+        assert len(owners) == pool.num_owned
+        assert set(owners).isdisjoint(pool.free_blocks)
+        assert len(owners) + pool.num_free == pool.num_blocks
+        assert pool.num_cached_free == sum(block in pool.hash_of for block in pool.free_blocks)
+        assert {block: h for h, block in pool.block_of.items()} == pool.hash_of
+        for seq in running:
+            self._check_contents(seq)
+        limits = self.scheduler.limits
+        assert len(running) <= limits.max_num_seqs
+        assert sum(item.num_new_tokens for item in self.last_batch) <= limits.max_num_batched_tokens
+        assert len({id(item.seq) for item in self.last_batch}) == len(self.last_batch)
+
+    def _check_contents(self, seq: Sequence) -> None:
+        first = seq.num_released_blocks * self.kv.block_size
+        for position in range(first, seq.num_computed_tokens):
+            assert self.slots[self._slot(seq, position)] == _digest(seq.token_ids[: position + 1])
+
+    def _slot(self, seq: Sequence, position: int) -> int:
+        block = seq.block_table[position // self.kv.block_size]
+        assert block != NULL_BLOCK
+        return block * self.kv.block_size + position % self.kv.block_size
+
+    def _run(self, item: Scheduled) -> Sampled:
+        seq = item.seq
+        assert item.num_new_tokens > 0
+        tokens = seq.token_ids + seq.draft_token_ids[: item.num_drafts]
+        end = seq.num_computed_tokens + item.num_new_tokens
+        assert end <= len(tokens)
+        for position in range(seq.num_computed_tokens, end):
+            self.slots[self._slot(seq, position)] = _digest(tokens[: position + 1])
+        scores = [None] * item.num_scored if item.num_scored else None
+        if not item.samples:
+            return Sampled([], prompt_logprobs=scores)
+        assert end == len(tokens)
+        emitted = [_next_token(tokens[: seq.num_tokens])]
+        while len(emitted) <= item.num_drafts and emitted[-1] == seq.draft_token_ids[len(emitted) - 1]:
+            emitted.append(_next_token(tokens[: seq.num_tokens + len(emitted)]))
+        return Sampled(emitted, list(range(len(emitted) - 1)), prompt_logprobs=scores)
+
+    def _draft(self, seq: Sequence) -> None:
+        guess = list(seq.token_ids)
+        for _ in range(self.rng.randrange(4)):
+            is_right = self.rng.random() < 0.7
+            guess.append(_next_token(guess) if is_right else self.rng.randrange(VOCAB_SIZE))
+        seq.draft_token_ids = guess[seq.num_tokens :]
+        seq.draft_parents = list(range(-1, len(seq.draft_token_ids) - 1))
+
+
+def _digest(token_ids: list[int]) -> int:
+    return hash(tuple(token_ids))
+
+
+def _next_token(token_ids: list[int]) -> int:
+    return _digest(token_ids) % VOCAB_SIZE
+
+
+def _reference(request: Request, max_model_len: int) -> list[int]:
+    ids, params = list(request.prompt_token_ids), request.params
+    while True:
+        ids.append(_next_token(ids))
+        output = ids[len(request.prompt_token_ids) :]
+        is_stop = ids[-1] in params.stop_token_ids and len(output) > params.min_tokens
+        if is_stop or len(output) >= params.max_tokens or len(ids) >= max_model_len:
+            return output
+
+
+def _request(rng: random.Random, request_id: str, max_prompt: int) -> Request:
+    shared = [1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 2, 2][: rng.randrange(13)]
+    prompt = shared + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, max_prompt - 12))]
+    params = SamplingParams(
+        seed=0,
+        max_tokens=rng.randrange(1, 30),
+        min_tokens=rng.choice([0, 0, 3]),
+        stop_token_ids=[rng.randrange(VOCAB_SIZE)] if rng.random() < 0.2 else [],
+        prompt_logprobs=0 if rng.random() < 0.1 else None,
+    )
+    salt = rng.choice(["", "", "other tenant"])
+    return Request(
+        request_id=request_id, prompt_token_ids=prompt, params=params, priority=rng.choice([0, 0, 1]), cache_salt=salt
+    )
+
+
+@pytest.fixture
+def make_world() -> Callable[..., World]:
+    def make(
+        *,
+        num_blocks: int = 33,
+        block_size: int = 4,
+        budget: int = 16,
+        max_num_seqs: int = 8,
+        max_model_len: int = 64,
+        seed: int = 0,
+        **options: int | bool | None,
+    ) -> World:
+        kv = KVCacheManager(num_blocks, block_size, **options)
+        limits = SchedulerLimits(
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=max_model_len, headroom=8
+        )
+        return World(Scheduler(kv, limits), random.Random(seed))
+
+    return make
+
+
+@pytest.mark.parametrize("window", [None, 10])
+@pytest.mark.parametrize("num_blocks", [18, 40])
+def test_random_operations_keep_every_invariant(make_world, num_blocks, window):
+    """Add, step, abort and crash-replay in random order: 25,000 operations for each of four worlds."""
+    world = make_world(num_blocks=num_blocks, window=window, seed=num_blocks)
+    rng, alive, requests, num_aborted = world.rng, set(), {}, 0
+    for operation in range(25_000):
+        kind = rng.random()
+        if kind < 0.12 and len(alive) < 30:
+            request = _request(rng, f"r{operation}", max_prompt=40)
+            if rng.random() < 0.1:  # as after a crash: some of its output is known
+                known = _reference(request, 64)[:-1]
+                request = msgspec.structs.replace(
+                    request, output_token_ids=known[: rng.randrange(len(known) + 1)]
+                )
+            requests[request.request_id] = request
+            world.add(request)
+            alive.add(request.request_id)
+        elif kind < 0.15 and alive:
+            victim = rng.choice(sorted(alive))
+            assert world.scheduler.abort(victim) is not None
+            alive.remove(victim)
+            num_aborted += 1
+        else:
+            alive -= {output.request_id for output in world.step() if output.finish_reason}
+        world.check()
+    world.run()
+    assert world.kv.pool.num_owned == 0
+    for request_id, times in world.finished.items():
+        if times:
+            assert times == 1
+            assert world.outputs[request_id] == _reference(requests[request_id], 64)
+            if requests[request_id].params.prompt_logprobs is not None:
+                assert world.num_scored[request_id] == len(requests[request_id].prompt_token_ids) - 1
+    assert sum(world.finished.values()) + num_aborted == len(requests)
+    assert world.scheduler.num_preemptions > 0 or num_blocks == 40 or window  # a window bounds what a sequence needs
+    assert world.scheduler.num_prefix_hits > 0
+
+
+def _plain(request_id: str, prompt: list[int], max_tokens: int, **fields: int) -> Request:
+    params = SamplingParams(seed=0, max_tokens=max_tokens)
+    return Request(request_id=request_id, prompt_token_ids=prompt, params=params, **fields)
+
+
+def test_a_request_is_preempted_at_most_logarithmically_often(make_world):
+    world = make_world(num_blocks=40, max_model_len=140, budget=16)
+    seqs = [world.add(_plain(f"r{i}", [i % VOCAB_SIZE, i // VOCAB_SIZE], 120)) for i in range(12)]
+    world.run()
+    assert 0 < max(seq.num_preemptions for seq in seqs) <= 5  # headroom 8, 16, ... reaches 120 after four doublings
+
+
+def test_equal_prompts_are_computed_once(make_world):
+    world = make_world(num_blocks=100, budget=64)
+    world.with_drafts = False
+    prompt = [1, 2, 3, 4] * 8 + [0]
+    for i in range(8):
+        world.add(_plain(f"r{i}", prompt, 1))
+    num_computed = 0
+    while world.scheduler.has_work:
+        world.step()
+        num_computed += sum(item.num_new_tokens for item in world.last_batch)
+    assert num_computed == 33 + 7  # the prompt once, and the last token of each copy
+
+
+def test_different_salts_share_nothing(make_world):
+    world = make_world()
+    for salt in ("a", "b"):
+        request = _plain(salt, [1, 2, 3, 4, 1, 2, 3, 4, 0], 1)
+        world.add(msgspec.structs.replace(request, cache_salt=salt))
+        world.run()
+    assert world.scheduler.num_prefix_hits == 0
+
+
+def test_decodes_run_in_every_step_while_a_long_prompt_is_read(make_world):
+    world = make_world(num_blocks=200, budget=8, max_model_len=256)
+    world.with_drafts = False
+    world.add(_plain("short", [1], 40))
+    world.step()
+    world.add(_plain("long", [2] * 150, 1))
+    for _ in range(20):
+        assert [output.request_id for output in world.step()] == ["short"]
+        assert sum(item.num_new_tokens for item in world.last_batch) == 8
+
+
+def test_lower_priority_numbers_start_first(make_world):
+    world = make_world(max_num_seqs=1)
+    for request_id, priority in (("late", 5), ("soon", -1), ("middle", 0)):
+        world.add(_plain(request_id, [1], 1, priority=priority))
+    order = []
+    while world.scheduler.has_work:
+        order += [output.request_id for output in world.step()]
+    assert order == ["soon", "middle", "late"]
+
+
+def test_a_sliding_window_frees_the_blocks_behind_it(make_world):
+    world = make_world(num_blocks=12, window=8, max_model_len=1000, budget=8)
+    world.add(_plain("r", [1] * 300, 50))
+    world.run()  # 350 tokens through 11 blocks of 4
+    assert world.finished["r"] == 1
+
+
+def test_impossible_requests_are_refused_when_they_arrive(make_world):
+    world = make_world()
+    with pytest.raises(ValueError, match=r"64 tokens, but max_model_len is 64"):
+        world.add(_plain("long", [1] * 64, 1))
+    world.add(_plain("longest that fits", [1] * 63, 5))
+    with pytest.raises(ValueError, match="in use"):
+        world.add(_plain("longest that fits", [1], 1))
+    world.run()
+    assert len(world.outputs["longest that fits"]) == 1
+
+
+def test_a_cache_that_cannot_hold_one_request_is_refused(make_world):
+    make_world(num_blocks=17, max_model_len=64)
+    with pytest.raises(ValueError, match=r"lower model\.max_model_len to 60"):
+        make_world(num_blocks=16, max_model_len=64)
+
+
+def test_a_failed_request_leaves_nothing_in_the_prefix_cache(make_world):
+    world = make_world(budget=64)
+    seq = world.add(_plain("poison", [1] * 20, 5))
+    batch = world.scheduler.schedule()
+    [output] = world.scheduler.update(batch, [Sampled([], error="it failed")])
+    assert (output.finish_reason, output.error) == ("error", "it failed")
+    assert seq.finish_reason == "error"
+    assert not world.kv.pool.hash_of
+    assert world.kv.pool.num_owned == 0

@@ -18,7 +18,7 @@ from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, Step
 
 logger = logging.getLogger(__name__)
 
-StepResult = tuple[list[StepOutput], list[str], StepStats | None]
+StepResult = tuple[list[StepOutput], list[str], StepStats]
 
 
 class Engine:
@@ -52,11 +52,11 @@ class Engine:
         """
         recorder = StepRecorder(self.scheduler, self.cost)
         batch = self.scheduler.schedule()
-        if not batch:
-            return [], [], None
         started = _mark_started(batch)
         recorder.plan(batch)
         recorder.clock.lap("schedule")
+        if not batch:  # aborts left nothing to do; the numbers say that the memory is free
+            return [], [], recorder.stats([])
         self.on_batch(batch)
         hidden, sampled = self._compute(batch, recorder.clock)
         self.runner.keep_accepted(batch, sampled)

@@ -20,7 +20,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.attention = attention
         self.block_size = block_size
-        self.device = kv_cache.device
+        self.device = kv_cache.kv[0].device
 
     def forward(self, batch: list[Scheduled]) -> tuple[Tensor, Tensor]:
         """Runs the step. Returns (hidden states, logits), `num_logits` rows per item.

@@ -65,7 +65,7 @@ class Scheduler:
         if kv.window is None and kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
             raise ValueError(
                 f"one request of max_model_len ({limits.max_model_len} tokens) needs {kv.num_blocks_for(num_tokens)} "
-                f"KV blocks of {kv.block_size} tokens, but there are {kv.pool.num_blocks}; lower model.max_model_len to "
+                f"KV blocks of {kv.block_size} tokens, not {kv.pool.num_blocks}; lower model.max_model_len to "
                 f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
             )
         self.kv = kv

@@ -37,6 +37,8 @@ class ModelCost:
     attention_flops_per_pair: int
 
     def bytes_moved(self, batch: list[Scheduled]) -> int:
+        if not batch:
+            return 0
         num_kv_tokens = sum(item.seq.num_computed_tokens + item.num_new_tokens for item in batch)
         return self.weight_bytes + num_kv_tokens * self.kv_bytes_per_token
 
@@ -87,7 +89,7 @@ class StepRecorder:
             num_prefix_hits=hits,
             num_drafts=len(self._num_drafts),
             num_draft_tokens=sum(self._num_drafts),
-            accepted_by_position=[sum(n > depth for n in num_accepted) for depth in range(max(num_accepted))],
+            accepted_by_position=[sum(n > depth for n in num_accepted) for depth in range(max(num_accepted, default=0))],
             bytes_moved=self._bytes_moved,
             flops=self._flops,
         )

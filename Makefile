@@ -1,0 +1,51 @@
+# Two commands matter: `make serve` and `make test`. Both make the environment first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# A run-time environment, and the same with what the tests need. Reinstalled when what they are made from changes.
+RUNTIME := $(VENV)/.runtime
+TESTING := $(VENV)/.testing
+
+.PHONY: help serve test lint types pytest doctor clean
+
+help:
+	@echo "make serve   install, fetch the default model, serve it on http://127.0.0.1:8000 (ARGS='--port 9000')"
+	@echo "make test    install, then ruff, mypy and pytest: all that has to pass"
+	@echo "make doctor  what this machine has, and which kernel each part will use"
+	@echo "make clean   remove the environment and caches"
+
+serve: $(RUNTIME)
+	@exec $(BIN)/peregrine serve $(ARGS)
+
+doctor: $(RUNTIME)
+	@$(BIN)/peregrine doctor
+
+test: lint types pytest
+
+lint: $(TESTING)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(TESTING)
+	$(BIN)/mypy
+
+pytest: $(TESTING)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Peregrine needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make serve PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(TESTING): $(RUNTIME)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,229 @@
+"""The server's hold on one engine process: its socket, its output, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.crash_note import BatchLine, CrashNote, create_note_fd
+from engine.framing import FrameProtocol, from_engine_decoder
+from engine.messages import Failed, FromEngine, Heartbeat, Phase, Step, ToEngine
+
+logger = logging.getLogger(__name__)
+
+NUM_TAIL_LINES = 20
+EXIT_POLL = 0.01  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a child ended, and what it was computing then."""
+
+    exit_code: int  # negative: the signal that ended it
+    batch: list[BatchLine]
+    output_tail: list[str]
+    failed: Failed | None  # its own last word
+    was_out_of_memory: bool  # the kernel's out-of-memory killer ran while it lived
+    broken_frame: str | None
+
+    def describe(self) -> str:
+        """One line without anything a client sent."""
+        if self.failed is not None:
+            return self.failed.message
+        if self.broken_frame is not None:
+            return f"the engine process sent {self.broken_frame}"
+        if self.exit_code >= 0:
+            return f"the engine process ended with exit code {self.exit_code}"
+        reason = f"the engine process was ended by {_signal_name(-self.exit_code)}"
+        if self.was_out_of_memory:
+            return f"{reason}: the kernel's out-of-memory killer ran; give the machine more memory, or the engine less"
+        if self.exit_code == -signal.SIGKILL:
+            return f"{reason}, as the kernel's out-of-memory killer does (see dmesg), or an operator"
+        return reason
+
+
+class OutputTail(asyncio.Protocol):
+    """Passes the child's stdout and stderr on to our stderr, and keeps the last lines for a report."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=NUM_TAIL_LINES)
+        self._partial = ""
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        text = data.decode(errors="replace")
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        *lines, self._partial = (self._partial + text).split("\n")
+        self._lines.extend(line[:1000] for line in lines if line.strip())
+        self._partial = self._partial[-1000:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def lines(self) -> list[str]:
+        return [*self._lines, self._partial] if self._partial.strip() else list(self._lines)
+
+
+class EngineChild:
+    """One engine process. Use `spawn_child`; `end` must be awaited once, whatever happened before."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        note: CrashNote,
+        tail: OutputTail,
+        output: asyncio.ReadTransport,
+    ) -> None:
+        self._process = process
+        self._note = note
+        self._tail = tail
+        self._output = output
+        self._oom_kills_at_start = count_oom_kills()
+        self._on_message: Callable[[FromEngine], None] = lambda message: None
+        self._heard = True
+        self.connection: FrameProtocol[FromEngine] = FrameProtocol(from_engine_decoder(), self._take)
+        self.num_sent = 0
+        self.step_seconds = 0.0  # age of the step it is in, as of the last heartbeat
+        self.failed: Failed | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def listen(self, on_message: Callable[[FromEngine], None]) -> None:
+        self._on_message = on_message
+
+    def _take(self, message: FromEngine) -> None:
+        self._heard = True
+        if isinstance(message, Heartbeat):
+            self.step_seconds = message.step_seconds
+        elif isinstance(message, Step | Phase):
+            self.step_seconds = 0.0
+        elif isinstance(message, Failed):
+            self.failed = message
+        self._on_message(message)
+
+    def send(self, message: ToEngine) -> int:
+        """Returns the frame's number, counted from 1. Never blocks."""
+        self.connection.send(message)
+        self.num_sent += 1
+        return self.num_sent
+
+    def take_heard(self) -> bool:
+        """Whether anything came since the last call."""
+        heard, self._heard = self._heard, False
+        return heard
+
+    @property
+    def has_ended(self) -> bool:
+        return self.connection.closed.done() or self._process.poll() is not None
+
+    def kill(self) -> None:
+        """SIGKILL: the one signal that a stopped process obeys too."""
+        self._process.kill()
+
+    async def end(self, *, grace: float) -> Ending:
+        """Waits up to `grace` seconds for the process to go, kills it after, and releases all that belonged to it."""
+        try:
+            async with asyncio.timeout(grace):
+                while self._process.poll() is None:
+                    await asyncio.sleep(EXIT_POLL)
+        except TimeoutError:
+            self.kill()
+            while self._process.poll() is None:
+                await asyncio.sleep(EXIT_POLL)
+        # its last words may still be on their way; a grandchild that inherited the pipes must not hold us up
+        await asyncio.wait({self.connection.closed, self._tail.closed}, timeout=0.5)
+        return self._release()
+
+    def _release(self) -> Ending:
+        self.connection.close()
+        self._output.close()
+        batch = self._note.read()
+        self._note.close()
+        error = self.connection.closed.result() if self.connection.closed.done() else None
+        assert self._process.returncode is not None
+        return Ending(
+            exit_code=self._process.returncode,
+            batch=batch,
+            output_tail=self._tail.lines(),
+            failed=self.failed,
+            was_out_of_memory=self._process.returncode == -signal.SIGKILL
+            and count_oom_kills() > self._oom_kills_at_start,
+            broken_frame=None if error is None else str(error),
+        )
+
+
+async def spawn_child(factory: str, *, heartbeat_interval: float) -> EngineChild:
+    """Starts an engine process. Call on a thread that lives as long as the server: the kernel ends the child with it.
+
+    The child gets a session of its own, so that Ctrl-C at the terminal reaches the server alone.
+    """
+    ours, theirs = socket.socketpair()
+    read_fd, write_fd = os.pipe()
+    note_fd = create_note_fd()
+    note = CrashNote(os.dup(note_fd))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine.process", str(theirs.fileno()), str(note_fd), str(os.getpid())]
+            + ["--factory", factory, "--heartbeat-interval", str(heartbeat_interval)],
+            stdin=subprocess.DEVNULL,
+            stdout=write_fd,
+            stderr=write_fd,
+            pass_fds=(theirs.fileno(), note_fd),
+            start_new_session=True,
+            env=_environment(),
+        )
+    except BaseException:
+        ours.close()
+        os.close(read_fd)
+        note.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(write_fd)
+        os.close(note_fd)
+    loop = asyncio.get_running_loop()
+    ours.setblocking(False)
+    output, tail = await loop.connect_read_pipe(OutputTail, os.fdopen(read_fd, "rb", buffering=0))
+    child = EngineChild(process, note, tail, output)
+    await loop.create_unix_connection(lambda: child.connection, sock=ours)
+    return child
+
+
+def _environment() -> dict[str, str]:
+    """Ours; a checkout that is not installed must be found by the child as it was found by us."""
+    root = str(Path(__file__).parent.parent)
+    if Path(root).name in ("site-packages", "dist-packages"):
+        return dict(os.environ)
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": root if not inherited else os.pathsep.join([inherited, root])}
+
+
+def count_oom_kills() -> int:
+    """How often the kernel's out-of-memory killer ran since boot, containers included; 0 if it does not say."""
+    try:
+        statistics = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", statistics, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

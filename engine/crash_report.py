@@ -1,0 +1,83 @@
+"""The file that is left behind when the engine will not come back: shapes and reasons, never contents."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from engine.child import Ending
+from engine.crash_note import BatchLine
+
+logger = logging.getLogger(__name__)
+
+REPORTED_PACKAGES = ("peregrine", "torch", "transformers", "triton", "numpy", "msgspec")
+
+
+class Death(msgspec.Struct, frozen=True, kw_only=True):
+    """One death of the engine process, fit for a report."""
+
+    at: float  # seconds since the epoch
+    reason: str
+    exit_code: int  # negative: the signal
+    was_ready: bool
+    batch: list[BatchLine]
+    output_tail: list[str]
+
+
+class CrashReport(msgspec.Struct, frozen=True, kw_only=True):
+    written_at: str
+    reason: str
+    architecture: str | None
+    fingerprint: str | None
+    versions: dict[str, str]
+    deaths: list[Death]
+
+
+def describe_death(ending: Ending, *, reason: str, was_ready: bool) -> Death:
+    return Death(
+        at=time.time(),
+        reason=reason,
+        exit_code=ending.exit_code,
+        was_ready=was_ready,
+        batch=ending.batch,
+        output_tail=ending.output_tail,
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def state_directory() -> Path:
+    """Where this program may leave files that outlive it: $XDG_STATE_HOME/peregrine, by default under ~/.local/state."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "peregrine"
+
+
+def write_crash_report(report: CrashReport) -> Path | None:
+    """Returns the file, readable by its owner alone. None if no directory could be written: a report must not fail."""
+    content = msgspec.json.format(msgspec.json.encode(report), indent=2)
+    for directory in (state_directory(), Path(tempfile.gettempdir())):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            fd, path = tempfile.mkstemp(prefix=f"crash-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".json", dir=directory)
+            with os.fdopen(fd, "wb") as file:
+                file.write(content + b"\n")
+        except OSError as error:
+            logger.warning("cannot write a crash report into %s: %s", directory, error)
+            continue
+        return Path(path)
+    return None

@@ -1,0 +1,77 @@
+"""Gumbel-max sampling: the token with the largest score = noise - gap is a sample of softmax(-gap).
+
+(Gumbel 1954; Maddison, Tarlow and Minka 2014, "A* sampling", section 2.) The score is a float32 difference of the
+float32 noise of `engine.noise` and the float32 gap; among equal scores the lowest token id wins. That is the whole
+definition: `largest_score` finds the winner without taking two logarithms for every token, and always the same one.
+
+How: noise -log(-log(1 - v)) never exceeds -log(v), so a token whose score is at least s has v * exp(gap) <= exp(-s).
+The left side costs one exponential in float32; the token where it is smallest gives a good s, and only blocks that
+hold a token within that bound (a few of them, whatever the distribution) are scored exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.candidates import block_minima, block_tokens
+from engine.noise import NUM_NOISE_BITS, gumbel, noise_bits
+
+_TOKENS_PER_BLOCK = 64
+_SLACK = 1.0 + 1e-4  # far more than the rounding of v * exp(gap) and of scores, all of them in float32
+_ELEMENTS_PER_PASS = 1 << 23  # bounds the scratch memory to some 100 MB
+
+
+def largest_score(gaps: Tensor, keys: Tensor, words: Tensor) -> Tensor:
+    """The sampled token of each row. [num_rows] int64
+
+    gaps: [num_rows, vocab_size], one of each row 0; keys: [num_rows, 2]; words: [vocab_size] of `token_words`.
+    """
+    rows_per_pass = max(1, _ELEMENTS_PER_PASS // gaps.shape[1])
+    passes = [slice(start, start + rows_per_pass) for start in range(0, gaps.shape[0], rows_per_pass)]
+    return torch.cat([_largest_score(gaps[some], keys[some], words) for some in passes])
+
+
+def largest_score_listed(gaps: Tensor, tokens: Tensor, keys: Tensor, words: Tensor) -> Tensor:
+    """The same where only listed tokens can be sampled. [num_rows] int64
+
+    gaps, tokens: [num_rows, num_listed]; an infinite gap excludes a token, whose id may then be anything.
+    """
+    score = _scores(gaps, tokens, keys, words)
+    return _lowest_winner(score, tokens, score.amax(-1, keepdim=True))
+
+
+def _largest_score(gaps: Tensor, keys: Tensor, words: Tensor) -> Tensor:
+    num_rows, vocab_size = gaps.shape
+    num_blocks = -(-vocab_size // _TOKENS_PER_BLOCK)
+    race = torch.add(noise_bits(words[None], keys), 0.5)  # float32
+    race *= gaps.exp()
+    minima = block_minima(race, num_blocks)
+
+    first_block = minima.argmin(-1)
+    tokens = block_tokens(first_block, num_blocks=num_blocks, vocab_size=vocab_size)
+    reached = _scores(_gaps_of(gaps, tokens), tokens, keys, words).amax(-1, keepdim=True)
+    bound = (-reached).exp() * (_SLACK * 2.0**NUM_NOISE_BITS)
+    rows, blocks = (minima <= bound).nonzero(as_tuple=True)
+
+    tokens = block_tokens(blocks, num_blocks=num_blocks, vocab_size=vocab_size)
+    score = _scores(_gaps_of(gaps, tokens, rows), tokens, keys[rows], words)
+    best = torch.full((num_rows,), -torch.inf, device=gaps.device).scatter_reduce_(0, rows, score.amax(-1), "amax")
+    winners = _lowest_winner(score, tokens, best[rows, None])
+    return torch.full_like(first_block, vocab_size).scatter_reduce_(0, rows, winners, "amin")
+
+
+def _gaps_of(gaps: Tensor, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The gaps of [n, num_tokens] tokens in rows `rows`, or in all rows; infinity for ids past the vocabulary."""
+    last = gaps.shape[1] - 1
+    found = gaps.gather(1, tokens.clamp_max(last)) if rows is None else gaps[rows[:, None], tokens.clamp_max(last)]
+    return found.masked_fill(tokens > last, torch.inf)
+
+
+def _scores(gaps: Tensor, tokens: Tensor, keys: Tensor, words: Tensor) -> Tensor:
+    return gumbel(noise_bits(words[tokens.clamp_max(words.shape[0] - 1)], keys)) - gaps
+
+
+def _lowest_winner(score: Tensor, tokens: Tensor, best: Tensor) -> Tensor:
+    """The lowest token id whose score is the best; an id above all others where a row has none."""
+    return tokens.masked_fill(score != best, torch.iinfo(torch.int64).max).amin(-1)

@@ -1,0 +1,54 @@
+"""The memory that keys and values live in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.attention import AttentionLayer
+
+
+class KVCache:
+    """One tensor per layer: [2 (key, value), num_kv_heads, num_blocks, block_size, head_dim].
+
+    Heads come before blocks, so that a gather of whole blocks gives [2, kv heads, sequences, tokens, head_dim] with
+    nothing left to transpose: the operand of a batched matrix product. `k[i]` and `v[i]` are layer i's two halves.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
+        # zeros, not empty: the pages are touched on first use either way, and a fresh cache holds no NaN
+        self.kv = [
+            torch.zeros((2, layer.num_kv_heads, num_blocks, block_size, layer.head_dim), dtype=dtype, device=device)
+            for layer in layers
+        ]
+        self.k = [kv[0] for kv in self.kv]
+        self.v = [kv[1] for kv in self.kv]
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
+    def move(self, src_slots: Tensor, dst_slots: Tensor) -> None:
+        """Copies tokens between slots in every layer, as if all were read before any is written.
+
+        src_slots, dst_slots: [num_moved], block * block_size + offset; the destinations are distinct.
+        """
+        for kv in self.kv:
+            tokens = kv.flatten(2, 3)
+            tokens.index_copy_(2, dst_slots, tokens.index_select(2, src_slots))
+
+    @staticmethod
+    def bytes_per_token(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> int:
+        """Bytes that one token's keys and values take in all layers."""
+        return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * dtype.itemsize

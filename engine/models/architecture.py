@@ -1,0 +1,189 @@
+"""Reads a transformers config into the facts our own models are built from. Nothing else reads its fields.
+
+transformers' configs have no common schema: the same fact has a field in one family, is implied by the family's name
+in another, and moved between releases. What is read here is explicit from then on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import PreTrainedConfig
+
+from engine.attention import AttentionLayer
+from engine.models.rope import Rope, default_rope, scaled_rope
+
+
+class UnsupportedArchitectureError(ValueError):
+    """Our own layers cannot run this config; the text says which of its fields is the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A pre-norm decoder with rotary positions, grouped-query attention and SwiGLU, down to the last bias."""
+
+    dtype: torch.dtype
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    attention_layers: tuple[AttentionLayer, ...]
+    ropes: tuple[Rope, ...]
+    rope_of_layer: tuple[int | None, ...]  # index into `ropes`; None: the layer has no positions (NoPE)
+    norm_eps: float
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    qk_norm: bool = False  # RMSNorm over each head's query and key, before the rotation
+    has_merged_weights: bool = False  # the checkpoint holds qkv_proj and gate_up_proj
+
+
+def read_architecture(config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Architecture:
+    """The facts of a Llama-like config, served with contexts of `max_model_len` tokens (None: as trained).
+
+    What a family has by its name alone, and no field says, its variant adds. Raises UnsupportedArchitectureError where
+    the config asks for what our own layers do not do.
+    """
+    activation = _text(config, "hidden_act")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedArchitectureError(f"hidden_act is {activation!r}; our own layers have silu")
+    layers = _attention_layers(config)
+    ropes, rope_of_layer = _ropes(config, layers[0].head_dim, max_model_len or read_trained_context(config))
+    attention_bias = _flag(config, "attention_bias")
+    return Architecture(
+        dtype=dtype,
+        vocab_size=_number(config, "vocab_size"),
+        hidden_size=_number(config, "hidden_size"),
+        intermediate_size=_number(config, "intermediate_size"),
+        attention_layers=layers,
+        ropes=ropes,
+        rope_of_layer=rope_of_layer,
+        norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=_flag(config, "mlp_bias"),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+    )
+
+
+def check_is_causal_lm(config: PreTrainedConfig) -> None:
+    """Raises ValueError for checkpoints that are no plain next-token model, or whose weights are quantised."""
+    names = config.architectures or []
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
+        raise ValueError(f"{names[0]} does not generate text; use a checkpoint whose architecture ends in ForCausalLM")
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is an encoder-decoder; only decoders are supported")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ValueError(
+            f"the checkpoint's weights are quantised ({method}), which is not supported; use the original checkpoint, "
+            "with model.quantization if its weights are to be small"
+        )
+
+
+def read_trained_context(config: PreTrainedConfig) -> int:
+    """Longest context the model was made for, in tokens: max_position_embeddings, or what stands for it."""
+    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx"):
+        length = getattr(config, field, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise ValueError(f"{config.model_type}'s config names no longest context; set model.max_model_len")
+
+
+def length_where_rope_changes(config: PreTrainedConfig) -> int | None:
+    """The context length beyond which transformers computes other rotations for the whole batch, or None."""
+    lengths = []
+    for rope in _rope_parameters(config).values():
+        if "dynamic" in str(rope.get("rope_type")):
+            lengths.append(read_trained_context(config))
+        elif rope.get("rope_type") == "longrope":
+            lengths.append(int(cast(int, rope["original_max_position_embeddings"])))
+    return min(lengths, default=None)
+
+
+def _attention_layers(config: PreTrainedConfig) -> tuple[AttentionLayer, ...]:
+    num_heads = _number(config, "num_attention_heads")
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    head_dim = int(getattr(config, "head_dim", None) or _number(config, "hidden_size") // num_heads)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
+    return tuple(
+        AttentionLayer(i, num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5, window=window)
+        for i, window in enumerate(_windows(config))
+    )
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Each layer's sliding window. Without `layer_types`, a window is every layer's (Mistral, Phi-3)."""
+    num_layers = _number(config, "num_hidden_layers")
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * num_layers
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedArchitectureError(f"layer_types has {', '.join(sorted(unknown))}; ours are full and sliding")
+    return [window if kind == "sliding_attention" else None for kind in kinds[:num_layers]]
+
+
+def _ropes(
+    config: PreTrainedConfig, head_dim: int, max_model_len: int
+) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
+    """The distinct rotations, and which one each layer has."""
+    parameters = _rope_parameters(config)
+    ropes = tuple(
+        _read_rope(config, values, head_dim, layer_type=layer_type, max_model_len=max_model_len)
+        for layer_type, values in parameters.items()
+    )
+    num_layers = _number(config, "num_hidden_layers")
+    has_rope: list[int] = getattr(config, "no_rope_layers", None) or [1] * num_layers  # SmolLM3: 1 means rotated
+    index = {layer_type: i for i, layer_type in enumerate(parameters)}
+    kinds: list[str | None] = getattr(config, "layer_types", None) or [None] * num_layers
+    shared = index.get(None)
+    of_layer = tuple(
+        (index[kind] if shared is None else shared) if rotated else None
+        for kind, rotated in zip(kinds[:num_layers], has_rope, strict=False)
+    )
+    return ropes, of_layer
+
+
+def _read_rope(
+    config: PreTrainedConfig,
+    parameters: dict[str, object],
+    head_dim: int,
+    *,
+    layer_type: str | None,
+    max_model_len: int,
+) -> Rope:
+    rope_type = str(parameters.get("rope_type", "default"))
+    if rope_type != "default":
+        return scaled_rope(config, rope_type, layer_type=layer_type, max_model_len=max_model_len)
+    fraction = float(cast(float, parameters.get("partial_rotary_factor") or 1.0))
+    return default_rope(float(cast(float, parameters["rope_theta"])), int(head_dim * fraction))
+
+
+def _rope_parameters(config: PreTrainedConfig) -> dict[str | None, dict[str, object]]:
+    """`config.rope_parameters` by layer type; a single set of parameters stands under None."""
+    parameters: dict[str, object] = getattr(config, "rope_parameters", None) or {}
+    nested: dict[str | None, dict[str, object]] = {k: v for k, v in parameters.items() if isinstance(v, dict)}
+    if nested or not parameters:
+        return nested
+    return {None: parameters}
+
+
+def _number(config: PreTrainedConfig, field: str) -> int:
+    value = getattr(config, field, None)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{config.model_type}'s config has {field} = {value!r}; it must be a positive number")
+    return value
+
+
+def _flag(config: PreTrainedConfig, field: str) -> bool:
+    return bool(getattr(config, field, False))
+
+
+def _text(config: PreTrainedConfig, field: str) -> str:
+    return str(getattr(config, field, ""))

@@ -1,0 +1,189 @@
+"""The Llama family: pre-norm decoders with rotary positions, grouped-query attention and SwiGLU.
+
+Llama 2 and 3, Mistral, Qwen2 and Qwen3, SmolLM2 and SmolLM3, Phi-3 differ in facts (`Architecture`), not in code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from engine.attention import AttentionBackend
+from engine.forward_batch import ForwardBatch
+from engine.models.architecture import Architecture, read_architecture
+from engine.models.model import Model, check_weight_names
+from engine.models.rope import RotaryEmbedding
+from kernels.activation import silu_and_mul
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.rope import apply_rope
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin of every row
+
+
+class RMSNorm(nn.Module):
+    """A normalisation's weight; the arithmetic is in `kernels.norm`."""
+
+    def __init__(self, size: int, *, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = rms_norm(x, self.weight, self.eps)
+        return normed
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(normalised x + residual, x + residual)"""
+        normed, total = add_rms_norm(x, residual, self.weight, self.eps)
+        return normed, total
+
+
+class Attention(nn.Module):
+    """Queries, keys and values from one product; a row attends through the back end, which keeps the keys."""
+
+    def __init__(self, architecture: Architecture, index: int) -> None:
+        super().__init__()
+        a = architecture
+        self.layer = layer = a.attention_layers[index]
+        self.head_counts = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
+        width = layer.num_heads * layer.head_dim
+        self.qkv_proj = nn.Linear(a.hidden_size, sum(self.head_counts) * layer.head_dim, a.qkv_bias, dtype=a.dtype)
+        self.o_proj = nn.Linear(width, a.hidden_size, a.output_bias, dtype=a.dtype)
+        self.q_norm = RMSNorm(layer.head_dim, eps=a.norm_eps, dtype=a.dtype) if a.qk_norm else None
+        self.k_norm = RMSNorm(layer.head_dim, eps=a.norm_eps, dtype=a.dtype) if a.qk_norm else None
+
+    def forward(self, x: Tensor, rotation: Rotation | None, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
+        """x: [num_tokens, hidden_size]"""
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.layer.head_dim)
+        q, k, v = heads.split(self.head_counts, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = apply_rope(q, k, *rotation)
+        attended = attention(q, k, v, self.layer, batch)
+        projected: Tensor = self.o_proj(attended.flatten(1))
+        return projected
+
+
+class MLP(nn.Module):
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.gate_up_proj = nn.Linear(a.hidden_size, 2 * a.intermediate_size, a.mlp_bias, dtype=a.dtype)
+        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, a.mlp_bias, dtype=a.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return projected
+
+
+class Block(nn.Module):
+    """One layer. The residual travels beside the normalised input, so that each addition joins a normalisation."""
+
+    def __init__(self, architecture: Architecture, index: int) -> None:
+        super().__init__()
+        a = architecture
+        self.rope_index = a.rope_of_layer[index]
+        self.self_attn = Attention(a, index)
+        self.mlp = MLP(a)
+        self.input_layernorm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
+        self.post_attention_layernorm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
+
+
+class Llama(Model):
+    """Every model of the family. Parameters carry the checkpoint's names, less a leading "model."."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        a = architecture
+        super().__init__(list(a.attention_layers), vocab_size=a.vocab_size, hidden_size=a.hidden_size)
+        self.architecture = a
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
+        self.layers = nn.ModuleList(Block(a, i) for i in range(len(a.attention_layers)))
+        self.norm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
+        self.lm_head = nn.Linear(a.hidden_size, a.vocab_size, bias=False, dtype=a.dtype)
+        if a.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.ropes = nn.ModuleList(RotaryEmbedding(rope) for rope in a.ropes)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Llama:
+        return cls(cls.adapt(read_architecture(config, dtype=dtype, max_model_len=max_model_len)))
+
+    @staticmethod
+    def adapt(architecture: Architecture) -> Architecture:
+        """Adds what only the family's name says; a variant overrides it."""
+        return architecture
+
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
+        residual = F.embedding(batch.input_ids, self.embed_tokens.weight)
+        rotations: list[Rotation] = [rope(batch.positions, residual.dtype) for rope in self.ropes]
+        x: Tensor | None = None  # what the last block wants added to the residual
+        for block in self._blocks():
+            norm, mlp_norm = block.input_layernorm, block.post_attention_layernorm
+            normed, residual = (norm(residual), residual) if x is None else norm.add(x, residual)
+            rotation = None if block.rope_index is None else rotations[block.rope_index]
+            normed, residual = mlp_norm.add(block.self_attn(normed, rotation, batch, attention), residual)
+            x = block.mlp(normed)
+        assert x is not None, "a model has layers"
+        return self.norm.add(x, residual)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        destinations = dict(self._destinations())
+        unexpected = []
+        loaded: set[str] = set()
+        for name, weight in weights:
+            if name in destinations:
+                _copy(name, weight, destinations[name])
+                loaded.add(name)
+            elif not self._is_derived(name):
+                unexpected.append(name)
+        check_weight_names(destinations.keys() - loaded, unexpected)
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
+
+    def _is_derived(self, name: str) -> bool:
+        """Whether old checkpoints hold what is computed from the rest of them."""
+        is_tied = self.architecture.tie_word_embeddings and name == "lm_head.weight"
+        return is_tied or name.endswith("rotary_emb.inv_freq")
+
+    def _destinations(self) -> Iterator[tuple[str, Tensor]]:
+        """Where each weight of a checkpoint goes: a parameter, or the rows of a merged one."""
+        for name, parameter in self.named_parameters():  # names a tied head once, as the embedding
+            prefix, _, kind = name.rpartition(".")
+            prefix = prefix if prefix == "lm_head" else f"model.{prefix}"
+            parts = self._parts(prefix)
+            if len(parts) == 1:
+                yield f"{prefix}.{kind}", parameter.data
+                continue
+            parent = prefix.rpartition(".")[0]
+            rows = torch.split(parameter.data, [size for _, size in parts])
+            yield from ((f"{parent}.{part}.{kind}", view) for (part, _), view in zip(parts, rows, strict=True))
+
+    def _parts(self, prefix: str) -> list[tuple[str, int]]:
+        """Names and numbers of rows of what a checkpoint keeps apart and we merge."""
+        a, layer = self.architecture, self.architecture.attention_layers[0]
+        if prefix.endswith(".qkv_proj") and not a.has_merged_weights:
+            kv_size = layer.num_kv_heads * layer.head_dim
+            return [("q_proj", layer.num_heads * layer.head_dim), ("k_proj", kv_size), ("v_proj", kv_size)]
+        if prefix.endswith(".gate_up_proj") and not a.has_merged_weights:
+            return [("gate_proj", a.intermediate_size), ("up_proj", a.intermediate_size)]
+        return [(prefix, 0)]
+
+
+def _copy(name: str, weight: Tensor, destination: Tensor) -> None:
+    if weight.shape != destination.shape:
+        shapes = f"{list(weight.shape)}, but the config asks for {list(destination.shape)}"
+        raise ValueError(f"the checkpoint's {name} has shape {shapes}")
+    destination.copy_(weight)

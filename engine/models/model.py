@@ -1,0 +1,50 @@
+"""What the engine asks of a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from engine.attention import AttentionBackend, AttentionLayer
+from engine.forward_batch import ForwardBatch
+
+
+class Model(nn.Module, ABC):
+    """A decoder that keeps its keys and values in an `AttentionBackend`.
+
+    A new model has memory for its parameters and nothing in it: `load_weights` fills it, on whatever device it was
+    built. `attention_layers[i].index` is i.
+    """
+
+    def __init__(self, attention_layers: list[AttentionLayer], *, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.attention_layers = attention_layers
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+
+    @abstractmethod
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
+        """The last layer's normalised hidden states of all rows, [num_tokens, hidden_size]. Writes the KV cache."""
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, scaled and soft-capped. [n, hidden_size] -> [n, vocab_size] float32."""
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes a checkpoint by Hugging Face's names, each tensor in any floating dtype.
+
+        Raises ValueError that names the weights that are missing, unknown or of another shape.
+        """
+
+
+def check_weight_names(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raises ValueError naming the weights, unless both are empty."""
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for kind, names in (("missing", sorted(missing)), ("not part of the model", sorted(unexpected)))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"the checkpoint does not fit its config.json: {' and '.join(problems)}")

@@ -1,0 +1,63 @@
+"""Which class runs which model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Literal, Protocol, cast
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from engine.models.architecture import UnsupportedArchitectureError, check_is_causal_lm
+from engine.models.model import Model
+
+MODELS = {  # config.model_type -> "module:Class"
+    "llama": "engine.models.llama:Llama",  # SmolLM2 too
+    "mistral": "engine.models.llama:Llama",
+    "smollm3": "engine.models.llama:Llama",
+    "qwen2": "engine.models.variants:Qwen2",
+    "qwen3": "engine.models.variants:Qwen3",
+    "phi3": "engine.models.variants:Phi3",
+}
+FALLBACK = "engine.models.transformers_fallback:TransformersModel"
+
+
+class ModelClass(Protocol):
+    def from_config(self, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Model: ...
+
+
+def build_model(
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    implementation: Literal["auto", "own", "transformers"] = "auto",
+    max_model_len: int | None = None,
+) -> Model:
+    """A model with memory for its weights, and nothing in it yet, on torch's current default device.
+
+    Build it under `torch.device("meta")` to learn its sizes for free, under `torch.device("cuda")` to fill it there.
+    `max_model_len` is the longest context that will be served (None: as trained); some rotations depend on it.
+    Raises ValueError for what cannot be run, with the reason.
+    """
+    check_is_causal_lm(config)
+    with no_init_weights():  # random numbers that the checkpoint overwrites take longer than the checkpoint
+        if implementation == "transformers":
+            return _class_at(FALLBACK).from_config(config, dtype=dtype, max_model_len=max_model_len)
+        try:
+            return _own_class(config).from_config(config, dtype=dtype, max_model_len=max_model_len)
+        except UnsupportedArchitectureError as error:
+            if implementation == "own":
+                raise ValueError(f"{error}; set model.implementation to auto or transformers") from error
+            return _class_at(FALLBACK).from_config(config, dtype=dtype, max_model_len=max_model_len)
+
+
+def _own_class(config: PreTrainedConfig) -> ModelClass:
+    if config.model_type not in MODELS:
+        raise UnsupportedArchitectureError(f"{config.model_type} has no layers of our own; {', '.join(MODELS)} have")
+    return _class_at(MODELS[config.model_type])
+
+
+def _class_at(path: str) -> ModelClass:
+    module, _, name = path.partition(":")
+    return cast(ModelClass, getattr(importlib.import_module(module), name))

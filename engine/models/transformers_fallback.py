@@ -1,0 +1,275 @@
+"""Runs any transformers decoder on our paged KV cache: their layers, our attention.
+
+transformers calls attention through a table of functions (`AttentionInterface`), and builds no mask for a function
+that it does not know: ours needs none, as the back end knows which row sees which token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import logging
+
+from engine.attention import AttentionBackend, AttentionLayer
+from engine.forward_batch import ForwardBatch
+from engine.models.architecture import length_where_rope_changes, read_trained_context
+from engine.models.model import Model, check_weight_names
+
+ATTENTION_NAME = "peregrine"  # in transformers' table
+HARMLESS_TENSORS = {"position_ids", "cache_position"}  # keyword arguments whose meaning is in the ForwardBatch
+
+
+class AttentionCall(Protocol):
+    """What a layer's call of the attention function ends in."""
+
+    def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class CurrentStep:
+    """What one model's layers are attending in. Its attention modules hold it, as not all are handed arguments."""
+
+    call: AttentionCall | None = None
+
+    @contextmanager
+    def of(self, call: AttentionCall) -> Iterator[None]:
+        self.call = call
+        try:
+            yield
+        finally:
+            self.call = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Attends in one step's batch. `layers` are numbered as transformers numbers them."""
+
+    layers: dict[int, AttentionLayer]
+    batch: ForwardBatch
+    attention: AttentionBackend
+
+    def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(q, k, v, self.layers[layer.index], self.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRecorder:
+    """Learns the layers of a model from a forward pass over nothing."""
+
+    layers: dict[int, AttentionLayer] = field(default_factory=dict)
+
+    def __call__(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+            raise ValueError(f"queries, keys and values differ in size: {q.shape[-1]}, {k.shape[-1]}, {v.shape[-1]}")
+        if layer.index in self.layers:
+            raise ValueError(f"layer {layer.index} attends twice")
+        self.layers[layer.index] = layer
+        return torch.empty_like(q)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of a layer's call that we know. Layers hand down others too."""
+
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+
+
+def attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, None]:
+    """The function in transformers' table. q: [1, num_heads, num_tokens, head_dim]; k, v: with num_kv_heads.
+
+    Raises ValueError for attention that our back ends do not compute.
+    """
+    tensors = {name for name, value in options.items() if isinstance(value, Tensor)}
+    if mask is not None or tensors - HARMLESS_TENSORS:
+        raise ValueError(f"its attention needs {', '.join(tensors - HARMLESS_TENSORS) or 'a mask of its own'}")
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    scale = options.get("scaling")
+    layer = AttentionLayer(
+        index=int(module.layer_idx),  # type: ignore[arg-type]  # transformers' attribute
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        scale=q.shape[2] ** -0.5 if scale is None else float(scale),
+        window=options.get("sliding_window"),
+        soft_cap=options.get("softcap"),
+    )
+    step = module.peregrine_step
+    assert isinstance(step, CurrentStep)
+    assert step.call is not None, "attention outside of a step"
+    return step.call(layer, q, k, v)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, attend)
+
+
+@dataclass
+class DecoderOutput(MoeModelOutputWithPast):
+    """Has every field that some head reads."""
+
+    cross_attentions: None = None
+
+
+class GivenHiddenStates(nn.Module):
+    """Stands where a causal language model has its decoder, so that its own head runs on hidden states we have."""
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> DecoderOutput:
+        return DecoderOutput(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> GivenHiddenStates:
+        """Some heads (OPT's) ask the decoder inside of the model."""
+        return self
+
+
+class TransformersModel(Model):
+    """A transformers causal language model, taken apart into decoder and head.
+
+    The head keeps whatever the architecture does to its logits: scales, soft caps, biases.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: dict[int, AttentionLayer]) -> None:
+        config = model.config.get_text_config()
+        super().__init__(list(layers.values()), vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+        self.layers = layers
+        self.step = _share_step(model)
+        self.decoder, self.head = _take_apart(model)
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None
+    ) -> TransformersModel:
+        _check_rope(config, max_model_len or read_trained_context(config))
+        layers = _record_layers(config)
+        return cls(_build(config, dtype), layers)
+
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
+        with self.step.of(AttentionStep(self.layers, batch, attention)):
+            outputs = self.decoder(
+                input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
+            )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits
+        return logits[0].float()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """transformers loads: it knows which names changed, and which weights it merges (experts)."""
+        kind, config = type(self.head), self.head.config
+        parameter = next(self.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        del self.decoder, self.head, parameter  # their memory is needed
+        model, info = _load_quietly(kind, config, dict(weights), dtype)
+        shapes = [str(mismatch) for mismatch in info["mismatched_keys"]]
+        if shapes:
+            raise ValueError(f"the checkpoint's shapes do not fit its config.json: {', '.join(shapes[:5])}")
+        check_weight_names(info["missing_keys"], info["unexpected_keys"])
+        self.step = _share_step(model)
+        self.decoder, self.head = _take_apart(model.to(device))
+
+
+def _check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
+    limit = length_where_rope_changes(config)
+    if limit is not None and max_model_len > limit:
+        raise ValueError(
+            f"beyond {limit} tokens, {config.model_type}'s rotary positions in transformers depend on what else is in "
+            f"the batch; set model.max_model_len to {limit} or less"
+        )
+
+
+def _record_layers(config: PreTrainedConfig) -> dict[int, AttentionLayer]:
+    """The attention layers, in order, as one forward pass on the meta device calls them: without weights or time.
+
+    Raises ValueError where not every layer is attention that our back ends compute.
+    """
+    recorder = AttentionRecorder()
+    with torch.device("meta"):
+        model = _build(config, torch.bfloat16)  # on meta, products of experts exist in no other type
+        token = torch.zeros((1, 1), dtype=torch.int64)
+        try:
+            with _share_step(model).of(recorder):
+                model.base_model(input_ids=token, position_ids=token, use_cache=False)
+        except ValueError as error:
+            raise ValueError(f"{config.model_type} cannot run on a paged KV cache: {error}") from error
+    num_layers = config.get_text_config().num_hidden_layers
+    if len(recorder.layers) != num_layers:
+        raise ValueError(
+            f"{config.model_type} cannot run on a paged KV cache: {len(recorder.layers)} of its {num_layers} layers "
+            "attend through transformers' attention interface"
+        )
+    ordered = enumerate(sorted(recorder.layers.items()))
+    return {
+        number: AttentionLayer(i, x.num_heads, x.num_kv_heads, x.head_dim, x.scale, x.window, x.soft_cap)
+        for i, (number, x) in ordered
+    }
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        own_config = copy.deepcopy(config)  # the model writes the name of its attention into it
+        model = AutoModelForCausalLM.from_config(own_config, dtype=dtype, attn_implementation=ATTENTION_NAME)
+    except ValueError as error:
+        raise ValueError(f"transformers cannot run {config.model_type} on a paged KV cache: {error}") from error
+    _check_attention(model)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not model._can_set_attn_implementation() or model.config._attn_implementation != ATTENTION_NAME:
+        raise ValueError(f"{name} does not attend through transformers' attention interface, so it cannot be paged")
+    if model._is_stateful:
+        raise ValueError(f"{name} has recurrent layers, whose state our KV cache does not hold")
+    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+        raise ValueError(f"{name} attends to later tokens too; only causal decoders are supported")
+
+
+def _share_step(model: PreTrainedModel) -> CurrentStep:
+    """Gives every module that may call `attend` the same place to look for the step."""
+    step = CurrentStep()
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) is not None:
+            module.peregrine_step = step
+    return step
+
+
+def _take_apart(model: PreTrainedModel) -> tuple[nn.Module, PreTrainedModel]:
+    """The decoder, and the model without it."""
+    decoder = model.base_model
+    assert decoder is not model, f"{type(model).__name__} has no {model.base_model_prefix!r}"
+    setattr(model, model.base_model_prefix, GivenHiddenStates())
+    return decoder, model
+
+
+def _load_quietly(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+    has_progress_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, not raised
+        )
+    finally:
+        if has_progress_bar:
+            logging.enable_progress_bar()
+    return model.eval().requires_grad_(False), info

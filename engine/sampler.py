@@ -1,0 +1,209 @@
+"""Turns logits into tokens. Sampling is verification: ordinary sampling is the case of zero drafts.
+
+Every row is sampled from the target model with noise that depends on the seed, the position and the token id alone
+(`engine.noise`). A draft is right when it is the token that would have been sampled anyway, so drafts change the
+speed of a request and never its output, and neither does what else is in the batch.
+
+The order of operations is vLLM's from the temperature on:
+
+    raw logits -> [log-probabilities]
+      -> penalties, bias, bans             engine.penalties
+      -> temperature -> min-p              here
+      -> top-k -> top-p                    engine.truncation
+      -> largest of noise + logit          engine.gumbel
+      -> walk down the drafts              engine.acceptance
+
+Greedy rows take the largest logit after the bans. A temperature below 1e-5 is greedy.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.acceptance import NO_TOKEN, accept
+from engine.gumbel import largest_score, largest_score_listed
+from engine.logprobs import LogprobQuery, token_logprobs
+from engine.noise import noise_keys, token_words
+from engine.penalties import edit_logits, edits_logits
+from engine.sampled_rows import IntArray, SampledRows, sampled_rows
+from engine.truncation import shortlist, truncate_sorted
+from engine.types import Sampled, Scheduled
+
+_GREEDY_BELOW = 1e-5  # the noise, at most 22, could not reverse a difference of 3e-4 between logits
+
+_NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinity) at position {position}, so no token can be chosen; "
+    "this prompt overflows the model's arithmetic: try dtype float32 or bfloat16"
+)
+_NOTHING_ALLOWED = (
+    "no token is allowed at position {position}: allowed_token_ids, bad_words, logit_bias and min_tokens together "
+    "exclude the whole vocabulary; loosen one of them"
+)
+
+
+class Sampler:
+    """Samples the rows of all requests of a step together. Keeps no state about requests."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._words = token_words(vocab_size, torch.device("cpu"))
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor, batch: list[Scheduled]) -> list[Sampled]:
+        """Decides the tokens of every item, one `Sampled` each. The logits stay as they are.
+
+        logits: [sum of num_logits, vocab_size] float32. A request for which nothing can be sampled gets an error of
+        its own; no request can make this raise.
+        """
+        num_rows = sum(item.num_logits for item in batch)
+        assert logits.shape == (num_rows, self.vocab_size), f"{tuple(logits.shape)} logits for {num_rows} rows"
+        if not num_rows:
+            return [Sampled([]) for _ in batch]
+        rows = sampled_rows(batch)
+        is_finite = logits.amax(-1).isfinite()
+        tokens = self._sample(logits, rows)
+        # The one copy to the host (log-probabilities, where asked for, are another).
+        answers = torch.cat((is_finite.long(), tokens)).tolist()
+        results = _walk(batch, rows, is_finite=answers[:num_rows], tokens=answers[num_rows:])
+        _add_logprobs(logits, batch, results)
+        return results
+
+    def _sample(self, logits: Tensor, rows: SampledRows) -> Tensor:
+        """One token per sampled row, NO_TOKEN where none can be chosen. [num_sampled_rows] int64"""
+        logits = _select(logits, rows.logits_rows)
+        if any(edits_logits(params) for params in rows.params):
+            logits = logits.clone()
+            edit_logits(logits, rows)
+        temperatures = rows.per_row([params.temperature for params in rows.params])
+        is_random = temperatures >= _GREEDY_BELOW
+        peaks = logits.amax(-1)
+        tokens = torch.empty(len(temperatures), dtype=torch.int64, device=logits.device)
+        for kind, choose in ((np.flatnonzero(~is_random), _greedy), (np.flatnonzero(is_random), self._random)):
+            if len(kind):
+                _put(tokens, kind, choose(_select(logits, kind), _select(peaks, kind), rows, kind))
+        return tokens.masked_fill_(~peaks.isfinite(), NO_TOKEN)
+
+    def _random(self, logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) -> Tensor:
+        """The sampled token of rows with a temperature. kind: [num_rows] which of the sampled rows these are"""
+        device = logits.device
+        gaps = _gaps(logits, peaks, rows, kind)
+        keys = noise_keys(rows.seeds[kind], rows.positions[kind], device)
+        words = self._words = self._words.to(device)
+
+        asked_k = rows.per_row([params.top_k for params in rows.params])[kind].astype(np.int64)
+        top_k = np.where((asked_k < 1) | (asked_k > self.vocab_size), self.vocab_size, asked_k)
+        top_p = rows.per_row([params.top_p for params in rows.params])[kind]
+        is_truncated = (top_k < self.vocab_size) | (top_p < 1.0)
+        if not is_truncated.any():
+            return largest_score(gaps, keys, words)
+
+        tokens = torch.empty(len(kind), dtype=torch.int64, device=device)
+        truncated = np.flatnonzero(is_truncated)
+        limits = torch.from_numpy(top_k[truncated]).to(device), torch.from_numpy(top_p[truncated]).to(device)
+        few = shortlist(_select(gaps, truncated), *limits)
+        _put(tokens, truncated, largest_score_listed(few.gaps, few.tokens, _select(keys, truncated), words))
+        is_long = ~few.is_complete.cpu().numpy()
+        long = truncated[is_long]
+        if len(long):
+            gaps[torch.from_numpy(long).to(device)] = truncate_sorted(
+                _select(gaps, long), *(limit[torch.from_numpy(is_long).to(device)] for limit in limits)
+            )
+        whole = np.sort(np.concatenate((np.flatnonzero(~is_truncated), long)))
+        if len(whole):
+            _put(tokens, whole, largest_score(_select(gaps, whole), _select(keys, whole), words))
+        return tokens
+
+
+def _greedy(logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) -> Tensor:
+    return logits.argmax(-1)  # the lowest token id among equals
+
+
+def _gaps(logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) -> Tensor:
+    """How far each logit lies below its row's largest, in units of the temperature; infinite where min-p excludes it.
+
+    Rows without a finite largest logit become rows that allow token 0 alone: what is sampled there is not used.
+    """
+    temperatures = rows.per_row([params.temperature for params in rows.params])[kind].astype(np.float32)
+    gaps = (peaks[:, None] - logits).div_(torch.from_numpy(temperatures).to(logits.device)[:, None])
+    min_p = rows.per_row([params.min_p for params in rows.params])[kind]
+    if min_p.any():
+        with np.errstate(divide="ignore"):
+            largest_gap = -np.log(min_p).astype(np.float32)  # p >= min_p * largest p
+        gaps.masked_fill_(gaps > torch.from_numpy(largest_gap).to(logits.device)[:, None], torch.inf)
+    unusable = (~peaks.isfinite()).nonzero()[:, 0]
+    if len(unusable):
+        gaps[unusable] = torch.inf
+        gaps[unusable, 0] = 0.0
+    return gaps
+
+
+def _walk(batch: list[Scheduled], rows: SampledRows, *, is_finite: list[int], tokens: list[int]) -> list[Sampled]:
+    """Accepts drafts and finds the requests that cannot go on."""
+    results: list[Sampled] = []
+    first_logits, first_row = 0, 0
+    for item in batch:
+        root = first_logits + item.num_scored
+        sampled = tokens[first_row : first_row + item.num_sampled_rows]
+        first_row += item.num_sampled_rows
+        needed = is_finite[first_logits : root + 1] if item.samples else is_finite[first_logits:root]
+        first_logits += item.num_logits
+        if not all(needed):
+            results.append(Sampled([], error=_NOT_FINITE.format(position=item.seq.num_tokens)))
+        elif not item.samples:
+            results.append(Sampled([]))
+        elif sampled[0] == NO_TOKEN:
+            results.append(Sampled([], error=_NOTHING_ALLOWED.format(position=item.seq.num_tokens)))
+        else:
+            accepted = accept(sampled, item)
+            token_ids = [sampled[0], *(sampled[draft + 1] for draft in accepted)]
+            results.append(Sampled(token_ids, accepted))
+    return results
+
+
+def _add_logprobs(logits: Tensor, batch: list[Scheduled], results: list[Sampled]) -> None:
+    """Fills in the log-probabilities that requests asked for: of scored prompt tokens, then of emitted tokens."""
+    queries: list[LogprobQuery] = []
+    first = 0
+    for item, result in zip(batch, results, strict=True):
+        if not result.error:
+            queries += _queries(item, result, first)
+        first += item.num_logits
+    answers = token_logprobs(logits, queries)
+    for item, result in zip(batch, results, strict=True):
+        if not result.error:
+            num_prompt, num_output = _num_queries(item, result)
+            result.prompt_logprobs = list(islice(answers, num_prompt)) or None
+            result.logprobs = list(islice(answers, num_output)) or None
+
+
+def _num_queries(item: Scheduled, result: Sampled) -> tuple[int, int]:
+    return item.num_scored, 0 if item.seq.params.logprobs is None else len(result.token_ids)
+
+
+def _queries(item: Scheduled, result: Sampled, first: int) -> list[LogprobQuery]:
+    """first: the item's first row in the logits, which stands at its num_logits-th last new token."""
+    seq, params = item.seq, item.seq.params
+    num_prompt, num_output = _num_queries(item, result)
+    next_index = seq.num_computed_tokens + item.num_new_tokens - item.num_logits + 1
+    queries = [
+        LogprobQuery(first + i, seq.token_ids[next_index + i], params.prompt_logprobs or 0) for i in range(num_prompt)
+    ]
+    emitted_rows = [0, *(draft + 1 for draft in result.accepted)]
+    for row, token_id in zip(emitted_rows[:num_output], result.token_ids, strict=False):
+        queries.append(LogprobQuery(first + item.num_scored + row, token_id, params.logprobs or 0))
+    return queries
+
+
+def _select(values: Tensor, rows: IntArray) -> Tensor:
+    """Some rows, in ascending order; the tensor itself where that is all of them."""
+    if len(rows) == values.shape[0]:
+        return values
+    return values.index_select(0, torch.from_numpy(rows).to(values.device))
+
+
+def _put(values: Tensor, rows: IntArray, some: Tensor) -> None:
+    values[torch.from_numpy(rows).to(values.device)] = some

@@ -1,0 +1,268 @@
+"""Keeps an engine process running: starts it, watches it, kills it when it hangs, starts it again, gives up in time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from engine.child import EngineChild, Ending, spawn_child
+from engine.config import EngineConfig
+from engine.crash_report import CrashReport, Death, describe_death, installed_versions, write_crash_report
+from engine.messages import Configure, Failed, FromEngine, ModelInfo, Phase, Ready, Shutdown, Step, ToEngine
+from engine.types import StepStats
+
+logger = logging.getLogger(__name__)
+
+
+class EngineState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"  # it will not come back
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisionLimits:
+    """When the engine process is given up on. Times in seconds."""
+
+    silence: float = 5.0  # without a frame, heartbeats included
+    starting_silence: float = 60.0  # the same before it is ready: imports may hold the interpreter for long
+    step: float = 120.0  # one step
+    heartbeat_interval: float = 1.0
+    check_interval: float = 0.25
+    stop_grace: float = 5.0  # from Shutdown to SIGKILL
+    max_deaths: int = 3  # within `death_window`: it fails at this one
+    death_window: float = 300.0
+    first_backoff: float = 0.1  # doubles with each death in the window
+    max_backoff: float = 5.0
+
+
+class EngineObserver(Protocol):
+    """Hears what happens to the engine: for metrics and logs. Called in the event loop; must not block or raise."""
+
+    def on_phase(self, name: str, detail: str) -> None: ...
+
+    def on_ready(self, model: ModelInfo) -> None: ...
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_started(self, request_id: str, waited_seconds: float) -> None:
+        """The request ran for the first time; not called again when it is replayed."""
+        ...
+
+    def on_death(self, reason: str) -> None: ...
+
+    def on_replay(self, num_requests: int) -> None: ...
+
+
+class Listener(Protocol):
+    """Whoever has requests in the engine."""
+
+    def engine_ready(self, send: Callable[[ToEngine], int], model: ModelInfo) -> None:
+        """A fresh process without requests waits; `send` returns the number of the frame."""
+        ...
+
+    def engine_stepped(self, step: Step) -> None: ...
+
+    def engine_died(self, blamed_ids: list[str]) -> None:
+        """Its requests are gone, another process follows. `blamed_ids` were in the batch of the step it died in."""
+        ...
+
+    def engine_gone(self, kind: str, message: str) -> None:
+        """No process follows."""
+        ...
+
+
+class Supervisor:
+    """Runs one engine process at a time until `stop`, or until it is not worth another try."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        observer: EngineObserver,
+        listener: Listener,
+        *,
+        limits: SupervisionLimits,
+        factory: str,
+    ) -> None:
+        # only the engine's own sections: the server's subclass of the config holds keys that must not cross
+        self._config_json = config.model_dump_json(include=set(EngineConfig.model_fields))
+        self._observer = observer
+        self._listener = listener
+        self._limits = limits
+        self._factory = factory
+        self._child: EngineChild | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._deaths: deque[Death] = deque(maxlen=limits.max_deaths)
+        self.state = EngineState.STARTING
+        self.phase = "process"
+        self.phase_detail = ""
+        self.model: ModelInfo | None = None
+        self.failure: Failed | None = None
+        self.failed = asyncio.Event()
+        self.num_restarts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process, if one runs."""
+        return None if self._child is None else self._child.pid
+
+    def start(self) -> None:
+        assert self._task is None, "started twice"
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="engine supervisor")
+
+    async def stop(self) -> None:
+        """Ends the process, with SIGKILL if it does not go by itself. May be called in any state, and again."""
+        was_ready = self.state is EngineState.READY
+        if self.state is not EngineState.FAILED:
+            self.state = EngineState.STOPPED
+        self._stopping.set()
+        if self._child is not None:
+            if was_ready:
+                self._child.send(Shutdown())
+            else:
+                self._child.kill()  # it does not read its inbox yet, and has nothing to lose
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        try:
+            while not self._stopping.is_set() and await self._live_once():
+                await self._back_off()
+                self.num_restarts += not self._stopping.is_set()
+        except Exception as error:  # border: no process could be started, or the supervision has a bug
+            logger.exception("the supervision of the engine process failed")
+            self._fail(Failed("internal", f"cannot run the engine process: {error}"))
+
+    async def _live_once(self) -> bool:
+        """Runs one process from its start to its end. Returns whether another is worth a try."""
+        child = await spawn_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
+        self._child = child
+        try:
+            child.listen(self._take)
+            child.send(Configure(self._config_json))
+            hang = await self._watch(child)
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            ending = await child.end(grace=self._limits.stop_grace if self._stopping.is_set() else 1.0)
+            self._child = None
+        if self._stopping.is_set():
+            return False
+        return self._judge(ending, hang or ending.describe())
+
+    def _take(self, message: FromEngine) -> None:
+        if self._stopping.is_set():
+            return
+        if isinstance(message, Step):
+            if message.stats is not None:
+                self._observer.on_step(message.stats)
+            self._listener.engine_stepped(message)
+        elif isinstance(message, Phase):
+            self._enter_phase(message.name, message.detail)
+        elif isinstance(message, Ready):
+            self._become_ready(message.model)
+
+    def _enter_phase(self, name: str, detail: str) -> None:
+        self.phase, self.phase_detail = name, detail
+        self._observer.on_phase(name, detail)
+
+    def _become_ready(self, model: ModelInfo) -> None:
+        assert self._child is not None
+        self.model = model
+        self.state = EngineState.READY
+        self.phase, self.phase_detail = "ready", ""
+        self._observer.on_ready(model)
+        self._listener.engine_ready(self._child.send, model)
+
+    async def _watch(self, child: EngineChild) -> str | None:
+        """Returns when the process has ended, or when it hung and was killed: then why."""
+        loop = asyncio.get_running_loop()
+        silent, last = 0.0, loop.time()
+        while not child.has_ended and not self._stopping.is_set():
+            await _wait_any(child.connection.closed, self._stopping, timeout=self._limits.check_interval)
+            now = loop.time()
+            # a long pause of our own (a stopped terminal job, a blocked loop) says nothing about the child
+            silent = 0.0 if child.take_heard() else silent + min(now - last, 2 * self._limits.check_interval)
+            last = now
+            hang = self._find_hang(child, silent)
+            if hang is not None:
+                self.state = EngineState.RESTARTING
+                child.kill()
+                return hang
+        return None
+
+    def _find_hang(self, child: EngineChild, silent: float) -> str | None:
+        is_ready = self.state is EngineState.READY
+        limit = self._limits.silence if is_ready else self._limits.starting_silence
+        if silent > limit:
+            return f"the engine process gave no sign of life for {limit:g} s"
+        if child.step_seconds > self._limits.step:
+            return f"a step of the engine took longer than {self._limits.step:g} s"
+        return None
+
+    def _judge(self, ending: Ending, reason: str) -> bool:
+        was_ready = self.phase == "ready"
+        death = describe_death(ending, reason=reason, was_ready=was_ready)
+        self._deaths.append(death)
+        if self.model is None:
+            self._fail(_startup_failure(ending, reason))
+            return False
+        self.state = EngineState.RESTARTING
+        self._enter_phase("process", reason)
+        logger.error("%s; %d requests were in the step", reason, len(ending.batch))
+        self._observer.on_death(reason)
+        if len(self._deaths) == self._limits.max_deaths:
+            if death.at - self._deaths[0].at <= self._limits.death_window:
+                self._fail(self._crash_loop(reason))
+                return False
+        self._listener.engine_died([line.request_id for line in ending.batch])
+        return True
+
+    def _crash_loop(self, reason: str) -> Failed:
+        report = CrashReport(
+            written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            reason=reason,
+            architecture=None if self.model is None else self.model.architecture,
+            fingerprint=None if self.model is None else self.model.fingerprint,
+            versions=installed_versions(),
+            deaths=list(self._deaths),
+        )
+        path = write_crash_report(report)
+        where = "" if path is None else f"; crash report: {path}"
+        count, window = self._limits.max_deaths, self._limits.death_window
+        return Failed("crash_loop", f"the engine process died {count} times within {window:g} s, last: {reason}{where}")
+
+    def _fail(self, failure: Failed) -> None:
+        logger.error("the engine will not come back: %s", failure.message)
+        self.failure = failure
+        self.state = EngineState.FAILED
+        self._listener.engine_gone("engine_failed", "the engine stopped working and will not come back")
+        self.failed.set()
+
+    async def _back_off(self) -> None:
+        now = time.time()
+        num_recent = sum(now - death.at <= self._limits.death_window for death in self._deaths)
+        delay = min(self._limits.first_backoff * 2 ** (num_recent - 1), self._limits.max_backoff)
+        await _wait_any(self._stopping, timeout=delay)
+
+
+def _startup_failure(ending: Ending, reason: str) -> Failed:
+    if ending.failed is not None:
+        return ending.failed
+    tail = "".join(f"\n  {line}" for line in ending.output_tail)
+    kind = "memory" if ending.was_out_of_memory else "internal"
+    return Failed(kind, f"{reason} while it started" + (f"; its last output was:{tail}" if tail else ""))
+
+
+async def _wait_any(*conditions: asyncio.Event | asyncio.Future[object], timeout: float) -> None:
+    """Returns when one of the conditions holds, or after `timeout` seconds."""

@@ -1,0 +1,25 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and fused with a residual addition."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in x's dtype.
+
+    x: [..., dim]; weight: [dim]
+    """
+    if x.dtype == weight.dtype and x.element_size() == 4:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalises x + residual, and returns (normalised, x + residual): the second is the next residual.
+
+    x, residual: [..., dim]; weight: [dim]. Neither input is changed.
+    """
+    residual = x + residual
+    return rms_norm(residual, weight, eps), residual

@@ -1,0 +1,42 @@
+"""What else the machine does, and what a server holds: for measurements on the machine that serves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import psutil
+
+
+async def busy_cores(seconds: float = 1.0) -> float:
+    """Cores in use over the next `seconds`, by all processes together. Between runs the servers count as well: one that
+    spins while it has nothing to do takes from the others."""
+    psutil.cpu_percent()  # the next call counts from here
+    await asyncio.sleep(seconds)
+    return psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
+
+
+async def wait_until_quiet(limit: float, patience: float) -> float:
+    """Returns when fewer than `limit` cores are in use, or after `patience` seconds; the last value seen."""
+    deadline = time.perf_counter() + patience
+    while (busy := await busy_cores()) >= limit and time.perf_counter() < deadline:
+        pass
+    return busy
+
+
+def memory_of(pid: int) -> int | None:
+    """Bytes of a process and its descendants, shared pages divided among those that share them. None if it is gone."""
+    try:
+        root = psutil.Process(pid)
+        return sum(_proportional(process) for process in [root, *root.children(recursive=True)])
+    except psutil.Error:
+        return None
+
+
+def _proportional(process: psutil.Process) -> int:
+    try:
+        info = process.memory_full_info()
+    except psutil.NoSuchProcess:  # it ended while we looked
+        return 0
+    return int(getattr(info, "pss", info.rss))  # only Linux has pss
+

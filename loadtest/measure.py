@@ -1,0 +1,109 @@
+"""One measurement: a scenario against a server, with everything that belongs into the record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from loadtest.arrivals import ClosedLoop, OpenLoop
+from loadtest.calibration import calibrate
+from loadtest.client import Client, Target
+from loadtest.environment import first_model, server_version
+from loadtest.machine_load import memory_of
+from loadtest.outcome import Failure, Outcome
+from loadtest.progress import Progress
+from loadtest.runner import Plan, run
+from loadtest.session import Measurement, Scenario, Server
+from loadtest.slo import ServiceLevel
+from loadtest.statistics import summarize
+from loadtest.workload import PromptText, Workload
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server under test. pid: its process on this machine, to read its memory. sends_text: words, not token ids"""
+
+    name: str
+    target: Target
+    sends_text: bool = False
+    pid: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario in the objects that run it."""
+
+    name: str
+    workload: Workload
+    plan: Plan
+
+    def scenario(self) -> Scenario:
+        arrivals, workload = self.plan.arrivals, self.workload
+        return Scenario(
+            name=self.name,
+            prompt_length=str(workload.prompt_length),
+            output_length=str(workload.output_length),
+            concurrency=arrivals.concurrency if isinstance(arrivals, ClosedLoop) else None,
+            rate=arrivals.rate if isinstance(arrivals, OpenLoop) else None,
+            num_requests=self.plan.num_requests,
+            duration=self.plan.duration,
+            num_shared_tokens=workload.num_shared_tokens,
+            shared_fraction=workload.shared_fraction if workload.num_shared_tokens else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class ReadyPeer:
+    """A peer that has answered: its model's name is known, and how many words make a token where it takes text."""
+
+    peer: Peer
+    server: Server
+    text: PromptText | None
+
+
+async def prepare(peer: Peer, *, seed: int) -> ReadyPeer:
+    """Asks the server for its model and version. Raises ValueError if it cannot be reached or used."""
+    async with Client(peer.target) as client:
+        model = peer.target.model or await first_model(client.http)
+        version = await server_version(client.http)
+    peer = replace(peer, target=replace(peer.target, model=model))
+    text = await calibrate(peer.target, seed=seed) if peer.sends_text else None
+    extra = msgspec.json.encode(dict(peer.target.extra_body)).decode()
+    server = Server(peer.name, peer.target.base_url, model, version, str(peer.target.api), extra)
+    return ReadyPeer(peer, server, text)
+
+
+async def measure(
+    ready: ReadyPeer, case: Case, *, round: int, service_level: ServiceLevel | None, progress: Progress
+) -> Measurement:
+    """Runs the case once. Prompts differ from round to round, and are the same for every server of a round."""
+    workload = replace(case.workload, stream=round, text=ready.text)
+    async with Client(ready.peer.target) as client:
+        processor_before, wall_before = time.process_time(), time.perf_counter()
+        outcomes = await run(client, workload, case.plan, progress=progress)
+        processor, wall = time.process_time() - processor_before, time.perf_counter() - wall_before
+        num_events = client.num_events
+    pid = ready.peer.pid
+    return Measurement(
+        server=ready.peer.name,
+        scenario=case.name,
+        round=round,
+        figures=summarize(outcomes, service_level),
+        busy_cores=None,
+        is_disturbed=False,
+        memory=memory_of(pid) if pid is not None else None,
+        client_seconds_per_event=processor / num_events if num_events else None,
+        client_load=processor / wall,
+        failure_examples=_examples(outcomes),
+    )
+
+
+def _examples(outcomes: list[Outcome]) -> dict[str, str]:
+    """The first failure of each kind, in words."""
+    examples: dict[str, str] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            examples.setdefault(outcome.kind, outcome.detail)
+    return examples

@@ -1,0 +1,51 @@
+"""The line that tells how a run goes: on a terminal only, so that logs and pipes stay clean."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm import tqdm
+
+from loadtest.outcome import Answer, Outcome
+
+
+class Progress:
+    """Says nothing; the base of `TerminalProgress`."""
+
+    def sent(self) -> None:
+        """A request was sent."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """A request has its outcome."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class TerminalProgress(Progress):
+    """One updating line on standard error: requests done, in flight and failed, output tokens per second so far."""
+
+    def __init__(self, title: str, num_requests: int | None) -> None:
+        self._bar = tqdm[None](total=num_requests, desc=title, unit="req", disable=None, leave=False)
+        self._started_at = time.perf_counter()
+        self._num_in_flight = 0
+        self._num_failures = 0
+        self._num_tokens = 0
+
+    def sent(self) -> None:
+        self._num_in_flight += 1
+
+    def ended(self, outcome: Outcome) -> None:
+        self._num_in_flight -= 1
+        if isinstance(outcome, Answer):
+            self._num_tokens += outcome.num_output_tokens
+        else:
+            self._num_failures += 1
+        rate = self._num_tokens / (time.perf_counter() - self._started_at)
+        self._bar.set_postfix_str(
+            f"{rate:.0f} tok/s, {self._num_in_flight} in flight, {self._num_failures} failed", refresh=False
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,78 @@
+"""Token ids to text, as they come."""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass
+
+from server.stop_strings import StopStrings
+from server.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How a request wants its tokens turned into text, and which text ends it."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    min_tokens: int = 0  # stop strings that end before this many tokens are ordinary text
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+
+class Detokenizer:
+    """Decodes one choice's tokens and watches for its stop strings.
+
+    Works a token at a time, so that the text does not depend on how the tokens were grouped into steps. Two kinds of
+    text are held back: the first bytes of a character whose last bytes have not come, and what may be the beginning
+    of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stops = StopStrings(options.stop)
+        self._held = ""
+        self._after_special = False
+        self.num_tokens = 0
+        self.num_characters = 0  # decoded so far, held ones included
+        self.matched_stop: str | None = None
+
+    def push(self, token_id: int) -> str:
+        """The text that has become certain with this token. After `matched_stop` is set, push nothing more."""
+        assert self.matched_stop is None
+        self.num_tokens += 1
+        return self._release(self._utf8.decode(self._bytes(token_id)))
+
+    def flush(self) -> str:
+        """The text that was held back, once no more tokens will come. An unfinished character becomes U+FFFD."""
+        text = self._release(self._utf8.decode(b"", final=True))
+        if self.matched_stop is not None:
+            return text
+        text, self._held = text + self._held, ""
+        return text
+
+    def _bytes(self, token_id: int) -> bytes:
+        is_special = token_id in self._tokenizer.special_ids
+        if is_special and self._options.skip_special_tokens:
+            return b""
+        token = self._tokenizer.token_bytes(token_id)
+        if is_special and self._after_special and not self._options.spaces_between_special_tokens:
+            token = token.removeprefix(b" ")
+        self._after_special = is_special
+        return token
+
+    def _release(self, piece: str) -> str:
+        self.num_characters += len(piece)
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        for end, character in enumerate(piece, start=len(self._held) + 1):
+            found = self._stops.advance(character)
+            if found is not None and self.num_tokens >= self._options.min_tokens:
+                self.matched_stop, self._held = found, ""
+                return text[:end] if self._options.include_stop else text[: end - len(found)]
+        certain = len(text) - self._stops.num_held
+        self._held = text[certain:]
+        return text[:certain]

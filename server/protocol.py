@@ -1,0 +1,156 @@
+"""What both ways to ask for text accept: the fields of the OpenAI API, vLLM's extensions to them, and ours.
+
+Types are strict ("1" is not 1), bounds that no configuration widens stand in the types, and null means absent.
+Unknown fields are kept, so that the answer can name them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Never
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue
+
+MAX_TOKEN_ID = 2**31 - 1
+MAX_STOP_LENGTH = 1024  # characters of one stop string
+MAX_ID_LENGTH = 128
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], FailFast()]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+NumLogprobs = Annotated[int, Field(ge=0, le=1000)]
+RequestIdText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[A-Za-z0-9._:=+/@-]+$")]
+Plain = Annotated[str, Field(max_length=65536)] | bool | int | float | None
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=(), frozen=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = Field(None, description="one more chunk at the end, with the usage")
+    continuous_usage_stats: bool | None = Field(None, description="the usage so far in every chunk")
+    include_obfuscation: Literal[False] | None = Field(None, description="chunks are never padded")
+
+
+class Speculation(Body):
+    enabled: bool | None = Field(None, description="false: no drafts for this request")
+    num_drafts: Annotated[int, Field(ge=0, le=64)] | None = Field(None, description="drafted tokens per step")
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class SamplingFields(Body):
+    """How tokens are chosen."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: the most likely token")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = Field(None, description="0 or -1: off")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
+        None, description="over prompt and output; 1: off"
+    )
+    logit_bias: dict[str, Bias] | None = Field(None, description="token id to what is added to its logit")
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+        None, description="the same seed gives the same text, whatever else is running"
+    )
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="nothing stops the output before this many tokens"
+    )
+    ignore_eos: bool | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16), FailFast()] | None = Field(
+        None, description="text that ends the output; how many may be given is a limit of the server"
+    )
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=1024), FailFast()] | None = Field(
+        None, description="texts that must not be written"
+    )
+    speculation: Speculation | None = None
+
+
+class RequestFields(SamplingFields):
+    """What both endpoints share beyond sampling."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="choices per prompt; limited by the server")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    echo: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="keep the last so many tokens of a prompt; -1: as many as fit"
+    )
+    prompt_logprobs: NumLogprobs | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = Field(None, description="lower runs first")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="cached prefixes are shared only between requests with the same salt"
+    )
+    request_id: RequestIdText | None = None
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(None, description="seconds")
+    timing: bool | None = Field(None, description="tell where the time went")
+    strict: bool | None = Field(None, description="refuse fields that the server does not know")
+
+    # Accepted, because they do not change the text.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, JsonValue] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    # Refused, because they would.
+    response_format: TextFormat | None = None
+    structured_outputs: None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    use_beam_search: Literal[False] | None = None
+
+
+class CompletionBody(RequestFields):
+    """The body of POST /v1/completions."""
+
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), FailFast()]
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1), FailFast()]
+    ) = Field(description="a text, several texts, token ids, or several lists of token ids")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="default 16; 0 only with echo"
+    )
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="must be equal to n")
+    logprobs: NumLogprobs | None = Field(None, description="log-probabilities of this many most likely tokens, too")
+    suffix: Literal[""] | None = Field(None, description="no served model can fill in the middle")
+
+
+class TokenizeBody(Body):
+    """The body of POST /tokenize: one of `prompt` and `content`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """The body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds
+    skip_special_tokens: bool | None = None
+
+
+NotYet = Annotated[list[Never], Field(max_length=0)] | None

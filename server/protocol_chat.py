@@ -1,0 +1,73 @@
+"""The body of POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from server.protocol import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, Plain, RequestFields
+
+MAX_MESSAGES = 4096
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+
+
+class InstructionMessage(Body):
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: NotYet = None
+    function_call: None = None
+    audio: None = None
+
+
+class ToolMessage(Body):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+ChatMessage = Annotated[InstructionMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class ChatBody(RequestFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="default: what the context leaves"
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="the older name of max_completion_tokens, which wins"
+    )
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = Field(None, description="only with logprobs")
+    add_generation_prompt: bool | None = Field(None, description="default true")
+    continue_final_message: bool | None = Field(None, description="go on writing the last message")
+    chat_template_kwargs: dict[str, Plain] | None = Field(None, description="variables for the chat template")
+
+    # Without tools these two change nothing.
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    # Refused, because they would change the answer.
+    tools: NotYet = None
+    functions: NotYet = None
+    function_call: None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    web_search_options: None = None

@@ -1,0 +1,161 @@
+"""Text to token ids and back, from the files of the model alone: the `tokenizers` library and the model's chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from tokenizers import Tokenizer as Backend
+
+from engine.messages import TokenizerAssets
+
+Plain = str | int | float | bool | None
+Message = Mapping[str, str | None]
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+LONG_TEXT = 4096  # characters; encoding more than this leaves the event loop for a thread
+RESERVED_VARIABLES = frozenset(
+    {
+        "messages",
+        "tools",
+        "documents",
+        "conversations",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "return_assistant_tokens_mask",
+    }
+)
+
+
+class Tokenizer:
+    """One model's tokenizer. Immutable after construction, so threads may share it."""
+
+    def __init__(self, assets: TokenizerAssets) -> None:
+        self._backend = Backend.from_str(assets.tokenizer_json)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._assets = assets
+        self._bos_id = self._find_bos_id() if assets.add_bos_token else None
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._decoder_types = _decoder_types(self._backend)
+        self._bytes: dict[int, bytes] = {}
+        self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor_text = self._backend.decode(self._anchor, skip_special_tokens=False)
+        self.max_token_characters = max(map(len, self._backend.get_vocab()), default=1)
+
+    def _find_bos_id(self) -> int:
+        token = self._assets.special_tokens.get("bos_token")
+        token_id = self._backend.token_to_id(token) if token else None
+        if token_id is None:
+            raise ValueError(f"the model's files ask for a BOS token, but its tokenizer has none (bos_token: {token!r})")
+        return token_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._assets.chat_template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
+            return [self._bos_id, *ids]
+        return ids
+
+    async def encode_async(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """As `encode`; the library lets go of the interpreter lock, so long texts do not hold up other requests."""
+        if len(text) < LONG_TEXT:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence. Ids without a token give no text."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to text that it does not begin; joined and read as UTF-8, they are the text."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._read_bytes(token_id)
+        return found
+
+    def _read_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:  # the model's vocabulary may be padded beyond the tokenizer's
+            return b""
+        if "ByteLevel" in self._decoder_types:
+            return _byte_level_bytes(token)
+        if "ByteFallback" in self._decoder_types and (match := BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        text = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text[len(self._anchor_text) :].encode()
+
+    def token_text(self, token_id: int) -> str:
+        """The token by itself, for people to read. Part of a character is shown as its bytes, as in `bytes:\\xf0\\x9f`."""
+        token = self.token_bytes(token_id)
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Plain],
+    ) -> str:
+        """The prompt that the model's chat template makes of a conversation, in a sandbox.
+
+        Raises ValueError if there is no template, or if the template refuses the conversation.
+        """
+        if self._assets.chat_template is None:
+            raise ValueError("this model has no chat template; use /v1/completions, or start with model.chat_template")
+        if taken := sorted((RESERVED_VARIABLES | set(self._assets.special_tokens)) & set(variables)):
+            raise ValueError(f"chat_template_kwargs must not set {', '.join(taken)}: the server sets it")
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template  # over a second to import
+
+        developer = "developer" if "developer" in self._assets.chat_template else "system"
+        turns = [dict(turn, role=developer if turn["role"] == "developer" else turn["role"]) for turn in messages]
+        try:
+            rendered, _ = render_jinja_template(
+                [turns],
+                chat_template=self._assets.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **self._assets.special_tokens,
+                **variables,
+            )
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            reason = str(error).split("Final message to continue:")[0]  # not the conversation itself
+            raise ValueError(f"the model's chat template refused the messages: {reason}") from error
+        return str(rendered[0])
+
+
+def _decoder_types(backend: Backend) -> frozenset[str]:
+    """The names of the steps that the tokenizer's decoder consists of."""
+    if backend.decoder is None:
+        return frozenset()
+    state = json.loads(backend.decoder.__getstate__())
+    return frozenset(str(step["type"]) for step in [state, *state.get("decoders", [])])
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where it is printable, else the next code point from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([BYTE_LEVEL[character] for character in token])
+    except KeyError:  # an added token that was never spelt in the alphabet
+        return token.encode()

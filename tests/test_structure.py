@@ -1,0 +1,116 @@
+"""The rules of ARCHITECTURE.md that a machine can check."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("server", "engine", "kernels", "loadtest")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAY_IMPORT = {
+    "server": {"server", "engine"},
+    "engine": {"engine", "kernels"},
+    "kernels": {"kernels"},
+    "loadtest": {"loadtest"},  # HTTP only; its microbenchmarks look inside
+    "loadtest/micro": {"loadtest", "engine", "kernels"},
+}
+FROM_ENGINE = {"engine.types", "engine.messages", "engine.config", "engine.client", "engine.supervisor"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_KERNEL_LINES = 150
+MAX_PARAMETERS = 7
+FORBIDDEN_NAMES = re.compile(r"^(utils?|helpers?|common|misc|legacy|new_.*|.*_v2|.*_old)\.py$")
+
+
+def _imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node, node.module
+
+
+def _package(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return "loadtest/micro" if relative.parts[:2] == ("loadtest", "micro") else relative.parts[0]
+
+
+def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    for _, name in _imports(path):
+        package = name.split(".")[0]
+        if package in PACKAGES:
+            assert package in MAY_IMPORT[_package(path)], f"{path.name} imports {name}"
+
+
+def test_the_server_knows_only_the_engine_s_border() -> None:
+    """The plan and doctor commands run the engine's code themselves, inside functions."""
+    for path in (ROOT / "server").rglob("*.py"):
+        for _, name in _imports(path):
+            if name.split(".")[0] == "engine" and not path.name.startswith("cli"):
+                assert name in FROM_ENGINE, f"{path.name} imports {name}"
+
+
+def test_the_server_starts_without_torch_and_transformers() -> None:
+    code = "import sys, server.serve, server.app; print(*{'torch', 'transformers', 'triton'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert not FORBIDDEN_NAMES.match(path.name), f"{path.name} says nothing about what is in it"
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for function in _functions(path):
+        is_kernel = any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+        num_lines = (function.end_lineno or 0) - function.lineno + 1
+        assert num_lines <= (MAX_KERNEL_LINES if is_kernel else MAX_FUNCTION_LINES), f"{function.name}: {num_lines}"
+        arguments = function.args
+        names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        num_parameters = len([name for name in names if name not in ("self", "cls")])
+        if _package(path) not in ("kernels", "loadtest/micro"):
+            assert num_parameters <= MAX_PARAMETERS, f"{function.name} has {num_parameters} parameters"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled_or_trusted(path: Path) -> None:
+    text = path.read_text()
+    for _, name in _imports(path):
+        assert name.split(".")[0] not in {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    assert "trust_remote_code=True" not in text
+    assert "weights_only=False" not in text
+    assert not re.search(r"(?<![\w.])(eval|exec)\(", text)
+
+
+def _registries() -> Iterator[tuple[str, str, str]]:
+    for path in (*(ROOT / "engine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+                for value in node.value.values:
+                    is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+                    if is_text and re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", value.value):
+                        yield path.name, *value.value.split(":")
+
+
+def test_registries_resolve() -> None:
+    entries = list(_registries())
+    assert len(entries) >= 8
+    for file, module, name in entries:
+        assert getattr(importlib.import_module(module), name, None) is not None, f"{file}: {module}:{name}"
+
+
+def test_kernels_package_stays_empty() -> None:
+    """transformers imports any package of this name."""
+    assert (ROOT / "kernels" / "__init__.py").read_text() == ""

@@ -5,26 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
+from engine.attention_plan import AttentionPlan, DecodeGroup, Geometry, PromptChunk, build_plan
 from engine.forward_batch import ForwardBatch
-from kernels.attention import paged_attention, store_kv
+from kernels.batched_attention import attend, attend_chunk, gather_context
 
 if TYPE_CHECKING:
     from engine.kv_cache import KVCache
 
+ATTENTION_BACKENDS = {"torch": "engine.attention:TorchAttention"}
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """What an attention layer asks of its back end. `window`: a query sees itself and the `window - 1` tokens before it."""
+    """What an attention layer asks of its back end."""
 
     index: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    window: int | None = None
-    soft_cap: float | None = None
+    window: int | None = None  # a query sees itself and the `window - 1` tokens before it
+    soft_cap: float | None = None  # scores become soft_cap * tanh(score / soft_cap)
 
 
 class AttentionBackend(Protocol):
@@ -43,19 +47,58 @@ class AttentionBackend(Protocol):
 
 
 class TorchAttention:
-    """Attention by torch's own operations."""
+    """Attention by torch's own operations: batched products for decoding rows, the fused kernel for prompt chunks.
+
+    Scores are computed in the dtype of the queries, which should be one that the device multiplies fast; the cache may
+    have another.
+    """
 
     def __init__(self, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
+        self._blocks = [kv.view(-1, kv.shape[3] * kv.shape[4]) for kv in kv_cache.kv]
+        self._tokens = [kv.view(-1, kv.shape[4]) for kv in kv_cache.kv]
+        self._plans: dict[Geometry, AttentionPlan] = {}
 
     def plan(self, batch: ForwardBatch) -> None:
-        pass
+        """Forgets the last step; a plan is made by the first layer of each geometry, since a model has few."""
+        self._plans.clear()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
-        k_cache, v_cache = self.kv_cache.k[layer.index], self.kv_cache.v[layer.index]
-        store_kv(k, v, k_cache, v_cache, batch.slots)
-        return paged_attention(q, k_cache, v_cache, batch.block_tables, batch.query_starts, batch.seq_lens,
-                               layer.scale, layer.window, layer.soft_cap, batch.tree_mask, batch.positions)
+        plan = self._plan(q, layer, batch)
+        tokens = self._tokens[layer.index]
+        tokens.index_copy_(0, plan.store_rows, torch.cat((k, v), dim=1).view(-1, layer.head_dim).to(tokens.dtype))
+        if plan.in_order:  # every sequence decodes one token, and all contexts are about as long
+            return self._attend_group(q, plan.groups[0], layer).view(q.shape)
+        head_rows = q.reshape(-1, layer.head_dim)
+        out = torch.empty_like(head_rows)
+        for group in plan.groups:
+            rows = head_rows.index_select(0, group.query_rows)
+            out.index_copy_(0, group.query_rows, self._attend_group(rows, group, layer).view(rows.shape))
+        out = out.view(q.shape)
+        for chunk in plan.chunks:
+            out[chunk.rows] = self._attend_chunk(q[chunk.rows], chunk, layer)
+        return out
 
+    def _attend_group(self, q: Tensor, group: DecodeGroup, layer: AttentionLayer) -> Tensor:
+        blocks, dtype = self._blocks[layer.index], q.dtype
+        k, v = gather_context(blocks, group.block_rows, group.blank_rows, group.num_contexts, layer.head_dim)
+        rows = q.reshape(group.num_contexts, -1, layer.head_dim)
+        out: Tensor = attend(rows, k.to(dtype), v.to(dtype), group.bias, layer.scale, layer.soft_cap)
+        return out
 
-ATTENTION_BACKENDS = {"torch": "engine.attention:TorchAttention"}
+    def _attend_chunk(self, q: Tensor, chunk: PromptChunk, layer: AttentionLayer) -> Tensor:
+        blocks, dtype = self._blocks[layer.index], q.dtype
+        k, v = gather_context(blocks, chunk.block_rows, None, layer.num_kv_heads, layer.head_dim)
+        k, v = k[:, : chunk.num_tokens].to(dtype), v[:, : chunk.num_tokens].to(dtype)
+        out: Tensor = attend_chunk(q, k, v, chunk.bias, layer.scale, layer.soft_cap)
+        return out
+
+    def _plan(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> AttentionPlan:
+        cache = self.kv_cache
+        geometry = Geometry(
+            layer.num_heads, layer.num_kv_heads, layer.window, cache.num_blocks, cache.block_size, q.dtype
+        )
+        plan = self._plans.get(geometry)
+        if plan is None:
+            plan = self._plans[geometry] = build_plan(batch, geometry)
+        return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 NUM_TAIL_LINES = 20
 EXIT_POLL = 0.01  # seconds
+KILL_GRACE = 10.0  # seconds that a killed process may take to go
+OUTPUT_GRACE = 0.5  # seconds that a dead process's last bytes may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,34 +140,43 @@ class EngineChild:
 
     async def end(self, *, grace: float) -> Ending:
         """Waits up to `grace` seconds for the process to go, kills it after, and releases all that belonged to it."""
-        try:
-            async with asyncio.timeout(grace):
-                while self._process.poll() is None:
-                    await asyncio.sleep(EXIT_POLL)
-        except TimeoutError:
+        if self._broken_frame() is not None:
             self.kill()
-            while self._process.poll() is None:
-                await asyncio.sleep(EXIT_POLL)
+        if not await self._exits_within(grace):
+            self.kill()
+            if not await self._exits_within(KILL_GRACE):
+                logger.error("the engine process %d does not die: it hangs in the kernel", self.pid)
         # its last words may still be on their way; a grandchild that inherited the pipes must not hold us up
-        await asyncio.wait({self.connection.closed, self._tail.closed}, timeout=0.5)
+        await asyncio.wait([asyncio.gather(self.connection.closed, self._tail.closed)], timeout=OUTPUT_GRACE)
         return self._release()
+
+    async def _exits_within(self, seconds: float) -> bool:
+        """Polls: the loop's own ways of waiting for a child differ between loops and want signals or threads."""
+        deadline = time.monotonic() + seconds
+        while self._process.poll() is None:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(EXIT_POLL)
+        return True
 
     def _release(self) -> Ending:
         self.connection.close()
         self._output.close()
         batch = self._note.read()
         self._note.close()
-        error = self.connection.closed.result() if self.connection.closed.done() else None
-        assert self._process.returncode is not None
+        exit_code = -signal.SIGKILL if self._process.returncode is None else self._process.returncode
         return Ending(
-            exit_code=self._process.returncode,
+            exit_code=exit_code,
             batch=batch,
             output_tail=self._tail.lines(),
             failed=self.failed,
-            was_out_of_memory=self._process.returncode == -signal.SIGKILL
-            and count_oom_kills() > self._oom_kills_at_start,
-            broken_frame=None if error is None else str(error),
+            was_out_of_memory=exit_code == -signal.SIGKILL and count_oom_kills() > self._oom_kills_at_start,
+            broken_frame=self._broken_frame(),
         )
+
+    def _broken_frame(self) -> str | None:
+        error = self.connection.closed.result() if self.connection.closed.done() else None
+        return None if error is None else str(error)
 
 
 async def spawn_child(factory: str, *, heartbeat_interval: float) -> EngineChild:
@@ -171,36 +184,41 @@ async def spawn_child(factory: str, *, heartbeat_interval: float) -> EngineChild
 
     The child gets a session of its own, so that Ctrl-C at the terminal reaches the server alone.
     """
-    ours, theirs = socket.socketpair()
-    read_fd, write_fd = os.pipe()
-    note_fd = create_note_fd()
-    note = CrashNote(os.dup(note_fd))
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "engine.process", str(theirs.fileno()), str(note_fd), str(os.getpid())]
-            + ["--factory", factory, "--heartbeat-interval", str(heartbeat_interval)],
-            stdin=subprocess.DEVNULL,
-            stdout=write_fd,
-            stderr=write_fd,
-            pass_fds=(theirs.fileno(), note_fd),
-            start_new_session=True,
-            env=_environment(),
-        )
-    except BaseException:
-        ours.close()
-        os.close(read_fd)
-        note.close()
-        raise
-    finally:
-        theirs.close()
-        os.close(write_fd)
-        os.close(note_fd)
-    loop = asyncio.get_running_loop()
-    ours.setblocking(False)
-    output, tail = await loop.connect_read_pipe(OutputTail, os.fdopen(read_fd, "rb", buffering=0))
-    child = EngineChild(process, note, tail, output)
-    await loop.create_unix_connection(lambda: child.connection, sock=ours)
-    return child
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        our_socket, their_socket = socket.socketpair()
+        ours.callback(our_socket.close)
+        theirs.callback(their_socket.close)
+        read_fd, write_fd = os.pipe()
+        output_file = ours.enter_context(os.fdopen(read_fd, "rb", buffering=0))
+        theirs.callback(os.close, write_fd)
+        note_fd = create_note_fd()
+        theirs.callback(os.close, note_fd)
+        note = CrashNote(os.dup(note_fd))
+        ours.callback(note.close)
+        process = _launch((their_socket.fileno(), note_fd), write_fd, factory, heartbeat_interval)
+        ours.callback(process.wait)
+        ours.callback(process.kill)
+        loop = asyncio.get_running_loop()
+        output, tail = await loop.connect_read_pipe(OutputTail, output_file)
+        child = EngineChild(process, note, tail, output)
+        our_socket.setblocking(False)
+        await loop.create_unix_connection(lambda: child.connection, sock=our_socket)
+        ours.pop_all()  # from here on, all of it is released by `end`
+        return child
+
+
+def _launch(fds: tuple[int, int], output_fd: int, factory: str, heartbeat_interval: float) -> subprocess.Popen[bytes]:
+    socket_fd, note_fd = fds
+    command = [sys.executable, "-m", "engine.process", str(socket_fd), str(note_fd), str(os.getpid())]
+    return subprocess.Popen(
+        [*command, "--factory", factory, "--heartbeat-interval", str(heartbeat_interval)],
+        stdin=subprocess.DEVNULL,
+        stdout=output_fd,
+        stderr=output_fd,
+        pass_fds=fds,
+        start_new_session=True,
+        env=_environment(),
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -62,18 +62,19 @@ def installed_versions() -> dict[str, str]:
 
 
 def state_directory() -> Path:
-    """Where this program may leave files that outlive it: $XDG_STATE_HOME/peregrine, by default under ~/.local/state."""
+    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state."""
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(home) / "peregrine"
 
 
 def write_crash_report(report: CrashReport) -> Path | None:
     """Returns the file, readable by its owner alone. None if no directory could be written: a report must not fail."""
+    prefix = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-"
     content = msgspec.json.format(msgspec.json.encode(report), indent=2)
     for directory in (state_directory(), Path(tempfile.gettempdir())):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            fd, path = tempfile.mkstemp(prefix=f"crash-{time.strftime('%Y%m%d-%H%M%S')}-", suffix=".json", dir=directory)
+            fd, path = tempfile.mkstemp(prefix=prefix, suffix=".json", dir=directory)
             with os.fdopen(fd, "wb") as file:
                 file.write(content + b"\n")
         except OSError as error:

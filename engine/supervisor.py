@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from engine.child import EngineChild, Ending, spawn_child
+from engine.child import Ending, EngineChild, spawn_child
 from engine.config import EngineConfig
 from engine.crash_report import CrashReport, Death, describe_death, installed_versions, write_crash_report
 from engine.messages import Configure, Failed, FromEngine, ModelInfo, Phase, Ready, Shutdown, Step, ToEngine
@@ -100,7 +101,9 @@ class Supervisor:
         self._factory = factory
         self._child: EngineChild | None = None
         self._task: asyncio.Task[None] | None = None
-        self._stopping = asyncio.Event()
+        self._stopping = False
+        self._wake = asyncio.Event()  # set when the socket has ended, and by `stop`
+        self._has_been_ready = False  # the process that runs, or ran last
         self._deaths: deque[Death] = deque(maxlen=limits.max_deaths)
         self.state = EngineState.STARTING
         self.phase = "process"
@@ -122,9 +125,11 @@ class Supervisor:
     async def stop(self) -> None:
         """Ends the process, with SIGKILL if it does not go by itself. May be called in any state, and again."""
         was_ready = self.state is EngineState.READY
-        if self.state is not EngineState.FAILED:
+        if self.state not in (EngineState.FAILED, EngineState.STOPPED):
             self.state = EngineState.STOPPED
-        self._stopping.set()
+            self._listener.engine_gone("stopped", "the server is shutting down")
+        self._stopping = True
+        self._wake.set()
         if self._child is not None:
             if was_ready:
                 self._child.send(Shutdown())
@@ -135,9 +140,9 @@ class Supervisor:
 
     async def _run(self) -> None:
         try:
-            while not self._stopping.is_set() and await self._live_once():
+            while not self._stopping and await self._live_once():
                 await self._back_off()
-                self.num_restarts += not self._stopping.is_set()
+                self.num_restarts += not self._stopping
         except Exception as error:  # border: no process could be started, or the supervision has a bug
             logger.exception("the supervision of the engine process failed")
             self._fail(Failed("internal", f"cannot run the engine process: {error}"))
@@ -146,22 +151,24 @@ class Supervisor:
         """Runs one process from its start to its end. Returns whether another is worth a try."""
         child = await spawn_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
         self._child = child
+        self._has_been_ready = False
         try:
             child.listen(self._take)
+            child.connection.closed.add_done_callback(lambda closed: self._wake.set())
             child.send(Configure(self._config_json))
             hang = await self._watch(child)
         except BaseException:
             child.kill()
             raise
         finally:
-            ending = await child.end(grace=self._limits.stop_grace if self._stopping.is_set() else 1.0)
+            ending = await child.end(grace=self._limits.stop_grace if self._stopping else 1.0)
             self._child = None
-        if self._stopping.is_set():
+        if self._stopping:
             return False
         return self._judge(ending, hang or ending.describe())
 
     def _take(self, message: FromEngine) -> None:
-        if self._stopping.is_set():
+        if self._stopping:
             return
         if isinstance(message, Step):
             if message.stats is not None:
@@ -178,6 +185,7 @@ class Supervisor:
 
     def _become_ready(self, model: ModelInfo) -> None:
         assert self._child is not None
+        self._has_been_ready = True
         self.model = model
         self.state = EngineState.READY
         self.phase, self.phase_detail = "ready", ""
@@ -188,15 +196,16 @@ class Supervisor:
         """Returns when the process has ended, or when it hung and was killed: then why."""
         loop = asyncio.get_running_loop()
         silent, last = 0.0, loop.time()
-        while not child.has_ended and not self._stopping.is_set():
-            await _wait_any(child.connection.closed, self._stopping, timeout=self._limits.check_interval)
+        while not child.has_ended and not self._stopping:
+            await self._sleep(self._limits.check_interval)
             now = loop.time()
             # a long pause of our own (a stopped terminal job, a blocked loop) says nothing about the child
             silent = 0.0 if child.take_heard() else silent + min(now - last, 2 * self._limits.check_interval)
             last = now
             hang = self._find_hang(child, silent)
             if hang is not None:
-                self.state = EngineState.RESTARTING
+                if self.state is EngineState.READY:
+                    self.state = EngineState.RESTARTING
                 child.kill()
                 return hang
         return None
@@ -211,8 +220,7 @@ class Supervisor:
         return None
 
     def _judge(self, ending: Ending, reason: str) -> bool:
-        was_ready = self.phase == "ready"
-        death = describe_death(ending, reason=reason, was_ready=was_ready)
+        death = describe_death(ending, reason=reason, was_ready=self._has_been_ready)
         self._deaths.append(death)
         if self.model is None:
             self._fail(_startup_failure(ending, reason))
@@ -221,10 +229,10 @@ class Supervisor:
         self._enter_phase("process", reason)
         logger.error("%s; %d requests were in the step", reason, len(ending.batch))
         self._observer.on_death(reason)
-        if len(self._deaths) == self._limits.max_deaths:
-            if death.at - self._deaths[0].at <= self._limits.death_window:
-                self._fail(self._crash_loop(reason))
-                return False
+        is_recent = death.at - self._deaths[0].at <= self._limits.death_window
+        if is_recent and len(self._deaths) == self._limits.max_deaths:
+            self._fail(self._crash_loop(reason))
+            return False
         self._listener.engine_died([line.request_id for line in ending.batch])
         return True
 
@@ -253,7 +261,16 @@ class Supervisor:
         now = time.time()
         num_recent = sum(now - death.at <= self._limits.death_window for death in self._deaths)
         delay = min(self._limits.first_backoff * 2 ** (num_recent - 1), self._limits.max_backoff)
-        await _wait_any(self._stopping, timeout=delay)
+        self._wake.clear()
+        if not self._stopping:
+            await self._sleep(delay)
+        self._wake.clear()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Until woken, at most for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
 
 
 def _startup_failure(ending: Ending, reason: str) -> Failed:
@@ -262,7 +279,3 @@ def _startup_failure(ending: Ending, reason: str) -> Failed:
     tail = "".join(f"\n  {line}" for line in ending.output_tail)
     kind = "memory" if ending.was_out_of_memory else "internal"
     return Failed(kind, f"{reason} while it started" + (f"; its last output was:{tail}" if tail else ""))
-
-
-async def _wait_any(*conditions: asyncio.Event | asyncio.Future[object], timeout: float) -> None:
-    """Returns when one of the conditions holds, or after `timeout` seconds."""

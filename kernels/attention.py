@@ -58,10 +58,8 @@ def paged_attention(
     for b, length in enumerate(seq_lens.tolist()):
         rows = slice(starts[b], starts[b + 1])
         num_queries = rows.stop - rows.start
-        k, v = (
-            cache[:, block_tables[b]].flatten(1, 2)[:, :length].to(dtype).repeat_interleave(num_heads // num_kv_heads, 0)
-            for cache in (k_cache, v_cache)
-        )
+        k, v = (cache[:, block_tables[b]].flatten(1, 2)[:, :length].to(dtype) for cache in (k_cache, v_cache))
+        k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
         sees = visible(
             num_queries,
             length,

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and fused with a residual addition."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019), alone and after a residual addition."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in x's dtype.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the mean in float32 or better, in x's dtype.
 
     x: [..., dim]; weight: [dim]
     """
-    if x.dtype == weight.dtype and x.element_size() == 4:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

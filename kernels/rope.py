@@ -38,5 +38,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    return torch.addcmul(x * cos, x.roll(width // 2, dims=-1), sin)

@@ -100,8 +100,8 @@ class Client:
             return {"prompt": prompt}
         if not isinstance(prompt, str):
             raise ValueError("the chat API takes text, not token ids; use text prompts with it")
-        message: dict[str, JsonValue] = {"role": "user", "content": prompt}
-        return {"messages": [message]}
+        messages: list[JsonValue] = [{"role": "user", "content": prompt}]
+        return {"messages": messages}
 
     async def send(self, exchange: Exchange, *, intended_at: float | None = None) -> Outcome:
         """Sends, reads to the end and judges. Latencies count from `intended_at`, or from the sending without it."""

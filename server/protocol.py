@@ -6,16 +6,16 @@ Unknown fields are kept, so that the answer can name them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Never
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_ID_LENGTH = 128
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-TokenIds = Annotated[list[TokenId], FailFast()]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 NumLogprobs = Annotated[int, Field(ge=0, le=1000)]
@@ -62,12 +62,12 @@ class SamplingFields(Body):
         None, description="nothing stops the output before this many tokens"
     )
     ignore_eos: bool | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16), FailFast()] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = Field(
         None, description="text that ends the output; how many may be given is a limit of the server"
     )
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    bad_words: Annotated[list[StopString], Field(max_length=1024), FailFast()] | None = Field(
+    bad_words: Annotated[list[StopString], Field(max_length=1024, fail_fast=True)] | None = Field(
         None, description="texts that must not be written"
     )
     speculation: Speculation | None = None
@@ -124,9 +124,9 @@ class CompletionBody(RequestFields):
 
     prompt: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), FailFast()]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)]
         | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1), FailFast()]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, fail_fast=True)]
     ) = Field(description="a text, several texts, token ids, or several lists of token ids")
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
         None, description="default 16; 0 only with echo"
@@ -153,4 +153,4 @@ class DetokenizeBody(Body):
     skip_special_tokens: bool | None = None
 
 
-NotYet = Annotated[list[Never], Field(max_length=0)] | None
+NotYet = Annotated[list[None], Field(max_length=0)] | None

@@ -86,7 +86,7 @@ def check_is_causal_lm(config: PreTrainedConfig) -> None:
 
 def read_trained_context(config: PreTrainedConfig) -> int:
     """Longest context the model was made for, in tokens: max_position_embeddings, or what stands for it."""
-    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx"):
+    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         length = getattr(config, field, None)
         if isinstance(length, int) and length > 0:
             return length
@@ -102,6 +102,33 @@ def length_where_rope_changes(config: PreTrainedConfig) -> int | None:
         elif rope.get("rope_type") == "longrope":
             lengths.append(int(cast(int, rope["original_max_position_embeddings"])))
     return min(lengths, default=None)
+
+
+def check_attention_layers(config: PreTrainedConfig, layers: list[AttentionLayer]) -> None:
+    """Raises ValueError unless the layers that attend are all that the config has, each with its window.
+
+    A layer of another kind, or one whose window is only in transformers' masks, would otherwise be silently wrong.
+    """
+    problem = f"{config.model_type} cannot run on a paged KV cache: "
+    num_layers = _number(config, "num_hidden_layers")
+    if len(layers) != num_layers:
+        raise ValueError(f"{problem}{len(layers)} of its {num_layers} layers attend through transformers' interface")
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    has_window = [layer.window is not None for layer in layers]
+    if kinds is None:
+        is_windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+        expected = [is_windowed] * num_layers
+    else:
+        _check_kinds(kinds, problem)
+        expected = [kind == "sliding_attention" for kind in kinds[:num_layers]]
+    if has_window != expected:
+        raise ValueError(f"{problem}it does not tell its attention which layers have a sliding window")
+
+
+def _check_kinds(kinds: list[str], problem: str) -> None:
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedArchitectureError(f"{problem}its layers have {', '.join(sorted(unknown))}")
 
 
 def _attention_layers(config: PreTrainedConfig) -> tuple[AttentionLayer, ...]:
@@ -123,9 +150,7 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
     kinds: list[str] | None = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * num_layers
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UnsupportedArchitectureError(f"layer_types has {', '.join(sorted(unknown))}; ours are full and sliding")
+    _check_kinds(kinds, "our own layers attend to all tokens or to a window, but ")
     return [window if kind == "sliding_attention" else None for kind in kinds[:num_layers]]
 
 

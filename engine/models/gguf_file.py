@@ -110,7 +110,8 @@ def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor, heads: dict[s
     if stem in heads:
         if weight.shape[0] % (2 * heads[stem]):
             raise ModelError(f"{header.path}: {info.name!r} has {weight.shape[0]} rows for {heads[stem]} heads")
-        return weight.unflatten(0, (heads[stem], -1, 2)).transpose(1, 2).reshape(weight.shape)
+        pairs = weight.view(heads[stem], -1, 2, *weight.shape[1:])
+        return pairs.transpose(1, 2).reshape(weight.shape)
     if header.architecture in _NORMS_PLUS_ONE and stem.endswith("norm"):
         return weight.float() - 1
     return weight

@@ -31,7 +31,7 @@ _DEFAULT_ALIGNMENT = 32  # bytes
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of the file. `shape` is torch's order (outermost first); offsets are in bytes from the file's start."""
+    """One tensor of the file. `shape` is in torch's order; `offset` counts bytes from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -95,9 +95,9 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, data)
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
+        raise ModelError(f"cannot read {path}: {error.strerror or error}; check its name and permissions") from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: the header has a text that is not UTF-8 ({error.reason}); the file is damaged") from error
+        raise ModelError(f"{path}: the header has a text that is not UTF-8; the file is damaged") from error
     except ModelError:
         raise
     except ValueError as error:  # mmap of an empty file
@@ -110,7 +110,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
         raise ModelError(f"{path} does not start with 'GGUF'; it is another kind of file, or an unfinished download")
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise ModelError(f"{path} is GGUF version {version}, but 2 and 3 are supported (little-endian); convert it again")
+        raise ModelError(f"{path} is GGUF version {version}; 2 and 3, little-endian, are supported: convert it again")
     num_tensors, num_pairs = cursor.count("Q", 24), cursor.count("Q", 12)
     metadata: dict[str, MetadataValue] = {}
     for _ in range(num_pairs):
@@ -123,7 +123,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {info[0]: _tensor(path, info, data_start, len(data)) for info in infos}
     if not tensors:
-        raise ModelError(f"{path} has a header but no tensors; it is a vocabulary-only file or an unfinished conversion")
+        raise ModelError(f"{path} has no tensors; it is a vocabulary-only file or an unfinished conversion")
     return GGUFHeader(path, metadata, tensors, data_start, len(data))
 
 
@@ -132,15 +132,16 @@ def _tensor(path: Path, info: tuple[str, tuple[int, ...], int, int], data_start:
     try:
         quantization = GGMLQuantizationType(raw_type)
     except ValueError:
-        raise ModelError(f"{path}: tensor {name!r} has type {raw_type}, which this gguf package does not know") from None
+        raise ModelError(f"{path}: tensor {name!r} has type {raw_type}, which the gguf package does not know") from None
     block_elements, block_bytes = GGML_QUANT_SIZES[quantization]
     if not shape or min(shape) < 1 or shape[-1] % block_elements:
-        raise ModelError(f"{path}: tensor {name!r} has shape {shape}, impossible for {quantization.name}; it is damaged")
+        raise ModelError(f"{path} is damaged: tensor {name!r} has shape {shape}, impossible for {quantization.name}")
     num_bytes = math.prod(shape) // block_elements * block_bytes
     end = data_start + offset + num_bytes
     if end > file_size:
         raise ModelError(
-            f"{path} is cut short: tensor {name!r} ends at byte {end:,}, but the file has {file_size:,}; download it again"
+            f"{path} is cut short: tensor {name!r} ends at byte {end:,}, but the file has {file_size:,} bytes; "
+            "download it again"
         )
     return TensorInfo(name, shape, quantization, data_start + offset, num_bytes)
 

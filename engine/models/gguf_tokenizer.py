@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF header, built with the tokenizers library.
 
-A header holds the vocabulary, each token's kind, merges or scores, and the name of the way text is split before merging;
-what that name means is written down in its reader only (llama.cpp, src/llama-vocab.cpp).
+A header holds the vocabulary, each token's kind, merges or scores, and the name of the way text is split before
+merging; what that name means is written down in the format's own reader only (llama.cpp, src/llama-vocab.cpp).
 """
 
 from __future__ import annotations

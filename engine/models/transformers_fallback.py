@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Protocol, TypedDict, Unpack
 
 import torch
@@ -20,10 +21,12 @@ from transformers.utils import logging
 
 from engine.attention import AttentionBackend, AttentionLayer
 from engine.forward_batch import ForwardBatch
-from engine.models.architecture import length_where_rope_changes, read_trained_context
+from engine.models.architecture import check_attention_layers, length_where_rope_changes, read_trained_context
 from engine.models.model import Model, check_weight_names
 
 ATTENTION_NAME = "peregrine"  # in transformers' table
+# what code that we have not met raises for a config that it cannot take, or for attention that it cannot look up
+FOREIGN_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 HARMLESS_TENSORS = {"position_ids", "cache_position"}  # keyword arguments whose meaning is in the ForwardBatch
 
 
@@ -84,16 +87,23 @@ class AttentionOptions(TypedDict, total=False):
 
 
 def attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Unpack[AttentionOptions]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, None]:
-    """The function in transformers' table. q: [1, num_heads, num_tokens, head_dim]; k, v: with num_kv_heads.
+    """The function in transformers' table. query, key, value: [1, heads of each, num_tokens, head_dim].
 
     Raises ValueError for attention that our back ends do not compute.
     """
-    tensors = {name for name, value in options.items() if isinstance(value, Tensor)}
-    if mask is not None or tensors - HARMLESS_TENSORS:
+    if getattr(module, "is_causal", True) is False:
+        raise ValueError("it attends to later tokens too")
+    tensors = {name for name, argument in options.items() if isinstance(argument, Tensor)}
+    if attention_mask is not None or tensors - HARMLESS_TENSORS:
         raise ValueError(f"its attention needs {', '.join(tensors - HARMLESS_TENSORS) or 'a mask of its own'}")
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = options.get("scaling")
     layer = AttentionLayer(
         index=int(module.layer_idx),  # type: ignore[arg-type]  # transformers' attribute
@@ -113,18 +123,13 @@ def attend(
 AttentionInterface.register(ATTENTION_NAME, attend)
 
 
-@dataclass
-class DecoderOutput(MoeModelOutputWithPast):
-    """Has every field that some head reads."""
-
-    cross_attentions: None = None
-
-
 class GivenHiddenStates(nn.Module):
     """Stands where a causal language model has its decoder, so that its own head runs on hidden states we have."""
 
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> DecoderOutput:
-        return DecoderOutput(last_hidden_state=inputs_embeds)
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> MoeModelOutputWithPast:
+        outputs = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        outputs.cross_attentions = None  # GPT-2's head hands it on
+        return outputs
 
     @property
     def decoder(self) -> GivenHiddenStates:
@@ -149,7 +154,7 @@ class TransformersModel(Model):
     def from_config(
         cls, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None
     ) -> TransformersModel:
-        _check_rope(config, max_model_len or read_trained_context(config))
+        _check_rope(config, max_model_len)
         layers = _record_layers(config)
         return cls(_build(config, dtype), layers)
 
@@ -180,9 +185,9 @@ class TransformersModel(Model):
         self.decoder, self.head = _take_apart(model.to(device))
 
 
-def _check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
+def _check_rope(config: PreTrainedConfig, max_model_len: int | None) -> None:
     limit = length_where_rope_changes(config)
-    if limit is not None and max_model_len > limit:
+    if limit is not None and (max_model_len or read_trained_context(config)) > limit:
         raise ValueError(
             f"beyond {limit} tokens, {config.model_type}'s rotary positions in transformers depend on what else is in "
             f"the batch; set model.max_model_len to {limit} or less"
@@ -201,40 +206,50 @@ def _record_layers(config: PreTrainedConfig) -> dict[int, AttentionLayer]:
         try:
             with _share_step(model).of(recorder):
                 model.base_model(input_ids=token, position_ids=token, use_cache=False)
-        except ValueError as error:
-            raise ValueError(f"{config.model_type} cannot run on a paged KV cache: {error}") from error
-    num_layers = config.get_text_config().num_hidden_layers
-    if len(recorder.layers) != num_layers:
-        raise ValueError(
-            f"{config.model_type} cannot run on a paged KV cache: {len(recorder.layers)} of its {num_layers} layers "
-            "attend through transformers' attention interface"
-        )
-    ordered = enumerate(sorted(recorder.layers.items()))
-    return {
-        number: AttentionLayer(i, x.num_heads, x.num_kv_heads, x.head_dim, x.scale, x.window, x.soft_cap)
-        for i, (number, x) in ordered
+        except FOREIGN_ERRORS as error:
+            raise _refusal(config, error) from error
+    layers = {
+        number: replace(layer, index=i) for i, (number, layer) in enumerate(sorted(recorder.layers.items()))
     }
+    check_attention_layers(config.get_text_config(), list(layers.values()))
+    return layers
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    own_config = copy.deepcopy(config)  # the model writes the name of its attention into it
     try:
-        own_config = copy.deepcopy(config)  # the model writes the name of its attention into it
         model = AutoModelForCausalLM.from_config(own_config, dtype=dtype, attn_implementation=ATTENTION_NAME)
-    except ValueError as error:
-        raise ValueError(f"transformers cannot run {config.model_type} on a paged KV cache: {error}") from error
-    _check_attention(model)
+    except FOREIGN_ERRORS as error:
+        raise _refusal(config, error) from error
+    _check_class(model)
     model.tie_weights()
+    return _ready(model)
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """For inference, with rotations that stay what they are: none is served at a length where they would change."""
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        if isinstance(rope_type, str):
+            module.rope_type = "default"  # else every step would wait for its longest position
+        elif isinstance(rope_type, dict):
+            module.rope_type = dict.fromkeys(rope_type, "default")
     return model.eval().requires_grad_(False)
 
 
-def _check_attention(model: PreTrainedModel) -> None:
+def _refusal(config: PreTrainedConfig, error: Exception) -> ValueError:
+    reason = str(error) if isinstance(error, ValueError) else repr(error)
+    return ValueError(f"{config.model_type} cannot run on a paged KV cache: {reason}")
+
+
+def _check_class(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not model._can_set_attn_implementation() or model.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(f"{name} does not attend through transformers' attention interface, so it cannot be paged")
     if model._is_stateful:
         raise ValueError(f"{name} has recurrent layers, whose state our KV cache does not hold")
-    if any(getattr(module, "is_causal", None) is False for module in model.modules()):
-        raise ValueError(f"{name} attends to later tokens too; only causal decoders are supported")
+    if model.base_model is model or "position_ids" not in signature(model.base_model.forward).parameters:
+        raise ValueError(f"{name} has no decoder that takes its tokens' positions")
 
 
 def _share_step(model: PreTrainedModel) -> CurrentStep:
@@ -249,7 +264,6 @@ def _share_step(model: PreTrainedModel) -> CurrentStep:
 def _take_apart(model: PreTrainedModel) -> tuple[nn.Module, PreTrainedModel]:
     """The decoder, and the model without it."""
     decoder = model.base_model
-    assert decoder is not model, f"{type(model).__name__} has no {model.base_model_prefix!r}"
     setattr(model, model.base_model_prefix, GivenHiddenStates())
     return decoder, model
 
@@ -260,16 +274,17 @@ def _load_quietly(
     has_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are reported, not raised
-        )
+        with torch.device("cpu"):  # elsewhere, transformers asks for another package to place the weights
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported, not raised
+            )
     finally:
         if has_progress_bar:
             logging.enable_progress_bar()
-    return model.eval().requires_grad_(False), info
+    return _ready(model), info

@@ -11,12 +11,6 @@ from typing import Literal
 
 import pytest
 import torch
-from engine.attention import TorchAttention
-from engine.forward_batch import build_forward_batch
-from engine.kv_cache import KVCache
-from engine.models.model import Model
-from engine.models.registry import build_model
-from engine.types import Request, SamplingParams, Scheduled, Sequence
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -43,6 +37,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from engine.attention import TorchAttention
+from engine.forward_batch import build_forward_batch
+from engine.kv_cache import KVCache
+from engine.models.model import Model
+from engine.models.registry import build_model
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+
 BLOCK_SIZE = 4
 VOCAB_SIZE = 96
 SIZES = {
@@ -66,6 +67,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
 PHI3_HEAD = {"original_max_position_embeddings": 16, "tie_word_embeddings": False}
 LONGROPE = {
     "rope_type": "longrope",
@@ -74,6 +76,7 @@ LONGROPE = {
     "long_factor": [1.5, 4.0],
     "partial_rotary_factor": 0.5,
 }
+PARTIAL = {"rope_type": "default", "rope_theta": 100.0}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -97,15 +100,9 @@ OWN = {
     "llama linear rope": Case(
         LlamaConfig(**sizes(rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}))
     ),
-    "llama dynamic rope within the trained context": Case(
-        LlamaConfig(**sizes(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}))
-    ),
+    "llama dynamic rope within the trained context": Case(LlamaConfig(**sizes(rope_parameters=DYNAMIC))),
     "llama dynamic rope beyond the trained context": Case(
-        LlamaConfig(
-            **sizes(
-                rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}, max_position_embeddings=16
-            )
-        ),
+        LlamaConfig(**sizes(rope_parameters=DYNAMIC, max_position_embeddings=16)),
         lengths=(24, 24),
         max_model_len=24,
     ),
@@ -129,9 +126,11 @@ OWN = {
 FALLBACK = {
     "llama": Case(LlamaConfig(**sizes(rope_parameters=LLAMA3))),
     "llama with another activation": Case(LlamaConfig(**sizes(hidden_act="gelu"))),
-    "gpt-neox": Case(
-        GPTNeoXConfig(**sizes(rope_parameters={"rope_theta": 100.0, "partial_rotary_factor": 0.5, "rope_type": "default"}))
+    "gpt-neox": Case(GPTNeoXConfig(**sizes(rope_parameters={**PARTIAL, "partial_rotary_factor": 0.5}))),
+    "phi3 longrope, short": Case(
+        Phi3Config(**sizes(rope_parameters=dict(LONGROPE), **PHI3_HEAD)), lengths=(16, 9), max_model_len=16
     ),
+    "llama dynamic rope within the trained context": Case(LlamaConfig(**sizes(rope_parameters=DYNAMIC))),
     "gpt-2": Case(GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "opt": Case(OPTConfig(**sizes(ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1))),
     "gemma 2": Case(
@@ -166,7 +165,7 @@ FALLBACK = {
             **sizes(
                 use_qkv_bias=True,
                 qk_layernorm=True,
-                rope_parameters={"rope_theta": 100.0, "partial_rotary_factor": 0.25, "rope_type": "default"},
+                rope_parameters={**PARTIAL, "partial_rotary_factor": 0.25},
             )
         )
     ),

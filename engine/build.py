@@ -1,0 +1,150 @@
+"""The composition root: reads the config, resolves every "auto" once, and puts the engine together."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from engine.attention import ATTENTION_BACKENDS, AttentionBackend
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.kv_cache import KVCache
+from engine.kv_manager import KVCacheManager
+from engine.linear import prepare_linears
+from engine.machine import measure_ceilings, read_machine
+from engine.messages import ModelInfo
+from engine.model_runner import ModelRunner
+from engine.models.loader import LoadedModel, load_model, read_model_facts
+from engine.planner import MemoryPlan, plan_memory
+from engine.proposers import build_proposer
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.step_stats import ModelCost
+
+Report = Callable[[str, str], None]
+
+
+class PhaseClock:
+    """Reports each phase of the start as it begins, and remembers how long it took, in seconds."""
+
+    def __init__(self, report: Report) -> None:
+        self.seconds: dict[str, float] = {}
+        self._report = report
+        self._name, self._started_at = "", time.monotonic()
+
+    def enter(self, name: str, detail: str = "") -> None:
+        self.end()
+        self._name = name
+        self._report(name, detail)
+
+    def end(self) -> None:
+        now = time.monotonic()
+        if self._name:
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._started_at
+        self._name, self._started_at = "", now
+
+
+def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInfo]:
+    """Loads the model and makes the engine that serves it. `report(phase, detail)` hears of each phase as it starts.
+
+    ValueError for what the user can mend: its `kind`, if it has one, is "config", "model" or "memory".
+    """
+    clock = PhaseClock(report)
+    clock.enter("plan", config.model.path)
+    machine = read_machine()
+    facts = read_model_facts(config.model, report=clock.enter)
+    plan = plan_memory(facts, config, machine)
+    torch.set_num_threads(plan.num_threads)
+    loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+    clock.enter("pack", f"weights for {plan.num_threads} threads")
+    prepare_linears(loaded.model, config.model.quantization, num_threads=plan.num_threads)
+    clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
+    engine = _assemble(config, plan, loaded)
+    clock.enter("measure", "the machine's ceilings")
+    bytes_per_second, flops_per_second = measure_ceilings(plan.num_threads)
+    clock.end()
+    model = ModelInfo(
+        path=loaded.path,
+        architecture=loaded.architecture,
+        num_parameters=loaded.num_parameters,
+        vocab_size=loaded.vocab_size,
+        trained_context=loaded.trained_context,
+        max_model_len=plan.max_model_len,
+        num_kv_tokens=plan.num_kv_tokens,
+        eos_token_ids=loaded.eos_token_ids,
+        generation_defaults=loaded.generation_defaults,
+        tokenizer=loaded.tokenizer,
+        fingerprint=_fingerprint(config, plan, loaded),
+        settings=plan.settings,
+        phase_seconds=clock.seconds,
+        bytes_per_second=bytes_per_second,
+        flops_per_second=flops_per_second,
+    )
+    return engine, model
+
+
+def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> Engine:
+    model, layers = loaded.model, loaded.model.attention_layers
+    num_blocks = plan.num_blocks + 1  # the null block
+    cache = KVCache(
+        layers, num_blocks=num_blocks, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device
+    )
+    proposer = build_proposer(config.speculation)
+    kv = KVCacheManager(
+        num_blocks,
+        plan.block_size,
+        prefix_caching=config.kv_cache.prefix_caching,
+        window=_common_window(loaded),
+        cache_key=f"{loaded.weights_digest} {plan.dtype} {plan.kv_dtype}",
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        num_lookahead_tokens=proposer.num_lookahead_tokens,
+    )
+    runner = ModelRunner(model, cache, _attention("torch", cache), block_size=plan.block_size)
+    cost = ModelCost(
+        weight_bytes=plan.linear_bytes,
+        flops_per_token=2 * (plan.facts.num_linear_parameters + loaded.vocab_size * model.hidden_size),
+        kv_bytes_per_token=plan.kv_bytes_per_token,
+        attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
+    )
+    return Engine(runner, Scheduler(kv, limits), Sampler(loaded.vocab_size), proposer, cost)
+
+
+def _attention(name: str, cache: KVCache) -> AttentionBackend:
+    module, _, attribute = ATTENTION_BACKENDS[name].partition(":")
+    backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(cache)
+    return backend
+
+
+def _common_window(loaded: LoadedModel) -> int | None:
+    """Blocks may only be freed behind a window that every layer has; a single full layer needs them all."""
+    windows = [layer.window for layer in loaded.model.attention_layers]
+    bounded = [window for window in windows if window is not None]
+    return max(bounded) if len(bounded) == len(windows) else None
+
+
+def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> str:
+    try:
+        release = version("peregrine")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        release = "source"
+    parts = [
+        release,
+        torch.__version__,
+        loaded.weights_digest,
+        config.model.quantization,
+        config.model.implementation,
+        str(plan.dtype),
+        str(plan.kv_dtype),
+        plan.device,
+        torch.backends.cpu.get_cpu_capability(),
+    ]
+    return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

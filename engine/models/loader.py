@@ -1,0 +1,199 @@
+"""Loads a model: finds its files, reads its config, fills its weights, and gathers what the server must know of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
+
+from engine.attention import AttentionLayer
+from engine.config import ModelConfig
+from engine.messages import TokenizerAssets
+from engine.models.architecture import read_trained_context
+from engine.models.default_model import Report
+from engine.models.dummy import byte_tokenizer, fill_with_random_weights
+from engine.models.errors import ModelError
+from engine.models.generation_defaults import find_eos_token_ids, read_generation_defaults
+from engine.models.gguf_file import gguf_config, gguf_weights
+from engine.models.gguf_header import read_gguf_header
+from engine.models.model import Model
+from engine.models.registry import build_model
+from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
+from engine.models.tokenizer import load_tokenizer_assets
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """A model in numbers, known before anything is loaded. Parameters are counted once, shared ones included."""
+
+    path: str
+    architecture: str  # the checkpoint's name for it, such as LlamaForCausalLM
+    num_parameters: int
+    num_linear_parameters: int  # weights of linear layers; without the output's, where it shares the embedding's
+    num_embedding_parameters: int
+    ties_output: bool  # the output layer shares the embedding's matrix
+    stored_bytes: int  # of the weight files; 0 for random weights
+    attention_layers: tuple[AttentionLayer, ...]
+    vocab_size: int
+    hidden_size: int
+    widest: int  # most outputs of a linear layer other than the output layer
+    trained_context: int  # tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, and what goes to the server with it."""
+
+    model: Model
+    path: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int  # in memory, as loaded
+    vocab_size: int
+    trained_context: int  # tokens
+    eos_token_ids: list[int]
+    generation_defaults: dict[str, float]
+    tokenizer: TokenizerAssets
+    weights_digest: str
+
+
+def silent(phase: str, detail: str) -> None:
+    """A report to nobody."""
+
+
+def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFacts:
+    """Reads headers only, but downloads a model that is not here yet. ModelError as `load_model`."""
+    source = find_source(config, report)
+    hf_config = _read_config(source, config)
+    with torch.device("meta"):
+        model = _build(source, hf_config, config, torch.float32)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    inner = [module for module in linears.values() if id(module.weight) not in embeddings]
+    tied = len(inner) < len(linears)
+    return ModelFacts(
+        path=config.path,
+        architecture=_architecture(hf_config),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_linear_parameters=sum(module.weight.numel() for module in inner),
+        num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
+        ties_output=tied,
+        stored_bytes=source.num_bytes,
+        attention_layers=tuple(model.attention_layers),
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        widest=max((m.out_features for m in inner if m.out_features != model.vocab_size), default=model.hidden_size),
+        trained_context=_trained_context(source, hf_config, config),
+    )
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Report = silent) -> LoadedModel:
+    """Builds and fills the model on torch's default device. `report(phase, detail)` hears of each phase as it starts.
+
+    ModelError for whatever is wrong with the model's files, names or family. `seed` is that of dummy weights.
+    """
+    report("config", config.path)
+    source = find_source(config, report)
+    hf_config = _read_config(source, config)
+    model = _build(source, hf_config, config, dtype)
+    if config.load_format == "dummy":
+        report("weights", "random")
+        fill_with_random_weights(model, seed)
+        digest = hashlib.sha256(f"dummy {seed} {hf_config.to_json_string()}".encode()).hexdigest()[:32]
+    else:
+        report("weights", f"{source.num_bytes / 1e6:,.0f} MB as {str(dtype).removeprefix('torch.')}")
+        _fill(model, source, dtype)
+        digest = digest_weights(source)
+    report("tokenizer", config.tokenizer or config.path)
+    tokenizer = _load_tokenizer(source, config, model.vocab_size)
+    generation = _read_generation_config(source)
+    eos_token_ids = find_eos_token_ids(hf_config, generation, tokenizer)
+    parameters = list(model.parameters())
+    return LoadedModel(
+        model=model,
+        path=config.path,
+        architecture=_architecture(hf_config),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        vocab_size=model.vocab_size,
+        trained_context=_trained_context(source, hf_config, config),
+        eos_token_ids=[token_id for token_id in eos_token_ids if 0 <= token_id < model.vocab_size],
+        generation_defaults=read_generation_defaults(generation),
+        tokenizer=tokenizer,
+        weights_digest=digest,
+    )
+
+
+def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
+    if source.kind == "gguf":
+        return gguf_config(read_gguf_header(source.path), implementation=config.implementation)
+    from transformers import AutoConfig  # seconds: it imports the config of every family
+
+    try:
+        hf_config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{source.path}/config.json cannot be used: {error}") from error
+    return hf_config
+
+
+def _build(source: ModelSource, hf_config: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype) -> Model:
+    max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
+    try:
+        return build_model(
+            hf_config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len
+        )
+    except ValueError as error:
+        raise ModelError(f"{source.path}: {error}") from error
+
+
+def _fill(model: Model, source: ModelSource, dtype: torch.dtype) -> None:
+    try:
+        model.load_weights(_weights(source, dtype))
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{source.path}: {error}") from error
+
+
+def _weights(source: ModelSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    if source.kind == "gguf":
+        return gguf_weights(read_gguf_header(source.path), dtype)
+    return safetensors_weights(source, dtype)
+
+
+def _load_tokenizer(source: ModelSource, config: ModelConfig, vocab_size: int) -> TokenizerAssets:
+    """Random weights speak any language: where a directory for them has no tokenizer, bytes are its tokens."""
+    is_dummy = config.load_format == "dummy" and config.tokenizer is None and source.kind == "directory"
+    if is_dummy and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        return byte_tokenizer(vocab_size)
+    return load_tokenizer_assets(source, config)
+
+
+def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
+    if source.kind == "gguf" or not (source.path / "generation_config.json").is_file():
+        return None
+    try:
+        generation: GenerationConfig = GenerationConfig.from_pretrained(source.path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{source.path}/generation_config.json cannot be used: {error}; mend or delete it") from error
+    return generation
+
+
+def _trained_context(source: ModelSource, hf_config: PreTrainedConfig, config: ModelConfig) -> int:
+    try:
+        return read_trained_context(hf_config.get_text_config())
+    except ValueError as error:
+        if isinstance(config.max_model_len, int):
+            return config.max_model_len
+        raise ModelError(f"{source.path}: {error}") from error
+
+
+def _architecture(hf_config: PreTrainedConfig) -> str:
+    return hf_config.architectures[0] if hf_config.architectures else str(hf_config.model_type)

@@ -1,0 +1,84 @@
+"""What the server needs to turn text into ids and back, from wherever the model's files have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import ModelConfig
+from engine.messages import TokenizerAssets
+from engine.models.errors import ModelError
+from engine.models.gguf_header import read_gguf_header
+from engine.models.gguf_tokenizer import gguf_tokenizer
+from engine.models.source import ModelSource
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def load_tokenizer_assets(source: ModelSource, config: ModelConfig) -> TokenizerAssets:
+    """The tokenizer of the model, or the one that `config.tokenizer` names; with `config.chat_template` if set.
+
+    ModelError where there is none, or none that works without Python code of its own.
+    """
+    if config.tokenizer is not None:
+        assets = hugging_face_tokenizer(config.tokenizer)
+    elif source.kind == "gguf":
+        assets = gguf_tokenizer(read_gguf_header(source.path))
+    else:
+        assets = hugging_face_tokenizer(str(source.path))
+    if config.chat_template is None:
+        return assets
+    return TokenizerAssets(
+        tokenizer_json=assets.tokenizer_json,
+        chat_template=_read_template(Path(config.chat_template).expanduser()),
+        special_tokens=assets.special_tokens,
+        add_bos_token=assets.add_bos_token,
+    )
+
+
+def hugging_face_tokenizer(name: str) -> TokenizerAssets:
+    """The tokenizer of a directory or hub id. ModelError where transformers cannot make a fast one."""
+    from transformers import AutoTokenizer  # seconds: it imports the config of every family
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{name} has no tokenizer that can be loaded: {_first_line(error)}; name another in model.tokenizer"
+        ) from error
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"{name} has a tokenizer written in Python ({type(tokenizer).__name__}), and only those of the tokenizers "
+            "library are supported; name a directory with a tokenizer.json in model.tokenizer"
+        )
+    backend.no_truncation()  # limits are the server's business
+    backend.no_padding()
+    return TokenizerAssets(
+        tokenizer_json=backend.to_str(),
+        chat_template=_default_template(tokenizer.chat_template),
+        special_tokens=_special_tokens(tokenizer),
+    )
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    found = {name: getattr(tokenizer, name, None) for name in _NAMED_TOKENS}
+    return {name: str(token) for name, token in found.items() if token is not None}
+
+
+def _default_template(template: str | dict[str, str] | None) -> str | None:
+    """A tokenizer may carry several templates by name; requests cannot choose, so the one called default is it."""
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read model.chat_template {path}: {_first_line(error)}; give a Jinja file") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,117 @@
+"""Resolves each "auto" of the config that depends on the machine: a value, where it came from, and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from engine.config import EngineConfig
+from engine.messages import Setting
+
+if TYPE_CHECKING:
+    from engine.machine import Machine
+
+T = TypeVar("T", str, int)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+_LIMITS = {"cpu": (32, 512), "cuda": (256, 8192)}  # max_num_seqs and max_num_batched_tokens where nobody set them
+
+
+class SettingError(ValueError):
+    """A setting that this machine or model cannot honour; the text has the fix."""
+
+    kind = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved(Generic[T]):
+    value: T
+    source: str
+    reason: str = ""
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.value, self.source, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """What `kv_cache.memory` asks for: exactly one of the three, or none for auto."""
+
+    fraction: float | None = None  # of the device's memory, weights included
+    num_bytes: int | None = None
+    num_tokens: int | None = None
+
+
+def resolve_device(config: EngineConfig, machine: Machine) -> Resolved[str]:
+    if config.device.name == "auto":
+        return Resolved(machine.device, "measured", "what this machine has")
+    if config.device.name == "cuda" and machine.device != "cuda":
+        raise SettingError("device.name is cuda, but torch sees no GPU here; set it to auto or cpu")
+    return Resolved(config.device.name, "config")
+
+
+def resolve_num_threads(config: EngineConfig, machine: Machine) -> Resolved[int]:
+    if config.device.num_threads != "auto":
+        return Resolved(config.device.num_threads, "config")
+    return Resolved(machine.num_threads, "measured", "cores that this process may use")
+
+
+def resolve_dtype(config: EngineConfig, machine: Machine, device: str) -> Resolved[str]:
+    if config.model.dtype != "auto":
+        return Resolved(config.model.dtype, "config")
+    if device == "cuda":
+        return Resolved("bfloat16", "default", "what the GPU computes fastest")
+    if machine.has_fast_bf16:
+        return Resolved("bfloat16", "measured", "this CPU multiplies bfloat16 in hardware")
+    return Resolved("float32", "measured", "this CPU has no instructions for bfloat16")
+
+
+def resolve_kv_dtype(config: EngineConfig, dtype: str) -> Resolved[str]:
+    if config.kv_cache.dtype == "auto":
+        return Resolved(dtype, "model", "as the weights")
+    if config.kv_cache.dtype not in _DTYPES:
+        raise SettingError(f"kv_cache.dtype is {config.kv_cache.dtype!r}; supported are auto, {', '.join(_DTYPES)}")
+    return Resolved(config.kv_cache.dtype, "config")
+
+
+def resolve_limits(config: EngineConfig, device: str) -> tuple[Resolved[int], Resolved[int]]:
+    """(max_num_seqs, max_num_batched_tokens). An auto gives way to the other where that one is set."""
+    seqs, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+    default_seqs, default_tokens = _LIMITS[device]
+    if seqs == "auto":
+        value = default_seqs if tokens == "auto" else min(default_seqs, tokens)
+        max_num_seqs = Resolved(value, "default", f"for {device}")
+    else:
+        max_num_seqs = Resolved(seqs, "config")
+    if tokens == "auto":
+        return max_num_seqs, Resolved(max(default_tokens, max_num_seqs.value), "default", f"for {device}")
+    if tokens < max_num_seqs.value:
+        raise SettingError(
+            f"scheduler.max_num_batched_tokens is {tokens}, but scheduler.max_num_seqs is {max_num_seqs.value}: each "
+            "running request needs a token per step; raise the first or lower the second"
+        )
+    return max_num_seqs, Resolved(tokens, "config")
+
+
+def parse_cache_size(text: str) -> CacheSize:
+    """Reads "auto", "0.9", "2GiB" or "100000tokens"; SettingError for anything else."""
+    if text == "auto":
+        return CacheSize()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(tokens|[KMGT]i?B|B)?", text.strip())
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0 or (match[2] is None and number > 1):
+        raise SettingError(
+            f'kv_cache.memory is {text!r}; write a fraction of the device ("0.9"), bytes ("2GiB"), tokens '
+            '("100000tokens") or "auto"'
+        )
+    if match[2] is None:
+        return CacheSize(fraction=number)
+    if match[2] == "tokens":
+        return CacheSize(num_tokens=int(number))
+    return CacheSize(num_bytes=int(number * _UNITS[match[2]]))

@@ -1,0 +1,184 @@
+"""The arithmetic of a plan: bytes of one model on one machine, and the tokens that fit beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config import EngineConfig
+from engine.kv_cache import KVCache
+from engine.models.loader import ModelFacts
+from engine.plan_settings import Resolved, SettingError, parse_cache_size
+
+if TYPE_CHECKING:
+    from engine.machine import Machine
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_GPU_FRACTION = 0.9  # of the device, weights included
+_CPU_SHARE = 0.5  # of what is free beside the weights: the machine is not the server's alone
+_CPU_TOKENS_PER_SEQ = 384  # of cache for each of max_num_seqs: a short chat, its cached prefix and its answer
+
+
+class PlanError(ValueError):
+    """The model does not fit; the text has the numbers and the one change that helps."""
+
+    kind = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is needed before the first key is stored, and what each token of the cache adds. Bytes."""
+
+    linear: int
+    embedding: int
+    workspace: int
+    kv_per_token: int
+    read_per_token: int  # to lay one layer's context out in order, beside the cache
+
+    @property
+    def fixed(self) -> int:
+        return self.linear + self.embedding + self.workspace
+
+    @property
+    def per_token(self) -> int:
+        return self.kv_per_token + self.read_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class Sizer:
+    """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts."""
+
+    facts: ModelFacts
+    config: EngineConfig
+    machine: Machine
+    device: str
+    num_lookahead: int
+
+    @property
+    def block_size(self) -> int:
+        return self.config.kv_cache.block_size
+
+    def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
+        facts, size = self.facts, DTYPES[dtype].itemsize
+        output = facts.num_embedding_parameters if facts.ties_output and self.device == "cpu" else 0
+        weight_size = 1 if self.config.model.quantization == "int8" else size
+        kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
+        num_rows = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
+        logits = 4 * num_rows * facts.vocab_size * 4  # float32: raw, processed, sorted, noise
+        activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
+        return Demand(
+            linear=(facts.num_linear_parameters + output) * weight_size,  # once packed, a matrix shares nothing
+            embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
+            workspace=logits + activations,
+            kv_per_token=kv_per_token,
+            read_per_token=-(-2 * kv_per_token // len(facts.attention_layers)),
+        )
+
+    def cache_tokens(self, demand: Demand, max_num_seqs: int) -> Resolved[int]:
+        """How many tokens of keys and values there will be. PlanError where the memory for them is not free."""
+        size = parse_cache_size(self.config.kv_cache.memory)
+        free = self.machine.available_bytes - demand.fixed
+        if free < demand.per_token * self.block_size:
+            raise PlanError(self._too_large(demand))
+        if size.num_bytes is not None:
+            return self._as_asked(size.num_bytes // demand.kv_per_token, demand, free)
+        if size.num_tokens is not None:
+            return self._as_asked(size.num_tokens, demand, free)
+        if size.fraction is not None:
+            return self._share_of_device(size.fraction, demand, free, "config")
+        if self.device == "cuda":
+            return self._share_of_device(_GPU_FRACTION, demand, free, "default")
+        return self._modest(demand, free, max_num_seqs)
+
+    def length(self, demand: Demand, num_blocks: int) -> Resolved[int]:
+        """max_model_len, for which one sequence and its look-ahead must fit; PlanError where they do not."""
+        wanted, is_auto = self._wanted_length(), self.config.model.max_model_len == "auto"
+        room = num_blocks * self.block_size
+        fits = room - self.num_lookahead
+        if wanted <= fits:
+            return Resolved(wanted, "model", "the trained context") if is_auto else Resolved(wanted, "config")
+        needed = num_blocks_for(wanted + self.num_lookahead, self.block_size)
+        if fits < 1:
+            raise PlanError(
+                f"the KV cache holds {room} tokens, no more than the look-ahead of {self.num_lookahead}; "
+                f'set kv_cache.memory to "{needed * self.block_size}tokens"'
+            )
+        if is_auto:
+            return Resolved(fits, "measured", f"trained for {wanted}, but the KV cache holds {room} tokens")
+        raise PlanError(
+            f"one sequence of model.max_model_len = {wanted} tokens and {self.num_lookahead} of look-ahead needs "
+            f"{needed} KV blocks ({gib(needed * self.block_size * demand.kv_per_token)}), but there is room for "
+            f"{num_blocks}; set model.max_model_len to {fits} or less"
+        )
+
+    def _wanted_length(self) -> int:
+        """max_model_len as set, or as trained."""
+        wanted, trained = self.config.model.max_model_len, self.facts.trained_context
+        if wanted == "auto":
+            return trained
+        if wanted > trained:
+            raise SettingError(
+                f"model.max_model_len is {wanted}, but the model was trained for {trained} tokens and answers "
+                f"nonsense beyond; set it to {trained} or less"
+            )
+        return wanted
+
+    def _as_asked(self, num_tokens: int, demand: Demand, free: int) -> Resolved[int]:
+        if num_tokens * demand.per_token <= free:
+            return Resolved(num_tokens, "config")
+        raise PlanError(
+            f"kv_cache.memory is {self.config.kv_cache.memory}: {num_tokens} tokens take "
+            f"{gib(num_tokens * demand.per_token)}, reading them included, but {gib(free)} are free beside the model; "
+            f'set it to "{free // demand.per_token}tokens" or less'
+        )
+
+    def _share_of_device(self, fraction: float, demand: Demand, free: int, source: str) -> Resolved[int]:
+        total = self.machine.total_bytes
+        room = min(free, int(total * fraction) - demand.fixed)
+        if room < demand.per_token * self.block_size:
+            raise PlanError(
+                f"kv_cache.memory is {fraction:g} of {gib(total)}, but the weights and the workspace alone take "
+                f"{gib(demand.fixed)}; set it to {min(1.0, demand.fixed / total + 0.1):.2f} or more"
+            )
+        return Resolved(
+            room // demand.per_token, source, f"{fraction:g} of {gib(total)}, less weights and workspace"
+        )
+
+    def _modest(self, demand: Demand, free: int, max_num_seqs: int) -> Resolved[int]:
+        """As much as the requests are likely to use, of a memory that others use too."""
+        wanted = max(self._wanted_length() + self.num_lookahead, max_num_seqs * _CPU_TOKENS_PER_SEQ)
+        wanted = num_blocks_for(wanted, self.block_size) * self.block_size
+        affordable = int(free * _CPU_SHARE) // demand.per_token
+        if wanted <= affordable:
+            reason = f"one longest sequence, or {_CPU_TOKENS_PER_SEQ} tokens for each of max_num_seqs"
+            return Resolved(wanted, "default", reason)
+        reason = f"{_CPU_SHARE:g} of the {gib(free)} that are free beside the model"
+        return Resolved(max(affordable, self.block_size), "measured", reason)
+
+    def _too_large(self, demand: Demand) -> str:
+        fix = "name a smaller model in model.path"
+        if self.config.model.quantization == "none" and self._fits_with(demand, bytes_per_weight=1):
+            fix = "set model.quantization to int8"
+        elif self.config.model.dtype == "float32" and self._fits_with(demand, bytes_per_weight=2):
+            fix = "set model.dtype to bfloat16"
+        return (
+            f"{self.facts.path} needs {gib(demand.linear + demand.embedding)} for its weights and "
+            f"{gib(demand.workspace)} to work in, but {gib(self.machine.available_bytes)} of "
+            f"{gib(self.machine.total_bytes)} are free; {fix}"
+        )
+
+    def _fits_with(self, demand: Demand, *, bytes_per_weight: int) -> bool:
+        smaller = demand.workspace + demand.embedding + self.facts.num_linear_parameters * bytes_per_weight
+        return bool(smaller < self.machine.available_bytes)
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+def gib(num_bytes: int) -> str:
+    """A size for people: GiB, or MiB below half of one."""
+    return f"{num_bytes / 2**30:,.2f} GiB" if abs(num_bytes) >= 2**29 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,143 @@
+"""Plans memory before anything is loaded: what the weights take, what is left for keys and values, what fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.messages import Setting
+from engine.models.loader import ModelFacts
+from engine.plan_settings import resolve_device, resolve_dtype, resolve_kv_dtype, resolve_limits, resolve_num_threads
+from engine.plan_sizes import DTYPES, PlanError, Sizer, gib, num_blocks_for
+
+__all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
+
+if TYPE_CHECKING:
+    from engine.machine import Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What goes where, in bytes, and what fits. `settings` has every resolved "auto", by its key in the config."""
+
+    facts: ModelFacts
+    model_config: ModelConfig  # with the resolved length and dtype
+    device: str
+    num_threads: int
+    total_bytes: int  # of the device
+    available_bytes: int
+    linear_bytes: int
+    embedding_bytes: int  # and all else that is no linear layer
+    workspace_bytes: int  # the most that one step needs besides weights and cache
+    kv_bytes_per_token: int
+    block_size: int  # tokens
+    num_blocks: int
+    num_lookahead_tokens: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    max_model_len: int  # tokens
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    settings: dict[str, Setting]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.linear_bytes + self.embedding_bytes
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def num_full_sequences(self) -> int:
+        """Sequences of max_model_len that fit at once."""
+        return self.num_blocks // num_blocks_for(self.max_model_len + self.num_lookahead_tokens, self.block_size)
+
+
+def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> MemoryPlan:
+    """Resolves what is "auto" and fits the cache into the memory.
+
+    PlanError where not even one sequence of max_model_len and its look-ahead fits, SettingError for a setting that
+    cannot be honoured.
+    """
+    device = resolve_device(config, machine)
+    dtype = resolve_dtype(config, machine, device.value)
+    kv_dtype = resolve_kv_dtype(config, dtype.value)
+    num_threads = resolve_num_threads(config, machine)
+    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value)
+    num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
+    sizer = Sizer(facts, config, machine, device.value, num_lookahead)
+    demand = sizer.demand(
+        dtype.value,
+        kv_dtype.value,
+        max_num_seqs=max_num_seqs.value,
+        max_num_batched_tokens=max_num_batched_tokens.value,
+    )
+    num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
+    num_blocks = num_tokens.value // config.kv_cache.block_size
+    max_model_len = sizer.length(demand, num_blocks)
+    return MemoryPlan(
+        facts=facts,
+        model_config=config.model.model_copy(update={"max_model_len": max_model_len.value, "dtype": dtype.value}),
+        device=device.value,
+        num_threads=num_threads.value,
+        total_bytes=machine.total_bytes,
+        available_bytes=machine.available_bytes,
+        linear_bytes=demand.linear,
+        embedding_bytes=demand.embedding,
+        workspace_bytes=demand.workspace,
+        kv_bytes_per_token=demand.kv_per_token,
+        block_size=config.kv_cache.block_size,
+        num_blocks=num_blocks,
+        num_lookahead_tokens=num_lookahead,
+        dtype=DTYPES[dtype.value],
+        kv_dtype=DTYPES[kv_dtype.value],
+        max_model_len=max_model_len.value,
+        max_num_seqs=max_num_seqs.value,
+        max_num_batched_tokens=max_num_batched_tokens.value,
+        settings={
+            "device.name": device.setting,
+            "device.num_threads": num_threads.setting,
+            "model.dtype": dtype.setting,
+            "model.max_model_len": max_model_len.setting,
+            "scheduler.max_num_seqs": max_num_seqs.setting,
+            "scheduler.max_num_batched_tokens": max_num_batched_tokens.setting,
+            "kv_cache.memory": Setting(
+                f"{num_blocks * config.kv_cache.block_size}tokens", num_tokens.source, num_tokens.reason
+            ),
+            "kv_cache.dtype": kv_dtype.setting,
+        },
+    )
+
+
+def render_plan(plan: MemoryPlan) -> str:
+    """The plan as a table for a terminal."""
+    facts = plan.facts
+    used = plan.weight_bytes + plan.workspace_bytes + plan.kv_bytes
+    rows = [
+        ("model", f"{facts.path} ({facts.architecture}, {facts.num_parameters / 1e6:,.1f} M parameters)"),
+        ("device", f"{plan.device}, {gib(plan.available_bytes)} free of {gib(plan.total_bytes)}"),
+        ("linear weights", gib(plan.linear_bytes)),
+        ("embedding and norms", gib(plan.embedding_bytes)),
+        ("workspace", f"{gib(plan.workspace_bytes)}, steps of up to {plan.max_num_batched_tokens:,} tokens"),
+        ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
+        ("total", gib(used)),
+        ("concurrent tokens", f"{plan.num_kv_tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),
+        ("longest sequences", f"{plan.num_full_sequences:,} of {plan.max_model_len:,} tokens at once"),
+    ]
+    width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
+    return "\n".join(lines)
+
+
+def _setting_line(name: str, setting: Setting, width: int) -> str:
+    reason = f": {setting.reason}" if setting.reason else ""
+    return f"{name:<{width}}  {setting.value}  ({setting.source}{reason})"

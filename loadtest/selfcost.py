@@ -1,0 +1,101 @@
+"""What this client itself costs: `python -m loadtest.selfcost` prints processor time per event of a stream.
+
+A server in another process sends events as an engine does: one to each stream, then a pause. The time is all of this
+process's, kernel included: waking up, reading the socket, HTTP, SSE, JSON, clocks, and each request's share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from loadtest.cli import run_in_loop
+from loadtest.client import Client, Target
+from loadtest.outcome import Answer
+from loadtest.workload import Exchange
+
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class _Ask(msgspec.Struct):
+    max_tokens: int
+
+
+def _event(text: str, finish_reason: str | None, num_tokens: int | None) -> bytes:
+    usage = None if num_tokens is None else {"prompt_tokens": 4, "completion_tokens": num_tokens, "total_tokens": 4}
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    event = {"id": "cmpl-0123456789abcdef", "object": "text_completion", "created": 1700000000, "model": "model"}
+    return b"data: " + msgspec.json.encode({**event, "choices": [choice], "usage": usage}) + b"\n\n"
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+async def _serve(port: Connection, interval: float) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        token = _chunk(_event(" token", None, None))
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            num_tokens = msgspec.json.decode(await reader.readexactly(length), type=_Ask).max_tokens
+            writer.write(_HEAD)
+            for _ in range(num_tokens - 1):
+                writer.write(token)
+                await asyncio.sleep(interval)
+            writer.write(_chunk(_event(" end", "length", num_tokens)) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    async def answer_until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await answer(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(answer_until_closed, "127.0.0.1", 0)
+    port.send(server.sockets[0].getsockname()[1])
+    await server.serve_forever()
+
+
+def _server_process(port: Connection, interval: float) -> None:
+    run_in_loop(_serve(port, interval))
+
+
+async def _cost(port: int, num_streams: int, num_events: int) -> float:
+    """Seconds of processor time per event."""
+    exchange = Exchange([1, 2, 3, 4], num_events)
+    async with Client(Target(f"http://127.0.0.1:{port}", model="model")) as client:
+        await client.send(Exchange([1, 2, 3, 4], 2))
+        before, events_before = time.process_time(), client.num_events
+        outcomes = await asyncio.gather(*(client.send(exchange) for _ in range(num_streams)))
+        assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
+        return (time.process_time() - before) / (client.num_events - events_before)
+
+
+def measure_cost(num_streams: int, num_events: int, interval: float) -> float:
+    """Seconds of this process's time per event, with `num_streams` that each get one event every `interval` seconds."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    server = multiprocessing.get_context("spawn").Process(target=_server_process, args=(theirs, interval), daemon=True)
+    server.start()
+    try:
+        return run_in_loop(_cost(ours.recv(), num_streams, num_events))
+    finally:
+        server.terminate()
+        server.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.selfcost", description=__doc__)
+    parser.add_argument("--events", type=int, default=300, help="events of each stream (300)")
+    parser.add_argument("--interval", type=float, default=0.02, help="seconds between a stream's events (0.02)")
+    options = parser.parse_args()
+    for num_streams in (1, 4, 16, 32, 64):
+        cost = measure_cost(num_streams, options.events, options.interval)
+        print(f"{num_streams:3d} streams, an event each every {1000 * options.interval:g} ms: {1e6 * cost:5.1f} us per event")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""One choice of an answer: one request to the engine, and how its steps become pieces of text."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
+from server.detokenizer import Detokenizer, TextOptions
+from server.prompts import Prompt
+from server.responses import FinishReason
+from server.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What to generate."""
+
+    index: int
+    prompt: Prompt
+    request: Request
+    text: TextOptions
+    asked_stop_ids: frozenset[int]  # stop tokens that the client named, so that it may be told which one it was
+    scores_only: bool = False  # the prompt's log-probabilities are wanted, and no token
+
+
+@dataclass(slots=True, kw_only=True)
+class Delta:
+    """A piece of a choice. The last one of a choice has a finish reason."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # where each token begins in the choice's text, in characters
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_first: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class ChoiceReader:
+    """Turns the engine's outputs for one choice into deltas, and counts.
+
+    Tokens that give no text yet wait for the next delta, so that a chunk is never empty before the end.
+    """
+
+    def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
+        self.choice = choice
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_multiple_tokens = 0  # tokens that came on top of the first of their step: drafts that were right
+        self.timing: RequestTiming | None = None
+        self.finish_reason: FinishReason | None = None
+        self.started_at = time.monotonic()
+        self.ended_at = self.started_at
+        self.last_tokens_at: float | None = None
+        self._detokenizer = Detokenizer(tokenizer, choice.text)
+        self._next = Delta(index=choice.index, is_first=True)
+
+    def take(self, output: StepOutput) -> Delta | None:
+        """The next delta, if the output completes one. After a finish reason, leave the engine's stream."""
+        assert output.finish_reason != "error"
+        self.timing = output.timing or self.timing
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        delta = self._next
+        delta.prompt_logprobs += output.prompt_logprobs or []
+        if not self.choice.scores_only:
+            self._take_tokens(output, delta)
+        if output.finish_reason is not None and self.finish_reason is None:
+            self._finish(delta, output.finish_reason, self._stop_reason(output))
+        if not delta.text and delta.finish_reason is None:
+            return None
+        self._next = Delta(index=self.choice.index)
+        return delta
+
+    def expire(self) -> Delta:
+        """The last delta of a choice whose deadline passed: all that was held back."""
+        delta = self._next
+        self._finish(delta, "timeout", None)
+        return delta
+
+    def _take_tokens(self, output: StepOutput, delta: Delta) -> None:
+        num_before = self.num_tokens
+        for i, token_id in enumerate(output.token_ids):
+            delta.offsets.append(self._detokenizer.num_characters)
+            delta.token_ids.append(token_id)
+            if output.logprobs is not None:
+                delta.logprobs.append(output.logprobs[i])
+            self.num_tokens += 1
+            ends_here = output.stop_token_id is not None and i == len(output.token_ids) - 1
+            if ends_here and not self.choice.text.include_stop:
+                break
+            delta.text += self._detokenizer.push(token_id)
+            if self._detokenizer.matched_stop is not None:
+                self._finish(delta, "stop", self._detokenizer.matched_stop)
+                break
+        self.num_multiple_tokens += max(self.num_tokens - num_before - 1, 0)
+        if output.token_ids:
+            self.last_tokens_at = time.monotonic()
+
+    def _finish(self, delta: Delta, reason: FinishReason, stop_reason: int | str | None) -> None:
+        if self._detokenizer.matched_stop is None:
+            delta.text += self._detokenizer.flush()
+            if self._detokenizer.matched_stop is not None:
+                reason, stop_reason = "stop", self._detokenizer.matched_stop
+        delta.finish_reason = self.finish_reason = reason
+        delta.stop_reason = stop_reason
+        self.ended_at = time.monotonic()
+
+    def _stop_reason(self, output: StepOutput) -> int | None:
+        return output.stop_token_id if output.stop_token_id in self.choice.asked_stop_ids else None

@@ -1,0 +1,98 @@
+"""From what a client calls a prompt to token ids that fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import ModelInfo
+from server.errors import bad_request
+from server.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: list[int]
+    text: str | None  # as the client wrote it; None if it came as ids or was cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptOptions:
+    """max_tokens: output tokens that must fit behind the prompt; None: at least one."""
+
+    max_tokens: int | None
+    add_special_tokens: bool
+    truncate_to: int | None  # keep the last so many tokens; -1: as many as fit
+    param: str = "prompt"
+
+
+PromptInput = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def split_prompts(prompt: PromptInput) -> list[str | list[int]]:
+    """The single prompts of the four forms that the API allows."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
+    return [item if isinstance(item, str) else list(item) for item in prompt if not isinstance(item, int)]
+
+
+async def read_prompt(
+    prompt: str | list[int], options: PromptOptions, *, tokenizer: Tokenizer, model: ModelInfo
+) -> Prompt:
+    """Encodes one prompt and checks that it fits. Raises ApiError 400 with the numbers."""
+    if isinstance(prompt, str):
+        _check_length(prompt, options, tokenizer, model)
+        token_ids = await tokenizer.encode_async(prompt, add_special_tokens=options.add_special_tokens)
+        text: str | None = prompt
+    else:
+        token_ids, text = prompt, None
+        _check_vocabulary(token_ids, options, model)
+    num_kept = _num_kept(options, model)
+    if num_kept is not None and len(token_ids) > num_kept:
+        token_ids, text = token_ids[-num_kept:], None
+    _check_fits(token_ids, options, model)
+    return Prompt(token_ids, text)
+
+
+def _num_kept(options: PromptOptions, model: ModelInfo) -> int | None:
+    if options.truncate_to == -1:
+        return max(model.max_model_len - max(options.max_tokens or 1, 1), 1)
+    if options.truncate_to == 0:
+        raise bad_request("truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
+    return options.truncate_to
+
+
+def _check_length(text: str, options: PromptOptions, tokenizer: Tokenizer, model: ModelInfo) -> None:
+    """Refuses what cannot fit before it is encoded, which takes a second per megabyte."""
+    longest = model.max_model_len * tokenizer.max_token_characters
+    if options.truncate_to is None and len(text) > longest:
+        raise bad_request(
+            f"the prompt has {len(text)} characters, more than the context of {model.max_model_len} tokens can hold; "
+            "shorten it, or set truncate_prompt_tokens",
+            param=options.param,
+            code="context_length_exceeded",
+        )
+
+
+def _check_vocabulary(token_ids: list[int], options: PromptOptions, model: ModelInfo) -> None:
+    if max(token_ids) >= model.vocab_size:
+        raise bad_request(
+            f"token id {max(token_ids)} is outside the vocabulary of {model.vocab_size} tokens", param=options.param
+        )
+
+
+def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo) -> None:
+    num_prompt, num_output, context = len(token_ids), options.max_tokens, model.max_model_len
+    if not token_ids:
+        raise bad_request("the prompt is empty: it has no tokens", param=options.param)
+    if num_prompt + max(num_output or 1, 1) <= context:  # scoring a prompt samples a token, too
+        return
+    wanted = "" if num_output is None else f" and max_tokens asks for {num_output}"
+    raise bad_request(
+        f"the prompt has {num_prompt} tokens{wanted}, but the context is {context} tokens; "
+        "shorten the prompt or lower max_tokens",
+        param=options.param,
+        code="context_length_exceeded",
+    )

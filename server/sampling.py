@@ -1,0 +1,140 @@
+"""From the fields of a request to the engine's sampling parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+
+from engine.messages import ModelInfo
+from engine.types import SamplingParams
+from server.config import Config
+from server.errors import bad_request
+from server.protocol import RequestFields
+from server.tokenizer import Tokenizer
+
+INTEGER = re.compile(r"-?[0-9]{1,20}")
+GREEDY_BELOW = 1e-5  # dividing float32 logits by less than this may overflow, and chooses the most likely token anyway
+SEED_BITS = 63
+
+
+def make_params(
+    body: RequestFields,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """The parameters that all choices of a request share; each then gets its own seed. Raises ApiError 400."""
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise bad_request(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens")
+    defaults = model.generation_defaults
+    temperature = _default(body.temperature, defaults, "temperature", 1.0)
+    return SamplingParams(
+        seed=body.seed or 0,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+        top_p=_default(body.top_p, defaults, "top_p", 1.0),
+        top_k=max(int(_default(body.top_k, defaults, "top_k", 0)), 0),
+        min_p=_default(body.min_p, defaults, "min_p", 0.0),
+        frequency_penalty=_default(body.frequency_penalty, defaults, "frequency_penalty", 0.0),
+        presence_penalty=_default(body.presence_penalty, defaults, "presence_penalty", 0.0),
+        repetition_penalty=_default(body.repetition_penalty, defaults, "repetition_penalty", 1.0),
+        logit_bias=_logit_bias(body, model.vocab_size),
+        allowed_token_ids=_checked_ids(body.allowed_token_ids, "allowed_token_ids", model.vocab_size),
+        bad_words=_bad_words(body.bad_words or [], tokenizer),
+        stop_token_ids=_stop_token_ids(body, model),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        num_drafts=_num_drafts(body),
+    )
+
+
+def check_limits(body: RequestFields, config: Config) -> None:
+    """The configured limits of the shared fields. Raises ApiError 400 with both numbers and the limit's name."""
+    limits = config.limits
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    _at_most(body.n or 1, limits.max_n, "n", "limits.max_n")
+    _at_most(len(stops), limits.max_stop_strings, "stop", "limits.max_stop_strings")
+    _at_most(len(body.logit_bias or {}), limits.max_logit_bias, "logit_bias", "limits.max_logit_bias")
+    _at_most(body.prompt_logprobs or 0, limits.max_logprobs, "prompt_logprobs", "limits.max_logprobs")
+
+
+def check_num_logprobs(num_logprobs: int | None, config: Config, *, param: str) -> None:
+    _at_most(num_logprobs or 0, config.limits.max_logprobs, param, "limits.max_logprobs")
+
+
+def check_num_prompts(num_prompts: int, config: Config) -> None:
+    _at_most(num_prompts, config.limits.max_prompts, "prompt", "limits.max_prompts")
+
+
+def choice_seeds(seed: int | None, num_choices: int) -> list[int]:
+    """A seed for each choice of one prompt.
+
+    The first has the request's own, the others a hash of it and their number: what a choice says depends on nothing
+    else. Without a seed all are random.
+    """
+    if seed is None:
+        return [secrets.randbits(SEED_BITS) for _ in range(num_choices)]
+    return [seed % 2**SEED_BITS, *(_derived_seed(seed, number) for number in range(1, num_choices))]
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+
+
+def _at_most(value: int, limit: int, param: str, setting: str) -> None:
+    if value > limit:
+        raise bad_request(f"{param}: {value} is more than the {limit} that {setting} allows", param=param)
+
+
+def _default(value: float | None, defaults: dict[str, float], name: str, fallback: float) -> float:
+    return value if value is not None else defaults.get(name, fallback)
+
+
+def _logit_bias(body: RequestFields, vocab_size: int) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for key, bias in (body.logit_bias or {}).items():
+        if not INTEGER.fullmatch(key):
+            raise bad_request(f"logit_bias: {key[:50]!r} is not a token id", param="logit_bias")
+        if not 0 <= int(key) < vocab_size:
+            raise bad_request(
+                f"logit_bias: token id {key} is outside the vocabulary of {vocab_size} tokens", param="logit_bias"
+            )
+        biases[int(key)] = bias
+    return biases
+
+
+def _checked_ids(token_ids: list[int] | None, param: str, vocab_size: int) -> list[int] | None:
+    if token_ids and max(token_ids) >= vocab_size:
+        raise bad_request(
+            f"{param}: token id {max(token_ids)} is outside the vocabulary of {vocab_size} tokens", param=param
+        )
+    return token_ids
+
+
+def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The token sequences that spell a word at the beginning of a text and, with a space before it, inside one."""
+    sequences: list[list[int]] = []
+    for word in words:
+        for text in (word, " " + word.lstrip()):
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            if token_ids and token_ids not in sequences:
+                sequences.append(token_ids)
+    return sequences
+
+
+def _stop_token_ids(body: RequestFields, model: ModelInfo) -> list[int]:
+    asked = _checked_ids(body.stop_token_ids, "stop_token_ids", model.vocab_size) or []
+    return list(dict.fromkeys(asked if body.ignore_eos else [*asked, *model.eos_token_ids]))
+
+
+def _num_drafts(body: RequestFields) -> int | None:
+    if body.speculation is None:
+        return None
+    return 0 if body.speculation.enabled is False else body.speculation.num_drafts

@@ -1,0 +1,256 @@
+"""The engine process dies, hangs and lies; the client's streams do not notice, or end as promised."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import runpy
+import signal
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine.client import EngineError, EngineState
+from engine.messages import EXIT_CODES
+
+crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
+script, make_request, collect, tokens_of = crossing.script, crossing.make_request, crossing.collect, crossing.tokens_of
+PATIENT = replace(crossing.QUICK, max_deaths=10)
+
+
+@pytest.fixture(autouse=True)
+def state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "peregrine"
+
+
+@pytest.mark.parametrize("num_kills", [1, 2, 4])
+async def test_streams_go_on_after_kill_9_with_the_tokens_they_would_have_had(num_kills: int) -> None:
+    observer, chance = crossing.Recorder(), random.Random(num_kills)
+    async with crossing.running("delay=0.005&max_num_seqs=20", observer=observer, limits=PATIENT) as client:
+        requests = [make_request(f"r{i}", max_tokens=150, num_prompt_tokens=1 + i) for i in range(32)]
+        streams = [asyncio.create_task(collect(client, request)) for request in requests]
+        for _ in range(num_kills):
+            await asyncio.sleep(0.1 + 0.1 * chance.random())  # long enough for progress since the last
+            await crossing.until(lambda: client.num_running > 0)
+            num_deaths = len(observer.deaths)
+            os.kill(client.pid, signal.SIGKILL)
+            await crossing.until(lambda: len(observer.deaths) > num_deaths)  # noqa: B023 (awaited in the iteration)
+            assert client.state is EngineState.RESTARTING
+            await crossing.until(lambda: client.state is EngineState.READY)
+        for request, outputs in zip(requests, await asyncio.gather(*streams), strict=True):
+            assert tokens_of(outputs) == script.expected_tokens(request)
+            assert [output.finish_reason for output in outputs if output.finish_reason] == ["length"]
+        assert client.num_restarts == len(observer.deaths) == len(observer.replays) == num_kills
+        assert sorted(observer.started) == sorted(request.request_id for request in requests)
+        assert "SIGKILL" in observer.deaths[0]
+        assert (client.num_waiting, client.num_waiting_tokens, client.num_running) == (0, 0, 0)
+
+
+async def test_prompt_logprobs_are_delivered_once_though_the_prompt_is_scored_twice() -> None:
+    async with crossing.running("delay=0.01") as client:
+        request = make_request("r", num_prompt_tokens=200, prompt_logprobs=0, max_tokens=5)
+        stream = asyncio.create_task(collect(client, request))
+        await crossing.until(lambda: client.num_running == 1)
+        await asyncio.sleep(0.05)
+        os.kill(client.pid, signal.SIGKILL)
+        outputs = await stream
+        assert [entry for output in outputs for entry in output.prompt_logprobs or []] == (
+            script.expected_prompt_logprobs(request)
+        )
+        assert tokens_of(outputs) == script.expected_tokens(request)
+
+
+@pytest.mark.parametrize("order", ["CRASH_WHEN_FRESH", "GARBAGE", "FORK"])
+async def test_a_process_that_ends_in_a_strange_way_is_replaced(order: str) -> None:
+    observer = crossing.Recorder()
+    async with crossing.running(observer=observer) as client:
+        strange = make_request("strange", order=getattr(script, order))
+        requests = [strange, *(make_request(f"r{i}") for i in range(5))]
+        results = await asyncio.gather(*(collect(client, request) for request in requests))
+        assert [tokens_of(outputs) for outputs in results] == [script.expected_tokens(r) for r in requests]
+        assert client.num_restarts == 1
+    expected = "a frame of" if order == "GARBAGE" else "exit code 7"
+    assert expected in observer.deaths[0]
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("EXIT", "exit code 7"),
+        ("SEGFAULT", "SIGSEGV"),
+        ("RAISE", "RuntimeError: the step failed on order (scripted_engine.py:"),
+        ("HANG", "a step of the engine took longer than 0.5 s"),
+    ],
+)
+async def test_a_request_that_kills_the_engine_twice_is_quarantined_alone(order: str, reason: str) -> None:
+    observer = crossing.Recorder()
+    limits = replace(crossing.QUICK, step=0.5, heartbeat_interval=0.1)
+    async with crossing.running("delay=0.005", observer=observer, limits=limits) as client:
+        good = [make_request(f"r{i}", max_tokens=60) for i in range(10)]
+        streams = [asyncio.create_task(collect(client, request)) for request in good]
+        await crossing.until(lambda: client.num_running == 10)
+        bad = make_request("bad", order=getattr(script, order))
+        with pytest.raises(EngineError, match="request bad") as quarantined:
+            await collect(client, bad)
+        assert quarantined.value.kind == "quarantined"
+        results = await asyncio.gather(*streams)
+        assert [tokens_of(outputs) for outputs in results] == [script.expected_tokens(request) for request in good]
+        assert client.num_restarts == 2
+        assert all(reason in death for death in observer.deaths)
+
+
+async def test_a_stopped_process_is_noticed_killed_and_replaced() -> None:
+    observer = crossing.Recorder()
+    limits = replace(crossing.QUICK, silence=0.8)
+    async with crossing.running("delay=0.005", observer=observer, limits=limits) as client:
+        request = make_request("r", max_tokens=300)
+        stream = asyncio.create_task(collect(client, request))
+        await crossing.until(lambda: client.num_running == 1)
+        pid = client.pid
+        os.kill(pid, signal.SIGSTOP)
+        await crossing.until(lambda: client.state is EngineState.RESTARTING, seconds=4)
+        assert tokens_of(await stream) == script.expected_tokens(request)
+        assert crossing.process_state(pid) == ""
+        assert observer.deaths == ["the engine process gave no sign of life for 0.8 s"]
+
+
+async def test_a_pause_of_the_server_itself_is_not_blamed_on_the_engine() -> None:
+    limits = replace(crossing.QUICK, silence=1.0, heartbeat_interval=0.1)
+    async with crossing.running(limits=limits) as client:
+        await asyncio.sleep(0.2)
+        os.kill(client.pid, signal.SIGSTOP)
+        pid = client.pid
+        await asyncio.sleep(0)
+        import time
+
+        time.sleep(1.5)  # noqa: ASYNC251 (the loop stands still, as under a stopped terminal job)
+        os.kill(pid, signal.SIGCONT)
+        request = make_request("r")
+        assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+        assert (client.pid, client.num_restarts) == (pid, 0)
+
+
+async def test_three_deaths_fail_every_request_and_leave_a_report_without_contents(state_directory: Path) -> None:
+    observer = crossing.Recorder()
+    async with crossing.running("delay=0.01", observer=observer) as client:
+        request = make_request("r", max_tokens=4000)
+        stream = asyncio.create_task(collect(client, request))
+        waiting = asyncio.create_task(client.failed.wait())
+        for num_deaths in range(3):
+            await crossing.until(lambda: client.num_running == 1)
+            await asyncio.sleep(0.05)  # progress, so that it is no suspect
+            os.kill(client.pid, signal.SIGKILL)
+            await crossing.until(lambda: len(observer.deaths) > num_deaths)  # noqa: B023
+        await asyncio.wait_for(waiting, 5)
+        with pytest.raises(EngineError, match="will not come back") as failed:
+            await stream
+        assert failed.value.kind == "engine_failed"
+        with pytest.raises(EngineError, match="will not come back"):
+            await collect(client, make_request("late"))
+        assert (client.state, client.num_running, client.num_waiting) == (EngineState.FAILED, 0, 0)
+        assert client.failure is not None
+        assert EXIT_CODES[client.failure.kind] == 5
+        (path,) = state_directory.iterdir()
+        assert client.failure.message.endswith(str(path))
+    report = json.loads(path.read_text())
+    assert [death["exit_code"] for death in report["deaths"]] == [-9, -9, -9]
+    assert {"python", "msgspec"} <= set(report["versions"])
+    assert any(death["batch"] for death in report["deaths"])
+    assert all(line[0] == "r" and len(line) == 4 for death in report["deaths"] for line in death["batch"])
+    assert "token_ids" not in path.read_text()
+
+
+async def test_deaths_far_apart_do_not_add_up() -> None:
+    limits = replace(crossing.QUICK, death_window=0.0)
+    async with crossing.running(limits=limits) as client:
+        for i in range(4):
+            os.kill(client.pid, signal.SIGKILL)
+            request = make_request(f"r{i}")
+            assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+        assert client.num_restarts == 4
+
+
+async def test_requests_that_come_and_go_while_the_engine_is_away_are_forgotten_or_served() -> None:
+    observer = crossing.Recorder()
+    limits = replace(crossing.QUICK, first_backoff=0.3)
+    async with crossing.running("delay=0.005", observer=observer, limits=limits) as client:
+        stays, leaves = make_request("stays", max_tokens=200), make_request("leaves", max_tokens=200)
+        streams = [asyncio.create_task(collect(client, request)) for request in (stays, leaves)]
+        await crossing.until(lambda: client.num_running == 2)
+        os.kill(client.pid, signal.SIGKILL)
+        await crossing.until(lambda: client.state is EngineState.RESTARTING)
+        assert (client.num_waiting, client.num_running) == (2, 0)
+        streams[1].cancel()
+        comes = make_request("comes")
+        assert tokens_of(await collect(client, comes)) == script.expected_tokens(comes)
+        assert tokens_of(await streams[0]) == script.expected_tokens(stays)
+        await crossing.until(lambda: observer.steps[-1].num_running == 0)
+        assert (client.num_waiting, client.num_running) == (0, 0)
+
+
+async def test_aborts_and_crashes_together_leave_nothing_behind() -> None:
+    observer, chance = crossing.Recorder(), random.Random(2)
+    async with crossing.running("max_num_seqs=16", observer=observer, limits=PATIENT) as client:
+
+        async def one(i: int) -> None:
+            request = make_request(f"r{i}", max_tokens=80)
+            await asyncio.sleep(chance.random())
+            if chance.random() < 0.5:
+                assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+                return
+            async with aclosing(client.generate(request)) as outputs:
+                async for _ in outputs:
+                    if chance.random() < 0.2:
+                        break
+
+        everybody = asyncio.gather(*(one(i) for i in range(200)))
+        for _ in range(3):
+            await asyncio.sleep(0.25)
+            await crossing.until(lambda: client.state is EngineState.READY)
+            os.kill(client.pid, signal.SIGKILL)
+        await everybody
+        await crossing.until(lambda: client.state is EngineState.READY)
+        assert (client.num_waiting, client.num_waiting_tokens, client.num_running) == (0, 0, 0)
+        request = make_request("after")
+        assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+        assert (observer.steps[-1].num_running, observer.steps[-1].num_waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("order", "kind", "message"),
+    [
+        ("config", "config", "set a lower scheduler.max_num_seqs"),
+        ("model", "model", "no such model; give a path"),
+        ("memory", "memory", "needs 9 GiB, has 1 GiB"),
+        ("memory_error", "memory", "no more"),
+        ("torch_memory", "memory", "can't allocate memory"),
+        ("chained", "internal", "KeyError: 'the root cause' (scripted_engine.py:"),
+        ("exit", "internal", "exit code 9 while it started; its last output was:\n  the last line of output"),
+        ("kill", "internal", "SIGKILL, as the kernel's out-of-memory killer does"),
+        ("hang", "internal", "no sign of life for 0.3 s while it started"),
+    ],
+)
+async def test_a_failed_start_says_why_and_is_not_repeated(order: str, kind: str, message: str) -> None:
+    observer = crossing.Recorder()
+    limits = replace(crossing.QUICK, starting_silence=0.3, heartbeat_interval=60) if order == "hang" else PATIENT
+    if order == "hang":
+        limits = replace(limits, starting_silence=1.0)
+        message = message.replace("0.3 s", "1 s")
+    client = crossing.make_client(f"fail={order}", limits=limits, observer=observer)
+    await client.start()
+    stream = asyncio.create_task(collect(client, make_request("r")))
+    await asyncio.wait_for(client.failed.wait(), 20)
+    with pytest.raises(EngineError):
+        await stream
+    assert client.failure is not None
+    assert client.failure.kind == kind
+    assert message in client.failure.message
+    assert (client.state, client.num_restarts, observer.deaths) == (EngineState.FAILED, 0, [])
+    await client.stop()
+    assert client.state is EngineState.FAILED

@@ -15,7 +15,10 @@ from kernels.batched_attention import attend, attend_chunk, gather_context
 if TYPE_CHECKING:
     from engine.kv_cache import KVCache
 
-ATTENTION_BACKENDS = {"torch": "engine.attention:TorchAttention"}
+ATTENTION_BACKENDS = {
+    "torch": "engine.attention:TorchAttention",
+    "triton": "engine.attention_triton:TritonAttention",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class TorchAttention:
         self._blocks = [kv.view(-1, kv.shape[3] * kv.shape[4]) for kv in kv_cache.kv]
         self._tokens = [kv.view(-1, kv.shape[4]) for kv in kv_cache.kv]
         self._plans: dict[Geometry, AttentionPlan] = {}
+        self._scratch = torch.empty(0, dtype=kv_cache.dtype)
 
     def plan(self, batch: ForwardBatch) -> None:
         """Forgets the last step; a plan is made by the first layer of each geometry, since a model has few."""
@@ -81,22 +85,38 @@ class TorchAttention:
 
     def _attend_group(self, q: Tensor, group: DecodeGroup, layer: AttentionLayer) -> Tensor:
         blocks, dtype = self._blocks[layer.index], q.dtype
-        k, v = gather_context(blocks, group.block_rows, group.blank_rows, group.num_contexts, layer.head_dim)
+        scratch = self._scratch_for(group.block_rows, blocks)
+        k, v = gather_context(blocks, group.block_rows, group.blank_rows, group.num_contexts, layer.head_dim, scratch)
         rows = q.reshape(group.num_contexts, -1, layer.head_dim)
         out: Tensor = attend(rows, k.to(dtype), v.to(dtype), group.bias, layer.scale, layer.soft_cap)
         return out
 
     def _attend_chunk(self, q: Tensor, chunk: PromptChunk, layer: AttentionLayer) -> Tensor:
         blocks, dtype = self._blocks[layer.index], q.dtype
-        k, v = gather_context(blocks, chunk.block_rows, None, layer.num_kv_heads, layer.head_dim)
+        scratch = self._scratch_for(chunk.block_rows, blocks)
+        k, v = gather_context(blocks, chunk.block_rows, None, layer.num_kv_heads, layer.head_dim, scratch)
         k, v = k[:, : chunk.num_tokens].to(dtype), v[:, : chunk.num_tokens].to(dtype)
         out: Tensor = attend_chunk(q, k, v, chunk.bias, layer.scale, layer.soft_cap)
         return out
 
+    def _scratch_for(self, block_rows: Tensor, blocks: Tensor) -> Tensor:
+        """Memory for gathered blocks, kept: fresh memory costs more to touch than the blocks cost to copy."""
+        num_elements = block_rows.shape[0] * blocks.shape[1]
+        if self._scratch.numel() < num_elements:
+            with torch.inference_mode(False):  # made in the mode, it could not be written outside of it
+                self._scratch = blocks.new_empty(num_elements)
+        return self._scratch
+
     def _plan(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> AttentionPlan:
         cache = self.kv_cache
         geometry = Geometry(
-            layer.num_heads, layer.num_kv_heads, layer.window, cache.num_blocks, cache.block_size, q.dtype
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            window=layer.window,
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            dtype=q.dtype,
         )
         plan = self._plans.get(geometry)
         if plan is None:

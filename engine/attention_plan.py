@@ -20,6 +20,7 @@ from engine.forward_batch import ForwardBatch
 
 MAX_GROUPED_QUERIES = 16  # rows per sequence up to which batching beats the fused kernel
 MIN_CONTEXT = 64  # tokens; shorter contexts are padded to this
+MAX_GATHERED = 1 << 20  # elements of keys and values in one group: small enough to be multiplied out of the cache
 
 Ints = NDArray[np.int64]
 
@@ -30,6 +31,7 @@ class Geometry:
 
     num_heads: int
     num_kv_heads: int
+    head_dim: int
     window: int | None
     num_blocks: int
     block_size: int
@@ -100,11 +102,15 @@ class _Planner:
                 by_shape[num_queries, rounded_context(int(self.num_seen[b]), geometry.block_size)].append(b)
             else:
                 chunks.append(self._chunk(b))
-        groups = [self._group(np.array(seqs), *shape) for shape, seqs in by_shape.items()]
+        groups = []
+        for (num_queries, num_tokens), seqs in by_shape.items():
+            step = max(1, MAX_GATHERED // (2 * num_tokens * geometry.num_kv_heads * geometry.head_dim))
+            for start in range(0, len(seqs), step):
+                groups.append(self._group(np.array(seqs[start : start + step]), num_queries, num_tokens))
         heads = torch.arange(2 * geometry.num_kv_heads, device=self.device)
         num_slots = geometry.num_blocks * geometry.block_size
         store_rows = (self.batch.slots[:, None] + heads * num_slots).flatten()
-        in_order = not chunks and len(by_shape) == 1 and next(iter(by_shape))[0] == 1
+        in_order = not chunks and len(groups) == 1 and next(iter(by_shape))[0] == 1
         return AttentionPlan(store_rows, groups, chunks, in_order)
 
     def _group(self, seqs: Ints, num_queries: int, num_tokens: int) -> DecodeGroup:

@@ -18,6 +18,11 @@ _MAX_FINITE = torch.finfo(torch.float32).max
 _TOKEN_BITS = 32
 
 
+def gaps_below_best(logits: Tensor, best: Tensor) -> Tensor:
+    """How far each logit lies below its row's largest. logits: [num_rows, vocab_size]; best: [num_rows, 1]"""
+    return best + 0.0 - logits  # a best of -0.0 would make gaps of -0.0, whose bits sort elsewhere
+
+
 def block_minima(values: Tensor, num_blocks: int) -> Tensor:
     """The smallest value of each block. values: [num_rows, vocab_size]; returns [num_rows, num_blocks]"""
     num_full = values.shape[1] // num_blocks
@@ -38,7 +43,8 @@ def block_tokens(blocks: Tensor, *, num_blocks: int, vocab_size: int) -> Tensor:
 def most_likely(gaps: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """The first tokens of each row in the order (gap, token id): their gaps and ids. [num_rows, num_tokens] each
 
-    gaps: [num_rows, vocab_size], none NaN, at least 0. Where a row has fewer finite gaps, infinite ones fill it up.
+    gaps: [num_rows, vocab_size], none NaN, at least 0 (and not -0). Where a row has fewer finite gaps, infinite
+    ones fill it up, with ids that mean nothing.
 
     The num_tokens-th smallest block minimum is an upper bound of the num_tokens-th smallest gap, so only blocks
     whose minimum does not exceed it can hold a wanted token.

@@ -2,54 +2,105 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # a name of its own: the GGUF file that comes as a wheel
 
 
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The command-line flag of a setting.
+
+    With a key, the flag takes a JSON object, and the setting is its value under that key.
+    """
+
+    name: str
+    key: str | None = None
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
 
 
 Count = Annotated[int, Field(ge=1)]
+CountOrAuto = Count | Literal["auto"]
+NumDrafts = Annotated[int, Field(ge=1, le=64)]
+NgramLength = Annotated[int, Field(ge=1, le=16)]
 
 
 class ModelConfig(Section):
-    path: str = Field(DEFAULT_MODEL, description="directory, hub id, .gguf file, or the default model's name")
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field("auto", description="dummy: random weights")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the device's fastest")
-    max_model_len: Count | Literal["auto"] = Field("auto", description="longest prompt + output, tokens")
-    quantization: str = Field("none", description="weight format computed at load time; `peregrine doctor` lists them")
-    implementation: Literal["auto", "own", "transformers"] = Field("auto", description="whose layers to run")
-    tokenizer: str | None = Field(None, description="directory or hub id of another tokenizer")
-    chat_template: str | None = Field(None, description="file with a Jinja chat template that replaces the model's")
+    path: str = Field(default=DEFAULT_MODEL, description="directory, hub id, .gguf file, or the default model's name")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
+        default="auto", description="dummy: random weights"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag("--dtype")] = Field(
+        default="auto", description="auto: the device's fastest"
+    )
+    max_model_len: Annotated[CountOrAuto, Flag("--max-model-len")] = Field(
+        default="auto", description="longest prompt + output, tokens"
+    )
+    quantization: Annotated[str, Flag("--quantization")] = Field(
+        default="none", description="weight format computed at load time; `peregrine doctor` lists them"
+    )
+    implementation: Literal["auto", "own", "transformers"] = Field(default="auto", description="whose layers to run")
+    tokenizer: str | None = Field(default=None, description="directory or hub id of another tokenizer")
+    chat_template: str | None = Field(
+        default=None, description="file with a Jinja chat template that replaces the model's"
+    )
 
 
 class DeviceConfig(Section):
-    name: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto: Triton on a GPU, torch elsewhere")
-    num_threads: Count | Literal["auto"] = Field("auto", description="CPU threads of the engine process")
+    name: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        default="auto", description="auto: Triton on a GPU, torch elsewhere"
+    )
+    num_threads: CountOrAuto = Field(default="auto", description="CPU threads of the engine process")
 
 
 class SchedulerConfig(Section):
-    max_num_seqs: Count | Literal["auto"] = Field("auto", description="requests that run at once")
-    max_num_batched_tokens: Count | Literal["auto"] = Field("auto", description="token budget of one step")
+    max_num_seqs: Annotated[CountOrAuto, Flag("--max-num-seqs")] = Field(
+        default="auto", description="requests that run at once"
+    )
+    max_num_batched_tokens: Annotated[CountOrAuto, Flag("--max-num-batched-tokens")] = Field(
+        default="auto", description="token budget of one step"
+    )
 
 
 class KVCacheConfig(Section):
-    memory: Literal["auto"] | str = Field("auto", description='"0.9" of the device, "2GiB", or "100000tokens"')
-    block_size: Annotated[int, Field(ge=1, le=256)] = Field(16, description="tokens per block")
-    dtype: Literal["auto"] | str = Field("auto", description="auto: the model's dtype")
-    prefix_caching: bool = Field(True, description="reuse the KV cache of equal prefixes")
+    memory: Annotated[Literal["auto"] | str, Flag("--gpu-memory-utilization")] = Field(
+        default="auto", description='"0.9" of the device, "2GiB", or "100000tokens"'
+    )
+    block_size: Annotated[int, Field(ge=1, le=256)] = Field(default=16, description="tokens per block")
+    dtype: Annotated[Literal["auto"] | str, Flag("--kv-cache-dtype")] = Field(
+        default="auto", description="auto: the model's dtype"
+    )
+    prefix_caching: Annotated[bool, Flag("--enable-prefix-caching")] = Field(
+        default=True, description="reuse the KV cache of equal prefixes"
+    )
 
 
 class SpeculationConfig(Section):
-    method: str = Field("none", description='"none" or "ngram"')
-    num_drafts: Annotated[int, Field(ge=1, le=64)] = Field(4, description="drafted tokens per step")
-    ngram_max: Annotated[int, Field(ge=1, le=16)] = Field(4, description="longest n-gram to look up")
-    ngram_min: Annotated[int, Field(ge=1, le=16)] = Field(2, description="shortest n-gram to look up")
+    method: Annotated[str, Flag("--speculative-config", "method")] = Field(
+        default="none", description='"none" or "ngram"'
+    )
+    num_drafts: Annotated[NumDrafts, Flag("--speculative-config", "num_speculative_tokens")] = Field(
+        default=4, description="drafted tokens per step"
+    )
+    ngram_max: Annotated[NgramLength, Flag("--speculative-config", "prompt_lookup_max")] = Field(
+        default=4, description="longest n-gram to look up"
+    )
+    ngram_min: Annotated[NgramLength, Flag("--speculative-config", "prompt_lookup_min")] = Field(
+        default=2, description="shortest n-gram to look up"
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.ngram_min > self.ngram_max:
+            raise ValueError(f"ngram_min ({self.ngram_min}) must not be above ngram_max ({self.ngram_max})")
+        return self
 
 
 class EngineConfig(Section):
@@ -58,4 +109,6 @@ class EngineConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
     speculation: SpeculationConfig = SpeculationConfig()
-    seed: int = Field(0, description="seed of dummy weights and of requests without a seed in deterministic runs")
+    seed: Annotated[int, Flag("--seed")] = Field(
+        default=0, description="seed of dummy weights and of requests without a seed in deterministic runs"
+    )

@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import msgspec
 
@@ -94,21 +94,27 @@ class FrameSocket(Generic[Message]):
     def receive(self, *, wait: bool) -> list[Message]:
         """Returns all that has arrived; with `wait`, at least some bytes are waited for.
 
-        Raises EOFError at the end of the stream, FrameError where it is damaged.
+        Raises EOFError once all before the end of the stream was returned, FrameError where it is damaged.
         """
         messages: list[Message] = []
         flags = 0 if wait else socket.MSG_DONTWAIT
-        while True:
-            try:
-                data = self._socket.recv(READ_BYTES, flags)
-            except BlockingIOError:
-                return messages
-            except ConnectionResetError as error:
-                raise EOFError("the other end is gone") from error
+        while (data := self._read(flags)) is not None:
             if not data:
+                if messages:
+                    return messages  # the next call meets the end again
                 raise EOFError("the other end closed the socket")
             messages += self._reader.feed(data)
             flags = socket.MSG_DONTWAIT
+        return messages
+
+    def _read(self, flags: int) -> bytes | None:
+        """None if nothing is there, no bytes at the end of the stream."""
+        try:
+            return self._socket.recv(READ_BYTES, flags)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return b""
 
 
 class FrameProtocol(asyncio.Protocol, Generic[Message]):
@@ -126,8 +132,7 @@ class FrameProtocol(asyncio.Protocol, Generic[Message]):
         self.closed: asyncio.Future[FrameError | None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not of asyncio's classes
 
     def data_received(self, data: bytes) -> None:
         if self._error is not None:

@@ -44,7 +44,7 @@ def largest_score_listed(gaps: Tensor, tokens: Tensor, keys: Tensor, words: Tens
 def _largest_score(gaps: Tensor, keys: Tensor, words: Tensor) -> Tensor:
     num_rows, vocab_size = gaps.shape
     num_blocks = -(-vocab_size // _TOKENS_PER_BLOCK)
-    race = torch.add(noise_bits(words[None], keys), 0.5)  # float32
+    race = noise_bits(words[None], keys).float().add_(0.5)
     race *= gaps.exp()
     minima = block_minima(race, num_blocks)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.candidates import most_likely
+from engine.candidates import gaps_below_best, most_likely
 from engine.types import TokenLogprobs
 
 _ROWS_PER_PASS = 64  # bounds the scratch memory: prompts may be scored by the thousand rows
@@ -37,11 +37,10 @@ def _answer(logits: Tensor, queries: list[LogprobQuery]) -> Iterator[TokenLogpro
     rows = logits.index_select(0, torch.tensor([query.row for query in queries], device=logits.device))
     token_ids = torch.tensor([query.token_id for query in queries], device=logits.device)[:, None]
     num_top = min(rows.shape[1], max(1, *(query.num_top for query in queries)))
-    peaks = rows.amax(-1, keepdim=True)
-    gaps = peaks - rows
+    gaps = gaps_below_best(rows, rows.amax(-1, keepdim=True))
     log_total = gaps.neg().exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
     gap = gaps.gather(1, token_ids)
-    rank = (gaps < gap).sum(-1, keepdim=True) + 1
+    rank = torch.lt(gaps, gap, out=torch.empty_like(gaps)).sum(-1, keepdim=True) + 1.0  # float32 counts to 2^24
     top_gaps, top_tokens = most_likely(gaps, num_top)
     # The one copy to the host: floats as float64, which holds token ids and ranks exactly too.
     logprobs = torch.cat((-gap - log_total, -top_gaps - log_total), dim=1)

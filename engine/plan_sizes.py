@@ -15,6 +15,7 @@ from engine.plan_settings import Resolved, SettingError, parse_cache_size
 if TYPE_CHECKING:
     from engine.machine import Machine
 
+_QUANTIZED_BYTES = {"int8": 1, "fp16": 2}  # per weight, whatever the model's dtype; the scales are a thousandth
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _GPU_FRACTION = 0.9  # of the device, weights included
@@ -63,14 +64,16 @@ class Sizer:
 
     def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
         facts, size = self.facts, DTYPES[dtype].itemsize
-        output = facts.num_embedding_parameters if facts.ties_output and self.device == "cpu" else 0
-        weight_size = 1 if self.config.model.quantization == "int8" else size
+        quantization = self.config.model.quantization
+        is_packed = quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
+        output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
+        weight_size = _QUANTIZED_BYTES.get(quantization, size)
         kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
         num_rows = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
         logits = 4 * num_rows * facts.vocab_size * 4  # float32: raw, processed, sorted, noise
         activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
         return Demand(
-            linear=(facts.num_linear_parameters + output) * weight_size,  # once packed, a matrix shares nothing
+            linear=(facts.num_linear_parameters + output) * weight_size,
             embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
             workspace=logits + activations,
             kv_per_token=kv_per_token,

@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import importlib
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -230,11 +231,12 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _summary(error: Exception) -> str:
-    """The root cause in one line, with the place it was raised at."""
+    """The error and, last, its root cause with the place it was raised at."""
     cause = _root_cause(error)
+    outer = "" if cause is error else f"{type(error).__name__}: {error}; because of "
     frames = traceback.extract_tb(cause.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(cause).__name__}: {cause}{place}"
+    return f"{outer}{type(cause).__name__}: {cause}{place}"
 
 
 def _fail(connection: Connection, failed: Failed, error: Exception) -> int:
@@ -273,6 +275,7 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or service manager signals the whole group: the
         signal.signal(number, signal.SIG_IGN)  # server drains first, and then says when this process ends
     faulthandler.enable()
+    logging.basicConfig(format="engine: %(levelname)s %(name)s: %(message)s")
     connection = FrameSocket(socket.socket(fileno=options.fd), to_engine_decoder())
     note = CrashNote(options.note_fd)
     return run(connection, note, factory=options.factory, heartbeat_interval=options.heartbeat_interval)

@@ -8,8 +8,8 @@ The order of operations is vLLM's from the temperature on:
 
     raw logits -> [log-probabilities]
       -> penalties, bias, bans             engine.penalties
-      -> temperature -> min-p              here
-      -> top-k -> top-p                    engine.truncation
+      -> temperature                       here
+      -> min-p -> top-k -> top-p           engine.truncation
       -> largest of noise + logit          engine.gumbel
       -> walk down the drafts              engine.acceptance
 
@@ -21,16 +21,18 @@ from __future__ import annotations
 from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.acceptance import NO_TOKEN, accept
+from engine.candidates import gaps_below_best
 from engine.gumbel import largest_score, largest_score_listed
 from engine.logprobs import LogprobQuery, token_logprobs
 from engine.noise import noise_keys, token_words
 from engine.penalties import edit_logits, edits_logits
 from engine.sampled_rows import IntArray, SampledRows, sampled_rows
-from engine.truncation import shortlist, truncate_sorted
+from engine.truncation import Limits, shortlist, truncate_sorted
 from engine.types import Sampled, Scheduled
 
 _GREEDY_BELOW = 1e-5  # the noise, at most 22, could not reverse a difference of 3e-4 between logits
@@ -75,7 +77,7 @@ class Sampler:
     def _sample(self, logits: Tensor, rows: SampledRows) -> Tensor:
         """One token per sampled row, NO_TOKEN where none can be chosen. [num_sampled_rows] int64"""
         logits = _select(logits, rows.logits_rows)
-        if any(edits_logits(params) for params in rows.params):
+        if any(edits_logits(item) for item in rows.items):
             logits = logits.clone()
             edit_logits(logits, rows)
         temperatures = rows.per_row([params.temperature for params in rows.params])
@@ -94,28 +96,33 @@ class Sampler:
         keys = noise_keys(rows.seeds[kind], rows.positions[kind], device)
         words = self._words = self._words.to(device)
 
-        asked_k = rows.per_row([params.top_k for params in rows.params])[kind].astype(np.int64)
-        top_k = np.where((asked_k < 1) | (asked_k > self.vocab_size), self.vocab_size, asked_k)
-        top_p = rows.per_row([params.top_p for params in rows.params])[kind]
-        is_truncated = (top_k < self.vocab_size) | (top_p < 1.0)
+        limits, is_truncated = self._limits(rows, kind, device)
         if not is_truncated.any():
             return largest_score(gaps, keys, words)
-
         tokens = torch.empty(len(kind), dtype=torch.int64, device=device)
         truncated = np.flatnonzero(is_truncated)
-        limits = torch.from_numpy(top_k[truncated]).to(device), torch.from_numpy(top_p[truncated]).to(device)
-        few = shortlist(_select(gaps, truncated), *limits)
+        few = shortlist(_select(gaps, truncated), limits.select(torch.from_numpy(truncated).to(device)))
         _put(tokens, truncated, largest_score_listed(few.gaps, few.tokens, _select(keys, truncated), words))
-        is_long = ~few.is_complete.cpu().numpy()
-        long = truncated[is_long]
+        long = truncated[~few.is_complete.cpu().numpy()]
         if len(long):
-            gaps[torch.from_numpy(long).to(device)] = truncate_sorted(
-                _select(gaps, long), *(limit[torch.from_numpy(is_long).to(device)] for limit in limits)
-            )
-        whole = np.sort(np.concatenate((np.flatnonzero(~is_truncated), long)))
+            long_limits = limits.select(torch.from_numpy(long).to(device))
+            kept = truncate_sorted(_select(gaps, long), long_limits)
+            _put(tokens, long, largest_score(kept, _select(keys, long), words))
+        whole = np.flatnonzero(~is_truncated)
         if len(whole):
             _put(tokens, whole, largest_score(_select(gaps, whole), _select(keys, whole), words))
         return tokens
+
+    def _limits(self, rows: SampledRows, kind: IntArray, device: torch.device) -> tuple[Limits, npt.NDArray[np.bool_]]:
+        """What the rows `kind` of the sampled rows keep, and which of them keep less than everything. [num_rows]"""
+        asked_k = rows.per_row([params.top_k for params in rows.params])[kind].astype(np.int64)
+        top_k = np.where((asked_k < 1) | (asked_k > self.vocab_size), self.vocab_size, asked_k)
+        top_p = rows.per_row([params.top_p for params in rows.params])[kind]
+        min_p = rows.per_row([params.min_p for params in rows.params])[kind]
+        with np.errstate(divide="ignore"):
+            max_gap = -np.log(min_p).astype(np.float32)  # infinite where min-p is off
+        columns = (torch.from_numpy(column[:, None]).to(device) for column in (max_gap, top_k, top_p))
+        return Limits(*columns), (top_k < self.vocab_size) | (top_p < 1.0) | (min_p > 0.0)
 
 
 def _greedy(logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) -> Tensor:
@@ -123,17 +130,12 @@ def _greedy(logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) ->
 
 
 def _gaps(logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) -> Tensor:
-    """How far each logit lies below its row's largest, in units of the temperature; infinite where min-p excludes it.
+    """How far each logit lies below its row's largest, in units of the temperature.
 
     Rows without a finite largest logit become rows that allow token 0 alone: what is sampled there is not used.
     """
     temperatures = rows.per_row([params.temperature for params in rows.params])[kind].astype(np.float32)
-    gaps = (peaks[:, None] - logits).div_(torch.from_numpy(temperatures).to(logits.device)[:, None])
-    min_p = rows.per_row([params.min_p for params in rows.params])[kind]
-    if min_p.any():
-        with np.errstate(divide="ignore"):
-            largest_gap = -np.log(min_p).astype(np.float32)  # p >= min_p * largest p
-        gaps.masked_fill_(gaps > torch.from_numpy(largest_gap).to(logits.device)[:, None], torch.inf)
+    gaps = gaps_below_best(logits, peaks[:, None]).div_(torch.from_numpy(temperatures).to(logits.device)[:, None])
     unusable = (~peaks.isfinite()).nonzero()[:, 0]
     if len(unusable):
         gaps[unusable] = torch.inf
@@ -167,34 +169,30 @@ def _walk(batch: list[Scheduled], rows: SampledRows, *, is_finite: list[int], to
 def _add_logprobs(logits: Tensor, batch: list[Scheduled], results: list[Sampled]) -> None:
     """Fills in the log-probabilities that requests asked for: of scored prompt tokens, then of emitted tokens."""
     queries: list[LogprobQuery] = []
+    asking: list[tuple[Scheduled, Sampled]] = []
     first = 0
     for item, result in zip(batch, results, strict=True):
-        if not result.error:
+        if not result.error and (item.num_scored or item.seq.params.logprobs is not None):
             queries += _queries(item, result, first)
+            asking.append((item, result))
         first += item.num_logits
     answers = token_logprobs(logits, queries)
-    for item, result in zip(batch, results, strict=True):
-        if not result.error:
-            num_prompt, num_output = _num_queries(item, result)
-            result.prompt_logprobs = list(islice(answers, num_prompt)) or None
-            result.logprobs = list(islice(answers, num_output)) or None
-
-
-def _num_queries(item: Scheduled, result: Sampled) -> tuple[int, int]:
-    return item.num_scored, 0 if item.seq.params.logprobs is None else len(result.token_ids)
+    for item, result in asking:
+        result.prompt_logprobs = list(islice(answers, item.num_scored)) or None
+        if item.seq.params.logprobs is not None:
+            result.logprobs = list(islice(answers, len(result.token_ids))) or None
 
 
 def _queries(item: Scheduled, result: Sampled, first: int) -> list[LogprobQuery]:
     """first: the item's first row in the logits, which stands at its num_logits-th last new token."""
     seq, params = item.seq, item.seq.params
-    num_prompt, num_output = _num_queries(item, result)
     next_index = seq.num_computed_tokens + item.num_new_tokens - item.num_logits + 1
-    queries = [
-        LogprobQuery(first + i, seq.token_ids[next_index + i], params.prompt_logprobs or 0) for i in range(num_prompt)
-    ]
-    emitted_rows = [0, *(draft + 1 for draft in result.accepted)]
-    for row, token_id in zip(emitted_rows[:num_output], result.token_ids, strict=False):
-        queries.append(LogprobQuery(first + item.num_scored + row, token_id, params.logprobs or 0))
+    scored = seq.token_ids[next_index : next_index + item.num_scored]
+    queries = [LogprobQuery(first + i, token_id, params.prompt_logprobs or 0) for i, token_id in enumerate(scored)]
+    if params.logprobs is not None and result.token_ids:
+        emitted_rows = [0, *(draft + 1 for draft in result.accepted)]
+        for row, token_id in zip(emitted_rows, result.token_ids, strict=True):
+            queries.append(LogprobQuery(first + item.num_scored + row, token_id, params.logprobs))
     return queries
 
 

@@ -110,7 +110,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     flops: int
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)  # proposers keep what they know of a sequence while it lives
 class Sequence:
     """A request inside the engine.
 

@@ -13,7 +13,7 @@ MAX_SCORES = 1 << 23  # scores held at once where a prompt chunk cannot use the 
 
 
 def gather_context(
-    blocks: Tensor, block_rows: Tensor, blank_rows: Tensor | None, num_contexts: int, head_dim: int
+    blocks: Tensor, block_rows: Tensor, blank_rows: Tensor | None, num_contexts: int, head_dim: int, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Copies the blocks of a group of contexts (one per sequence and KV head) next to each other.
 
@@ -21,9 +21,11 @@ def gather_context(
     block_rows: [2 * num_contexts * blocks per context] rows of it, first of the keys and then of the values
     blank_rows: rows of the result, seen as [2 * num_contexts * num_tokens, head_dim], that hold no token of the
         context: they are zeroed, since what is masked must still be finite
+    out: [>= as many elements as are gathered], the memory of the result
     Returns k, v: [num_contexts, num_tokens, head_dim].
     """
-    context = torch.index_select(blocks, 0, block_rows)
+    context = out[: block_rows.shape[0] * blocks.shape[1]].view(-1, blocks.shape[1])
+    torch.index_select(blocks, 0, block_rows, out=context)
     if blank_rows is not None:
         context.view(-1, head_dim).index_fill_(0, blank_rows, 0.0)
     k, v = context.view(2, num_contexts, -1, head_dim).unbind(0)

@@ -16,11 +16,13 @@ from loadtest.slo import ServiceLevel
 class Quietness:
     """How quiet the machine must be, in cores in use by anything, just before and just after a run.
 
-    A run that was not is repeated, `num_repeats` times at most. patience: seconds to wait for quiet before a run
+    A run that was not is repeated, `num_repeats` times at most. patience: seconds to wait for quiet before a run;
+    window: seconds over which the use is averaged
     """
 
     max_busy_cores: float
     patience: float = 60.0
+    window: float = 1.0
     num_repeats: int = 2
 
 
@@ -52,12 +54,13 @@ class Comparison:
         """One measurement, and before it those that were disturbed."""
         if self.quietness is None:
             return [await self._measure(ready, case, stream)]
+        quiet, limit = self.quietness, self.quietness.max_busy_cores
         tries: list[Measurement] = []
-        for repeat in range(self.quietness.num_repeats + 1):
-            before = await wait_until_quiet(self.quietness.max_busy_cores, self.quietness.patience)
+        for repeat in range(quiet.num_repeats + 1):
+            before = await wait_until_quiet(limit, patience=quiet.patience, window=quiet.window)
             measurement = await self._measure(ready, case, stream + repeat * _REPEAT_STREAMS)
-            busy = max(before, await busy_cores())
-            is_disturbed = busy >= self.quietness.max_busy_cores
+            busy = max(before, await busy_cores(quiet.window))
+            is_disturbed = busy >= limit
             tries.append(replace(measurement, busy_cores=busy, is_disturbed=is_disturbed))
             if not is_disturbed:
                 break

@@ -29,6 +29,8 @@ def _p(part: Callable[[Measurement], Distribution | None], percentile: str) -> C
 OUTPUT_RATE = Metric("output tok/s", lambda m: m.figures.output_tokens_per_second, 0, True)
 PROMPT_RATE = Metric("prompt tok/s", lambda m: m.figures.prompt_tokens_per_second, 0, True)
 TOKEN_TIME = Metric("ms per token", _p(lambda m: m.figures.time_per_output_token, "p50"), 1, False)
+MEMORY = Metric("memory, GiB", lambda m: None if m.memory is None else m.memory / 2**30, 2, False)
+ITL_P99 = Metric("ITL p99, ms", _p(lambda m: m.figures.inter_token_latency, "p99"), 1, False)
 
 METRICS = [
     OUTPUT_RATE,
@@ -37,11 +39,11 @@ METRICS = [
     Metric("TTFT p50, ms", _p(lambda m: m.figures.time_to_first_token, "p50"), 0, False),
     Metric("TTFT p99, ms", _p(lambda m: m.figures.time_to_first_token, "p99"), 0, False),
     Metric("ITL p50, ms", _p(lambda m: m.figures.inter_token_latency, "p50"), 1, False),
-    Metric("ITL p99, ms", _p(lambda m: m.figures.inter_token_latency, "p99"), 1, False),
+    ITL_P99,
     Metric("e2e p50, ms", _p(lambda m: m.figures.end_to_end, "p50"), 0, False),
     Metric("e2e p99, ms", _p(lambda m: m.figures.end_to_end, "p99"), 0, False),
     Metric("goodput, req/s", lambda m: m.figures.goodput, 2, True),
-    Metric("memory, GiB", lambda m: None if m.memory is None else m.memory / 2**30, 2, False),
+    MEMORY,
 ]
 
 
@@ -111,12 +113,10 @@ def markdown(session: Session) -> str:
         _row(["---"] * (len(names) + 2)),
         *(_markdown_row(session, scenario, _headline(scenario)) for scenario in session.scenarios),
     ]
-    itl = next(metric for metric in METRICS if metric.name == "ITL p99, ms")
     decoding = [scenario for scenario in session.scenarios if _headline(scenario) is OUTPUT_RATE]
-    lines += [_markdown_row(session, scenario, itl) for scenario in decoding]
-    memory = next(metric for metric in METRICS if metric.name == "memory, GiB")
+    lines += [_markdown_row(session, scenario, ITL_P99) for scenario in decoding]
     if any(measurement.memory is not None for measurement in session.measurements):
-        lines.append(_markdown_row(session, session.scenarios[-1], memory))
+        lines.append(_memory_row(session))
     return "\n".join([*lines, "", _caption(session)])
 
 
@@ -134,6 +134,16 @@ def _markdown_row(session: Session, scenario: Scenario, metric: Metric) -> str:
         cells.append(cell + (f", {failed} failed" if failed else ""))
     label = f"{scenario.name}, {metric.name}" + (" (ms per token)" if metric is OUTPUT_RATE else "")
     return _row([label, *cells, _advantage(values, metric)])
+
+
+def _memory_row(session: Session) -> str:
+    """The most that each server was seen to hold after any run."""
+    seen: dict[str, float] = {}
+    for measurement in session.measurements:
+        if measurement.memory is not None:
+            seen[measurement.server] = max(seen.get(measurement.server, 0.0), measurement.memory / 2**30)
+    values = [seen.get(server.name) for server in session.servers]
+    return _row([MEMORY.name, *(_cell(value, MEMORY.digits) for value in values), _advantage(values, MEMORY)])
 
 
 def _advantage(values: list[float | None], metric: Metric) -> str:

@@ -40,9 +40,10 @@ def parse_peer(text: str) -> PeerText:
 def parse_extra_body(text: str) -> dict[str, JsonValue]:
     """A JSON object. Raises ValueError otherwise."""
     try:
-        return msgspec.json.decode(text, type=dict[str, JsonValue])
+        body: dict[str, JsonValue] = msgspec.json.decode(text, type=dict)
     except msgspec.DecodeError as error:
         raise ValueError(f"the extra body must be a JSON object, not {text!r}: {error}") from error
+    return body
 
 
 def _json_length(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import floor, log10
+from math import log
 
 from loadtest.comparison import METRICS, OUTPUT_RATE, Metric, median_of, num_failures
 from loadtest.session import Scenario, Session
@@ -25,11 +25,12 @@ h1 { font-size:1.3rem; } h2 { font-size:1rem; margin:0 0 .3rem; }
 svg { width:100%; height:auto; display:block; } svg text { fill:var(--soft); font-size:12px; }
 .grid { stroke:var(--grid); stroke-width:1; } .line { fill:none; stroke-width:2; stroke-linejoin:round; }
 .dashed { stroke-dasharray:5 4; } .dot { stroke:var(--page); stroke-width:2; }
+svg .load { paint-order:stroke; stroke:var(--page); stroke-width:3px; }
 .legend { color:var(--soft); margin:.2rem 0 1rem; } .legend b { display:inline-block; width:1.6em; height:.22em;
   vertical-align:middle; margin:0 .4em 0 1.2em; }
 .scroll { overflow-x:auto; } table { border-collapse:collapse; font-variant-numeric:tabular-nums; margin:1rem 0; }
 th,td { padding:.25rem .7rem; text-align:right; border-bottom:1px solid var(--grid); white-space:nowrap; }
-th:first-child,td:first-child { text-align:left; } .soft { color:var(--soft); }
+th:nth-child(-n+2),td:nth-child(-n+2) { text-align:left; } .soft { color:var(--soft); }
 """
 
 
@@ -65,7 +66,7 @@ def html_page(session: Session) -> str:
     environment = session.environment
     where = (
         f"{environment.date}, commit {environment.commit}, {environment.machine}, {environment.num_cores} cores. "
-        f"Medians over rounds. Solid: p50, dashed: p99. The number at a point is its load."
+        f"Medians over rounds. Solid: p50, dashed: p99. The number at a point is its load. Axes are logarithmic."
     )
     panels = "\n".join(f'<div class="panel"><h2>{escape(p.title)}</h2>{_svg(p)}</div>' for p in _panels(session))
     return (
@@ -99,7 +100,7 @@ def _panel(session: Session, title: str, x_title: str, y_title: str, metrics: Se
             for scenario in _drawn(session):
                 x = median_of(session, scenario.name, server.name, OUTPUT_RATE)
                 y = median_of(session, scenario.name, server.name, metric)
-                if x is not None and y is not None:
+                if x and y:  # a logarithmic axis has no place for zero
                     points.append(Point("" if is_dashed else _load_label(scenario), x, y))
             curves.append(Curve(f"{server.name}, {metric.name}", color, is_dashed, points))
     return Panel(title, x_title, y_title, curves)
@@ -109,7 +110,7 @@ def _throughput(session: Session) -> list[Curve]:
     curves = []
     for color, server in enumerate(session.servers):
         rates = [(s, median_of(session, s.name, server.name, OUTPUT_RATE)) for s in _drawn(session)]
-        points = [Point("", s.concurrency or s.rate or 0.0, rate) for s, rate in rates if rate is not None]
+        points = [Point("", float(s.concurrency or s.rate or 1), rate) for s, rate in rates if rate]
         curves.append(Curve(server.name, color, False, points))
     return curves
 
@@ -127,16 +128,17 @@ def _svg(panel: Panel) -> str:
     points = [point for curve in panel.curves for point in curve.points]
     if not points:
         return '<p class="soft">nothing was measured</p>'
-    x_ticks, y_ticks = _ticks(max(p.x for p in points)), _ticks(max(p.y for p in points))
+    x_ticks, y_ticks = _ticks([point.x for point in points]), _ticks([point.y for point in points])
 
     def x_of(value: float) -> float:
-        return LEFT + value / x_ticks[-1] * (WIDTH - LEFT - RIGHT)
+        return LEFT + _share(value, x_ticks) * (WIDTH - LEFT - RIGHT)
 
     def y_of(value: float) -> float:
-        return HEIGHT - BOTTOM - value / y_ticks[-1] * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - _share(value, y_ticks) * (HEIGHT - TOP - BOTTOM)
 
     parts = [_axes(panel, x_ticks, y_ticks, x_of, y_of)]
     parts += [_curve(curve, x_of, y_of) for curve in panel.curves]
+    parts += [_labels(curve, x_of, y_of) for curve in panel.curves]  # over all curves
     label = escape(f"{panel.title}: {panel.y_title} against {panel.x_title}")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
@@ -154,7 +156,11 @@ def _axes(
         f'<text x="{LEFT - 8}" y="{y_of(t) + 4:.1f}" text-anchor="end">{t:,g}</text>'
         for t in y_ticks
     ]
-    lines += [f'<text x="{x_of(t):.1f}" y="{floor_y + 18}" text-anchor="middle">{t:,g}</text>' for t in x_ticks]
+    lines += [
+        f'<line class="grid" x1="{x_of(t):.1f}" x2="{x_of(t):.1f}" y1="{TOP}" y2="{floor_y}"/>'
+        f'<text x="{x_of(t):.1f}" y="{floor_y + 18}" text-anchor="middle">{t:,g}</text>'
+        for t in x_ticks
+    ]
     middle = (TOP + floor_y) / 2
     return "".join(lines) + (
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(panel.x_title)}</text>'
@@ -173,22 +179,28 @@ def _curve(curve: Curve, x_of: Callable[[float], float], y_of: Callable[[float],
             f'<circle class="dot" style="fill:{color}" cx="{x_of(p.x):.1f}" cy="{y_of(p.y):.1f}" r="4.5">'
             f"<title>{hint}</title></circle>"
         )
-        if p.label:
-            x, y = f"{x_of(p.x):.1f}", f"{y_of(p.y) + 18:.1f}"
-            parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{escape(p.label)}</text>')
     return "".join(parts)
 
 
-def _ticks(highest: float) -> list[float]:
-    """Round numbers from 0 to the first one at or above `highest`, four to six of them."""
-    if highest <= 0:
-        return [0.0, 1.0]
-    magnitude = 10.0 ** floor(log10(highest / 4))
-    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if highest / (m * magnitude) <= 5)
-    count = 0
-    while count * step < highest:
-        count += 1
-    return [round(i * step, 12) for i in range(count + 1)]
+def _labels(curve: Curve, x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
+    return "".join(
+        f'<text class="load" x="{x_of(p.x):.1f}" y="{y_of(p.y) + 18:.1f}" text-anchor="middle">{escape(p.label)}</text>'
+        for p in curve.points
+        if p.label
+    )
+
+
+def _share(value: float, ticks: Sequence[float]) -> float:
+    """Where a value lies between the first tick (0) and the last (1), logarithmically: loads are doubled, not added."""
+    return log(value / ticks[0]) / log(ticks[-1] / ticks[0])
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5, 10, 20, ... from the last that is well below the smallest value to the first at or above the largest."""
+    steps = [10.0**power * digit for power in range(-6, 9) for digit in (1, 2, 5)]
+    first = max((i for i, step in enumerate(steps) if step <= 0.8 * min(values)), default=0)
+    last = min((i for i, step in enumerate(steps) if step >= max(values)), default=len(steps) - 1)
+    return steps[first : max(last, first + 1) + 1]
 
 
 def _legend(session: Session) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ class TerminalProgress(Progress):
     """One updating line on standard error: requests done, in flight and failed, output tokens per second so far."""
 
     def __init__(self, title: str, num_requests: int | None) -> None:
-        self._bar = tqdm[None](total=num_requests, desc=title, unit="req", disable=None, leave=False)
+        self._bar: tqdm[NoReturn] = tqdm(total=num_requests, desc=title, unit="req", disable=None, leave=False)
         self._started_at = time.perf_counter()
         self._num_in_flight = 0
         self._num_failures = 0

@@ -38,6 +38,8 @@ def _chunk(data: bytes) -> bytes:
 
 
 async def _serve(port: Connection, interval: float) -> None:
+    step = asyncio.Condition()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         token = _chunk(_event(" token", None, None))
         while head := await reader.readuntil(b"\r\n\r\n"):
@@ -46,7 +48,8 @@ async def _serve(port: Connection, interval: float) -> None:
             writer.write(_HEAD)
             for _ in range(num_tokens - 1):
                 writer.write(token)
-                await asyncio.sleep(interval)
+                async with step:
+                    await step.wait()
             writer.write(_chunk(_event(" end", "length", num_tokens)) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
     async def answer_until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,7 +60,10 @@ async def _serve(port: Connection, interval: float) -> None:
 
     server = await asyncio.start_server(answer_until_closed, "127.0.0.1", 0)
     port.send(server.sockets[0].getsockname()[1])
-    await server.serve_forever()
+    while True:
+        await asyncio.sleep(interval)
+        async with step:
+            step.notify_all()
 
 
 def _server_process(port: Connection, interval: float) -> None:
@@ -76,7 +82,7 @@ async def _cost(port: int, num_streams: int, num_events: int) -> float:
 
 
 def measure_cost(num_streams: int, num_events: int, interval: float) -> float:
-    """Seconds of this process's time per event, with `num_streams` that each get one event every `interval` seconds."""
+    """Seconds of this process's time per event, with `num_streams` that all get one event every `interval` seconds."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     server = multiprocessing.get_context("spawn").Process(target=_server_process, args=(theirs, interval), daemon=True)
     server.start()
@@ -90,11 +96,11 @@ def measure_cost(num_streams: int, num_events: int, interval: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m loadtest.selfcost", description=__doc__)
     parser.add_argument("--events", type=int, default=300, help="events of each stream (300)")
-    parser.add_argument("--interval", type=float, default=0.02, help="seconds between a stream's events (0.02)")
+    parser.add_argument("--interval", type=float, default=0.02, help="seconds per step (0.02)")
     options = parser.parse_args()
     for num_streams in (1, 4, 16, 32, 64):
         cost = measure_cost(num_streams, options.events, options.interval)
-        print(f"{num_streams:3d} streams, an event each every {1000 * options.interval:g} ms: {1e6 * cost:5.1f} us per event")
+        print(f"{num_streams:3d} streams, {1000 * options.interval:g} ms per step: {1e6 * cost:5.1f} us per event")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import httptools
 import httpx
@@ -41,6 +42,7 @@ class Connection(asyncio.Protocol):
             future.add_done_callback(_look_at)
         self._early: list[tuple[float, bytes]] = []
         self._sink: Sink | None = None
+        self._keeps_alive = False
         self._now = 0.0
 
     def send(self, data: bytes) -> None:
@@ -61,13 +63,12 @@ class Connection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether another request may follow on this connection. Only to be asked after a complete response."""
-        return self._parser.should_keep_alive() and not self.lost.done()
+        return self._keeps_alive and not self.lost.done()
 
     # asyncio's callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods, not by its class
 
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
@@ -99,6 +100,7 @@ class Connection(asyncio.Protocol):
             self._sink(self._now, piece)
 
     def on_message_complete(self) -> None:
+        self._keeps_alive = self._parser.should_keep_alive()  # the parser forgets it after this
         if not self.complete.done():
             self.complete.set_result(None)
 

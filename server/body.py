@@ -16,6 +16,7 @@ from server.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 
+JSON_TYPE = re.compile(r"application/(.+\+)?json")
 UNION_TAG = re.compile(r"constrained-\w+|list\[.*\]|str|bool|int|float|none|TextPart")
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 NOT_YET = frozenset(
@@ -32,7 +33,7 @@ MAX_IGNORED_SHOWN = 20
 async def read_body(request: Request, body_type: type[BodyT]) -> BodyT:
     """Reads and validates the body. Raises ApiError 400."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+    if not JSON_TYPE.fullmatch(media_type):
         raise bad_request(f"the body must be JSON; send Content-Type: application/json, not {_shown(media_type)!r}")
     data = await request.body()
     try:
@@ -57,8 +58,8 @@ def ignored_header(names: list[str]) -> str:
 def refuse_ignored(names: list[str]) -> None:
     """In strict mode a field that would be ignored is an error."""
     if names:
-        known = "; leave them out, or do without strict mode"
-        raise bad_request(f"unknown fields: {ignored_header(names)}{known}", param=_shown(names[0]), code="unknown_field")
+        message = f"unknown fields: {ignored_header(names)}; leave them out, or do without strict mode"
+        raise bad_request(message, param=_shown(names[0]), code="unknown_field")
 
 
 def _unknown(body: BaseModel, prefix: str) -> Iterator[str]:
@@ -92,7 +93,8 @@ def _message(problem: ErrorDetails, problems: list[ErrorDetails], param: str) ->
     if kind == "missing":
         return f"{param} is required"
     if problem["loc"][0] == "messages" and name == "type" and kind == "literal_error":
-        return f"{param}: {_shown(str(problem['input']))!r} parts are not supported, the model reads text only; send text"
+        kind_of_part = _shown(str(problem["input"]))
+        return f"{param}: {kind_of_part!r} parts are not supported, the model reads text only; send text parts"
     if problem["loc"][0] in NOT_YET or name in NOT_YET:
         return f"{param} is not supported yet; leave it out"
     if kind.endswith("_type"):

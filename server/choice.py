@@ -38,6 +38,15 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
+    def extend(self, later: Delta) -> None:
+        """Adds what came after."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.offsets += later.offsets
+        self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
 
 class ChoiceReader:
     """Turns the engine's outputs for one choice into deltas, and counts.
@@ -49,11 +58,12 @@ class ChoiceReader:
         self.choice = choice
         self.num_tokens = 0
         self.num_cached_tokens = 0
-        self.num_multiple_tokens = 0  # tokens that came on top of the first of their step: drafts that were right
+        self._num_multiple_tokens = 0  # tokens that came on top of the first of their step: drafts that were right
         self.timing: RequestTiming | None = None
         self.finish_reason: FinishReason | None = None
         self.started_at = time.monotonic()
         self.ended_at = self.started_at
+        self.first_tokens_at: float | None = None
         self.last_tokens_at: float | None = None
         self._detokenizer = Detokenizer(tokenizer, choice.text)
         self._next = Delta(index=choice.index, is_first=True)
@@ -80,6 +90,17 @@ class ChoiceReader:
         self._finish(delta, "timeout", None)
         return delta
 
+    @property
+    def num_accepted_drafts(self) -> int:
+        return self.timing.num_accepted_drafts if self.timing is not None else self._num_multiple_tokens
+
+    def seconds_in_engine(self) -> tuple[float, float, float]:
+        """Queued, prefill and decode; of a choice that was left before the engine told, as seen from here."""
+        if self.timing is not None:
+            return self.timing.queued, self.timing.prefill, self.timing.decode
+        first_tokens_at = self.first_tokens_at or self.ended_at
+        return 0.0, first_tokens_at - self.started_at, self.ended_at - first_tokens_at
+
     def _take_tokens(self, output: StepOutput, delta: Delta) -> None:
         num_before = self.num_tokens
         for i, token_id in enumerate(output.token_ids):
@@ -93,17 +114,17 @@ class ChoiceReader:
                 break
             delta.text += self._detokenizer.push(token_id)
             if self._detokenizer.matched_stop is not None:
-                self._finish(delta, "stop", self._detokenizer.matched_stop)
+                self._finish(delta, "stop", None)
                 break
-        self.num_multiple_tokens += max(self.num_tokens - num_before - 1, 0)
+        self._num_multiple_tokens += max(self.num_tokens - num_before - 1, 0)
         if output.token_ids:
             self.last_tokens_at = time.monotonic()
+            self.first_tokens_at = self.first_tokens_at or self.last_tokens_at
 
     def _finish(self, delta: Delta, reason: FinishReason, stop_reason: int | str | None) -> None:
-        if self._detokenizer.matched_stop is None:
-            delta.text += self._detokenizer.flush()
-            if self._detokenizer.matched_stop is not None:
-                reason, stop_reason = "stop", self._detokenizer.matched_stop
+        delta.text += self._detokenizer.flush()
+        if self._detokenizer.matched_stop is not None:
+            reason, stop_reason = "stop", self._detokenizer.matched_stop
         delta.finish_reason = self.finish_reason = reason
         delta.stop_reason = stop_reason
         self.ended_at = time.monotonic()

@@ -5,54 +5,57 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, JsonValue
 
-from engine.config import Count, EngineConfig, Section
+from engine.config import Count, EngineConfig, Flag, Section
 
 MAX_SETTINGS = 40  # a test holds the schema to it
 
 
+def _as_list(value: JsonValue) -> JsonValue:
+    return [value] if isinstance(value, str | int) else value
+
+
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+Seconds = Annotated[float, Field(ge=0, le=86400)]
+
+
 class ServerConfig(Section):
-    host: str = Field(
-        "127.0.0.1", description="address to listen on; 0.0.0.0 is every one", json_schema_extra={"flag": "--host"}
+    host: Annotated[str, Flag("--host")] = Field(
+        default="127.0.0.1", description="address to listen on; 0.0.0.0 is every one"
     )
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="0 takes a free one", json_schema_extra={"flag": "--port"}
+    port: Annotated[int, Field(ge=0, le=65535), Flag("--port")] = Field(default=8000, description="0 takes a free one")
+    api_keys: Annotated[Texts, Flag("--api-key")] = Field(
+        default=[],
+        description="keys that clients may send as Authorization: Bearer KEY; empty: none is needed. Out of sight in the "
+        "environment variable PEREGRINE_API_KEY (several with commas)",
     )
-    api_keys: list[Annotated[str, Field(min_length=1)]] = Field(
-        [],
-        description="keys that may be sent as `Authorization: Bearer KEY`; empty: no key is needed. "
-        "Better set by the environment variable PEREGRINE_API_KEY (several with commas)",
-        json_schema_extra={"flag": "--api-key"},
+    served_model_name: Annotated[Texts, Flag("--served-model-name")] = Field(
+        default=[], description="names by which clients ask for the model, the first is shown; empty: its own"
     )
-    served_model_name: list[Annotated[str, Field(min_length=1)]] = Field(
-        [],
-        description="names under which clients ask for the model, the first is shown; empty: the model's own",
-        json_schema_extra={"flag": "--served-model-name"},
+    shutdown_timeout: Annotated[Seconds, Flag("--shutdown-timeout")] = Field(
+        default=30.0, description="seconds that running requests get to finish at SIGTERM"
     )
-    shutdown_timeout: Annotated[float, Field(ge=0, le=86400)] = Field(
-        30.0, description="seconds that running requests get to finish at SIGTERM", json_schema_extra={"flag": "--shutdown-timeout"}
-    )
-    strict: bool = Field(False, description="refuse unknown fields in requests, instead of naming them in a header")
+    strict: bool = Field(default=False, description="refuse unknown fields in requests, instead of naming them")
 
 
 class LimitsConfig(Section):
-    max_queued_requests: Count = Field(1024, description="sequences that may wait for the engine; one more is 429")
-    max_queued_tokens: Count = Field(1_048_576, description="prompt tokens that may wait for the engine; one more is 429")
-    max_body_bytes: Count = Field(16 * 1024 * 1024, description="size of a request body; one more is 413")
-    max_n: Annotated[int, Field(ge=1, le=128)] = Field(8, description="choices per prompt")
-    max_prompts: Count = Field(64, description="prompts in one request")
-    max_stop_strings: Annotated[int, Field(ge=0, le=16)] = Field(4, description="stop strings in one request")
-    max_logit_bias: Annotated[int, Field(ge=0)] = Field(1024, description="entries of logit_bias")
-    max_logprobs: Annotated[int, Field(ge=0, le=1000)] = Field(20, description="most likely tokens shown per position")
+    max_queued_requests: Count = Field(default=1024, description="choices that may wait for the engine; beyond: 429")
+    max_queued_tokens: Count = Field(default=1048576, description="prompt tokens that may wait; beyond: 429")
+    max_body_bytes: Count = Field(default=16777216, description="size of a request body; beyond: 413")
+    max_n: Annotated[int, Field(ge=1, le=128)] = Field(default=8, description="choices per prompt")
+    max_prompts: Count = Field(default=64, description="prompts in one request")
+    max_stop_strings: Annotated[int, Field(ge=0, le=16)] = Field(default=4, description="stop strings in one request")
+    max_logit_bias: Annotated[int, Field(ge=0)] = Field(default=1024, description="entries of logit_bias")
+    max_logprobs: Annotated[int, Field(ge=0, le=1000)] = Field(default=20, description="likeliest tokens per position")
     request_timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(
-        None, description="seconds that a request may take if it names no deadline; null: no deadline"
+        default=None, description="seconds that a request may take if it names no deadline; null: as long as it takes"
     )
 
 
 class MetricsConfig(Section):
-    vllm_names: bool = Field(False, description="also under the names that vLLM's dashboards and autoscalers read")
-    public: bool = Field(False, description="GET /metrics needs no API key")
+    vllm_names: bool = Field(default=False, description="also under the names that vLLM's dashboards read")
+    public: bool = Field(default=False, description="GET /metrics needs no API key")
 
 
 class Config(EngineConfig):

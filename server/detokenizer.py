@@ -47,9 +47,9 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text that was held back, once no more tokens will come. An unfinished character becomes U+FFFD."""
-        text = self._release(self._utf8.decode(b"", final=True))
         if self.matched_stop is not None:
-            return text
+            return ""
+        text = self._release(self._utf8.decode(b"", final=True))
         text, self._held = text + self._held, ""
         return text
 

@@ -1,4 +1,4 @@
-"""Log-probabilities in the three formats that clients know: OpenAI's for completions and for chat, vLLM's for prompts."""
+"""Log-probabilities in three formats: OpenAI's for completions, OpenAI's for chat, and vLLM's for prompts."""
 
 from __future__ import annotations
 
@@ -69,8 +69,10 @@ def joined(first: CompletionLogprobs | None, second: CompletionLogprobs | None) 
 
 def chat_logprobs(items: Sequence[TokenLogprobs], names: TokenNames, *, num_top: int) -> ChatLogprobs:
     def top(item: TokenLogprobs) -> list[TopLogprob]:
-        pairs = list(zip(item.top_token_ids, item.top_logprobs, strict=True))[:num_top]
-        return [TopLogprob(names(token_id), _finite(value), _bytes(token_id, names)) for token_id, value in pairs]
+        return [
+            TopLogprob(names(token_id), _finite(value), _bytes(token_id, names))
+            for token_id, value in _top(item, num_top)
+        ]
 
     return ChatLogprobs(
         [
@@ -82,28 +84,29 @@ def chat_logprobs(items: Sequence[TokenLogprobs], names: TokenNames, *, num_top:
     )
 
 
-def prompt_logprobs(items: Sequence[TokenLogprobs], names: TokenNames) -> PromptLogprobs:
+def prompt_logprobs(items: Sequence[TokenLogprobs], names: TokenNames, *, num_top: int) -> PromptLogprobs:
     """vLLM's format: null for the first token, then per token a map from ids to what is known of them."""
-    return [None, *(_by_id(item, names) for item in items)]
+    return [None, *(_by_id(item, names, num_top) for item in items)]
 
 
-def _by_id(item: TokenLogprobs, names: TokenNames) -> dict[str, PromptLogprob]:
-    ranked = enumerate(zip(item.top_token_ids, item.top_logprobs, strict=True), start=1)
-    known = {
-        str(token_id): PromptLogprob(_finite(value), rank, names.tokenizer.token_text(token_id))
-        for rank, (token_id, value) in ranked
-    }
-    own = PromptLogprob(_finite(item.logprob), item.rank, names.tokenizer.token_text(item.token_id))
-    return {str(item.token_id): own, **known, **{str(item.token_id): own}}
+def _by_id(item: TokenLogprobs, names: TokenNames, num_top: int) -> dict[str, PromptLogprob]:
+    text = names.tokenizer.token_text
+    known = {str(item.token_id): PromptLogprob(_finite(item.logprob), item.rank, text(item.token_id))}
+    for rank, (token_id, value) in enumerate(_top(item, num_top), start=1):
+        known.setdefault(str(token_id), PromptLogprob(_finite(value), rank, text(token_id)))
+    return known
 
 
 def _top_by_name(item: TokenLogprobs, names: TokenNames, num_top: int) -> dict[str, float]:
     """The most likely tokens and, whether it is one of them or not, the token itself."""
-    pairs = list(zip(item.top_token_ids, item.top_logprobs, strict=True))[:num_top]
     top: dict[str, float] = {}
-    for token_id, value in [*pairs, (item.token_id, item.logprob)]:
+    for token_id, value in [*_top(item, num_top), (item.token_id, item.logprob)]:
         top.setdefault(names(token_id), _finite(value))  # of tokens that look alike the likeliest is shown
     return top
+
+
+def _top(item: TokenLogprobs, num_top: int) -> list[tuple[int, float]]:
+    return list(zip(item.top_token_ids, item.top_logprobs, strict=True))[:num_top]
 
 
 def _bytes(token_id: int, names: TokenNames) -> list[int]:

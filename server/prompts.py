@@ -24,6 +24,7 @@ class PromptOptions:
     add_special_tokens: bool
     truncate_to: int | None  # keep the last so many tokens; -1: as many as fit
     param: str = "prompt"
+    limit_param: str = "max_tokens"  # the field that the client set it with
 
 
 PromptInput = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -89,10 +90,10 @@ def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo) 
         raise bad_request("the prompt is empty: it has no tokens", param=options.param)
     if num_prompt + max(num_output or 1, 1) <= context:  # scoring a prompt samples a token, too
         return
-    wanted = "" if num_output is None else f" and max_tokens asks for {num_output}"
+    wanted = "" if num_output is None else f" and {options.limit_param} asks for {num_output}"
     raise bad_request(
         f"the prompt has {num_prompt} tokens{wanted}, but the context is {context} tokens; "
-        "shorten the prompt or lower max_tokens",
+        f"shorten the prompt or lower {options.limit_param}",
         param=options.param,
         code="context_length_exceeded",
     )

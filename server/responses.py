@@ -49,7 +49,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 class PromptLogprob(msgspec.Struct, frozen=True):
     logprob: float
-    rank: int | None
+    rank: int
     decoded_token: str
 
 
@@ -85,7 +85,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     timing: Timing | UnsetType = UNSET
 
 
@@ -156,7 +156,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     system_fingerprint: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     timing: Timing | UnsetType = UNSET

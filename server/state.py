@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from engine.messages import Failed
+from server.active_requests import ActiveRequests
 from server.config import Config
 
 if TYPE_CHECKING:
@@ -29,17 +33,44 @@ class ServerState:
     tokenizer: Tokenizer | None  # None until the model is there
     model_names: list[str]  # the first is the one that answers carry
     started_at: float  # seconds, time.monotonic
+    active_requests: ActiveRequests = field(default_factory=ActiveRequests)
     draining: bool = False  # no new requests; the running ones end
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent
-    was_ready: bool = False  # the model has been there once
-    state_since: float = 0.0  # seconds, time.monotonic: when the engine last became ready, or last stopped being so
+    state_since: float = field(default_factory=time.monotonic)  # seconds: when it last became, or ceased to be, ready
+    first_ready: asyncio.Event = field(default_factory=asyncio.Event)
+    failed: asyncio.Event = field(default_factory=asyncio.Event)  # it will never be ready again
+    failure: Failed | None = None
+
+    @property
+    def status(self) -> str:
+        """One word: starting, ready, restarting, draining, failed or stopped."""
+        if self.failure is not None:
+            return "failed"
+        if self.draining:
+            return "draining"
+        if self.engine.state == "ready" and self.tokenizer is None:
+            return "starting"
+        return str(self.engine.state)
 
     @property
     def is_ready(self) -> bool:
         """Requests that come now are taken and run."""
-        return self.engine.state == "ready" and self.tokenizer is not None and not self.draining
+        return self.status == "ready"
+
+    def become_ready(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.state_since = time.monotonic()
+        self.first_ready.set()
 
     def drain(self) -> None:
         """Closes admission and turns readiness off, for good."""
         self.draining = True
+        self.state_since = time.monotonic()
         self.admission.close()
+
+    def fail(self, failure: Failed) -> None:
+        """The server cannot go on; the first reason is kept."""
+        if self.failure is None:
+            self.failure = failure
+            self.state_since = time.monotonic()
+            self.failed.set()

@@ -1,12 +1,13 @@
-"""Text to token ids and back, from the files of the model alone: the `tokenizers` library and the model's chat template."""
+"""Text to token ids and back, from the model's files: the `tokenizers` library and the model's chat template."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from engine.messages import TokenizerAssets
@@ -45,13 +46,14 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self._backend.decode(self._anchor, skip_special_tokens=False)
+        self._render = _chat_renderer() if assets.chat_template is not None else None
         self.max_token_characters = max(map(len, self._backend.get_vocab()), default=1)
 
     def _find_bos_id(self) -> int:
         token = self._assets.special_tokens.get("bos_token")
         token_id = self._backend.token_to_id(token) if token else None
         if token_id is None:
-            raise ValueError(f"the model's files ask for a BOS token, but its tokenizer has none (bos_token: {token!r})")
+            raise ValueError(f"the model's files ask for a BOS token that its tokenizer does not have: {token!r}")
         return token_id
 
     @property
@@ -93,7 +95,7 @@ class Tokenizer:
         return text[len(self._anchor_text) :].encode()
 
     def token_text(self, token_id: int) -> str:
-        """The token by itself, for people to read. Part of a character is shown as its bytes, as in `bytes:\\xf0\\x9f`."""
+        """The token by itself, for people to read; what is not whole characters as its bytes: `bytes:\\xf0\\x9f`."""
         token = self.token_bytes(token_id)
         try:
             return token.decode()
@@ -112,17 +114,14 @@ class Tokenizer:
 
         Raises ValueError if there is no template, or if the template refuses the conversation.
         """
-        if self._assets.chat_template is None:
+        if self._assets.chat_template is None or self._render is None:
             raise ValueError("this model has no chat template; use /v1/completions, or start with model.chat_template")
         if taken := sorted((RESERVED_VARIABLES | set(self._assets.special_tokens)) & set(variables)):
             raise ValueError(f"chat_template_kwargs must not set {', '.join(taken)}: the server sets it")
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template  # over a second to import
-
         developer = "developer" if "developer" in self._assets.chat_template else "system"
         turns = [dict(turn, role=developer if turn["role"] == "developer" else turn["role"]) for turn in messages]
         try:
-            rendered, _ = render_jinja_template(
+            rendered, _ = self._render(
                 [turns],
                 chat_template=self._assets.chat_template,
                 add_generation_prompt=add_generation_prompt,
@@ -133,7 +132,15 @@ class Tokenizer:
         except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
             reason = str(error).split("Final message to continue:")[0]  # not the conversation itself
             raise ValueError(f"the model's chat template refused the messages: {reason}") from error
-        return str(rendered[0])
+        return rendered[0]
+
+
+def _chat_renderer() -> Callable[..., tuple[list[str], object]]:
+    """transformers' sandboxed Jinja. Over a second to import, which a server does while its model loads."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    render: Callable[..., tuple[list[str], object]] = render_jinja_template
+    return render
 
 
 def _decoder_types(backend: Backend) -> frozenset[str]:

@@ -37,7 +37,25 @@ def config_fields(header: GGUFHeader, rope_freqs: np.ndarray | None = None) -> C
     if rope_freqs is not None:
         fields["rope_parameters"] = _llama3_rope(header, fields, rope_freqs)
     fields.update(FAMILIES[architecture](header))
+    _check_shapes(header, fields)
     return fields
+
+
+def _check_shapes(header: GGUFHeader, fields: ConfigFields) -> None:
+    """A damaged header must not ask for a model of another size than the tensors that it lists."""
+    sizes = {name: value for name, value in fields.items() if isinstance(value, int)}
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    width, last = sizes["num_attention_heads"] * sizes["head_dim"], sizes["num_hidden_layers"] - 1
+    expected = {
+        "token_embd": (sizes["vocab_size"], hidden),
+        f"blk.{last}.ffn_down": (hidden, inner),
+        f"blk.{last}.attn_output": (hidden, width),
+    }
+    for name, shape in expected.items():
+        info = header.tensors.get(f"{name}.weight")
+        if info is None or info.shape != shape:
+            found = "missing" if info is None else str(info.shape)
+            raise ModelError(f"{header.path}: {name}.weight is {found}, but the header says {shape}; it is damaged")
 
 
 def _common(header: GGUFHeader) -> ConfigFields:
@@ -57,7 +75,7 @@ def _common(header: GGUFHeader) -> ConfigFields:
         "rms_norm_eps": header.number(key("attention.layer_norm_rms_epsilon")),
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "attention_bias": "blk.0.attn_output.bias" in header.tensors,  # of all four; Qwen2's three go by its name
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         "hidden_act": "silu",
         "rope_parameters": _rope(header),

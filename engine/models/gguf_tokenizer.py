@@ -50,7 +50,7 @@ SPLITTINGS = {
     "falcon3": _LLAMA3,
     "smaug-bpe": Splitting(_LLAMA3.pattern),
     "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "deepseek-r1-qwen": Splitting(_QWEN2.pattern),
     "tekken": Splitting(
         _CASED_WORD + r"|\p{N}" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*"), ignores_merges=True, adds_bos=True
     ),

@@ -39,7 +39,6 @@ class ModelFacts:
     num_linear_parameters: int  # weights of linear layers; without the output's, where it shares the embedding's
     num_embedding_parameters: int
     ties_output: bool  # the output layer shares the embedding's matrix
-    stored_bytes: int  # of the weight files; 0 for random weights
     attention_layers: tuple[AttentionLayer, ...]
     vocab_size: int
     hidden_size: int
@@ -69,8 +68,8 @@ def silent(phase: str, detail: str) -> None:
 
 
 def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFacts:
-    """Reads headers only, but downloads a model that is not here yet. ModelError as `load_model`."""
-    source = find_source(config, report)
+    """Reads configs and headers only: of a model on the hub, no weights are downloaded. ModelError as `load_model`."""
+    source = find_source(config.model_copy(update={"load_format": "dummy"}), report)
     hf_config = _read_config(source, config)
     with torch.device("meta"):
         model = _build(source, hf_config, config, torch.float32)
@@ -85,7 +84,6 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         num_linear_parameters=sum(module.weight.numel() for module in inner),
         num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
         ties_output=tied,
-        stored_bytes=source.num_bytes,
         attention_layers=tuple(model.attention_layers),
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,

@@ -171,7 +171,7 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Scr
     model = ModelInfo(
         path=config.model.path, architecture="Scripted", num_parameters=0, vocab_size=65536, trained_context=4096,
         max_model_len=4096, num_kv_tokens=1600, eos_token_ids=[0], generation_defaults={},
-        tokenizer=TokenizerAssets(tokenizer_json="{}", chat_template=None, special_tokens={}), fingerprint="fp_scripted",
-        settings={}, phase_seconds={}, bytes_per_second=0, flops_per_second=0,
+        tokenizer=TokenizerAssets(tokenizer_json="{}", chat_template=None, special_tokens={}),
+        fingerprint="fp_scripted", settings={}, phase_seconds={}, bytes_per_second=0, flops_per_second=0,
     )
     return engine, model

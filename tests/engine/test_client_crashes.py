@@ -8,6 +8,7 @@ import os
 import random
 import runpy
 import signal
+import time
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from engine.client import EngineError, EngineState
 from engine.messages import EXIT_CODES
+from engine.types import StepOutput
 
 crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
 script, make_request, collect, tokens_of = crossing.script, crossing.make_request, crossing.collect, crossing.tokens_of
@@ -29,27 +31,47 @@ def state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "peregrine"
 
 
-@pytest.mark.parametrize("num_kills", [1, 2, 4])
+@pytest.mark.parametrize("num_kills", [1, 3])
 async def test_streams_go_on_after_kill_9_with_the_tokens_they_would_have_had(num_kills: int) -> None:
     observer, chance = crossing.Recorder(), random.Random(num_kills)
-    async with crossing.running("delay=0.005&max_num_seqs=20", observer=observer, limits=PATIENT) as client:
-        requests = [make_request(f"r{i}", max_tokens=150, num_prompt_tokens=1 + i) for i in range(32)]
-        streams = [asyncio.create_task(collect(client, request)) for request in requests]
-        for _ in range(num_kills):
-            await asyncio.sleep(0.1 + 0.1 * chance.random())  # long enough for progress since the last
-            await crossing.until(lambda: client.num_running > 0)
-            num_deaths = len(observer.deaths)
+    requests = [make_request(f"r{i}", max_tokens=200, num_prompt_tokens=1 + i) for i in range(32)]
+    received: list[list[StepOutput]] = [[] for _ in requests]
+
+    async def stream(index: int) -> None:
+        async for output in client.generate(requests[index]):
+            received[index].append(output)
+
+    async with crossing.running("delay=0.005", observer=observer, limits=PATIENT) as client:
+        streams = [asyncio.create_task(stream(index)) for index in range(32)]
+        for num_deaths in range(1, 1 + num_kills):
+            await until_all_moved(streams, received)
+            await asyncio.sleep(0.05 * chance.random())
             os.kill(client.pid, signal.SIGKILL)
-            await crossing.until(lambda: len(observer.deaths) > num_deaths)  # noqa: B023 (awaited in the iteration)
+            await until_died(observer, num_deaths)
             assert client.state is EngineState.RESTARTING
-            await crossing.until(lambda: client.state is EngineState.READY)
-        for request, outputs in zip(requests, await asyncio.gather(*streams), strict=True):
-            assert tokens_of(outputs) == script.expected_tokens(request)
-            assert [output.finish_reason for output in outputs if output.finish_reason] == ["length"]
+        await asyncio.gather(*streams)
         assert client.num_restarts == len(observer.deaths) == len(observer.replays) == num_kills
-        assert sorted(observer.started) == sorted(request.request_id for request in requests)
-        assert "SIGKILL" in observer.deaths[0]
         assert (client.num_waiting, client.num_waiting_tokens, client.num_running) == (0, 0, 0)
+    for request, outputs in zip(requests, received, strict=True):
+        assert tokens_of(outputs) == script.expected_tokens(request)
+        assert [output.finish_reason for output in outputs if output.finish_reason] == ["length"]
+    assert sorted(observer.started) == sorted(request.request_id for request in requests)
+    assert "SIGKILL" in observer.deaths[0]
+
+
+async def until_all_moved(streams: list[asyncio.Task], received: list[list[StepOutput]]) -> None:
+    """Every request made progress since now: none is a suspect any more, whatever was before."""
+    lengths = [len(outputs) for outputs in received]
+    await crossing.until(
+        lambda: all(
+            task.done() or len(outputs) > length
+            for task, outputs, length in zip(streams, received, lengths, strict=True)
+        )
+    )
+
+
+async def until_died(observer: SimpleNamespace, num_deaths: int) -> None:
+    await crossing.until(lambda: len(observer.deaths) == num_deaths)
 
 
 async def test_prompt_logprobs_are_delivered_once_though_the_prompt_is_scored_twice() -> None:
@@ -85,12 +107,12 @@ async def test_a_process_that_ends_in_a_strange_way_is_replaced(order: str) -> N
         ("EXIT", "exit code 7"),
         ("SEGFAULT", "SIGSEGV"),
         ("RAISE", "RuntimeError: the step failed on order (scripted_engine.py:"),
-        ("HANG", "a step of the engine took longer than 0.5 s"),
+        ("HANG", "a step of the engine took longer than 1 s"),
     ],
 )
 async def test_a_request_that_kills_the_engine_twice_is_quarantined_alone(order: str, reason: str) -> None:
     observer = crossing.Recorder()
-    limits = replace(crossing.QUICK, step=0.5, heartbeat_interval=0.1)
+    limits = replace(crossing.QUICK, step=1.0, heartbeat_interval=0.1)
     async with crossing.running("delay=0.005", observer=observer, limits=limits) as client:
         good = [make_request(f"r{i}", max_tokens=60) for i in range(10)]
         streams = [asyncio.create_task(collect(client, request)) for request in good]
@@ -121,15 +143,13 @@ async def test_a_stopped_process_is_noticed_killed_and_replaced() -> None:
 
 
 async def test_a_pause_of_the_server_itself_is_not_blamed_on_the_engine() -> None:
-    limits = replace(crossing.QUICK, silence=1.0, heartbeat_interval=0.1)
+    limits = replace(crossing.QUICK, silence=1.5, heartbeat_interval=0.1)
     async with crossing.running(limits=limits) as client:
-        await asyncio.sleep(0.2)
-        os.kill(client.pid, signal.SIGSTOP)
         pid = client.pid
-        await asyncio.sleep(0)
-        import time
-
-        time.sleep(1.5)  # noqa: ASYNC251 (the loop stands still, as under a stopped terminal job)
+        os.kill(pid, signal.SIGSTOP)  # with the server, as Ctrl-Z in a terminal does to a whole job
+        await asyncio.sleep(0.3)
+        time.sleep(1.6)  # noqa: ASYNC251 (the loop stands still)
+        await asyncio.sleep(0.2)
         os.kill(pid, signal.SIGCONT)
         request = make_request("r")
         assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
@@ -142,11 +162,11 @@ async def test_three_deaths_fail_every_request_and_leave_a_report_without_conten
         request = make_request("r", max_tokens=4000)
         stream = asyncio.create_task(collect(client, request))
         waiting = asyncio.create_task(client.failed.wait())
-        for num_deaths in range(3):
+        for num_deaths in (1, 2, 3):
             await crossing.until(lambda: client.num_running == 1)
             await asyncio.sleep(0.05)  # progress, so that it is no suspect
             os.kill(client.pid, signal.SIGKILL)
-            await crossing.until(lambda: len(observer.deaths) > num_deaths)  # noqa: B023
+            await until_died(observer, num_deaths)
         await asyncio.wait_for(waiting, 5)
         with pytest.raises(EngineError, match="will not come back") as failed:
             await stream
@@ -156,14 +176,23 @@ async def test_three_deaths_fail_every_request_and_leave_a_report_without_conten
         assert (client.state, client.num_running, client.num_waiting) == (EngineState.FAILED, 0, 0)
         assert client.failure is not None
         assert EXIT_CODES[client.failure.kind] == 5
-        (path,) = state_directory.iterdir()
+        (path,) = files_in(state_directory)
         assert client.failure.message.endswith(str(path))
-    report = json.loads(path.read_text())
+    text = read(path)
+    report = json.loads(text)
     assert [death["exit_code"] for death in report["deaths"]] == [-9, -9, -9]
     assert {"python", "msgspec"} <= set(report["versions"])
     assert any(death["batch"] for death in report["deaths"])
     assert all(line[0] == "r" and len(line) == 4 for death in report["deaths"] for line in death["batch"])
-    assert "token_ids" not in path.read_text()
+    assert "token_ids" not in text
+
+
+def files_in(directory: Path) -> list[Path]:
+    return list(directory.iterdir())
+
+
+def read(path: Path) -> str:
+    return path.read_text()
 
 
 async def test_deaths_far_apart_do_not_add_up() -> None:
@@ -200,21 +229,24 @@ async def test_aborts_and_crashes_together_leave_nothing_behind() -> None:
 
         async def one(i: int) -> None:
             request = make_request(f"r{i}", max_tokens=80)
+            leaves = chance.random() < 0.5
             await asyncio.sleep(chance.random())
-            if chance.random() < 0.5:
-                assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
-                return
+            received: list[int] = []
             async with aclosing(client.generate(request)) as outputs:
-                async for _ in outputs:
-                    if chance.random() < 0.2:
+                async for output in outputs:
+                    received += output.token_ids
+                    if leaves and chance.random() < 0.2:
                         break
+            assert received == script.expected_tokens(request)[: len(received) if leaves else None]
 
-        everybody = asyncio.gather(*(one(i) for i in range(200)))
+        everybody = asyncio.gather(*(one(i) for i in range(200)), return_exceptions=True)
         for _ in range(3):
             await asyncio.sleep(0.25)
             await crossing.until(lambda: client.state is EngineState.READY)
             os.kill(client.pid, signal.SIGKILL)
-        await everybody
+        errors = [error for error in await everybody if error is not None]
+        assert all(isinstance(error, EngineError) and error.kind == "quarantined" for error in errors)
+        assert len(errors) <= 2  # each crash but the first may have hit the one suspect that was being replayed
         await crossing.until(lambda: client.state is EngineState.READY)
         assert (client.num_waiting, client.num_waiting_tokens, client.num_running) == (0, 0, 0)
         request = make_request("after")
@@ -230,19 +262,14 @@ async def test_aborts_and_crashes_together_leave_nothing_behind() -> None:
         ("memory", "memory", "needs 9 GiB, has 1 GiB"),
         ("memory_error", "memory", "no more"),
         ("torch_memory", "memory", "can't allocate memory"),
-        ("chained", "internal", "KeyError: 'the root cause' (scripted_engine.py:"),
+        ("chained", "internal", "RuntimeError: the outer error; because of KeyError: 'the root cause' (scripted_eng"),
         ("exit", "internal", "exit code 9 while it started; its last output was:\n  the last line of output"),
         ("kill", "internal", "SIGKILL, as the kernel's out-of-memory killer does"),
-        ("hang", "internal", "no sign of life for 0.3 s while it started"),
     ],
 )
 async def test_a_failed_start_says_why_and_is_not_repeated(order: str, kind: str, message: str) -> None:
     observer = crossing.Recorder()
-    limits = replace(crossing.QUICK, starting_silence=0.3, heartbeat_interval=60) if order == "hang" else PATIENT
-    if order == "hang":
-        limits = replace(limits, starting_silence=1.0)
-        message = message.replace("0.3 s", "1 s")
-    client = crossing.make_client(f"fail={order}", limits=limits, observer=observer)
+    client = crossing.make_client(f"fail={order}", observer=observer)
     await client.start()
     stream = asyncio.create_task(collect(client, make_request("r")))
     await asyncio.wait_for(client.failed.wait(), 20)
@@ -254,3 +281,14 @@ async def test_a_failed_start_says_why_and_is_not_repeated(order: str, kind: str
     assert (client.state, client.num_restarts, observer.deaths) == (EngineState.FAILED, 0, [])
     await client.stop()
     assert client.state is EngineState.FAILED
+
+
+async def test_a_start_that_gives_no_sign_of_life_fails() -> None:
+    client = crossing.make_client(limits=replace(crossing.QUICK, starting_silence=1.0))
+    await client.start()
+    await crossing.until(lambda: client.pid is not None)
+    os.kill(client.pid, signal.SIGSTOP)
+    await asyncio.wait_for(client.failed.wait(), 20)
+    assert client.failure is not None
+    assert "no sign of life for 1 s while it started" in client.failure.message
+    await client.stop()

@@ -155,6 +155,17 @@ def test_receiving_without_waiting_returns_nothing_and_the_end_is_an_eof_error()
             receiver.receive(wait=True)
 
 
+def test_what_came_before_the_end_is_received_before_the_end() -> None:
+    ours, theirs = socket.socketpair()
+    receiver = FrameSocket(ours, to_engine_decoder())
+    with ours:
+        with theirs:
+            theirs.sendall(bytes(encode_frame(Shutdown())))
+        assert receiver.receive(wait=True) == [Shutdown()]
+        with pytest.raises(EOFError):
+            receiver.receive(wait=True)
+
+
 async def connect(sock: socket.socket, received: list[FromEngine]) -> FrameProtocol:
     protocol = FrameProtocol(from_engine_decoder(), received.append)
     sock.setblocking(False)

@@ -1,0 +1,134 @@
+"""One tile of queries over a range of keys: what both ways of attention are made of.
+
+Scores are kept in units of ln 2, so that a softmax is made of powers of two. Names: a *row* is a (query, head) pair of
+a tile; *peak* is a row's largest score so far, *total* the sum of 2^(score - peak), *acc* that of the values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.compat import LOG2E, dot, tanh
+
+
+@triton.jit
+def seen_keys(
+    seq_len,
+    num_computed,
+    first_query,
+    window,
+    QUERIES_PER_TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+):
+    """The first key that a row of the tile may see, and one past the last."""
+    end_key = seq_len
+    if not HAS_TREE:
+        end_key = tl.minimum(seq_len, num_computed + first_query + QUERIES_PER_TILE)
+    first_seen = 0
+    if HAS_WINDOW:
+        first_query_key = num_computed if HAS_TREE else num_computed + first_query
+        first_seen = tl.maximum(first_query_key - window + 1, 0)
+    return first_seen, end_key
+
+
+@triton.jit
+def attend(
+    acc,
+    total,
+    peak,
+    q,
+    first_key,  # where the tiles begin
+    first_seen,  # keys before this one are hidden from all rows, and may be NaN
+    end_key,
+    last_keys,  # [NUM_ROWS] the last key that each row sees, if the new tokens are a chain
+    query_depths,  # [NUM_ROWS]
+    query_tokens,  # [NUM_ROWS] rows of q
+    num_computed,  # keys before this step's
+    first_token,  # row of q of this step's first key
+    table_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    depths_ptr,
+    scale,
+    window,
+    soft_cap,
+    stride_cache_block,
+    stride_cache_slot,
+    stride_mask,
+    is_row,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_TREE: tl.constexpr,
+    HAS_DEPTHS: tl.constexpr,
+):
+    """Adds the keys first_key .. end_key to the softmax of a tile. Without IS_MASKED, all rows see all of them."""
+    dims = tl.arange(0, PADDED_DIM)
+    for start in tl.range(first_key, end_key, NUM_KEYS, num_stages=STAGES):
+        keys = start + tl.arange(0, NUM_KEYS)
+        if IS_MASKED:
+            is_key = (keys >= first_seen) & (keys < end_key)
+            block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        places = block * stride_cache_block + (keys % BLOCK_SIZE) * stride_cache_slot
+        offsets = places[:, None] + dims[None, :]
+        if IS_MASKED:
+            is_element = is_key[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(k_ptr + offsets, mask=is_element, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=is_element, other=0.0)
+        elif HEAD_DIM == PADDED_DIM:
+            k = tl.load(k_ptr + offsets)
+            v = tl.load(v_ptr + offsets)
+        else:
+            is_dim = (dims < HEAD_DIM)[None, :]
+            k = tl.load(k_ptr + offsets, mask=is_dim, other=0.0)
+            v = tl.load(v_ptr + offsets, mask=is_dim, other=0.0)
+        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], NUM_KEYS], tl.float32))
+        scores = tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2E) if HAS_SOFT_CAP else scores * (scale * LOG2E)
+        if IS_MASKED:
+            own = keys - num_computed  # the key's row among the sequence's new tokens
+            is_own = (own >= 0) & is_key
+            if HAS_TREE:
+                is_asked = is_row[:, None] & is_own[None, :]
+                marks = mask_ptr + query_tokens[:, None] * stride_mask + own[None, :]
+                sees = tl.load(marks, mask=is_asked, other=0) != 0
+                sees = sees | (is_key & (own < 0))[None, :]
+            else:
+                sees = (keys[None, :] <= last_keys[:, None]) & is_key[None, :]
+            if HAS_WINDOW:
+                key_depths = keys
+                if HAS_DEPTHS:
+                    depths = tl.load(depths_ptr + first_token + own, mask=is_own, other=0)
+                    key_depths = tl.where(is_own, depths.to(tl.int32), keys)
+                sees = sees & (key_depths[None, :] > query_depths[:, None] - window)
+            scores = tl.where(sees, scores, float("-inf"))
+        top = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf is NaN
+        shrink = tl.exp2(peak - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        acc = dot(weights, v, acc * shrink[:, None])
+        peak = top
+    return acc, total, peak
+
+
+@triton.jit
+def finish(acc, total, peak, sinks_ptr, heads, is_row, HAS_SINKS: tl.constexpr):
+    """The tile's values, divided by their weights and those of the sinks, and the logarithms of the sums."""
+    is_empty = total == 0.0
+    values = acc / tl.where(is_empty, 1.0, total)[:, None]
+    sums = tl.where(is_empty, float("-inf"), peak + tl.log2(tl.where(is_empty, 1.0, total)))
+    joined = values
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2E
+        joined = values / (1.0 + tl.exp2(sink - sums))[:, None]
+    return values, sums, joined

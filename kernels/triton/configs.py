@@ -1,0 +1,64 @@
+"""Tile shapes of the kernels, by chip. Nothing is tuned while serving: a table is read once.
+
+`kernels/configs/default.json` holds values chosen by reasoning and by what compiles without spills; a file named for a
+chip ("sm_90.json") holds measured ones and wins.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent.parent / "configs"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """How paged attention cuts its work. The first two also decide in which order scores are summed."""
+
+    split_size: int = 256  # tokens of context per piece, a multiple of decode_keys
+    max_split_queries: int = 16  # a sequence with more new tokens than this goes the prompt way
+    decode_rows: int = 16  # (query, head) pairs per tile
+    decode_keys: int = 64  # tokens of context per step of the loop
+    decode_warps: int = 4
+    decode_stages: int = 5
+    prompt_rows: int = 128
+    prompt_keys: int = 64
+    prompt_warps: int = 8
+    prompt_stages: int = 3
+
+
+def attention_config(head_dim: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
+    """The measured config of this chip, or the default one."""
+    return AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), chip))
+
+
+def chip_of(device: torch.device) -> str:
+    """The name that the device's table has: "sm_90" for an H100 or H200."""
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _lookup(kernel: str, shape: str, dtype: str, chip: str) -> dict[str, int]:
+    """Of the chip's table, then of the default one: the entry for the shape and dtype, or else for any."""
+    for name in (chip, "default"):
+        table = _table(name).get(kernel, {})
+        for key in (f"{shape} {dtype}", shape, dtype, "any"):
+            if key in table:
+                return table[key]
+    raise AssertionError(f"kernels/configs/default.json has no entry for {kernel}")
+
+
+@functools.cache
+def _table(name: str) -> dict[str, dict[str, dict[str, int]]]:
+    path = _FOLDER / f"{name}.json"
+    if not path.exists():
+        return {}
+    kernels: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())["kernels"]
+    return kernels

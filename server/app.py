@@ -1,0 +1,89 @@
+"""The HTTP application: puts the parts together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from engine.client import EngineClient, EngineObserver
+from engine.config import EngineConfig
+from engine.messages import Failed
+from server import chat, completions, health, models, requests, tokenize
+from server.admission import Admission, DrainRate
+from server.auth import Authentication
+from server.config import Config
+from server.errors import install_error_handlers
+from server.metrics import EngineCollector, Metrics
+from server.middleware import BodyLimit, RequestContext
+from server.observers import Observers, QueueWatch, StateWatch
+from server.state import ServerState
+from server.version import VERSION
+
+MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]
+
+
+def create_app(
+    config: Config,
+    *,
+    sources: Mapping[str, str] | None = None,
+    observers: Sequence[EngineObserver] = (),
+    make_engine: MakeEngine = EngineClient,
+) -> FastAPI:
+    """The application, whose ServerState is at `app.state.server`. Its lifespan is the engine's.
+
+    sources: where each setting came from, to be shown. observers: who else hears of the engine.
+    """
+    state = _make_state(config, sources=sources or {}, observers=observers, make_engine=make_engine)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await state.engine.start()
+        watching = asyncio.create_task(_watch_for_failure(state))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await state.engine.stop()
+
+    app = FastAPI(title="Peregrine", version=VERSION, lifespan=lifespan, redirect_slashes=False)
+    app.state.server = state
+    for module in (completions, chat, tokenize, requests, models, health):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)  # the last one added is the outermost
+    app.add_middleware(Authentication, config=config)
+    app.add_middleware(RequestContext)
+    return app
+
+
+def _make_state(
+    config: Config, *, sources: Mapping[str, str], observers: Sequence[EngineObserver], make_engine: MakeEngine
+) -> ServerState:
+    names = config.model_names()
+    metrics = Metrics(names[0], proposer=config.speculation.method, vllm_names=config.metrics.vllm_names)
+    drain_rate = DrainRate()
+    all_observers = Observers(metrics, QueueWatch(drain_rate))
+    engine = make_engine(config.engine_config(), all_observers)
+    metrics.registry.register(EngineCollector(engine, names[0]))
+    state = ServerState(
+        config=config,
+        engine=engine,
+        admission=Admission(engine, config.limits, drain_rate),
+        metrics=metrics,
+        tokenizer=None,
+        model_names=names,
+        started_at=time.monotonic(),
+        setting_sources=dict(sources),
+    )
+    for observer in (StateWatch(state), *observers):
+        all_observers.add(observer)
+    return state
+
+
+async def _watch_for_failure(state: ServerState) -> None:
+    await state.engine.failed.wait()
+    state.fail(state.engine.failure or Failed("internal", "the engine is gone"))

@@ -1,0 +1,85 @@
+"""`peregrine doctor`: what this machine has, and which kernel each part of a model will use."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from engine.messages import EXIT_CODES
+from server.console import complain
+from server.settings import LoadedConfig
+from server.version import VERSION
+
+PACKAGES = ("torch", "transformers", "tokenizers", "triton", "fastapi", "uvicorn")
+Row = tuple[str, str]
+
+
+def doctor(loaded: LoadedConfig) -> int:
+    """Prints what it finds; exit code 2 where a setting does not go with this machine."""
+    for name, value in [*software(), *machine(), *default_model()]:
+        print(f"{name:<24} {value}")
+    try:
+        rows = list(kernels(loaded))
+    except ValueError as error:
+        complain(f"{getattr(error, 'kind', 'config')}: {error}")
+        return EXIT_CODES["config"]
+    for name, value in rows:
+        print(f"{name:<24} {value}")
+    return 0
+
+
+def software() -> Iterator[Row]:
+    yield "peregrine", VERSION
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for name in PACKAGES:
+        yield name, _installed(name)
+
+
+def machine() -> Iterator[Row]:
+    from engine.machine import measure_ceilings, read_machine
+
+    found = read_machine()
+    yield "cpu", f"{found.cpu_name}, {found.num_cores} cores, {found.num_threads} threads of ours"
+    bfloat16 = "multiplies bfloat16" if found.has_fast_bf16 else "emulates bfloat16"
+    yield "cpu instructions", f"{'AVX-512' if found.has_avx512 else 'no AVX-512'}, {bfloat16}"
+    gpu = found.gpu
+    yield "gpu", "none" if gpu is None else f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}"
+    yield "memory", f"{found.available_bytes / 2**30:.1f} GiB free of {found.total_bytes / 2**30:.1f} GiB ({found.device})"
+    bytes_per_second, flops_per_second = measure_ceilings(found.num_threads)
+    yield "measured ceilings", f"{bytes_per_second / 1e9:.1f} GB/s read, {flops_per_second / 1e9:.0f} GFLOP/s in float32"
+
+
+def default_model() -> Iterator[Row]:
+    from engine.config import DEFAULT_MODEL
+    from engine.models.default_model import cached_path
+
+    path = cached_path()
+    yield "default model", f"{DEFAULT_MODEL}: {path or 'not fetched yet; the first start does it'}"
+
+
+def kernels(loaded: LoadedConfig) -> Iterator[Row]:
+    """For the configured dtype and weight format. Raises ValueError for settings that this machine cannot honour."""
+    from engine.linear import FORMATS
+    from engine.machine import describe_kernels, read_machine
+    from engine.plan_settings import resolve_device, resolve_dtype
+    from engine.plan_sizes import DTYPES
+
+    config, found = loaded.config.engine_config(), read_machine()
+    quantization = config.model.quantization
+    if quantization not in FORMATS:
+        raise ValueError(f"model.quantization is {quantization!r}, but the formats are {', '.join(FORMATS)}")
+    device = resolve_device(config, found)
+    dtype = resolve_dtype(config, found, device.value)
+    yield "device", f"{device.value} ({device.setting.reason or device.setting.source})"
+    yield "dtype", f"{dtype.value} ({dtype.setting.reason or dtype.setting.source})"
+    yield "weight formats", ", ".join(FORMATS)
+    for part, kernel in describe_kernels(found, dtype=DTYPES[dtype.value], quantization=quantization).items():
+        yield f"  {part}", kernel
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

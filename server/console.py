@@ -1,0 +1,115 @@
+"""What a person at the terminal sees: the phases of the start, a banner, a line per second while it works."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TextIO
+
+import psutil
+
+from engine.messages import ModelInfo
+from engine.types import StepStats
+from server.config import Config
+from server.observers import Deaf
+from server.version import VERSION
+
+STATS_INTERVAL = 1.0  # seconds
+
+
+class Console(Deaf):
+    """Prints to a stream, one clean line at a time. `begun_at`: when the process began, seconds, time.monotonic."""
+
+    def __init__(self, config: Config, stream: TextIO, *, begun_at: float) -> None:
+        self._config = config
+        self._stream = stream
+        self._begun_at = begun_at
+        self._window = StepWindow()
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def timed(self, name: str, detail: str) -> None:
+        self.say(f"{time.monotonic() - self._begun_at:6.2f} s  {name:<10} {detail}".rstrip())
+
+    def on_phase(self, name: str, detail: str) -> None:
+        self.timed(name, detail)
+
+    def on_death(self, reason: str) -> None:
+        self.timed("died", reason)
+
+    def on_replay(self, num_requests: int) -> None:
+        self.timed("replay", f"{num_requests} requests go on where they were")
+
+    def on_step(self, stats: StepStats) -> None:
+        """One line per second, as long as there are steps."""
+        if (line := self._window.add(stats, time.monotonic())) is not None:
+            self.timed("steps", line)
+
+    def banner(self, model: ModelInfo, url: str) -> None:
+        self.say(banner(self._config, model, url, seconds=time.monotonic() - self._begun_at))
+
+
+class StepWindow:
+    """Sums the steps of about a second."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._num_tokens = 0
+        self._started_at: float | None = None
+
+    def add(self, stats: StepStats, now: float) -> str | None:
+        """A line when the second is over."""
+        if self._started_at is None or now - self._started_at > 10 * STATS_INTERVAL:  # it was idle
+            self._num_steps, self._num_tokens, self._started_at = 0, 0, now
+        self._num_steps += 1
+        self._num_tokens += stats.num_tokens
+        seconds = now - self._started_at
+        if seconds < STATS_INTERVAL:
+            return None
+        line = (
+            f"steps_per_second={self._num_steps / seconds:.1f} tokens_per_second={self._num_tokens / seconds:.0f} "
+            f"running={stats.num_running} waiting={stats.num_waiting} "
+            f"kv_usage={stats.num_owned_blocks / max(stats.num_blocks, 1):.3f}"
+        )
+        self._num_steps, self._num_tokens, self._started_at = 0, 0, now
+        return line
+
+
+def banner(config: Config, model: ModelInfo, url: str, *, seconds: float) -> str:
+    dtype = model.settings.get("model.dtype")
+    quantization = config.model.quantization
+    weights = f", {quantization} weights" if quantization != "none" else ""
+    rows = [
+        ("url", url),
+        ("model", f"{config.model_names()[0]} ({model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters)"),
+        ("dtype", f"{dtype.value if dtype is not None else config.model.dtype}{weights}"),
+        ("context", f"{model.max_model_len:,} tokens per request, {model.num_kv_tokens:,} tokens of KV cache"),
+        ("try", example(config, url, has_chat_template=model.tokenizer.chat_template is not None)),
+    ]
+    lines = [f"Peregrine {VERSION} is ready after {seconds:.1f} s", *(f"  {name:<8} {value}" for name, value in rows)]
+    return "\n".join(["", *lines, ""])
+
+
+def example(config: Config, url: str, *, has_chat_template: bool) -> str:
+    """A curl command that works as it stands."""
+    name = config.model_names()[0]
+    path, body = "/v1/completions", json.dumps({"model": name, "prompt": "The capital of France is", "max_tokens": 16})
+    if has_chat_template:
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        path, body = "/v1/chat/completions", json.dumps({"model": name, "messages": messages})
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.server.api_keys else ""
+    quoted = body.replace("'", "'\\''")
+    return f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{quoted}'"
+
+
+def process_begun_at() -> float:
+    """When this process began, in time.monotonic's seconds: before its imports."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
+def complain(message: str) -> None:
+    """The last line of a command that failed: one line, whatever is in it."""
+    sys.stdout.flush()
+    print("peregrine: " + " ".join(message.split()), file=sys.stderr, flush=True)

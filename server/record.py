@@ -1,0 +1,102 @@
+"""What the metrics and the log learn of one HTTP request for text."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from server.errors import ApiError
+
+if TYPE_CHECKING:
+    from server.generation import Generation
+    from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+REFUSED = {408: "timeout", 429: "rejected", 500: "error", 503: "rejected"}  # other client errors are "invalid"
+BROKEN_OFF = {408: "timeout", 409: "abort"}  # all else is "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCounts:
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
+
+
+class RequestRecord:
+    """Counts a request as arrived, and as finished exactly once, whatever becomes of it.
+
+    A context manager around the handler, for what fails before there is anything to run; a generation that has begun
+    takes over with `running`, because it may outlive the handler.
+    """
+
+    def __init__(self, metrics: Metrics, request_id: str) -> None:
+        self.started_at = time.monotonic()
+        self.outcome = "abort"  # unless somebody knows better
+        self.request_id = request_id
+        self._metrics = metrics
+        self._is_taken_over = False
+        self._is_over = False
+        metrics.request_arrived()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_taken_over or self._is_over:
+            return
+        self._is_over = True
+        self.outcome = _outcome_of(error, REFUSED, "invalid")
+        self._metrics.request_rejected(self.outcome)
+        self._log(TokenCounts())
+
+    @contextmanager
+    def running(self, generation: Generation) -> Iterator[None]:
+        """Around the generation: however it is left, the request is finished."""
+        self._is_taken_over = True
+        try:
+            yield
+        except Exception as error:
+            self.outcome = _outcome_of(error, BROKEN_OFF, "error")
+            raise
+        finally:
+            self._is_over = True
+            counts = generation.counts()
+            seconds = time.monotonic() - self.started_at
+            self._metrics.request_finished(self.outcome, counts, seconds, generation.last_reader.timing)
+            self._log(counts)
+
+    def first_token(self) -> None:
+        self._metrics.first_token(time.monotonic() - self.started_at)
+
+    def tokens(self, num_tokens: int, previous_at: float | None, now: float | None) -> None:
+        """Tokens of one choice, and when it had some before; both times in seconds, time.monotonic."""
+        if num_tokens and now is not None:
+            self._metrics.tokens_delivered(num_tokens, now - previous_at if previous_at is not None else None)
+
+    def _log(self, counts: TokenCounts) -> None:
+        logger.info(
+            "request=%s outcome=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d seconds=%.3f",
+            self.request_id,
+            self.outcome,
+            counts.num_prompt_tokens,
+            counts.num_cached_tokens,
+            counts.num_output_tokens,
+            time.monotonic() - self.started_at,
+        )
+
+
+def _outcome_of(error: BaseException | None, by_status: dict[int, str], otherwise: str) -> str:
+    if isinstance(error, ApiError):
+        return by_status.get(error.status, otherwise)
+    return "error" if isinstance(error, Exception) else "abort"  # a client that left raises nothing, or cancels

@@ -1,0 +1,200 @@
+"""From files, flags and the environment to one Config. Every error names where the value came from, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from engine.config import Flag, Section
+from server.config import Config
+
+API_KEY_VARIABLE = "PEREGRINE_API_KEY"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value of the schema: `name` is "section.key", or "key" outside the sections."""
+
+    name: str
+    info: FieldInfo
+
+    @property
+    def flag(self) -> Flag | None:
+        return next((item for item in self.info.metadata if isinstance(item, Flag)), None)
+
+    @property
+    def default(self) -> JsonValue:
+        value: JsonValue = self.info.default
+        return value
+
+    @property
+    def description(self) -> str:
+        return self.info.description or ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Values from one place. Later layers win."""
+
+    source: str  # a file, a flag, an environment variable
+    values: Mapping[str, JsonValue]  # by setting
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    config: Config
+    sources: dict[str, str]  # where each value came from that is not a default
+
+
+@cache
+def all_settings() -> dict[str, Setting]:
+    """The schema, flat, in its order."""
+    settings: dict[str, Setting] = {}
+    for name, info in Config.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            for key, field in section.model_fields.items():
+                settings[f"{name}.{key}"] = Setting(f"{name}.{key}", field)
+        else:
+            settings[name] = Setting(name, info)
+    return settings
+
+
+def value_of(config: Config, name: str) -> JsonValue:
+    """The value of a setting as JSON."""
+    value: JsonValue = config.model_dump(mode="json")
+    for part in name.split("."):
+        assert isinstance(value, dict)
+        value = value[part]
+    return value
+
+
+def read_file(path: Path) -> Layer:
+    """A YAML file of sections. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}; --config takes a YAML file") from error
+    return Layer(str(path), flatten(_parse_yaml(text, str(path)), source=str(path)))
+
+
+def read_assignments(assignments: Iterable[str]) -> Layer:
+    """Of `--set a.b=c`; the value is YAML. Raises ConfigError."""
+    values: dict[str, JsonValue] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: there is no value; write --set {name}=VALUE")
+        values[_known(name.strip(), source="--set")] = _parse_yaml(text, f"--set {name}")
+    return Layer("--set", values)
+
+
+def read_environment(environment: Mapping[str, str]) -> Layer:
+    """The API keys, where nobody sees them in a list of processes."""
+    keys = [key.strip() for key in environment.get(API_KEY_VARIABLE, "").split(",")]
+    given: list[JsonValue] = [key for key in keys if key]
+    return Layer(API_KEY_VARIABLE, {"server.api_keys": given} if given else {})
+
+
+def flatten(tree: JsonValue, *, source: str) -> dict[str, JsonValue]:
+    """{"server": {"port": 1}} -> {"server.port": 1}. Raises ConfigError for keys that do not exist."""
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: must have sections, such as `server:` with `port: 8000` indented below it")
+    values: dict[str, JsonValue] = {}
+    for key, value in tree.items():
+        if key in all_settings():
+            values[key] = value
+        elif not any(name.startswith(f"{key}.") for name in all_settings()):
+            _known(key, source=source)
+        elif isinstance(value, dict):
+            values |= {_known(f"{key}.{inner}", source=source): item for inner, item in value.items()}
+        elif value is not None:  # a section whose lines are all comments is empty
+            raise ConfigError(f"{source}: {key} is a section; indent its settings below it")
+    return values
+
+
+def load_config(layers: Iterable[Layer]) -> LoadedConfig:
+    """Raises ConfigError with every value that is wrong."""
+    values: dict[str, JsonValue] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.values.items():
+            values[name] = value
+            sources[name] = layer.source
+    tree: dict[str, JsonValue] = {}
+    for name, value in values.items():
+        section, dot, key = name.rpartition(".")
+        if not dot:
+            tree[key] = value
+            continue
+        group = tree.setdefault(section, {})
+        assert isinstance(group, dict)
+        group[key] = value
+    try:
+        return LoadedConfig(Config.model_validate(tree), sources)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources)) from error
+
+
+def _parse_yaml(text: str, source: str) -> JsonValue:
+    try:
+        return TypeAdapter[JsonValue](JsonValue).validate_python(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}:" if mark else ":"
+        raise ConfigError(f"{source}:{place} not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{source}: only texts, numbers, true/false, null and lists may be values") from error
+
+
+def _known(name: str, *, source: str) -> str:
+    """The name, if it is a setting. The nearest one is by the whole name, or by its last part where that is one's own."""
+    settings = all_settings()
+    if name in settings:
+        return name
+    last = name.rpartition(".")[2]
+    by_key = {setting.rpartition(".")[2]: setting for setting in settings}
+    near = difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
+    near_key = [by_key[key] for key in difflib.get_close_matches(last, by_key, n=1, cutoff=0.6)]
+    sections = difflib.get_close_matches(name, {setting.split(".")[0] for setting in settings}, n=1)
+    guess = (near or near_key or [f"{section}:" for section in sections] or [""])[0]
+    hint = f"did you mean {guess}?" if guess else "configs/default.yaml has all settings"
+    raise ConfigError(f"{source}: there is no setting {name!r}; {hint}")
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """One sentence per setting, whatever the number of alternatives that its type has."""
+    reasons: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        path = [str(part) for part in problem["loc"]]
+        name = next((n for n in (".".join(path[:2]), *path[:1]) if n in all_settings()), path[0])
+        reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if name != "server.api_keys" and problem["type"] != "value_error":
+            reason += f", not {problem['input']!r}"
+        reasons.setdefault(name, []).append(reason)
+    lines = []
+    for name, alternatives in reasons.items():
+        source = sources.get(name) or ", ".join({v: 1 for k, v in sources.items() if k.startswith(f"{name}.")})
+        lines.append(f"{source}: {name}: {_join(alternatives)}")
+    return "; ".join(lines)
+
+
+def _join(reasons: list[str]) -> str:
+    """"must be A, not X", "must be B, not X" -> "must be A or must be B, not X"."""
+    heads = dict.fromkeys(reason.rpartition(", not ")[0] or reason for reason in reasons)
+    tail = reasons[0].removeprefix(next(iter(heads)))
+    return " or ".join(heads) + tail

@@ -1,0 +1,206 @@
+"""Server-sent events: how deltas reach a client as they come, and what happens when it leaves or nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, suppress
+from typing import Protocol, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.choice import Delta
+from server.errors import ApiError, error_body, internal_error
+from server.generation import Generation
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+KEEP_ALIVE_SECONDS = 10.0
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
+
+encode = msgspec.json.Encoder().encode
+
+
+class ReplyWriter(Protocol):
+    """How one endpoint words its answers. Made for one request."""
+
+    def chunks(self, delta: Delta) -> Iterable[msgspec.Struct]:
+        """What a stream says of a delta."""
+        ...
+
+    def last_chunk(self) -> msgspec.Struct | None:
+        """What a stream says after the last delta, if anything."""
+        ...
+
+    def reply(self, choices: list[Delta]) -> msgspec.Struct:
+        """The whole answer at once; one delta per choice, in order."""
+        ...
+
+
+async def deliver(
+    request: Request, generation: Generation, writer: ReplyWriter, *, headers: dict[str, str]
+) -> Response:
+    """Runs the generation and answers with all of it. If the client leaves, the generation is aborted."""
+    choices: list[Delta] = [Delta(index=choice.index, is_first=True) for choice in generation.job.choices]
+
+    async def collect() -> None:
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                choices[delta.index].extend(delta)
+
+    work = asyncio.ensure_future(collect())
+    if not await _finished(request, work):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    work.result()
+    return Response(encode(writer.reply(choices)), media_type="application/json", headers=headers)
+
+
+async def deliver_stream(
+    request: Request,
+    generation: Generation,
+    writer: ReplyWriter,
+    *,
+    headers: dict[str, str],
+    patience: float = KEEP_ALIVE_SECONDS,
+) -> Response:
+    """Waits for the first delta, so that what fails early has a status, and then streams.
+
+    Where nothing comes for `patience` seconds, the stream begins without it: proxies give up on silence.
+    """
+    deltas = generation.deltas()
+    first = asyncio.ensure_future(anext(deltas))
+    stays = await _finished(request, first, seconds=patience)
+    if not stays or (first.done() and first.exception() is not None):
+        await deltas.aclose()
+        if not stays:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        first.result()
+    source = EventSource(deltas, first, writer, request_id=generation.job.request_id)
+    return EventStream(source, headers, patience=patience)
+
+
+async def _finished(request: Request, work: asyncio.Future[T], *, seconds: float | None = None) -> bool:
+    """Waits for the work, at most so many seconds. False if the client left; then the work is cancelled and over.
+
+    Without this, the work for a client that has left would go on to its end: nothing else watches the connection
+    before the response begins.
+    """
+    gone = asyncio.ensure_future(_disconnected(request))
+    over = asyncio.Event()
+    work.add_done_callback(lambda _: over.set())
+    gone.add_done_callback(lambda _: over.set())
+    stays = True
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await over.wait()
+        stays = work.done() or not gone.done()
+    except asyncio.CancelledError:
+        stays = False
+        raise
+    finally:
+        gone.cancel()
+        if not stays:
+            work.cancel()
+        await asyncio.gather(gone, *([] if stays else [work]), return_exceptions=True)
+    return stays
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventSource:
+    """A generation that has been started, as the bytes of events. `close` ends it, whether `events` was read or not."""
+
+    def __init__(
+        self,
+        deltas: AsyncGenerator[Delta, None],
+        first: asyncio.Future[Delta],
+        writer: ReplyWriter,
+        *,
+        request_id: str,
+    ) -> None:
+        self._deltas = deltas
+        self._first = first
+        self._writer = writer
+        self._request_id = request_id
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            yield self._encoded(await self._first)
+            async for delta in self._deltas:
+                yield self._encoded(delta)
+            if (last := self._writer.last_chunk()) is not None:
+                yield _event(last)
+        except ApiError as error:
+            yield _event(error_body(error))
+        except Exception:  # the border: the status is sent, so the client can only be told here
+            logger.exception("the stream of request %s failed", self._request_id)
+            yield _event(error_body(internal_error(self._request_id)))
+        yield DONE
+
+    async def close(self) -> None:
+        self._first.cancel()
+        await asyncio.gather(self._first, return_exceptions=True)
+        await self._deltas.aclose()
+
+    def _encoded(self, delta: Delta) -> bytes:
+        return b"".join(_event(chunk) for chunk in self._writer.chunks(delta))
+
+
+class EventStream(StreamingResponse):
+    """Sends the events, and a comment whenever nothing else was sent for `patience` seconds."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, source: EventSource, headers: dict[str, str], *, patience: float) -> None:
+        self._patience = patience
+        self._source = source
+        self._events = source.events()
+        self._last_sent_at = 0.0
+        unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events, headers={**unbuffered, **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._source.close()
+
+    async def stream_response(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        now = asyncio.get_running_loop().time
+        self._last_sent_at = now()
+        keep_alive = asyncio.ensure_future(self._keep_alive(send))
+        try:
+            async for event in self._events:
+                self._last_sent_at = now()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            keep_alive.cancel()
+            await asyncio.gather(keep_alive, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            due_at = self._last_sent_at + self._patience
+            if now() < due_at:
+                await asyncio.sleep(due_at - now())
+                continue
+            self._last_sent_at = now()
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+
+
+def _event(message: msgspec.Struct | dict[str, dict[str, str | None]]) -> bytes:
+    return b"data: " + encode(message) + b"\n\n"

@@ -1,0 +1,250 @@
+"""What fits beside a model, at the limit and one past it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TypeAlias
+
+import pytest
+import torch
+
+from engine.attention import AttentionLayer
+from engine.config import EngineConfig
+from engine.machine import Machine
+from engine.models.loader import ModelFacts
+from engine.plan_settings import CacheSize, SettingError, parse_cache_size
+from engine.planner import MemoryPlan, PlanError, plan_memory, render_plan
+
+Section: TypeAlias = dict[str, str | int]
+
+NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 64
+KV_BYTES = 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * 4  # of a float32 token
+READ_BYTES = 2 * KV_BYTES // NUM_LAYERS  # to lay out one layer's context
+
+FACTS = ModelFacts(
+    path="some/model",
+    architecture="LlamaForCausalLM",
+    num_parameters=1_500_000,
+    num_linear_parameters=1_000_000,
+    num_embedding_parameters=499_000,
+    ties_output=True,
+    attention_layers=tuple(AttentionLayer(i, 4, NUM_KV_HEADS, HEAD_DIM, 0.125) for i in range(NUM_LAYERS)),
+    vocab_size=1000,
+    hidden_size=256,
+    widest=1024,
+    trained_context=2048,
+)
+
+
+def make_machine(
+    available: int = 2**30, *, total: int = 2**32, device: str = "cpu", has_fast_bf16: bool = False
+) -> Machine:
+    return Machine(
+        device=device,
+        cpu_name="a CPU",
+        num_cores=8,
+        num_threads=6,
+        total_bytes=total,
+        available_bytes=available,
+        has_fast_bf16=has_fast_bf16,
+        has_avx512=False,
+    )
+
+
+def plan(machine: Machine, facts: ModelFacts = FACTS, **sections: Section) -> MemoryPlan:
+    return plan_memory(facts, EngineConfig.model_validate(sections), machine)
+
+
+def fixed_bytes(**sections: Section) -> int:
+    """What is needed before the cache."""
+    ample = plan(make_machine(), **sections)
+    return ample.weight_bytes + ample.workspace_bytes
+
+
+def test_weights_are_counted_as_they_will_lie_in_memory() -> None:
+    with_output = 1_000_000 + 499_000  # a packed output layer is a copy of the embedding
+    expected = {
+        ("float32", "none"): (4 * with_output, 4 * 500_000),
+        ("bfloat16", "none"): (2 * with_output, 2 * 500_000),
+        ("float32", "int8"): (with_output, 4 * 500_000),
+        ("float32", "fp16"): (2 * with_output, 4 * 500_000),
+    }
+    for (dtype, quantization), (linear, embedding) in expected.items():
+        made = plan(make_machine(), model={"dtype": dtype, "quantization": quantization})
+        assert (made.linear_bytes, made.embedding_bytes) == (linear, embedding)
+        assert made.weight_bytes == linear + embedding
+    on_gpu = plan(make_machine(2**32, device="cuda"))
+    assert on_gpu.linear_bytes == 2 * 1_000_000  # bfloat16, and the output shares
+    untied = plan(make_machine(), facts=replace(FACTS, ties_output=False))
+    assert untied.linear_bytes == 4 * 1_000_000
+
+
+def test_a_token_takes_its_keys_and_values_in_every_layer() -> None:
+    assert plan(make_machine()).kv_bytes_per_token == KV_BYTES
+    assert plan(make_machine(), kv_cache={"dtype": "bfloat16"}).kv_bytes_per_token == KV_BYTES // 2
+    assert plan(make_machine(), model={"dtype": "bfloat16"}).kv_bytes_per_token == KV_BYTES // 2
+
+
+def test_auto_holds_the_longest_sequence_and_a_chat_for_each_request() -> None:
+    made = plan(make_machine())
+    assert made.num_kv_tokens == 32 * 384
+    assert made.max_model_len == 2048
+    assert made.num_full_sequences == 6
+    few = plan(make_machine(), scheduler={"max_num_seqs": 2})
+    assert few.num_kv_tokens == 2048
+    drafting = plan(make_machine(), scheduler={"max_num_seqs": 2}, speculation={"method": "ngram", "num_drafts": 4})
+    assert drafting.num_kv_tokens == 2048 + 16
+    assert drafting.num_lookahead_tokens == 4
+
+
+def test_auto_length_gives_way_to_memory_and_says_so() -> None:
+    free = 2 * 1000 * (KV_BYTES + READ_BYTES)  # half of it is for the cache
+    made = plan(make_machine(fixed_bytes() + free))
+    assert made.num_kv_tokens == 992  # whole blocks of 16
+    assert made.max_model_len == 992
+    setting = made.settings["model.max_model_len"]
+    assert (setting.value, setting.source) == (992, "measured")
+    assert "trained for 2048" in setting.reason
+    assert made.model_config.max_model_len == 992
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 15, 16, 17])
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+def test_one_sequence_fits_exactly_and_one_token_more_does_not(num_drafts: int, block_size: int) -> None:
+    method: Section = {"method": "none"} if num_drafts == 0 else {"method": "ngram", "num_drafts": num_drafts}
+    cache: Section = {"memory": "1024tokens", "block_size": block_size}
+    fits = 1024 - num_drafts
+    made = plan(make_machine(), model={"max_model_len": fits}, kv_cache=cache, speculation=method)
+    assert made.max_model_len == fits
+    assert made.num_full_sequences == 1
+    with pytest.raises(PlanError, match=f"set model.max_model_len to {fits} or less") as refused:
+        plan(make_machine(), model={"max_model_len": fits + 1}, kv_cache=cache, speculation=method)
+    assert refused.value.kind == "memory"
+    assert plan(make_machine(), kv_cache=cache, speculation=method).max_model_len == fits
+
+
+def test_the_help_that_an_error_offers_helps() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        cache: Section = {"memory": f"{rng.randrange(16, 3000)}tokens", "block_size": rng.choice([1, 8, 16, 32])}
+        wanted = rng.randrange(1, 2049)
+        machine = make_machine(fixed_bytes() + rng.randrange(2**22, 2**24))
+        try:
+            made = plan(machine, model={"max_model_len": wanted}, kv_cache=cache)
+        except PlanError as error:
+            help_text = str(error).rpartition("set ")[2]
+            if "kv_cache.memory" in str(error).partition(":")[0]:
+                cache["memory"] = help_text.split('"')[1]
+                made = plan(machine, kv_cache=cache)
+            else:
+                made = plan(machine, model={"max_model_len": int(help_text.split()[2])}, kv_cache=cache)
+        needed = made.weight_bytes + made.workspace_bytes + made.num_kv_tokens * (KV_BYTES + READ_BYTES)
+        assert needed <= machine.available_bytes
+        assert made.num_full_sequences >= 1
+
+
+def test_bytes_and_tokens_are_taken_at_their_word() -> None:
+    assert plan(make_machine(), kv_cache={"memory": "1000tokens"}).num_kv_tokens == 992
+    made = plan(make_machine(), kv_cache={"memory": "8MiB"})
+    assert made.num_kv_tokens == 8 * 2**20 // KV_BYTES // 16 * 16
+    assert made.settings["kv_cache.memory"].source == "config"
+    machine = make_machine(fixed_bytes() + 1600 * (KV_BYTES + READ_BYTES))
+    assert plan(machine, kv_cache={"memory": "1600tokens"}).num_kv_tokens == 1600
+    with pytest.raises(PlanError, match='set it to "1600tokens" or less'):
+        plan(machine, kv_cache={"memory": "1601tokens"})
+
+
+def test_a_fraction_counts_the_weights_in() -> None:
+    made = plan(make_machine(2**32), kv_cache={"memory": "0.5"})
+    used = made.weight_bytes + made.workspace_bytes + made.num_kv_tokens * (KV_BYTES + READ_BYTES)
+    assert 2**31 - 16 * (KV_BYTES + READ_BYTES) < used <= 2**31
+    with pytest.raises(PlanError, match=r"kv_cache\.memory is 0\.001 of 4\.00 GiB"):
+        plan(make_machine(2**32), kv_cache={"memory": "0.001"})
+    on_gpu = plan(make_machine(2**32, device="cuda"))
+    assert on_gpu.settings["kv_cache.memory"].reason.startswith("0.9 of 4.00 GiB")
+
+
+def test_a_model_too_large_is_refused_with_what_would_make_it_fit() -> None:
+    large = replace(FACTS, num_linear_parameters=10**9, num_parameters=10**9 + 500_000)
+    with pytest.raises(PlanError, match=r"needs 3\.7. GiB.*set model\.quantization to int8"):
+        plan(make_machine(2 * 2**30), facts=large)
+    assert plan(make_machine(2 * 2**30), facts=large, model={"quantization": "int8"}).num_blocks > 0
+    with pytest.raises(PlanError, match="smaller model"):
+        plan(make_machine(2**29), facts=large)
+
+
+def test_what_the_machine_decides_has_a_source_and_a_reason() -> None:
+    slow, fast = plan(make_machine()), plan(make_machine(has_fast_bf16=True))
+    assert (slow.dtype, fast.dtype) == (torch.float32, torch.bfloat16)
+    assert (slow.kv_dtype, fast.kv_dtype) == (torch.float32, torch.bfloat16)
+    assert (slow.num_threads, slow.device) == (6, "cpu")
+    for key, setting in slow.settings.items():
+        assert setting.source in ("measured", "model", "default"), key
+        assert setting.reason, key
+    asked = plan(
+        make_machine(has_fast_bf16=True),
+        model={"dtype": "float16", "max_model_len": 100},
+        device={"name": "cpu", "num_threads": 2},
+        scheduler={"max_num_seqs": 3, "max_num_batched_tokens": 77},
+        kv_cache={"memory": "1600tokens", "dtype": "float32"},
+    )
+    assert {setting.source for setting in asked.settings.values()} == {"config"}
+    assert [setting.value for setting in asked.settings.values()] == [
+        "cpu", 2, "float16", 100, 3, 77, "1600tokens", "float32",
+    ]  # fmt: skip
+    assert (asked.model_config.dtype, asked.model_config.max_model_len) == ("float16", 100)
+
+
+def test_one_limit_set_moves_the_other() -> None:
+    many = plan(make_machine(), scheduler={"max_num_seqs": 1000})
+    assert (many.max_num_seqs, many.max_num_batched_tokens) == (1000, 1000)
+    small = plan(make_machine(), scheduler={"max_num_batched_tokens": 8})
+    assert (small.max_num_seqs, small.max_num_batched_tokens) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"model": {"max_model_len": 2049}}, "set it to 2048 or less"),
+        ({"device": {"name": "cuda"}}, "no GPU"),
+        ({"kv_cache": {"dtype": "fp8"}}, "supported are auto, float32"),
+        ({"kv_cache": {"memory": "lots"}}, "kv_cache.memory"),
+        ({"scheduler": {"max_num_seqs": 10, "max_num_batched_tokens": 9}}, "raise the first or lower the second"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(sections: dict[str, Section], reason: str) -> None:
+    with pytest.raises(SettingError, match=reason) as refused:
+        plan(make_machine(), **sections)
+    assert refused.value.kind == "config"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("auto", CacheSize()),
+        ("0.9", CacheSize(fraction=0.9)),
+        ("1", CacheSize(fraction=1.0)),
+        ("2GiB", CacheSize(num_bytes=2 * 2**30)),
+        ("1.5 GB", CacheSize(num_bytes=1_500_000_000)),
+        ("100000tokens", CacheSize(num_tokens=100_000)),
+        (" 64 tokens", CacheSize(num_tokens=64)),
+    ],
+)
+def test_cache_sizes_are_read(text: str, size: CacheSize) -> None:
+    assert parse_cache_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "1.1", "0", "-1", "-0.5", "2 gib", "tokens", "2GiB3", "nan", "1e9", "0tokens"])
+def test_what_is_no_cache_size_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"kv_cache\.memory"):
+        parse_cache_size(text)
+
+
+def test_the_table_shows_every_number_that_matters() -> None:
+    made = plan(make_machine())
+    table = render_plan(made)
+    for value in ("some/model", "12,288 in 768 blocks of 16", "6 of 2,048 tokens", f"{KV_BYTES:,} bytes per token"):
+        assert value in table
+    for key, setting in made.settings.items():
+        assert any(line.startswith(key) and str(setting.value) in line for line in table.splitlines())

@@ -1,0 +1,91 @@
+"""Compiles paged attention for one chip: `python compile_attention.py 90 short|all` prints JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import torch
+from offline_compiler import Compiled, compile_for
+
+from kernels.triton.attention import Prepared, paged_attention
+from kernels.triton.attention_plan import Workspace, plan_attention
+from kernels.triton.configs import attention_config
+from kernels.triton.store_kv import store_kv
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    window: int | None = None
+    soft_cap: float | None = None
+    has_tree: bool = False
+    has_sinks: bool = False
+    block_size: int = 16
+
+
+SHORT = {
+    "llama-8b": Shape(32, 8, 128),
+    "llama-8b tree": Shape(32, 8, 128, has_tree=True),
+    "gemma2-9b": Shape(16, 8, 256, window=4096, soft_cap=50.0),
+}
+LONG = {
+    "smollm2": Shape(9, 3, 64),
+    "smollm2 float32": Shape(9, 3, 64, torch.float32),
+    "llama-8b float16": Shape(32, 8, 128, torch.float16),
+    "llama-8b float32": Shape(32, 8, 128, torch.float32),
+    "llama-8b window tree": Shape(32, 8, 128, window=512, has_tree=True),
+    "llama-8b block 64": Shape(32, 8, 128, block_size=64),
+    "qwen2-7b": Shape(28, 4, 128),
+    "phi2": Shape(32, 32, 80, torch.float16),
+    "phi3": Shape(32, 32, 96),
+    "gpt-oss": Shape(64, 8, 64, window=128, has_sinks=True),
+    "gemma-7b": Shape(16, 16, 256),
+    "gemma2-9b float32": Shape(16, 8, 256, torch.float32, soft_cap=50.0),
+}
+
+
+def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) -> None:
+    query_lens, seq_lens = np.array([1, 33]), np.array([600, 700])
+    config = attention_config(shape.head_dim, shape.dtype, chip=f"sm_{arch}")
+    plan = plan_attention(
+        query_lens,
+        seq_lens,
+        group=shape.num_heads // shape.num_kv_heads,
+        num_kv_heads=shape.num_kv_heads,
+        config=config,
+        device=torch.device("cpu"),
+    )
+    q = torch.empty(34, shape.num_heads, shape.head_dim, dtype=shape.dtype)
+    cache = torch.empty(2, shape.num_kv_heads, 64, shape.block_size, shape.head_dim, dtype=shape.dtype)
+    integers = torch.zeros(64, dtype=torch.int64)
+    with compile_for(arch, name, compiled):
+        paged_attention(
+            q,
+            cache[0],
+            cache[1],
+            torch.zeros(2, 64, dtype=torch.int64),
+            integers[:3],
+            integers[:2],
+            shape.head_dim**-0.5,
+            window=shape.window,
+            soft_cap=shape.soft_cap,
+            tree_mask=torch.zeros(34, 48, dtype=torch.bool) if shape.has_tree else None,
+            positions=integers[:34],
+            sinks=torch.zeros(shape.num_heads) if shape.has_sinks else None,
+            prepared=Prepared(plan, config, Workspace(0, 0, q.device)),
+        )
+        k, v = torch.empty(34, 2 * shape.num_kv_heads, shape.head_dim, dtype=shape.dtype).chunk(2, dim=1)
+        store_kv(k, v, cache[0], cache[1], integers[:34])
+
+
+if __name__ == "__main__":
+    results: list[Compiled] = []
+    for case_name, case_shape in (SHORT if sys.argv[2] == "short" else LONG).items():
+        compile_shape(int(sys.argv[1]), case_name, case_shape, results)
+    print(json.dumps([dataclasses.asdict(result) for result in results]))

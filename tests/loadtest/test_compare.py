@@ -1,0 +1,45 @@
+"""Rounds on a machine that is not quiet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loadtest.arrivals import ClosedLoop
+from loadtest.client import Target
+from loadtest.compare import Comparison, Quietness
+from loadtest.environment import read_environment
+from loadtest.lengths import FixedLength
+from loadtest.measure import Case, Peer, prepare
+from loadtest.progress import Progress
+from loadtest.runner import Plan
+from loadtest.session import Measurement, Session
+from loadtest.workload import Workload
+
+CASE = Case("one", Workload(FixedLength(4), FixedLength(2), seed=1), Plan(ClosedLoop(1), 2, None, 0))
+
+
+async def rounds_of(url: str, quietness: Quietness) -> list[Measurement]:
+    peer = await prepare(Peer("a", Target(url)), seed=1)
+    return await Comparison([peer], [CASE], 1, None, quietness, lambda *_: Progress()).run()
+
+
+@pytest.mark.parametrize(("max_busy_cores", "is_disturbed"), [(0.0, [True] * 3), (1000.0, [False])])
+async def test_disturbed_runs_are_repeated_and_marked(serve, scripted, max_busy_cores: float, is_disturbed) -> None:
+    """No machine is quieter than zero cores in use, none is busier than a thousand."""
+    server = serve(lambda _, served: scripted.whole_answer(served))
+    measurements = await rounds_of(server.url, Quietness(max_busy_cores, patience=0.0, window=0.02))
+    assert [m.is_disturbed for m in measurements] == is_disturbed
+    assert all(m.busy_cores is not None for m in measurements)
+    prompts = [tuple(request.body["prompt"]) for request in server.served]
+    assert len(set(prompts)) == len(prompts) == 2 * len(is_disturbed)
+
+
+async def test_medians_leave_disturbed_rounds_out_where_they_can(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served))
+    (quiet,) = await rounds_of(server.url, Quietness(1000.0, patience=0.0, window=0.02))
+    disturbed = replace(quiet, is_disturbed=True)
+    session = Session("compare", "", 1, read_environment(), [], [CASE.scenario()], [disturbed, quiet])
+    assert session.of("one", "a") == [quiet]
+    assert replace(session, measurements=[disturbed]).of("one", "a") == [disturbed]

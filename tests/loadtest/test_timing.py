@@ -1,0 +1,128 @@
+"""The client's latencies against the server's own record of when it sent what."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from statistics import median
+
+import pytest
+
+from loadtest.arrivals import ClosedLoop, OpenLoop, poisson_times
+from loadtest.client import Client, Target
+from loadtest.lengths import FixedLength
+from loadtest.outcome import Answer
+from loadtest.progress import Progress
+from loadtest.runner import Plan, run
+from loadtest.workload import Exchange, Workload
+
+
+def workload(num_output_tokens: int) -> Workload:
+    return Workload(FixedLength(16), FixedLength(num_output_tokens), seed=1)
+
+
+async def measure(url: str, plan: Plan, load: Workload) -> list[Answer]:
+    async with Client(Target(url, model="scripted", timeout=20)) as client:
+        outcomes = await run(client, load, plan, progress=Progress())
+    assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
+    return outcomes
+
+
+async def test_latencies_are_within_two_percent_of_the_servers_own(serve, scripted) -> None:
+    """Medians over the requests: a single one may meet a busy machine."""
+    first, gap, num_tokens, num_requests = 0.2, 0.05, 8, 5
+    server = serve(lambda _, served: scripted.whole_answer(served, first=first, gap=gap))
+    answers = await measure(server.url, Plan(ClosedLoop(1), num_requests, None, 1), workload(num_tokens))
+    served = server.served[1:]  # the first was the warm-up
+
+    sent_tokens = [request.sent_at[:num_tokens] for request in served]
+    server_ttft = median(request.sent_at[0] - request.received_at for request in served)
+    server_gaps = median(b - a for times in sent_tokens for a, b in pairwise(times))
+    server_per_token = median((times[-1] - times[0]) / (num_tokens - 1) for times in sent_tokens)
+    server_end_to_end = median(request.sent_at[-1] - request.received_at for request in served)
+
+    assert server_ttft >= first
+    assert median(a.time_to_first_token for a in answers) == pytest.approx(server_ttft, rel=0.02)
+    assert median(gap for a in answers for gap in a.inter_token_latencies()) == pytest.approx(server_gaps, rel=0.02)
+    assert median(a.time_per_output_token for a in answers) == pytest.approx(server_per_token, rel=0.02)
+    assert median(a.end_to_end for a in answers) == pytest.approx(server_end_to_end, rel=0.02)
+
+
+async def test_latencies_hold_with_many_streams_at_once(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served, first=0.3, gap=0.06))
+    answers = await measure(server.url, Plan(ClosedLoop(16), 16, None, 16), workload(6))
+    served = server.served[16:]  # the warm-up made the connections
+    server_end_to_end = median(request.sent_at[-1] - request.received_at for request in served)
+    server_gaps = [b - a for r in served for a, b in pairwise(r.sent_at[:6])]
+    gaps = [gap for a in answers for gap in a.inter_token_latencies()]
+    assert len(gaps) == len(server_gaps) == 16 * 5
+    assert median(gaps) == pytest.approx(median(server_gaps), rel=0.02)
+    assert median(a.end_to_end for a in answers) == pytest.approx(server_end_to_end, rel=0.02)
+
+
+async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_server_stalls(serve, scripted) -> None:
+    """The server works on one request at a time: those that came meanwhile waited since they were due."""
+    free_at = 0.0
+
+    def one_at_a_time(_: int, served) -> object:
+        nonlocal free_at
+        free_at = max(free_at, served.received_at) + 0.05
+        return scripted.whole_answer(served, first=free_at - served.received_at)
+
+    server = serve(one_at_a_time)
+    rate, count = 100.0, 12
+    load = workload(1)
+    answers = await measure(server.url, Plan(OpenLoop(rate), count, None, 0), load)
+    answers.sort(key=lambda answer: answer.started_at)
+    due = [offset for offset, _ in zip(poisson_times(rate, load.seed), range(count), strict=False)]
+    assert [a.started_at - answers[0].started_at for a in answers] == pytest.approx([d - due[0] for d in due], abs=1e-6)
+    # 50 ms of work arrive every 10 ms: the queue, and so the latency, grows with each request
+    last = answers[-1]
+    assert last.end_to_end >= 0.05 * count - (last.started_at - answers[0].started_at)
+    assert last.end_to_end > 0.3
+
+
+class StallingWorkload(Workload):
+    """This process itself stands still for a while, as a client does whose machine is busy."""
+
+    def exchange(self, index: int) -> Exchange:
+        if index == 3:
+            time.sleep(0.3)  # on purpose in the event loop
+        return super().exchange(index)
+
+
+async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_client_stalls(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served))
+    load = StallingWorkload(FixedLength(4), FixedLength(1), seed=1)
+    answers = await measure(server.url, Plan(OpenLoop(200.0), 20, None, 0), load)
+    late = [answer for answer in answers if answer.sent_at - answer.started_at > 0.15]
+    assert len(late) >= 5  # due during the stall, sent after it
+    for answer in late:
+        assert answer.time_to_first_token >= answer.sent_at - answer.started_at
+        assert answer.end_to_end >= 0.15
+
+
+async def test_a_closed_loop_never_has_more_requests_in_flight_than_its_concurrency(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served, first=0.01))
+    answers = await measure(server.url, Plan(ClosedLoop(3), 20, None, 0), workload(2))
+    assert len(answers) == 20
+    for answer in answers:
+        at_once = [a for a in answers if a.started_at <= answer.started_at < a.finished_at]
+        assert len(at_once) <= 3
+    assert server.num_connections == 3  # each is used again
+
+
+async def test_a_duration_ends_the_sending_but_not_the_answers(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served, first=0.05))
+    answers = await measure(server.url, Plan(ClosedLoop(2), None, 0.22, 0), workload(1))
+    first = min(answer.started_at for answer in answers)
+    assert 4 <= len(answers) <= 10
+    assert all(answer.started_at - first < 0.23 for answer in answers)
+
+
+async def test_warm_up_requests_are_sent_and_not_counted(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served))
+    answers = await measure(server.url, Plan(ClosedLoop(2), 5, None, 4), workload(2))
+    assert (len(answers), len(server.served)) == (5, 9)
+    prompts = [tuple(request.body["prompt"]) for request in server.served]
+    assert len(set(prompts)) == 9

@@ -1,0 +1,64 @@
+"""POST /tokenize and /detokenize, with and without /v1."""
+
+from __future__ import annotations
+
+import pytest
+
+PATHS = pytest.mark.parametrize("prefix", ["", "/v1"])
+
+
+@PATHS
+@pytest.mark.parametrize("key", ["prompt", "content"])
+async def test_a_text_becomes_the_ids_that_a_completion_would_see(world, client, prefix: str, key: str) -> None:
+    response = await client.post(prefix + "/tokenize", json={"model": "tiny", key: "héllo 🙂"})
+    token_ids = world.tokenizer.encode("héllo 🙂", add_special_tokens=True)
+    assert response.json() == {"count": len(token_ids), "max_model_len": 256, "tokens": token_ids}
+    await client.post("/v1/completions", json={"model": "tiny", "prompt": "héllo 🙂"})
+    assert world.engine.requests[0].prompt_token_ids == token_ids
+
+
+@PATHS
+async def test_ids_become_text(world, client, prefix: str) -> None:
+    token_ids = [*world.tokenizer.encode("héllo 🙂", add_special_tokens=False), 1]
+    response = await client.post(prefix + "/detokenize", json={"tokens": token_ids})
+    assert response.json() == {"prompt": "héllo 🙂</s>", "content": "héllo 🙂</s>"}
+    response = await client.post(prefix + "/detokenize", json={"tokens": token_ids, "skip_special_tokens": True})
+    assert response.json()["prompt"] == "héllo 🙂"
+
+
+async def test_long_and_empty_texts_are_fine(world, client) -> None:
+    text = "hello world " * 2000
+    response = await client.post("/tokenize", json={"prompt": text})
+    assert world.tokenizer.decode(response.json()["tokens"]) == text
+    assert (await client.post("/tokenize", json={"prompt": ""})).json()["tokens"] == []
+    assert (await client.post("/detokenize", json={"tokens": []})).json()["prompt"] == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/tokenize", {}, 400),
+        ("/tokenize", {"prompt": "a", "content": "a"}, 400),
+        ("/tokenize", {"prompt": 5}, 400),
+        ("/tokenize", {"prompt": ["a"]}, 400),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404),
+        ("/detokenize", {}, 400),
+        ("/detokenize", {"tokens": "a"}, 400),
+        ("/detokenize", {"tokens": [330]}, 400),
+        ("/detokenize", {"tokens": [-1]}, 400),
+        ("/detokenize", {"tokens": [2**40]}, 400),
+        ("/detokenize", {"tokens": [1.0]}, 400),
+        ("/detokenize", {"tokens": [5], "model": "other"}, 404),
+    ],
+)
+async def test_what_is_wrong_is_refused(client, path: str, body: dict, status: int) -> None:
+    response = await client.post(path, json=body)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+async def test_unknown_fields_are_named(world, client) -> None:
+    response = await client.post("/tokenize", json={"prompt": "a", "bogus": 1})
+    assert response.headers["x-ignored-fields"] == "bogus"
+    world.configure({"server": {"strict": True}})
+    assert (await client.post("/tokenize", json={"prompt": "a", "bogus": 1})).status_code == 400

@@ -84,28 +84,35 @@ class TorchAttention:
         return out
 
     def _attend_group(self, q: Tensor, group: DecodeGroup, layer: AttentionLayer) -> Tensor:
-        blocks, dtype = self._blocks[layer.index], q.dtype
-        scratch = self._scratch_for(group.block_rows, blocks)
-        k, v = gather_context(blocks, group.block_rows, group.blank_rows, group.num_contexts, layer.head_dim, scratch)
+        k, v = self._gather(group.block_rows, group.blank_rows, group.num_contexts, layer, q.dtype)
         rows = q.reshape(group.num_contexts, -1, layer.head_dim)
-        out: Tensor = attend(rows, k.to(dtype), v.to(dtype), group.bias, layer.scale, layer.soft_cap)
+        out: Tensor = attend(rows, k, v, group.bias, layer.scale, layer.soft_cap)
         return out
 
     def _attend_chunk(self, q: Tensor, chunk: PromptChunk, layer: AttentionLayer) -> Tensor:
-        blocks, dtype = self._blocks[layer.index], q.dtype
-        scratch = self._scratch_for(chunk.block_rows, blocks)
-        k, v = gather_context(blocks, chunk.block_rows, None, layer.num_kv_heads, layer.head_dim, scratch)
-        k, v = k[:, : chunk.num_tokens].to(dtype), v[:, : chunk.num_tokens].to(dtype)
-        out: Tensor = attend_chunk(q, k, v, chunk.bias, layer.scale, layer.soft_cap)
+        k, v = self._gather(chunk.block_rows, None, layer.num_kv_heads, layer, q.dtype)
+        out: Tensor = attend_chunk(
+            q, k[:, : chunk.num_tokens], v[:, : chunk.num_tokens], chunk.bias, layer.scale, layer.soft_cap
+        )
         return out
 
-    def _scratch_for(self, block_rows: Tensor, blocks: Tensor) -> Tensor:
-        """Memory for gathered blocks, kept: fresh memory costs more to touch than the blocks cost to copy."""
+    def _gather(
+        self,
+        block_rows: Tensor,
+        blank_rows: Tensor | None,
+        num_contexts: int,
+        layer: AttentionLayer,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """k, v: [num_contexts, num_tokens, head_dim], valid until the next call."""
+        blocks = self._blocks[layer.index]
         num_elements = block_rows.shape[0] * blocks.shape[1]
         if self._scratch.numel() < num_elements:
+            # kept, as fresh memory costs more to touch than the blocks cost to copy
             with torch.inference_mode(False):  # made in the mode, it could not be written outside of it
                 self._scratch = blocks.new_empty(num_elements)
-        return self._scratch
+        k, v = gather_context(blocks, block_rows, blank_rows, num_contexts, layer.head_dim, self._scratch)
+        return (k, v) if k.dtype == dtype else (k.to(dtype), v.to(dtype))
 
     def _plan(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> AttentionPlan:
         cache = self.kv_cache

@@ -89,13 +89,14 @@ class EngineChild:
         note: CrashNote,
         tail: OutputTail,
         output: asyncio.ReadTransport,
+        on_message: Callable[[FromEngine], None],
     ) -> None:
         self._process = process
         self._note = note
         self._tail = tail
         self._output = output
         self._oom_kills_at_start = count_oom_kills()
-        self._on_message: Callable[[FromEngine], None] = lambda message: None
+        self._on_message = on_message
         self._heard = True
         self.connection: FrameProtocol[FromEngine] = FrameProtocol(from_engine_decoder(), self._take)
         self.num_sent = 0
@@ -105,9 +106,6 @@ class EngineChild:
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    def listen(self, on_message: Callable[[FromEngine], None]) -> None:
-        self._on_message = on_message
 
     def _take(self, message: FromEngine) -> None:
         self._heard = True
@@ -179,7 +177,9 @@ class EngineChild:
         return None if error is None else str(error)
 
 
-async def spawn_child(factory: str, *, heartbeat_interval: float) -> EngineChild:
+async def spawn_child(
+    factory: str, on_message: Callable[[FromEngine], None], *, heartbeat_interval: float
+) -> EngineChild:
     """Starts an engine process. Call on a thread that lives as long as the server: the kernel ends the child with it.
 
     The child gets a session of its own, so that Ctrl-C at the terminal reaches the server alone.
@@ -200,7 +200,7 @@ async def spawn_child(factory: str, *, heartbeat_interval: float) -> EngineChild
         ours.callback(process.kill)
         loop = asyncio.get_running_loop()
         output, tail = await loop.connect_read_pipe(OutputTail, output_file)
-        child = EngineChild(process, note, tail, output)
+        child = EngineChild(process, note, tail, output, on_message)
         our_socket.setblocking(False)
         await loop.create_unix_connection(lambda: child.connection, sock=our_socket)
         ours.pop_all()  # from here on, all of it is released by `end`

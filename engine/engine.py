@@ -79,6 +79,7 @@ class Engine:
         return torch.cat([hidden for hidden, _ in parts]), [sampled for _, sampled in parts]
 
     def _compute_alone(self, item: Scheduled, clock: StepClock) -> tuple[Tensor, Sampled]:
+        self.on_batch([item])  # should the process die now, it is known for whom
         try:
             hidden, sampled = self._forward_and_sample([item], clock)
         except Exception as error:

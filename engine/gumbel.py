@@ -17,9 +17,10 @@ from torch import Tensor
 from engine.candidates import block_minima, block_tokens
 from engine.noise import NUM_NOISE_BITS, gumbel, noise_bits
 
+FARTHEST_GAP = 80.0  # no noise makes up for it; exponentials of more overflow, which takes many times as long
 _TOKENS_PER_BLOCK = 64
 _SLACK = 1.0 + 1e-4  # far more than the rounding of v * exp(gap) and of scores, all of them in float32
-_ELEMENTS_PER_PASS = 1 << 23  # bounds the scratch memory to some 100 MB
+_CPU_PASS, _GPU_PASS = 1 << 20, 1 << 25  # logits: scratch memory that stays in the CPU's cache; under 1 GB on a GPU
 
 
 def largest_score(gaps: Tensor, keys: Tensor, words: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def largest_score(gaps: Tensor, keys: Tensor, words: Tensor) -> Tensor:
 
     gaps: [num_rows, vocab_size], one of each row 0; keys: [num_rows, 2]; words: [vocab_size] of `token_words`.
     """
-    rows_per_pass = max(1, _ELEMENTS_PER_PASS // gaps.shape[1])
+    rows_per_pass = max(1, (_CPU_PASS if gaps.is_cpu else _GPU_PASS) // gaps.shape[1])
     passes = [slice(start, start + rows_per_pass) for start in range(0, gaps.shape[0], rows_per_pass)]
     return torch.cat([_largest_score(gaps[some], keys[some], words) for some in passes])
 
@@ -45,7 +46,7 @@ def _largest_score(gaps: Tensor, keys: Tensor, words: Tensor) -> Tensor:
     num_rows, vocab_size = gaps.shape
     num_blocks = -(-vocab_size // _TOKENS_PER_BLOCK)
     race = noise_bits(words[None], keys).float().add_(0.5)
-    race *= gaps.exp()
+    race *= gaps.clamp_max(FARTHEST_GAP).exp_()
     minima = block_minima(race, num_blocks)
 
     first_block = minima.argmin(-1)

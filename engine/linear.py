@@ -46,7 +46,7 @@ class QuantFormat(Protocol[W]):
         ...
 
     def matmul(self, x: Tensor, weight: W) -> Tensor:
-        """x @ dequantize(weight).T; x: [num_rows, in_features], contiguous. Returns x's dtype, in new memory."""
+        """x @ dequantize(weight).T; x: [num_rows, in_features]. Returns x's dtype, in new memory."""
         ...
 
 
@@ -60,11 +60,10 @@ class QuantLinear(nn.Module, Generic[W]):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]"""
-        rows = x.reshape(-1, self.in_features)
-        out = self.format.matmul(rows, self.packed)
+        out = self.format.matmul(x.reshape(-1, self.in_features), self.packed)
         if self.bias is not None:
             out.add_(self.bias)
-        return out.view(*x.shape[:-1], self.out_features)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
 
 
 def prepare_linears(model: nn.Module, format_name: str, *, num_threads: int = 1) -> int:
@@ -155,7 +154,7 @@ class HalfFormat:
 
     def matmul(self, x: Tensor, weight: torch.ScriptObject) -> Tensor:
         out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), weight)
-        return out.to(x.dtype)
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

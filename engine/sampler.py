@@ -9,7 +9,7 @@ The order of operations is vLLM's from the temperature on:
     raw logits -> [log-probabilities]
       -> penalties, bias, bans             engine.penalties
       -> temperature                       here
-      -> min-p -> top-k -> top-p           engine.truncation
+      -> min-p -> top-k -> top-p           engine.truncation, engine.nucleus
       -> largest of noise + logit          engine.gumbel
       -> walk down the drafts              engine.acceptance
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,11 +29,13 @@ from engine.candidates import gaps_below_best
 from engine.gumbel import largest_score, largest_score_listed
 from engine.logprobs import LogprobQuery, token_logprobs
 from engine.noise import noise_keys, token_words
+from engine.nucleus import largest_score_in_nucleus
 from engine.penalties import edit_logits, edits_logits
 from engine.sampled_rows import IntArray, SampledRows, sampled_rows
-from engine.truncation import Limits, shortlist, truncate_sorted
+from engine.truncation import Limits, truncate_sorted, truncated_list
 from engine.types import Sampled, Scheduled
 
+_MAX_LISTED = 1024  # a larger top_k goes by sorting
 _GREEDY_BELOW = 1e-5  # the noise, at most 22, could not reverse a difference of 3e-4 between logits
 
 _NOT_FINITE = (
@@ -94,35 +95,45 @@ class Sampler:
         device = logits.device
         gaps = _gaps(logits, peaks, rows, kind)
         keys = noise_keys(rows.seeds[kind], rows.positions[kind], device)
+        limits, ways = self._limits(rows, kind, device)
         words = self._words = self._words.to(device)
-
-        limits, is_truncated = self._limits(rows, kind, device)
-        if not is_truncated.any():
-            return largest_score(gaps, keys, words)
         tokens = torch.empty(len(kind), dtype=torch.int64, device=device)
-        truncated = np.flatnonzero(is_truncated)
-        few = shortlist(_select(gaps, truncated), limits.select(torch.from_numpy(truncated).to(device)))
-        _put(tokens, truncated, largest_score_listed(few.gaps, few.tokens, _select(keys, truncated), words))
-        long = truncated[~few.is_complete.cpu().numpy()]
-        if len(long):
-            long_limits = limits.select(torch.from_numpy(long).to(device))
-            kept = truncate_sorted(_select(gaps, long), long_limits)
-            _put(tokens, long, largest_score(kept, _select(keys, long), words))
-        whole = np.flatnonzero(~is_truncated)
-        if len(whole):
-            _put(tokens, whole, largest_score(_select(gaps, whole), _select(keys, whole), words))
+        for way, sample in _WAYS.items():
+            chosen = np.flatnonzero(ways == way)
+            if len(chosen):
+                some = limits.select(torch.from_numpy(chosen).to(device))
+                _put(tokens, chosen, sample(_select(gaps, chosen), _select(keys, chosen), words, some))
         return tokens
 
-    def _limits(self, rows: SampledRows, kind: IntArray, device: torch.device) -> tuple[Limits, npt.NDArray[np.bool_]]:
-        """What the rows `kind` of the sampled rows keep, and which of them keep less than everything. [num_rows]"""
+    def _limits(self, rows: SampledRows, kind: IntArray, device: torch.device) -> tuple[Limits, IntArray]:
+        """What the rows `kind` of the sampled rows keep, and which of _WAYS suits each. [num_rows]"""
         asked_k = rows.per_row([params.top_k for params in rows.params])[kind].astype(np.int64)
-        top_k = np.where((asked_k < 1) | (asked_k > self.vocab_size), self.vocab_size, asked_k)
+        is_cut = (asked_k >= 1) & (asked_k < self.vocab_size)
+        top_k = np.where(is_cut, asked_k, self.vocab_size)
         top_p = rows.per_row([params.top_p for params in rows.params])[kind]
         min_p = rows.per_row([params.min_p for params in rows.params])[kind]
         with np.errstate(divide="ignore"):
             max_gap = -np.log(min_p).astype(np.float32)  # infinite where min-p is off
         columns = (torch.from_numpy(column[:, None]).to(device) for column in (max_gap, top_k, top_p))
-        return Limits(*columns), (top_k < self.vocab_size) | (top_p < 1.0) | (min_p > 0.0)
+        is_whole = ~is_cut & (top_p >= 1.0) & (min_p <= 0.0)
+        ways = np.where(is_whole, _WHOLE, np.where(~is_cut, _NUCLEUS, np.where(top_k <= _MAX_LISTED, _LIST, _SORT)))
+        return Limits(*columns), ways
+
+
+def _sample_whole(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> Tensor:
+    return largest_score(gaps, keys, words)
+
+
+def _sample_list(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> Tensor:
+    return largest_score_listed(*truncated_list(gaps, limits), keys, words)
+
+
+def _sample_sorted(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> Tensor:
+    return largest_score(truncate_sorted(gaps, limits), keys, words)
+
+
+_WHOLE, _NUCLEUS, _LIST, _SORT = range(4)
+_WAYS = {_WHOLE: _sample_whole, _NUCLEUS: largest_score_in_nucleus, _LIST: _sample_list, _SORT: _sample_sorted}
 
 
 def _greedy(logits: Tensor, peaks: Tensor, rows: SampledRows, kind: IntArray) -> Tensor:

@@ -149,11 +149,10 @@ class Supervisor:
 
     async def _live_once(self) -> bool:
         """Runs one process from its start to its end. Returns whether another is worth a try."""
-        child = await spawn_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
+        child = await spawn_child(self._factory, self._take, heartbeat_interval=self._limits.heartbeat_interval)
         self._child = child
         self._has_been_ready = False
         try:
-            child.listen(self._take)
             child.connection.closed.add_done_callback(lambda closed: self._wake.set())
             child.send(Configure(self._config_json))
             hang = await self._watch(child)

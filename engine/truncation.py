@@ -10,8 +10,8 @@ the one before left:
    section 3.1), so the first is always kept.
 
 All three keep the first so many tokens of the order. Probabilities are integers: exp(-gap) in float64, in units of
-2^-40. Their sums are exact whatever the order of summation, so a row keeps the same tokens whether its nucleus was
-found in a short list of the most likely tokens or, where it is not inside that, among all gaps, sorted.
+2^-40. Their sums are exact in any order of summation, so there is one right answer, however a row comes to it:
+from a list of its k most likely tokens, from its gaps sorted, or (`engine.nucleus`) without either.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from torch import Tensor
 
 from engine.candidates import most_likely
 
-_MAX_LISTED = 1024  # a larger top_k goes by sorting
-_NUCLEUS_LISTED = 256  # enough for most nuclei
-_WEIGHT_UNIT = 2.0**40  # the sum over 2^18 tokens stays below 2^63
-_TOTAL_ERROR = 1e-5  # relative; well above the rounding of a float32 sum of exponentials
+WEIGHT_UNIT = 2.0**40  # the sum over 2^18 tokens stays below 2^63
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,81 +40,46 @@ class Limits:
         return Limits(self.max_gap[rows], self.top_k[rows], self.top_p[rows])
 
 
-@dataclass(frozen=True, slots=True)
-class Shortlist:
-    """The most likely tokens of each row. Where `is_complete` is false, the row may keep tokens that are not listed."""
+def truncated_list(gaps: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    """The kept tokens of rows with a small top_k: their gaps, infinite past the last that is kept, and their ids.
 
-    gaps: Tensor  # [num_rows, num_listed], infinite where the row does not keep the token
-    tokens: Tensor  # [num_rows, num_listed]
-    is_complete: Tensor  # [num_rows]
-
-
-def shortlist(gaps: Tensor, limits: Limits) -> Shortlist:
-    """Lists the tokens of rows that keep few. gaps: [num_rows, vocab_size]"""
-    has_short_k = limits.top_k <= _MAX_LISTED
-    wanted = torch.where(has_short_k, limits.top_k, min(_NUCLEUS_LISTED, gaps.shape[1]))
-    num_listed = int(wanted.max())
-    listed, tokens = most_likely(gaps, num_listed)
-    # After min-p and top-k, nothing is left beyond the list of most rows: their total is exact.
-    last = listed[:, -1:]
-    is_all = (limits.top_k <= num_listed) | (last > limits.max_gap) | last.isinf()
-    before = _sums_before(listed)
-    num_left = _num_left(listed, limits)
-    exact_total = before.gather(1, num_left).double()
-    low = high = exact_total
-    if not bool(is_all.all()):
-        total = gaps.neg().exp_().sum(-1, keepdim=True).double() * _WEIGHT_UNIT
-        is_estimated = ~is_all & limits.max_gap.isinf() & (limits.top_k == gaps.shape[1])
-        low = torch.where(is_estimated, total * (1.0 - _TOTAL_ERROR), exact_total)
-        high = torch.where(is_estimated, total * (1.0 + _TOTAL_ERROR), exact_total)
-        is_all |= is_estimated & (_num_in_nucleus(before, high, limits.top_p) < num_listed)
-    num_kept = torch.minimum(num_left, _num_in_nucleus(before, low, limits.top_p))
-    is_sure = num_kept == torch.minimum(num_left, _num_in_nucleus(before, high, limits.top_p))
-    rank = torch.arange(num_listed, device=gaps.device)
-    return Shortlist(listed.masked_fill(rank >= num_kept, torch.inf), tokens, (is_all & is_sure)[:, 0])
+    gaps: [num_rows, vocab_size]; returns [num_rows, largest top_k] twice
+    """
+    listed, tokens = most_likely(gaps, int(limits.top_k.max()))
+    rank = torch.arange(listed.shape[1], device=gaps.device)
+    return listed.masked_fill(rank >= _num_kept(listed, limits), torch.inf), tokens
 
 
 def truncate_sorted(gaps: Tensor, limits: Limits) -> Tensor:
-    """The gaps, infinite where a token is not kept. Sorts every row: for those that keep many."""
+    """The gaps, infinite where a token is not kept. Sorts every row: for a large top_k."""
     ordered = _sort(gaps)
-    before = _sums_before(ordered)
-    num_left = _num_left(ordered, limits)
-    total = before.gather(1, num_left).double()
-    num_kept = torch.minimum(num_left, _num_in_nucleus(before, total, limits.top_p))
+    num_kept = _num_kept(ordered, limits)
     last_kept = ordered.gather(1, num_kept - 1)
-    kept = torch.where(gaps <= last_kept, gaps, torch.inf)
     # Of the tokens level with the last that is kept, those with the lowest ids stay.
     num_level_kept = num_kept - torch.searchsorted(ordered, last_kept)
-    is_cut = torch.searchsorted(ordered, last_kept, right=True) > num_kept
-    cut_rows = is_cut[:, 0].nonzero()[:, 0]
-    if len(cut_rows):
-        is_level = gaps[cut_rows] == last_kept[cut_rows]
-        is_surplus = is_level & (is_level.cumsum(-1) > num_level_kept[cut_rows])
-        kept[cut_rows] = kept[cut_rows].masked_fill(is_surplus, torch.inf)
-    return kept
+    is_level = gaps == last_kept
+    is_kept = (gaps < last_kept) | (is_level & (is_level.cumsum(-1) <= num_level_kept))
+    return torch.where(is_kept, gaps, torch.inf)
 
 
-def _num_left(ordered: Tensor, limits: Limits) -> Tensor:
-    """How many tokens min-p and top-k keep. ordered: [num_rows, num_tokens] ascending; returns [num_rows, 1]"""
-    return torch.minimum(torch.searchsorted(ordered, limits.max_gap, right=True), limits.top_k)
+def token_weights(gaps: Tensor) -> Tensor:
+    """Probabilities that are not normalised, as integers. int64"""
+    return gaps.double().neg_().exp_().mul_(WEIGHT_UNIT).round_().long()
 
 
-def _num_in_nucleus(before: Tensor, total: Tensor, top_p: Tensor) -> Tensor:
-    """How many tokens have less than top_p of the total before them, at least 1. [num_rows, 1]
-
-    before: [num_rows, num_tokens + 1] of `_sums_before`; total: [num_rows, 1] float64
-    """
-    limit = (total * top_p).ceil_().long()
-    num_before = torch.searchsorted(before[:, :-1].contiguous(), limit)
-    return torch.where(top_p < 1.0, num_before.clamp_min(1), before.shape[1])
+def nucleus_limit(total: Tensor, top_p: Tensor) -> Tensor:
+    """A token is kept while those before it weigh less than this. total: int64; returns int64, at least 1"""
+    return (total.double() * top_p).ceil_().long().clamp_min_(1)
 
 
-def _sums_before(ordered: Tensor) -> Tensor:
-    """What the tokens before each token weigh together; the last entry is the sum. [num_rows, num_tokens + 1] int64"""
-    weights = ordered.double().neg_().exp_().mul_(_WEIGHT_UNIT).round_().long()
-    before = weights.new_zeros(weights.shape[0], weights.shape[1] + 1)
-    torch.cumsum(weights, -1, out=before[:, 1:])
-    return before
+def _num_kept(ordered: Tensor, limits: Limits) -> Tensor:
+    """How many tokens a row keeps. ordered: [num_rows, num_tokens] ascending gaps; returns [num_rows, 1]"""
+    num_left = torch.minimum(torch.searchsorted(ordered, limits.max_gap, right=True), limits.top_k)
+    weights = token_weights(ordered)
+    upto = weights.cumsum(-1)
+    total = upto.gather(1, num_left - 1)
+    num_before = torch.searchsorted(upto - weights, nucleus_limit(total, limits.top_p))
+    return torch.where(limits.top_p < 1.0, torch.minimum(num_left, num_before), num_left)
 
 
 def _sort(gaps: Tensor) -> Tensor:

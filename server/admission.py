@@ -70,16 +70,16 @@ class Admission:
         if self._is_closed:
             raise ApiError(
                 503,
-                "the server is shutting down and takes no new requests; send the request to another server or try later",
+                "the server is shutting down and takes no new requests; try another server, or this one later",
                 code="draining",
                 retry_after=DRAINING_RETRY_AFTER,
             )
         state = self._engine.state
         if state == "starting":
-            detail = f" ({self._engine.phase_detail})" if self._engine.phase_detail else ""
+            phase = f"{self._engine.phase or 'starting'} {self._engine.phase_detail}".rstrip()
             raise ApiError(
                 503,
-                f"the model is still loading: {self._engine.phase or 'starting'}{detail}; GET /readyz tells when it is ready",
+                f"the model is still loading ({phase}); GET /readyz tells when it is ready",
                 code="starting",
                 retry_after=STARTING_RETRY_AFTER,
             )
@@ -87,7 +87,9 @@ class Admission:
             failure = self._engine.failure
             raise ApiError(
                 503,
-                f"the engine has stopped ({failure.kind}); the server must be restarted" if failure else "the engine has stopped",
+                f"the engine has stopped ({failure.kind}); the server must be restarted"
+                if failure
+                else "the engine has stopped",
                 code="engine_down",
                 retry_after=FAILED_RETRY_AFTER,
             )
@@ -102,7 +104,8 @@ class Admission:
         if waiting + num_requests > limit:
             raise ApiError(
                 429,
-                f"{waiting} requests wait, {num_requests} more would pass limits.max_queued_requests ({limit}); try again later",
+                f"{waiting} requests wait, {num_requests} more would pass limits.max_queued_requests ({limit}); "
+                "try again later",
                 retry_after=self._seconds_until(waiting + num_requests - limit),
             )
         limit = self._limits.max_queued_tokens
@@ -110,8 +113,8 @@ class Admission:
             excess = (waiting_tokens + num_tokens - limit) * waiting / max(waiting_tokens, 1)
             raise ApiError(
                 429,
-                f"{waiting_tokens} prompt tokens wait, {num_tokens} more would pass limits.max_queued_tokens ({limit}); "
-                "try again later",
+                f"{waiting_tokens} prompt tokens wait, {num_tokens} more would pass limits.max_queued_tokens "
+                f"({limit}); try again later",
                 retry_after=self._seconds_until(excess),
             )
 

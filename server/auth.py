@@ -59,7 +59,7 @@ class Authentication:
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:
-        """"" where no key is needed, None where a needed one is not there."""
+        """ "" where no key is needed, None where a needed one is not there."""
         if self._keys.is_empty or scope["path"] in self._public_paths:
             return ""
         values = [value for name, value in scope["headers"] if name == b"authorization"]

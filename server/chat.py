@@ -29,6 +29,7 @@ from server.responses import (
 from server.sampling import check_num_logprobs, make_params
 from server.serving import Serving, accept, make_generation
 from server.streaming import deliver, deliver_stream
+from server.tokenizer import Plain
 
 router = APIRouter()
 
@@ -82,18 +83,25 @@ def _render(body: ChatBody, serving: Serving) -> str:
         raise bad_request(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
         )
-    for i, message in enumerate(body.messages):
-        if message.content is None and not isinstance(message, AssistantMessage):
-            raise bad_request(f"messages[{i}].content must not be null", param=f"messages[{i}].content")
     try:
         return serving.tokenizer.render_chat(
             [_turn(message) for message in body.messages],
             add_generation_prompt=generates and not continues,
             continue_final_message=continues,
-            variables=body.chat_template_kwargs or {},
+            variables=_variables(body),
         )
     except ValueError as error:
         raise bad_request(str(error), param="messages") from error
+
+
+def _variables(body: ChatBody) -> dict[str, Plain]:
+    variables: dict[str, Plain] = {}
+    for name, value in (body.chat_template_kwargs or {}).items():
+        if isinstance(value, list | dict):
+            message = f"chat_template_kwargs: {name[:100]!r} must be a plain value, not a list or an object"
+            raise bad_request(message, param="chat_template_kwargs")
+        variables[name] = value
+    return variables
 
 
 def _turn(message: ChatMessage) -> dict[str, str | None]:

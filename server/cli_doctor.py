@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from engine.messages import EXIT_CODES
 from server.console import complain
@@ -44,18 +45,27 @@ def machine() -> Iterator[Row]:
     bfloat16 = "multiplies bfloat16" if found.has_fast_bf16 else "emulates bfloat16"
     yield "cpu instructions", f"{'AVX-512' if found.has_avx512 else 'no AVX-512'}, {bfloat16}"
     gpu = found.gpu
-    yield "gpu", "none" if gpu is None else f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}"
-    yield "memory", f"{found.available_bytes / 2**30:.1f} GiB free of {found.total_bytes / 2**30:.1f} GiB ({found.device})"
+    yield (
+        "gpu",
+        "none" if gpu is None else f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}",
+    )
+    yield (
+        "memory",
+        f"{found.available_bytes / 2**30:.1f} GiB free of {found.total_bytes / 2**30:.1f} GiB ({found.device})",
+    )
     bytes_per_second, flops_per_second = measure_ceilings(found.num_threads)
-    yield "measured ceilings", f"{bytes_per_second / 1e9:.1f} GB/s read, {flops_per_second / 1e9:.0f} GFLOP/s in float32"
+    yield (
+        "measured ceilings",
+        f"{bytes_per_second / 1e9:.1f} GB/s read, {flops_per_second / 1e9:.0f} GFLOP/s in float32",
+    )
 
 
 def default_model() -> Iterator[Row]:
-    from engine.config import DEFAULT_MODEL
-    from engine.models.default_model import cached_path
+    from engine.models.default_model import SMOLLM2, cache_directory
 
-    path = cached_path()
-    yield "default model", f"{DEFAULT_MODEL}: {path or 'not fetched yet; the first start does it'}"
+    path = cache_directory() / "models" / SMOLLM2.name / Path(SMOLLM2.member).name
+    is_there = path.is_file() and path.stat().st_size == SMOLLM2.num_bytes
+    yield "default model", f"{SMOLLM2.name}: {path if is_there else 'not fetched yet; the first start does it'}"
 
 
 def kernels(loaded: LoadedConfig) -> Iterator[Row]:

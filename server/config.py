@@ -27,7 +27,7 @@ class ServerConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535), Flag("--port")] = Field(default=8000, description="0 takes a free one")
     api_keys: Annotated[Texts, Flag("--api-key")] = Field(
         default=[],
-        description="keys that clients may send as Authorization: Bearer KEY; empty: none is needed. Out of sight in the "
+        description="keys that clients may send as Authorization: Bearer KEY; empty: none is needed. Safer in the "
         "environment variable PEREGRINE_API_KEY (several with commas)",
     )
     served_model_name: Annotated[Texts, Flag("--served-model-name")] = Field(

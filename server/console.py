@@ -1,8 +1,9 @@
-"""What a person at the terminal sees: the phases of the start, a banner, a line per second while it works."""
+"""What a person at the terminal sees: the phases of the start, a banner, a log line per second while it works."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from typing import TextIO
@@ -14,6 +15,8 @@ from engine.types import StepStats
 from server.config import Config
 from server.observers import Deaf
 from server.version import VERSION
+
+step_log = logging.getLogger("peregrine.steps")
 
 STATS_INTERVAL = 1.0  # seconds
 
@@ -43,9 +46,9 @@ class Console(Deaf):
         self.timed("replay", f"{num_requests} requests go on where they were")
 
     def on_step(self, stats: StepStats) -> None:
-        """One line per second, as long as there are steps."""
+        """One log line per second, as long as there are steps."""
         if (line := self._window.add(stats, time.monotonic())) is not None:
-            self.timed("steps", line)
+            step_log.info(line)
 
     def banner(self, model: ModelInfo, url: str) -> None:
         self.say(banner(self._config, model, url, seconds=time.monotonic() - self._begun_at))
@@ -57,12 +60,14 @@ class StepWindow:
     def __init__(self) -> None:
         self._num_steps = 0
         self._num_tokens = 0
-        self._started_at: float | None = None
+        self._started_at = 0.0
+        self._is_idle = True  # since the last step
 
     def add(self, stats: StepStats, now: float) -> str | None:
         """A line when the second is over."""
-        if self._started_at is None or now - self._started_at > 10 * STATS_INTERVAL:  # it was idle
-            self._num_steps, self._num_tokens, self._started_at = 0, 0, now
+        if self._is_idle:
+            self._num_steps, self._num_tokens, self._started_at = 0, 0, now - _seconds(stats)
+        self._is_idle = stats.num_running == stats.num_waiting == 0
         self._num_steps += 1
         self._num_tokens += stats.num_tokens
         seconds = now - self._started_at
@@ -75,6 +80,10 @@ class StepWindow:
         )
         self._num_steps, self._num_tokens, self._started_at = 0, 0, now
         return line
+
+
+def _seconds(stats: StepStats) -> float:
+    return stats.schedule + stats.forward + stats.sample + stats.update + stats.propose
 
 
 def banner(config: Config, model: ModelInfo, url: str, *, seconds: float) -> str:

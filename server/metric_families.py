@@ -65,7 +65,7 @@ REQUESTS_RECEIVED = Family("requests_received_total", "counter", "HTTP requests 
 REQUESTS = Family(
     "requests_total",
     "counter",
-    "HTTP requests for text that ended, by outcome: stop, length, timeout, abort, error, rejected (no room) or invalid. "
+    "HTTP requests for text that ended, by outcome: stop, length, timeout, abort, error, rejected (no room), invalid. "
     "All outcomes together, and the requests still open, are the arrivals.",
     ("outcome",),
     vllm=(VllmName("request_success_total", (("outcome", "finished_reason"),), ("stop", "length", "abort")),),

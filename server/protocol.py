@@ -1,14 +1,15 @@
 """What both ways to ask for text accept: the fields of the OpenAI API, vLLM's extensions to them, and ours.
 
 Types are strict ("1" is not 1), bounds that no configuration widens stand in the types, and null means absent.
-Unknown fields are kept, so that the answer can name them.
+Unknown fields are kept, so that the answer can name them. Lists fail at their first wrong item, and the values of maps
+are checked where they are used: a body may hold millions of them, and a report on each would take minutes.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_STOP_LENGTH = 1024  # characters of one stop string
@@ -17,10 +18,11 @@ MAX_ID_LENGTH = 128
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
 NumLogprobs = Annotated[int, Field(ge=0, le=1000)]
 RequestIdText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[A-Za-z0-9._:=+/@-]+$")]
-Plain = Annotated[str, Field(max_length=65536)] | bool | int | float | None
+BadWord = Annotated[str, Field(min_length=1, max_length=128)]
+NotYet = Annotated[list[None], Field(max_length=0, fail_fast=True)] | None
 
 
 class Body(BaseModel):
@@ -54,7 +56,9 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
         None, description="over prompt and output; 1: off"
     )
-    logit_bias: dict[str, Bias] | None = Field(None, description="token id to what is added to its logit")
+    logit_bias: Annotated[dict[str, JsonValue], WithJsonSchema(BIAS_SCHEMA)] | None = Field(
+        None, description="token id to what is added to its logit"
+    )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
         None, description="the same seed gives the same text, whatever else is running"
     )
@@ -67,7 +71,7 @@ class SamplingFields(Body):
     )
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    bad_words: Annotated[list[StopString], Field(max_length=1024, fail_fast=True)] | None = Field(
+    bad_words: Annotated[list[BadWord], Field(max_length=256, fail_fast=True)] | None = Field(
         None, description="texts that must not be written"
     )
     speculation: Speculation | None = None
@@ -152,5 +156,3 @@ class DetokenizeBody(Body):
     tokens: TokenIds
     skip_special_tokens: bool | None = None
 
-
-NotYet = Annotated[list[None], Field(max_length=0)] | None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue, WithJsonSchema
 
-from server.protocol import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, Plain, RequestFields
+from server.protocol import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, RequestFields
 
-MAX_MESSAGES = 4096
+MAX_MESSAGES = 2048
+PLAIN_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}
 
 
 class TextPart(Body):
@@ -16,7 +17,7 @@ class TextPart(Body):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
 class InstructionMessage(Body):
@@ -47,7 +48,7 @@ ChatMessage = Annotated[InstructionMessage | AssistantMessage | ToolMessage, Fie
 
 
 class ChatBody(RequestFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
         None, description="default: what the context leaves"
     )
@@ -58,7 +59,9 @@ class ChatBody(RequestFields):
     top_logprobs: NumLogprobs | None = Field(None, description="only with logprobs")
     add_generation_prompt: bool | None = Field(None, description="default true")
     continue_final_message: bool | None = Field(None, description="go on writing the last message")
-    chat_template_kwargs: dict[str, Plain] | None = Field(None, description="variables for the chat template")
+    chat_template_kwargs: Annotated[dict[str, JsonValue], WithJsonSchema(PLAIN_SCHEMA)] | None = Field(
+        None, description="variables for the chat template; plain values only"
+    )
 
     # Without tools these two change nothing.
     tool_choice: Literal["none", "auto"] | None = None
@@ -68,6 +71,6 @@ class ChatBody(RequestFields):
     tools: NotYet = None
     functions: NotYet = None
     function_call: None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     audio: None = None
     web_search_options: None = None

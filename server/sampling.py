@@ -106,7 +106,10 @@ def _logit_bias(body: RequestFields, vocab_size: int) -> dict[int, float]:
             raise bad_request(
                 f"logit_bias: token id {key} is outside the vocabulary of {vocab_size} tokens", param="logit_bias"
             )
-        biases[int(key)] = bias
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            message = f"logit_bias: the bias of token {key} must be a number from -100 to 100"
+            raise bad_request(message, param="logit_bias")
+        biases[int(key)] = float(bias)
     return biases
 
 

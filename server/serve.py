@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import TypeVar
 
 import uvicorn
 
-from engine.messages import EXIT_CODES, Failed
+from engine.messages import EXIT_CODES
 from server.app import create_app
 from server.console import Console, complain, process_begun_at
 from server.settings import LoadedConfig
@@ -27,7 +28,6 @@ logger = logging.getLogger("peregrine.server")
 
 KEEP_ALIVE = 75  # seconds; longer than load balancers and clients keep connections, so that they close them first
 LAST_BYTES = 5  # seconds that answers get to be written after all of them have ended
-POLL = 0.05  # seconds
 
 
 class HttpServer(uvicorn.Server):
@@ -103,8 +103,10 @@ async def _finish_requests(state: ServerState, server: HttpServer, console: Cons
     if tasks:
         console.say(f"stopping: {len(tasks)} requests have {timeout:g} s to finish; Ctrl+C ends them at once")
     deadline = time.monotonic() + timeout
-    while tasks and time.monotonic() < deadline and state.failure is None:
-        await asyncio.sleep(POLL)
+    failing = asyncio.create_task(state.failed.wait())
+    while tasks and not failing.done() and (left := deadline - time.monotonic()) > 0:
+        await asyncio.wait({*tasks, failing}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+    failing.cancel()
     if tasks and state.failure is None:
         console.say(f"stopping: {len(tasks)} requests did not finish in {timeout:g} s and are ended")
 
@@ -152,13 +154,11 @@ def explain_bind(error: OSError, host: str, port: int) -> str:
     if isinstance(error, socket.gaierror):
         return f"config: server.host {host!r} is not an address of this machine; use --host 127.0.0.1 or --host 0.0.0.0"
     reasons = {
-        "EADDRINUSE": f"port {port} on {host} is in use; stop the other program, or choose another port with --port",
-        "EACCES": f"port {port} needs more rights than this user has; choose one above 1023 with --port",
-        "EADDRNOTAVAIL": f"{host} is not an address of this machine; use --host 127.0.0.1 or --host 0.0.0.0",
+        errno.EADDRINUSE: f"port {port} on {host} is in use; stop what uses it, or choose another with --port",
+        errno.EACCES: f"port {port} needs more rights than this user has; choose one above 1023 with --port",
+        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine; use --host 127.0.0.1 or --host 0.0.0.0",
     }
-    from errno import errorcode
-
-    reason = reasons.get(errorcode.get(error.errno or 0, ""), f"cannot listen on {host} port {port}: {error.strerror}")
+    reason = reasons.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror}")
     return f"config: {reason}"
 
 
@@ -176,6 +176,7 @@ def _connectable(host: str) -> str:
 
 def _configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("time=%(asctime)s.%(msecs)03d level=%(levelname)s logger=%(name)s %(message)s"))
+    line = "time=%(asctime)s.%(msecs)03d level=%(levelname)s logger=%(name)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -132,7 +132,7 @@ def make_generation(
 
 def _request_id(request: HttpRequest, body: RequestFields) -> str:
     """The header's id wins over the body's, and that over the one that was made up; the answer's header shows it."""
-    if body.request_id is not None and "x-request-id" not in request.headers:
+    if body.request_id is not None and request.headers.get("x-request-id") != request.state.request_id:
         request.state.request_id = body.request_id
     return str(request.state.request_id)
 

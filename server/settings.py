@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -78,6 +79,26 @@ def value_of(config: Config, name: str) -> JsonValue:
         assert isinstance(value, dict)
         value = value[part]
     return value
+
+
+def default_yaml() -> str:
+    """Every setting with its default, as the file configs/default.yaml, which a test compares with this."""
+    lines = ["# Every setting, with its default. Made by: python -m server.settings > configs/default.yaml"]
+    section = ""
+    for name, setting in all_settings().items():
+        group, _, key = name.rpartition(".")
+        indent = "  " if group else ""
+        if group != section:
+            lines += ["", f"{group}:"] if group else [""]
+            section = group
+        flag = setting.flag
+        shown = f" [{flag.name}{f' key {flag.key}' if flag.key else ''}]" if flag is not None else ""
+        value = yaml.safe_dump(setting.default, default_flow_style=True, width=120).removesuffix("...\n").strip()
+        lines += textwrap.wrap(
+            f"{setting.description}{shown}", 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
+        lines.append(f"{indent}{key}: {value}")
+    return "\n".join(lines) + "\n"
 
 
 def read_file(path: Path) -> Layer:
@@ -162,7 +183,7 @@ def _parse_yaml(text: str, source: str) -> JsonValue:
 
 
 def _known(name: str, *, source: str) -> str:
-    """The name, if it is a setting. The nearest one is by the whole name, or by its last part where that is one's own."""
+    """The name, if it is a setting. Else the nearest one is by the whole name, or by its last part alone."""
     settings = all_settings()
     if name in settings:
         return name
@@ -194,7 +215,11 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def _join(reasons: list[str]) -> str:
-    """"must be A, not X", "must be B, not X" -> "must be A or must be B, not X"."""
+    """ "must be A, not X", "must be B, not X" -> "must be A or must be B, not X"."""
     heads = dict.fromkeys(reason.rpartition(", not ")[0] or reason for reason in reasons)
     tail = reasons[0].removeprefix(next(iter(heads)))
     return " or ".join(heads) + tail
+
+
+if __name__ == "__main__":
+    print(default_yaml(), end="")

@@ -6,10 +6,12 @@ Llama 2 and 3, Mistral, Qwen2 and Qwen3, SmolLM2 and SmolLM3, Phi-3 differ in fa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers import PreTrainedConfig
 
 from engine.attention import AttentionBackend
@@ -22,6 +24,13 @@ from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of every row
+
+
+def _linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    """Not initialised: random numbers that the checkpoint overwrites take longer than the checkpoint."""
+    sizes = {"in_features": num_inputs, "out_features": num_outputs, "bias": bias}
+    linear = skip_init(nn.Linear, **sizes, device=torch.get_default_device(), dtype=dtype)  # type: ignore[no-untyped-call]
+    return cast(nn.Linear, linear)
 
 
 class RMSNorm(nn.Module):
@@ -51,8 +60,8 @@ class Attention(nn.Module):
         self.layer = layer = a.attention_layers[index]
         self.head_counts = [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads]
         width = layer.num_heads * layer.head_dim
-        self.qkv_proj = nn.Linear(a.hidden_size, sum(self.head_counts) * layer.head_dim, a.qkv_bias, dtype=a.dtype)
-        self.o_proj = nn.Linear(width, a.hidden_size, a.output_bias, dtype=a.dtype)
+        self.qkv_proj = _linear(a.hidden_size, sum(self.head_counts) * layer.head_dim, bias=a.qkv_bias, dtype=a.dtype)
+        self.o_proj = _linear(width, a.hidden_size, bias=a.output_bias, dtype=a.dtype)
         self.q_norm = RMSNorm(layer.head_dim, eps=a.norm_eps, dtype=a.dtype) if a.qk_norm else None
         self.k_norm = RMSNorm(layer.head_dim, eps=a.norm_eps, dtype=a.dtype) if a.qk_norm else None
 
@@ -73,8 +82,8 @@ class MLP(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         a = architecture
-        self.gate_up_proj = nn.Linear(a.hidden_size, 2 * a.intermediate_size, a.mlp_bias, dtype=a.dtype)
-        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, a.mlp_bias, dtype=a.dtype)
+        self.gate_up_proj = _linear(a.hidden_size, 2 * a.intermediate_size, bias=a.mlp_bias, dtype=a.dtype)
+        self.down_proj = _linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias, dtype=a.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         projected: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
@@ -101,10 +110,11 @@ class Llama(Model):
         a = architecture
         super().__init__(list(a.attention_layers), vocab_size=a.vocab_size, hidden_size=a.hidden_size)
         self.architecture = a
-        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, dtype=a.dtype)
+        table = torch.empty(a.vocab_size, a.hidden_size, dtype=a.dtype)
+        self.embed_tokens = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList(Block(a, i) for i in range(len(a.attention_layers)))
         self.norm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
-        self.lm_head = nn.Linear(a.hidden_size, a.vocab_size, bias=False, dtype=a.dtype)
+        self.lm_head = _linear(a.hidden_size, a.vocab_size, bias=False, dtype=a.dtype)
         if a.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.ropes = nn.ModuleList(RotaryEmbedding(rope) for rope in a.ropes)

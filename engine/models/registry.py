@@ -7,7 +7,6 @@ from typing import Literal, Protocol, cast
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.initialization import no_init_weights
 
 from engine.models.architecture import UnsupportedArchitectureError, check_is_causal_lm
 from engine.models.model import Model
@@ -41,15 +40,21 @@ def build_model(
     Raises ValueError for what cannot be run, with the reason.
     """
     check_is_causal_lm(config)
-    with no_init_weights():  # random numbers that the checkpoint overwrites take longer than the checkpoint
-        if implementation == "transformers":
-            return _class_at(FALLBACK).from_config(config, dtype=dtype, max_model_len=max_model_len)
-        try:
-            return _own_class(config).from_config(config, dtype=dtype, max_model_len=max_model_len)
-        except UnsupportedArchitectureError as error:
-            if implementation == "own":
-                raise ValueError(f"{error}; set model.implementation to auto or transformers") from error
-            return _class_at(FALLBACK).from_config(config, dtype=dtype, max_model_len=max_model_len)
+    if implementation == "transformers":
+        return _fallback(config, dtype=dtype, max_model_len=max_model_len)
+    try:
+        return _own_class(config).from_config(config, dtype=dtype, max_model_len=max_model_len)
+    except UnsupportedArchitectureError as error:
+        if implementation == "own":
+            raise ValueError(f"{error}; set model.implementation to auto or transformers") from error
+        return _fallback(config, dtype=dtype, max_model_len=max_model_len)
+
+
+def _fallback(config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Model:
+    from transformers.initialization import no_init_weights  # seconds: it imports what only the fallback needs
+
+    with no_init_weights():
+        return _class_at(FALLBACK).from_config(config, dtype=dtype, max_model_len=max_model_len)
 
 
 def _own_class(config: PreTrainedConfig) -> ModelClass:

@@ -96,7 +96,6 @@ def paged_attention(
         "BLOCK_SIZE": block_size,
         "HAS_WINDOW": window is not None,
         "HAS_SOFT_CAP": soft_cap is not None,
-        "HAS_TREE": tree_mask is not None,
         "HAS_DEPTHS": has_depths,
         "HAS_SINKS": sinks is not None,
     }
@@ -107,6 +106,7 @@ def paged_attention(
             *numbers,
             *strides,
             **features,
+            HAS_TREE=tree_mask is not None,
             NUM_ROWS=config.prompt_rows,
             NUM_KEYS=config.prompt_keys,
             STAGES=config.prompt_stages,
@@ -123,6 +123,7 @@ def paged_attention(
             *numbers,
             *strides,
             **features,
+            TREE=0 if tree_mask is None else 1 if config.max_split_queries <= 32 else 2,
             NUM_HEADS=num_heads,
             NUM_ROWS=config.decode_rows,
             NUM_KEYS=config.decode_keys,

@@ -98,6 +98,7 @@ def prompt_kernel(
             last_keys,
             query_depths,
             tokens,
+            last_keys,  # no bits: a long query's drafts stand beyond the 32nd
             num_computed,
             first_token,
             table_ptr,
@@ -116,11 +117,11 @@ def prompt_kernel(
             PADDED_DIM,
             BLOCK_SIZE,
             NUM_KEYS,
-            STAGES,
+            1 if HAS_TREE and IS_MASKED else STAGES,  # marks in flight would not fit into the registers
             IS_MASKED == 1,
             HAS_WINDOW,
             HAS_SOFT_CAP,
-            HAS_TREE,
+            2 if HAS_TREE else 0,
             HAS_DEPTHS,
         )
     _, _, joined = finish(acc, total, peak, sinks_ptr, heads, is_row, HAS_SINKS)

@@ -72,7 +72,8 @@ class Case:
         batch = build_forward_batch(plan, self.block_size, torch.device("cpu"))
         backend = TorchAttention(cache)
         backend.plan(batch)
-        q = torch.cat([self.q[i] for i in chosen])
+        # as transformers' layers have it: heads before tokens in memory
+        q = torch.cat([self.q[i] for i in chosen]).transpose(0, 1).contiguous().transpose(0, 1)
         k, v = (torch.cat([x[i][-self.items[i].num_new :] for i in chosen]) for x in (self.k, self.v))
         out = backend(q, k, v, self.layer, batch)
         return list(out.split([self.items[i].num_new for i in chosen])), self.oracle(q, cache, batch)

@@ -112,7 +112,9 @@ async def test_an_image_is_refused_by_name(client) -> None:
     assert error["param"] == "messages[0].content[0].type"
 
 
-@pytest.mark.parametrize(("field", "value"), [("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})])
+@pytest.mark.parametrize(
+    ("field", "value"), [("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})]
+)
 async def test_what_is_to_come_is_refused_as_not_supported_yet(client, field: str, value: object) -> None:
     response = await client.post(PATH, json=BODY | {field: value})
     assert response.status_code == 400
@@ -144,10 +146,9 @@ async def test_a_stream_says_what_the_whole_answer_says(world, client, tools, st
     for choice in whole["choices"]:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
-        assert sum((part["logprobs"]["content"] for part in parts if part["logprobs"]), []) == (
-            choice["logprobs"]["content"]
-        )
-        assert sum((part.get("token_ids", []) for part in parts), []) == choice["token_ids"]
+        logprobs = [item for part in parts if part["logprobs"] for item in part["logprobs"]["content"]]
+        assert logprobs == choice["logprobs"]["content"]
+        assert [token for part in parts for token in part.get("token_ids", [])] == choice["token_ids"]
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]]
         assert parts[0]["delta"] == {"role": "assistant", "content": ""}
         assert parts[-1]["delta"] == {}

@@ -81,15 +81,18 @@ async def test_an_aborted_request_ends_with_an_error_that_says_so(world, client,
 
 
 @BOTH
-async def test_a_stream_that_is_aborted_ends_with_an_error_event(world, tools, path, body) -> None:
+def test_a_stream_that_is_aborted_ends_with_an_error_event(world, path, body) -> None:
     world.engine.delay = 0.02
-    with world.serve() as url, httpx.Client(base_url=url) as client:
-        with client.stream("POST", path, json=body | {"stream": True}, headers={"X-Request-Id": "a/b=1"}) as response:
-            lines = response.iter_lines()
-            assert next(lines).startswith("data: {")
-            prefix = "cmpl" if path == COMPLETION[0] else "chatcmpl"
-            assert httpx.delete(f"{url}/v1/requests/{prefix}-a%2Fb=1").status_code == 200
-            rest = [line for line in lines if line]
+    headers = {"X-Request-Id": "a/b=1"}
+    with (
+        world.serve() as url,
+        httpx.stream("POST", url + path, json=body | {"stream": True}, headers=headers) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: {")
+        prefix = "cmpl" if path == COMPLETION[0] else "chatcmpl"
+        assert httpx.delete(f"{url}/v1/requests/{prefix}-a%2Fb=1").status_code == 200
+        rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert '"code":"request_aborted"' in rest[-2]
     assert len(world.engine.aborted) == 1
@@ -244,7 +247,8 @@ async def test_a_server_that_is_starting_says_503(world, client, path, body) -> 
 async def test_every_request_is_counted_once_and_every_token(world, client, tools) -> None:
     total = 0
     for path, body in (COMPLETION, CHAT):
-        for fields in ({"n": 2}, {"stream": True, "stream_options": {"include_usage": True}}, {"n": 99}, {"timeout": "x"}):
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        for fields in ({"n": 2}, streamed, {"n": 99}, {"timeout": "x"}):
             response = await client.post(path, json=body | fields)
             if response.status_code == 200:
                 whole = tools.events(response.text)[-1] if "stream" in fields else response.json()
@@ -288,5 +292,5 @@ async def test_choices_of_a_merged_stream_do_not_wait_for_each_other(world, clie
 
 async def _until(condition) -> None:
     async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.002)
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)  # the fake engine has nothing to wait for

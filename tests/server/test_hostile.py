@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.protocol import CompletionBody
@@ -29,6 +30,10 @@ HOSTILE_FIELDS = [
     b'"allowed_token_ids":[' + b"1e9," * 1000 + b"1]", b'"metadata":' + b"[" * 5000 + b"]" * 5000,
     b'"metadata":' + b'{"a":' * 150 + b"1" + b"}" * 150, b'"x":' + b"[" * 190 + b"]" * 190,
     b'"x":' + b'{"a":' * 100_000, b'"logit_bias":{' + b",".join(b'"%d":"x"' % i for i in range(50_000)) + b"}",
+    b'"logit_bias":{' + b",".join(b'"%d":101' % i for i in range(200_000)) + b"}",
+    b'"chat_template_kwargs":{' + b",".join(b'"%d":[]' % i for i in range(200_000)) + b"}",
+    b'"messages":[' + b",".join([b'{"role":"user","content":[' + b"1," * 1000 + b"1]}"] * 1000) + b"]",
+    b'"tools":[' + b"1," * 300_000 + b"1]", b'"modalities":[' + b"1," * 300_000 + b"1]",
     b'"prompt":[' + b"-1," * 100_000 + b"1]", b'"prompt":' + b"[[1]," * 3 + b"[1]", b'"stream":"true"',
     b'"messages":[' + b'{"role":"user","content":"a"},' * 5000 + b'{"role":"user","content":"a"}]',
     b'"messages":[{"role":"user","content":[' + b'{"type":"text","text":"a"},' * 5000 + b"1]}]",
@@ -88,32 +93,35 @@ async def test_of_duplicate_keys_the_last_one_counts(client) -> None:
     assert response.json()["usage"]["completion_tokens"] == 2
 
 
+@pytest.fixture(scope="module")
+def lasting_world(tools):
+    return tools.make_world()
+
+
 def values() -> st.SearchStrategy:
     """Mostly values near the ones that are meant, sometimes anything that JSON can say."""
     scalars = st.one_of(
         st.none(), st.booleans(), st.integers(-3, 30), st.integers(), st.floats(), st.floats(0, 2), st.text(max_size=8),
         st.sampled_from(["text", "user", "auto", "a", "5", "tiny"]),
     )  # fmt: skip
-    keys = st.one_of(st.text(max_size=4), st.sampled_from(["role", "content", "type", "text", "5", "num_drafts", "enabled"]))
+    names = ["role", "content", "type", "text", "5", "num_drafts", "enabled"]
+    keys = st.one_of(st.text(max_size=4), st.sampled_from(names))
     return st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4))
 
 
 @BOTH
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_no_body_of_known_fields_breaks_the_server(path: str, data, tools) -> None:
-    import asyncio
-
+def test_no_body_of_known_fields_breaks_the_server(path: str, data, tools, lasting_world) -> None:
     model = CompletionBody if path == "/v1/completions" else ChatBody
     fields = data.draw(st.dictionaries(st.sampled_from(sorted(model.model_fields)), values(), max_size=5))
     body = json.loads(b"{" + PATHS[path] + b"}") | fields | data.draw(st.sampled_from([{}, {"stream": True}]))
 
     async def send() -> None:
-        world = tools.make_world()
-        async with tools.connect(world) as client:
+        async with tools.connect(lasting_world) as client:
             response = await client.post(path, content=json.dumps(body).encode(), headers=JSON_HEADERS)
             check(response)
-            await still_alive(world, client)
+            await still_alive(lasting_world, client)
 
     asyncio.run(send())
 

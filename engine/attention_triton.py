@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from engine.forward_batch import ForwardBatch
-from kernels.triton.attention import Prepared, paged_attention
+from kernels.triton.attention import Prepared, pack_tree, paged_attention
 from kernels.triton.attention_plan import Workspace, plan_attention
 from kernels.triton.configs import attention_config, chip_of
 from kernels.triton.store_kv import store_kv
@@ -30,10 +30,12 @@ class TritonAttention:
         self.kv_cache = kv_cache
         self.workspace = workspace or Workspace(0, 0, kv_cache.kv[0].device)
         self._prepared: dict[_Geometry, Prepared] = {}
+        self._tree_words: Tensor | None = None
 
     def plan(self, batch: ForwardBatch) -> None:
         """Forgets the last step; a plan is made by the first layer of each geometry, since a model has few."""
         self._prepared.clear()
+        self._tree_words = None if batch.tree_mask is None else pack_tree(batch.tree_mask)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         cache = self.kv_cache
@@ -67,5 +69,5 @@ class TritonAttention:
                 config=config,
                 device=q.device,
             )
-            prepared = self._prepared[geometry] = Prepared(plan, config, self.workspace)
+            prepared = self._prepared[geometry] = Prepared(plan, config, self.workspace, self._tree_words)
         return prepared

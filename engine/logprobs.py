@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.candidates import gaps_below_best, most_likely
+from engine.gumbel import float_weights
 from engine.types import TokenLogprobs
 
 _ROWS_PER_PASS = 64  # bounds the scratch memory: prompts may be scored by the thousand rows
@@ -38,7 +39,7 @@ def _answer(logits: Tensor, queries: list[LogprobQuery]) -> Iterator[TokenLogpro
     token_ids = torch.tensor([query.token_id for query in queries], device=logits.device)[:, None]
     num_top = min(rows.shape[1], max(1, *(query.num_top for query in queries)))
     gaps = gaps_below_best(rows, rows.amax(-1, keepdim=True))
-    log_total = gaps.neg().exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
+    log_total = float_weights(gaps).sum(-1, keepdim=True, dtype=torch.float64).log_()
     gap = gaps.gather(1, token_ids)
     rank = torch.lt(gaps, gap, out=torch.empty_like(gaps)).sum(-1, keepdim=True) + 1.0  # float32 counts to 2^24
     top_gaps, top_tokens = most_likely(gaps, num_top)

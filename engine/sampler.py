@@ -26,13 +26,13 @@ from torch import Tensor
 
 from engine.acceptance import NO_TOKEN, accept
 from engine.candidates import gaps_below_best
-from engine.gumbel import largest_score, largest_score_listed
+from engine.gumbel import float_weights, largest_score, largest_score_listed
 from engine.logprobs import LogprobQuery, token_logprobs
 from engine.noise import noise_keys, token_words
 from engine.nucleus import largest_score_in_nucleus
 from engine.penalties import edit_logits, edits_logits
 from engine.sampled_rows import IntArray, SampledRows, sampled_rows
-from engine.truncation import Limits, truncate_sorted, truncated_list
+from engine.truncation import Limits, is_kept_sorted, truncated_list
 from engine.types import Sampled, Scheduled
 
 _MAX_LISTED = 1024  # a larger top_k goes by sorting
@@ -121,7 +121,7 @@ class Sampler:
 
 
 def _sample_whole(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> Tensor:
-    return largest_score(gaps, keys, words)
+    return largest_score(gaps, float_weights(gaps), keys, words)
 
 
 def _sample_list(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> Tensor:
@@ -129,7 +129,8 @@ def _sample_list(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> T
 
 
 def _sample_sorted(gaps: Tensor, keys: Tensor, words: Tensor, limits: Limits) -> Tensor:
-    return largest_score(truncate_sorted(gaps, limits), keys, words)
+    weights = float_weights(gaps) * is_kept_sorted(gaps, limits)
+    return largest_score(gaps, weights, keys, words)
 
 
 _WHOLE, _NUCLEUS, _LIST, _SORT = range(4)

@@ -50,16 +50,15 @@ def truncated_list(gaps: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     return listed.masked_fill(rank >= _num_kept(listed, limits), torch.inf), tokens
 
 
-def truncate_sorted(gaps: Tensor, limits: Limits) -> Tensor:
-    """The gaps, infinite where a token is not kept. Sorts every row: for a large top_k."""
+def is_kept_sorted(gaps: Tensor, limits: Limits) -> Tensor:
+    """Whether each token is kept. Sorts every row: for a large top_k. [num_rows, vocab_size]"""
     ordered = _sort(gaps)
     num_kept = _num_kept(ordered, limits)
     last_kept = ordered.gather(1, num_kept - 1)
     # Of the tokens level with the last that is kept, those with the lowest ids stay.
     num_level_kept = num_kept - torch.searchsorted(ordered, last_kept)
     is_level = gaps == last_kept
-    is_kept = (gaps < last_kept) | (is_level & (is_level.cumsum(-1) <= num_level_kept))
-    return torch.where(is_kept, gaps, torch.inf)
+    return (gaps < last_kept) | (is_level & (is_level.cumsum(-1) <= num_level_kept))
 
 
 def token_weights(gaps: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Generation:
         Raises ApiError if the request cannot be finished; nothing follows then.
         """
         ids = (self.job.response_id, self.job.request_id)
-        num_delivered = 0
+        num_delivered = num_ended = 0
         with self._active_requests.register(ids, self.job.deadline) as active, self._record.running(self):
             streams = [self._read_choice(reader, active) for reader in self.readers]
             async with aclosing(merge(streams)) as merged:
@@ -71,7 +71,8 @@ class Generation:
                     num_delivered += 1
                     if num_delivered == 1:
                         self._record.first_token()
-                    if all(reader.finish_reason for reader in self.readers):
+                    num_ended += delta.finish_reason is not None
+                    if num_ended == len(self.readers):  # a client that leaves now has had everything
                         self._record.outcome = self._outcome()
                     yield delta
 
@@ -100,7 +101,7 @@ class Generation:
     def _late(self) -> str:
         seconds = time.monotonic() - self._record.started_at
         return (
-            f"no token came within the deadline, {seconds:.3f} s after the request; {self._engine.num_waiting} requests "
+            f"no token came within the deadline, {seconds:.3f} s after arrival; {self._engine.num_waiting} requests "
             "wait for the engine; try again later, or with a longer timeout"
         )
 

@@ -17,8 +17,9 @@ from typing import TypeVar
 
 import uvicorn
 
+from engine.client import EngineClient
 from engine.messages import EXIT_CODES
-from server.app import create_app
+from server.app import MakeEngine, create_app
 from server.console import Console, complain, process_begun_at
 from server.settings import LoadedConfig
 from server.state import ServerState
@@ -38,7 +39,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def serve(loaded: LoadedConfig) -> int:
+def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> int:
     """Serves until told to stop. The exit code: 0, or that of what made it end."""
     _configure_logging()
     config = loaded.config
@@ -53,7 +54,7 @@ def serve(loaded: LoadedConfig) -> int:
     console.timed("listen", f"{url} (GET /readyz tells when the model is ready)")
     if not config.server.api_keys and not _is_loopback(host):
         logger.warning("anybody who reaches %s may use the model: no server.api_keys are set", url)
-    app = create_app(config, sources=loaded.sources, observers=[console])
+    app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
     state: ServerState = app.state.server
     server = HttpServer(
         uvicorn.Config(

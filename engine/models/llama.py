@@ -111,7 +111,7 @@ class Llama(Model):
         super().__init__(list(a.attention_layers), vocab_size=a.vocab_size, hidden_size=a.hidden_size)
         self.architecture = a
         table = torch.empty(a.vocab_size, a.hidden_size, dtype=a.dtype)
-        self.embed_tokens = nn.Embedding.from_pretrained(table)
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(a, i) for i in range(len(a.attention_layers)))
         self.norm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
         self.lm_head = _linear(a.hidden_size, a.vocab_size, bias=False, dtype=a.dtype)

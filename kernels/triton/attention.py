@@ -26,6 +26,14 @@ class Prepared:
     plan: AttentionPlan
     config: AttentionConfig
     workspace: Workspace
+    tree_words: Tensor | None = None  # of `pack_tree`
+
+
+def pack_tree(tree_mask: Tensor) -> Tensor:
+    """A tree mask in bits. [num_tokens, cdiv(width, 32)] int32; bit j % 32 of word j // 32 is column j."""
+    padded = torch.nn.functional.pad(tree_mask, (0, -tree_mask.shape[1] % 32)).unflatten(1, (-1, 32))
+    places = torch.arange(32, dtype=torch.int32, device=tree_mask.device)
+    return (padded.to(torch.int32) << places).sum(-1, dtype=torch.int32)
 
 
 def paged_attention(
@@ -76,18 +84,20 @@ def paged_attention(
         prepared = _prepare(q, query_starts, seq_lens, group, num_kv_heads)
     plan, config = prepared.plan, prepared.config
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    mask = query_starts if tree_mask is None else tree_mask.view(torch.uint8)
+    words = query_starts  # a pointer that is not read
+    if tree_mask is not None:
+        words = pack_tree(tree_mask) if prepared.tree_words is None else prepared.tree_words
     depths = query_starts if positions is None else positions
     scores = query_starts if sinks is None else sinks
     has_depths = tree_mask is not None and window is not None and positions is not None
-    inputs = (q, k_cache, v_cache, out, block_tables, query_starts, seq_lens, mask, depths, scores)
+    inputs = (q, k_cache, v_cache, out, block_tables, query_starts, seq_lens, words, depths, scores)
     numbers = (scale, window or 0, soft_cap or 0.0)
     strides = (
         *q.stride()[:2],
         *out.stride()[:2],
         *k_cache.stride()[:3],
         block_tables.stride(0),
-        mask.stride(0),
+        words.stride(0),
     )
     features = {
         "GROUP": group,
@@ -96,6 +106,7 @@ def paged_attention(
         "BLOCK_SIZE": block_size,
         "HAS_WINDOW": window is not None,
         "HAS_SOFT_CAP": soft_cap is not None,
+        "HAS_TREE": tree_mask is not None,
         "HAS_DEPTHS": has_depths,
         "HAS_SINKS": sinks is not None,
     }
@@ -106,7 +117,6 @@ def paged_attention(
             *numbers,
             *strides,
             **features,
-            HAS_TREE=tree_mask is not None,
             NUM_ROWS=config.prompt_rows,
             NUM_KEYS=config.prompt_keys,
             STAGES=config.prompt_stages,
@@ -123,7 +133,6 @@ def paged_attention(
             *numbers,
             *strides,
             **features,
-            TREE=0 if tree_mask is None else 1 if config.max_split_queries <= 32 else 2,
             NUM_HEADS=num_heads,
             NUM_ROWS=config.decode_rows,
             NUM_KEYS=config.decode_keys,

@@ -98,7 +98,6 @@ def prompt_kernel(
             last_keys,
             query_depths,
             tokens,
-            last_keys,  # no bits: a long query's drafts stand beyond the 32nd
             num_computed,
             first_token,
             table_ptr,
@@ -117,11 +116,11 @@ def prompt_kernel(
             PADDED_DIM,
             BLOCK_SIZE,
             NUM_KEYS,
-            1 if HAS_TREE and IS_MASKED else STAGES,  # marks in flight would not fit into the registers
+            STAGES,
             IS_MASKED == 1,
             HAS_WINDOW,
             HAS_SOFT_CAP,
-            2 if HAS_TREE else 0,
+            HAS_TREE,
             HAS_DEPTHS,
         )
     _, _, joined = finish(acc, total, peak, sinks_ptr, heads, is_row, HAS_SINKS)

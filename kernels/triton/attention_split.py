@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.attention_tile import attend, finish, read_tree_bits, seen_keys
+from kernels.triton.attention_tile import attend, finish, seen_keys
 from kernels.triton.compat import LOG2E
 
 
@@ -43,7 +43,7 @@ def split_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    TREE: tl.constexpr,  # as in `attend`
+    HAS_TREE: tl.constexpr,
     HAS_DEPTHS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -61,7 +61,7 @@ def split_kernel(
     num_queries = tl.load(query_starts_ptr + seq + 1).to(tl.int32) - first_token
     num_computed = seq_len - num_queries
     first_seen, end_key = seen_keys(
-        seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, TREE != 0
+        seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE
     )
     first_piece = first_seen // SPLIT_SIZE
     end_piece = tl.cdiv(end_key, SPLIT_SIZE)
@@ -81,9 +81,6 @@ def split_kernel(
     query_depths = last_keys
     if HAS_DEPTHS:
         query_depths = tl.load(depths_ptr + tokens, mask=is_row, other=0).to(tl.int32)
-    tree_bits = last_keys
-    if TREE == 1:
-        tree_bits = read_tree_bits(mask_ptr, tokens, stride_mask, num_queries, is_row)
     table_ptr = tables_ptr + seq * stride_table
     k_ptr += kv_head * stride_cache_head
     v_ptr += kv_head * stride_cache_head
@@ -103,7 +100,6 @@ def split_kernel(
             last_keys,
             query_depths,
             tokens,
-            tree_bits,
             num_computed,
             first_token,
             table_ptr,
@@ -126,7 +122,7 @@ def split_kernel(
             True,
             HAS_WINDOW,
             HAS_SOFT_CAP,
-            TREE,
+            HAS_TREE,
             HAS_DEPTHS,
         )
         values, sums, joined = finish(acc, total, peak, sinks_ptr, heads, is_row, HAS_SINKS)

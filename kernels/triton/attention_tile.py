@@ -34,15 +34,6 @@ def seen_keys(
 
 
 @triton.jit
-def read_tree_bits(mask_ptr, tokens, stride_mask, num_queries, is_row):
-    """The marks of a tile's rows for the sequence's first 32 new tokens, one bit each. [NUM_ROWS] int32"""
-    own = tl.arange(0, 32)
-    marks = mask_ptr + tokens[:, None] * stride_mask + own[None, :]
-    is_marked = tl.load(marks, mask=is_row[:, None] & (own < num_queries)[None, :], other=0) != 0
-    return tl.sum(is_marked.to(tl.int32) << own[None, :], 1)
-
-
-@triton.jit
 def attend(
     acc,
     total,
@@ -54,7 +45,6 @@ def attend(
     last_keys,  # [NUM_ROWS] the last key that each row sees, if the new tokens are a chain
     query_depths,  # [NUM_ROWS]
     query_tokens,  # [NUM_ROWS] rows of q
-    tree_bits,  # [NUM_ROWS] bit j: the row sees the sequence's j-th new token; for TREE == 1
     num_computed,  # keys before this step's
     first_token,  # row of q of this step's first key
     table_ptr,
@@ -67,7 +57,7 @@ def attend(
     soft_cap,
     stride_cache_block,
     stride_cache_slot,
-    stride_mask,
+    stride_mask,  # words per row of the mask, 32 of the sequence's new tokens each
     is_row,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -77,7 +67,7 @@ def attend(
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
-    TREE: tl.constexpr,  # 0: new tokens are a chain; 1: read the tree from bits; 2: from memory
+    HAS_TREE: tl.constexpr,
     HAS_DEPTHS: tl.constexpr,
 ):
     """Adds the keys first_key .. end_key to the softmax of a tile. Without IS_MASKED, all rows see all of them."""
@@ -107,13 +97,16 @@ def attend(
         if IS_MASKED:
             own = keys - num_computed  # the key's row among the sequence's new tokens
             is_own = (own >= 0) & is_key
-            if TREE == 1:
-                is_marked = (tree_bits[:, None] >> tl.minimum(tl.maximum(own, 0), 31)[None, :]) & 1 != 0
+            if HAS_TREE:
+                marks = tl.zeros([q.shape[0], NUM_KEYS], tl.int32)
+                first_word = (start - num_computed) >> 5
+                for i in tl.static_range((NUM_KEYS + 31) // 32 + 1):  # keys begin inside a word
+                    words = tl.where(is_row, first_word + i, -1)
+                    is_word = (words >= 0) & (words < stride_mask)
+                    bits = tl.load(mask_ptr + query_tokens * stride_mask + words, mask=is_word, other=0)
+                    marks = tl.where(((own >> 5) == first_word + i)[None, :], bits[:, None], marks)
+                is_marked = ((marks >> (own & 31)[None, :]) & 1) != 0
                 sees = (is_marked & is_own[None, :]) | (is_key & (own < 0))[None, :]
-            elif TREE == 2:
-                marks = mask_ptr + query_tokens[:, None] * stride_mask + own[None, :]
-                is_marked = tl.load(marks, mask=is_row[:, None] & is_own[None, :], other=0) != 0
-                sees = is_marked | (is_key & (own < 0))[None, :]
             else:
                 sees = (keys[None, :] <= last_keys[:, None]) & is_key[None, :]
             if HAS_WINDOW:

@@ -46,12 +46,12 @@ def chip_of(device: torch.device) -> str:
 
 
 def _lookup(kernel: str, shape: str, dtype: str, chip: str) -> dict[str, int]:
-    """Of the chip's table, then of the default one: the entry for the shape and dtype, or else for any."""
-    for name in (chip, "default"):
-        table = _table(name).get(kernel, {})
-        for key in (f"{shape} {dtype}", shape, dtype, "any"):
-            if key in table:
-                return table[key]
+    """The closest entry: for shape and dtype, for one of them, for any; each time of the chip before the default."""
+    for key in (f"{shape} {dtype}", dtype, shape, "any"):
+        for name in (chip, "default"):
+            entry = _table(name).get(kernel, {}).get(key)
+            if entry is not None:
+                return entry
     raise AssertionError(f"kernels/configs/default.json has no entry for {kernel}")
 
 

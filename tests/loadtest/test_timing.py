@@ -53,7 +53,7 @@ def errors_against(served: list, answers: list[Answer], num_tokens: int) -> dict
 async def test_latencies_are_within_two_percent_of_the_servers_own(
     serve, scripted, concurrency: int, num_requests: int, first: float
 ) -> None:
-    """Several tries, for where other work takes both cores for long; what is wrong by itself is wrong in all of them."""
+    """Several tries, for when other work takes both cores for long; a wrong figure is wrong in all of them."""
     num_tokens, gap, errors = 8, 0.05, {}
     for _ in range(5):
         server = serve(lambda _, served: scripted.whole_answer(served, first=first, gap=gap))

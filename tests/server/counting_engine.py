@@ -1,0 +1,94 @@
+"""`peregrine serve` with an engine that has no model: answers count upwards, failures are on order in the model's path.
+
+Run as a script with the arguments of `peregrine serve`; the engine process loads this file again, for `build`.
+Options stand in MODEL, as in "counting?delay=0.01&fail=memory".
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from urllib.parse import parse_qs
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from engine.client import EngineClient
+from engine.config import EngineConfig
+from engine.messages import ModelInfo, TokenizerAssets
+from engine.types import Request, StepOutput
+
+VOCABULARY = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+DIGITS = [VOCABULARY[digit] for digit in "0123456789"]
+
+
+class OrderedFailure(ValueError):
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"a failure of the {kind} was ordered;\nuse another MODEL")
+        self.kind = kind
+
+
+class CountingEngine:
+    def __init__(self, delay: float) -> None:
+        self.on_batch: Callable[[list[object]], None] = lambda batch: None
+        self._delay = delay
+        self._requests: dict[str, Request] = {}
+        self._num_tokens: dict[str, int] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._num_tokens[request.request_id] = len(request.output_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
+    def step(self) -> tuple[list[StepOutput], list[str], None]:
+        time.sleep(self._delay)
+        outputs = []
+        for name, request in list(self._requests.items()):
+            position = self._num_tokens[name]
+            self._num_tokens[name] += 1
+            is_last = self._num_tokens[name] >= request.params.max_tokens
+            outputs.append(
+                StepOutput(
+                    request_id=name,
+                    token_ids=[DIGITS[position % 10]],
+                    finish_reason="length" if is_last else None,
+                )
+            )
+            if is_last:
+                del self._requests[name]
+        return outputs, [output.request_id for output in outputs if self._num_tokens[output.request_id] == 1], None
+
+
+def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[CountingEngine, ModelInfo]:
+    options = {name: values[0] for name, values in parse_qs(config.model.path.partition("?")[2]).items()}
+    report("weights", "none at all")
+    time.sleep(float(options.get("load", "0")))
+    if options.get("fail") == "crash":
+        os._exit(9)
+    if "fail" in options:
+        raise OrderedFailure(options["fail"])
+    backend = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    model = ModelInfo(
+        path=config.model.path, architecture="Counting", num_parameters=0, vocab_size=len(VOCABULARY),
+        trained_context=4096, max_model_len=4096, num_kv_tokens=4096, eos_token_ids=[], generation_defaults={},
+        tokenizer=TokenizerAssets(tokenizer_json=backend.to_str(), chat_template=None, special_tokens={}),
+        fingerprint="fp_counting", settings={}, phase_seconds={"weights": 0.0}, bytes_per_second=0, flops_per_second=0,
+    )  # fmt: skip
+    return CountingEngine(float(options.get("delay", "0.005"))), model
+
+
+if __name__ == "__main__":
+    from server.cli import layers, make_parser
+    from server.serve import serve
+    from server.settings import load_config
+
+    loaded = load_config(layers(make_parser().parse_fully(["serve", *sys.argv[1:]])))
+    sys.exit(serve(loaded, make_engine=partial(EngineClient, factory=f"{__file__}:build")))

@@ -301,7 +301,7 @@ def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) ->
         logprobs=result.logprobs[: len(token_ids)] if result.logprobs is not None else None,
         prompt_logprobs=result.prompt_logprobs,
         num_cached_tokens=seq.num_cached_tokens,
-        timing=_timing(seq, now) if seq.finish_reason else None,
+        timing=_timing(seq, now),
         error=result.error,
     )
 

@@ -60,7 +60,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a finished request's time went inside the engine, in seconds. The parts sum to the time in the engine."""
+    """Where a request's time went inside the engine so far, in seconds. The parts sum to the time since it was added."""
 
     queued: float
     prefill: float
@@ -81,7 +81,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored, in order
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    timing: RequestTiming | None = None  # with the finish reason
+    timing: RequestTiming | None = None  # up to here
     error: str | None = None  # with finish reason "error"
 
 

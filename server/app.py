@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from pydantic import JsonValue
 
 from engine.client import EngineClient, EngineObserver
 from engine.config import EngineConfig
@@ -24,6 +25,17 @@ from server.state import ServerState
 from server.version import VERSION
 
 MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]
+
+
+class Application(FastAPI):
+    """FastAPI, whose description of itself knows that wrong fields are 400 here."""
+
+    def openapi(self) -> dict[str, JsonValue]:
+        document = super().openapi()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document
 
 
 def create_app(
@@ -49,7 +61,13 @@ def create_app(
             watching.cancel()
             await state.engine.stop()
 
-    app = FastAPI(title="Peregrine", version=VERSION, lifespan=lifespan, redirect_slashes=False)
+    app = Application(
+        title="Peregrine",
+        version=VERSION,
+        lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would be built from a Host header that anybody may write
+        responses={401: {"description": "no valid API key"}},
+    )
     app.state.server = state
     for module in (completions, chat, tokenize, requests, models, health):
         app.include_router(module.router)

@@ -97,7 +97,10 @@ class ChoiceReader:
     def seconds_in_engine(self) -> tuple[float, float, float]:
         """Queued, prefill and decode; of a choice that was left before the engine told, as seen from here."""
         if self.timing is not None:
-            return self.timing.queued, self.timing.prefill, self.timing.decode
+            queued, prefill, decode = self.timing.queued, self.timing.prefill, self.timing.decode
+            if self.finish_reason == "timeout":  # the engine worked on after its last word
+                decode = max(decode, self.ended_at - self.started_at - queued - prefill)
+            return queued, prefill, decode
         first_tokens_at = self.first_tokens_at or self.ended_at
         return 0.0, first_tokens_at - self.started_at, self.ended_at - first_tokens_at
 

@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.errors import ApiError
+from server.openapi import replies
 
 if TYPE_CHECKING:
     from server.state import ServerState
@@ -39,14 +40,14 @@ class ModelList(msgspec.Struct, frozen=True):
     object: str = "list"
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=None, responses=replies(ModelList))
 async def list_models(request: Request) -> Response:
     """The names by which the model can be asked for."""
     state: ServerState = request.app.state.server
     return _json(ModelList([model_card(state, name) for name in state.model_names]))
 
 
-@router.get("/v1/models/{model_id:path}", responses={404: {"description": "there is no such model"}})
+@router.get("/v1/models/{model_id:path}", response_model=None, responses=replies(ModelCard))
 async def get_model(request: Request, model_id: str) -> Response:
     """One of them."""
     state: ServerState = request.app.state.server

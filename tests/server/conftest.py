@@ -406,27 +406,27 @@ class Operation:
             return answer
 
 
-@pytest.fixture
+@contextmanager
+def start_operation(config: dict | None = None, *, ready: bool = True) -> Iterator[Operation]:
+    engine = OperatedEngine(make_model(make_assets(), 330), make_tokenizer())
+    engine.is_ready_at_start = ready
+
+    def make_engine(_: EngineConfig, observer: EngineObserver) -> OperatedEngine:
+        engine.observer = observer
+        return engine
+
+    named = {"server": {"served_model_name": [MODEL_NAME, "org/other-name"]}}
+    for section, values in (config or {}).items():
+        named.setdefault(section, {}).update(values)
+    app = create_app(Config.model_validate(named), make_engine=make_engine)
+    operation = Operation(app, engine, app.state.server)
+    with serve_app(app, lifespan="on") as operation.url:
+        if ready:
+            wait_until(lambda: operation.state.is_ready)
+        yield operation
+
+
+@pytest.fixture(scope="session")
 def operate() -> Callable[..., AbstractContextManager[Operation]]:
     """`with operate({"server": {"strict": True}}, ready=False) as operation`: real HTTP, at `operation.url`."""
-
-    @contextmanager
-    def start(config: dict | None = None, *, ready: bool = True) -> Iterator[Operation]:
-        engine = OperatedEngine(make_model(make_assets(), 330), make_tokenizer())
-        engine.is_ready_at_start = ready
-
-        def make_engine(_: EngineConfig, observer: EngineObserver) -> OperatedEngine:
-            engine.observer = observer
-            return engine
-
-        named = {"server": {"served_model_name": [MODEL_NAME, "org/other-name"]}}
-        for section, values in (config or {}).items():
-            named.setdefault(section, {}).update(values)
-        app = create_app(Config.model_validate(named), make_engine=make_engine)
-        operation = Operation(app, engine, app.state.server)
-        with serve_app(app, lifespan="on") as operation.url:
-            if ready:
-                wait_until(lambda: operation.state.is_ready)
-            yield operation
-
-    return start
+    return start_operation

@@ -22,7 +22,7 @@ VOCABULARY = {character: index for index, character in enumerate(sorted(pre_toke
 DIGITS = [VOCABULARY[digit] for digit in "0123456789"]
 
 
-class OrderedFailure(ValueError):
+class OrderedError(ValueError):
     def __init__(self, kind: str) -> None:
         super().__init__(f"a failure of the {kind} was ordered;\nuse another MODEL")
         self.kind = kind
@@ -72,7 +72,7 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Cou
     if options.get("fail") == "crash":
         os._exit(9)
     if "fail" in options:
-        raise OrderedFailure(options["fail"])
+        raise OrderedError(options["fail"])
     backend = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

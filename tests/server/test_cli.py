@@ -25,9 +25,23 @@ from server.settings import ConfigError, load_config
 ROOT = Path(__file__).parents[2]
 COUNTING = [sys.executable, str(Path(__file__).parent / "counting_engine.py")]
 PEREGRINE = [sys.executable, "-m", "server.cli"]
-FLAGS_OF_VLLM = """--host --port --served-model-name --api-key --max-model-len --max-num-seqs --max-num-batched-tokens
-    --dtype --seed --quantization --speculative-config --gpu-memory-utilization --kv-cache-dtype --shutdown-timeout
-    --no-enable-prefix-caching""".split()
+FLAGS_OF_VLLM = [
+    "--host",
+    "--port",
+    "--served-model-name",
+    "--api-key",
+    "--max-model-len",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--dtype",
+    "--seed",
+    "--quantization",
+    "--speculative-config",
+    "--gpu-memory-utilization",
+    "--kv-cache-dtype",
+    "--shutdown-timeout",
+    "--no-enable-prefix-caching",
+]
 
 
 def environment() -> dict[str, str]:
@@ -100,8 +114,8 @@ def test_every_flag_of_the_common_ones_is_there():
 
 def test_flags_set_what_they_are_named_for():
     loaded = parse(
-        "some/model", "--host", "::1", "--port", "9", "--served-model-name", "a", "b", "--api-key", "k1", "--api-key", "k2",
-        "--max-model-len", "512", "--max-num-seqs", "3", "--max-num-batched-tokens", "64", "--dtype", "float32",
+        "some/model", "--host", "::1", "--port", "9", "--served-model-name", "a", "b", "--api-key", "k1",
+        "--api-key", "k2", "--max-model-len", "512", "--max-num-seqs", "3", "--max-num-batched-tokens", "64", "--dtype", "float32",
         "--seed", "7", "--quantization", "int8", "--gpu-memory-utilization", "0.5", "--kv-cache-dtype", "float16",
         "--shutdown-timeout", "1.5", "--no-enable-prefix-caching", "--speculative-config",
         '{"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 5, "prompt_lookup_min": 3}',
@@ -114,7 +128,12 @@ def test_flags_set_what_they_are_named_for():
     assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (3, 64)
     assert (config.kv_cache.memory, config.kv_cache.dtype, config.kv_cache.prefix_caching) == ("0.5", "float16", False)
     speculation = config.speculation
-    assert (speculation.method, speculation.num_drafts, speculation.ngram_max, speculation.ngram_min) == ("ngram", 6, 5, 3)
+    assert (speculation.method, speculation.num_drafts, speculation.ngram_max, speculation.ngram_min) == (
+        "ngram",
+        6,
+        5,
+        3,
+    )
     assert config.seed == 7
     assert loaded.sources["model.path"] == "MODEL"
     assert loaded.sources["speculation.num_drafts"] == "--speculative-config"

@@ -60,11 +60,12 @@ class TritonAttention:
         geometry = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         prepared = self._prepared.get(geometry)
         if prepared is None:
-            config = attention_config(layer.head_dim, q.dtype, chip=chip_of(q.device))
+            group = layer.num_heads // layer.num_kv_heads
+            config = attention_config(layer.head_dim, group, q.dtype, chip=chip_of(q.device))
             plan = plan_attention(
                 np.diff(np.array(batch.query_starts_list, dtype=np.int64)),
                 np.array(batch.seq_lens_list, dtype=np.int64),
-                group=layer.num_heads // layer.num_kv_heads,
+                group=group,
                 num_kv_heads=layer.num_kv_heads,
                 config=config,
                 device=q.device,

@@ -99,6 +99,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--extra-body", type=_checked(parse_extra_body), default="{}", help="JSON laid over each body")
     group.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     group.add_argument("--timeout", type=_positive_float, default=600.0, help="seconds for an answer (600)")
+    group.add_argument("--keep-alive", action="store_true", help="use connections again (default: one per request)")
     group.add_argument("--done", choices=["yes", "no"], default="yes", help="no: streams end without [DONE]")
 
 

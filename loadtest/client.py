@@ -39,6 +39,7 @@ class Target:
     """A server and how to speak to it. `extra_body` is laid over each body; a null there takes the field out.
 
     timeout: seconds from sending to the end of the answer
+    keeps_alive: send several requests over one connection, one after another; otherwise each has its own
     """
 
     url: str
@@ -50,6 +51,7 @@ class Target:
     api_key: str | None = None
     timeout: float = 600.0
     has_done_marker: bool = True
+    keeps_alive: bool = False
 
     @property
     def base_url(self) -> str:
@@ -63,10 +65,12 @@ class Client:
     def __init__(self, target: Target) -> None:
         self.target = target
         headers = {"accept-encoding": "identity", "content-type": "application/json"}
+        headers["connection"] = "keep-alive" if target.keeps_alive else "close"
+        transport = TimedTransport(keeps_alive=target.keeps_alive)
         if target.api_key:
             headers["authorization"] = f"Bearer {target.api_key}"
         self.http = httpx.AsyncClient(
-            transport=TimedTransport(), base_url=target.base_url, headers=headers, timeout=target.timeout
+            transport=transport, base_url=target.base_url, headers=headers, timeout=target.timeout
         )
         self._path = "/v1/chat/completions" if target.api is Api.CHAT else "/v1/completions"
         self.num_events = 0

@@ -82,7 +82,8 @@ async def first_model(http: httpx.AsyncClient) -> str:
     except httpx.TransportError as error:
         raise ValueError(f"{http.base_url}: {error}; is the server up?") from error
     except msgspec.DecodeError as error:
-        raise ValueError(f"{http.base_url}: no usable list of models (status {response.status_code}); name the model") from error
+        status = response.status_code
+        raise ValueError(f"{http.base_url}: no usable list of models (status {status}); name the model") from error
     if not models:
         raise ValueError(f"{http.base_url} lists no models; name the model")
     return models[0].id

@@ -41,6 +41,7 @@ def named_peer(text: PeerText, options: argparse.Namespace) -> Peer:
         extra_body=parse_extra_body(own["extra"]) if "extra" in own else options.extra_body,
         api_key=own.get("api_key", options.api_key),
         timeout=options.timeout,
+        keeps_alive=options.keep_alive,
         has_done_marker=own.get("done", options.done) == "yes",
     )
     return Peer(text.name, target, sends_text=prompts == "text", pid=int(own["pid"]) if "pid" in own else None)

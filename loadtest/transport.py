@@ -42,7 +42,7 @@ class Connection(asyncio.Protocol):
             future.add_done_callback(_look_at)
         self._early: list[tuple[float, bytes]] = []
         self._sink: Sink | None = None
-        self._keeps_alive = False
+        self._may_follow = False
         self._now = 0.0
 
     def send(self, data: bytes) -> None:
@@ -62,8 +62,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether another request may follow on this connection. Only to be asked after a complete response."""
-        return self._keeps_alive and not self.lost.done()
+        """Whether the response is complete and another request may follow."""
+        return self._may_follow and not self.lost.done()
 
     # asyncio's callbacks
 
@@ -100,7 +100,7 @@ class Connection(asyncio.Protocol):
             self._sink(self._now, piece)
 
     def on_message_complete(self) -> None:
-        self._keeps_alive = self._parser.should_keep_alive()  # the parser forgets it after this
+        self._may_follow = self._parser.should_keep_alive()  # the parser forgets it after this
         if not self.complete.done():
             self.complete.set_result(None)
 
@@ -142,9 +142,14 @@ class TimedBody(httpx.AsyncByteStream):
 
 
 class TimedTransport(httpx.AsyncBaseTransport):
-    """Keeps connections for later requests. Responses carry their `TimedBody` in `extensions["body"]`."""
+    """Responses carry their `TimedBody` in `extensions["body"]`.
 
-    def __init__(self) -> None:
+    keeps_alive: use connections again. A server that closes one at the moment of its reuse, as llama-server does after
+    a stream, then looks as if it had dropped the request.
+    """
+
+    def __init__(self, *, keeps_alive: bool) -> None:
+        self._keeps_alive = keeps_alive
         self._idle: defaultdict[tuple[str, int], list[Connection]] = defaultdict(list)
         self._all: set[Connection] = set()
 
@@ -154,7 +159,7 @@ class TimedTransport(httpx.AsyncBaseTransport):
         origin = _origin(request)
 
         def release(connection: Connection) -> None:
-            if connection.complete.done() and not connection.complete.exception() and connection.is_reusable:
+            if self._keeps_alive and connection.is_reusable:
                 connection.idle_since = time.perf_counter()
                 self._idle[origin].append(connection)
             else:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
+from pathlib import Path
 from typing import TextIO
-
-import psutil
 
 from engine.messages import ModelInfo
 from engine.types import StepStats
@@ -114,8 +114,13 @@ def example(config: Config, url: str, *, has_chat_template: bool) -> str:
 
 
 def process_begun_at() -> float:
-    """When this process began, in time.monotonic's seconds: before its imports."""
-    return time.monotonic() - (time.time() - psutil.Process().create_time())
+    """When this process began, in time.monotonic's seconds: before its imports. Now, where that cannot be known."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), in clock ticks
+        return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+    except (OSError, AttributeError):  # not Linux
+        return time.monotonic()
 
 
 def complain(message: str) -> None:

@@ -37,6 +37,7 @@ ERRORS = {
     413: ErrorKind(INVALID_REQUEST, "request_too_large", False, "the request body is too large"),
     415: ErrorKind(INVALID_REQUEST, "unsupported_media_type", False, "the body must be application/json"),
     429: ErrorKind("rate_limit_error", "queue_full", True, "the queue is full"),
+    431: ErrorKind(INVALID_REQUEST, "headers_too_large", False, "the request's headers are too large"),
     500: ErrorKind("server_error", "internal_error", False, "the server made a mistake"),
     501: ErrorKind(INVALID_REQUEST, "not_supported", False, "this is not supported"),
     503: ErrorKind("service_unavailable", "unavailable", True, "the server cannot take requests now"),

@@ -61,7 +61,7 @@ def model_card(state: ServerState, name: str) -> ModelCard:
     model = state.engine.model
     context = ContextLengths(None, None, None)
     if model is not None:
-        free = int(model.num_kv_tokens * (1.0 - state.metrics.steps.kv_usage))
+        free = round(model.num_kv_tokens * (1.0 - state.metrics.steps.kv_usage))
         context = ContextLengths(model.trained_context, model.max_model_len, min(model.max_model_len, free))
     uptime = time.monotonic() - state.started_at
     return ModelCard(

@@ -21,6 +21,7 @@ from engine.client import EngineClient
 from engine.messages import EXIT_CODES
 from server.app import MakeEngine, create_app
 from server.console import Console, complain, process_begun_at
+from server.http_protocol import HttpProtocol
 from server.settings import LoadedConfig
 from server.state import ServerState
 
@@ -59,7 +60,7 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
     server = HttpServer(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

@@ -167,7 +167,7 @@ def paged_attention(
 
 
 def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, group: int, num_kv_heads: int) -> Prepared:
-    config = attention_config(q.shape[2], q.dtype, chip=chip_of(q.device))
+    config = attention_config(q.shape[2], group, q.dtype, chip=chip_of(q.device))
     plan = plan_attention(
         query_starts.diff().cpu().numpy(),
         seq_lens.cpu().numpy(),

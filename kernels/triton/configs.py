@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from kernels.triton.compat import next_power_of_2
 
 _FOLDER = Path(__file__).parent.parent / "configs"
 
@@ -32,9 +34,28 @@ class AttentionConfig:
     prompt_stages: int = 3
 
 
-def attention_config(head_dim: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
-    """The measured config of this chip, or the default one."""
-    return AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), chip))
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Tiles of the grouped product."""
+
+    rows: int = 64  # pairs of a token and an expert
+    columns: int = 64
+    step: int = 64  # of the inner dimension
+    warps: int = 4
+    stages: int = 4
+
+
+def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
+    """The measured config of this chip, or the default one. A tile must hold a group of query heads."""
+    config = AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), chip))
+    least = next_power_of_2(group)
+    return replace(config, decode_rows=max(config.decode_rows, least), prompt_rows=max(config.prompt_rows, least))
+
+
+def moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeConfig:
+    """pairs_per_expert: on average; few of them make small tiles, which read the weights just as fast."""
+    bucket = "few" if pairs_per_expert < 32 else "many"
+    return MoeConfig(**_lookup("moe", bucket, f"{dtype}".removeprefix("torch."), chip))
 
 
 def chip_of(device: torch.device) -> str:

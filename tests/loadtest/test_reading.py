@@ -116,15 +116,24 @@ async def test_chat_sends_a_message_and_refuses_token_ids(serve, scripted) -> No
 async def test_bodies_are_whole_in_either_framing(serve, scripted, framing: str) -> None:
     text = b"x" * 200_000
     server = serve(lambda *_: scripted.Reply(((0.0, text), (0.01, b"end")), framing=framing))
-    async with httpx.AsyncClient(transport=TimedTransport()) as http:
+    async with httpx.AsyncClient(transport=TimedTransport(keeps_alive=False)) as http:
         response = await http.post(server.url, json={})
         assert response.content == text + b"end"
         assert (await http.get(server.url + "/version")).json() == {"version": "7.8.9"}
 
 
-async def test_connections_are_used_again_one_after_another_and_shared_by_none(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served, first=0.02))
+async def test_each_request_has_its_own_connection(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served))
     async with Client(Target(server.url, model="m")) as client:
+        for _ in range(3):
+            await client.send(Exchange([1], 1))
+    assert server.num_connections == 3
+    assert server.served[0].headers["connection"] == "close"
+
+
+async def test_kept_connections_are_used_again_one_after_another_and_shared_by_none(serve, scripted) -> None:
+    server = serve(lambda _, served: scripted.whole_answer(served, first=0.02))
+    async with Client(Target(server.url, model="m", keeps_alive=True)) as client:
         for _ in range(3):
             await client.send(Exchange([1], 1))
         assert server.num_connections == 1
@@ -139,7 +148,7 @@ async def test_a_broken_connection_is_not_used_again(serve, scripted) -> None:
         return broken if index == 0 else scripted.whole_answer(served)
 
     server = serve(first_breaks)
-    async with Client(Target(server.url, model="m")) as client:
+    async with Client(Target(server.url, model="m", keeps_alive=True)) as client:
         kinds = [type(await client.send(Exchange([1], 1))).__name__ for _ in range(3)]
     assert kinds == ["Failure", "Answer", "Answer"]
     assert server.num_connections == 2

@@ -29,6 +29,7 @@ from server import chat, completions, requests, tokenize
 from server.app import create_app
 from server.config import Config
 from server.errors import ApiError, install_error_handlers
+from server.http_protocol import HttpProtocol
 from server.state import ServerState
 from server.tokenizer import Tokenizer
 
@@ -254,7 +255,7 @@ class World:
 def serve_app(app: FastAPI, *, lifespan: str) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan=lifespan))
+        server = uvicorn.Server(uvicorn.Config(app, http=HttpProtocol, log_level="warning", lifespan=lifespan))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

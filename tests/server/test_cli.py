@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from engine.messages import EXIT_CODES
-from server.cli import flagged_settings, layers, make_parser, option_names
+from server.cli import flagged_settings, layers, main, make_parser, option_names
+from server.console import process_begun_at
 from server.settings import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -115,8 +116,9 @@ def test_every_flag_of_the_common_ones_is_there():
 def test_flags_set_what_they_are_named_for():
     loaded = parse(
         "some/model", "--host", "::1", "--port", "9", "--served-model-name", "a", "b", "--api-key", "k1",
-        "--api-key", "k2", "--max-model-len", "512", "--max-num-seqs", "3", "--max-num-batched-tokens", "64", "--dtype", "float32",
-        "--seed", "7", "--quantization", "int8", "--gpu-memory-utilization", "0.5", "--kv-cache-dtype", "float16",
+        "--api-key", "k2", "--max-model-len", "512", "--max-num-seqs", "3", "--max-num-batched-tokens", "64",
+        "--dtype", "float32", "--seed", "7", "--quantization", "int8", "--gpu-memory-utilization", "0.5",
+        "--kv-cache-dtype", "float16",
         "--shutdown-timeout", "1.5", "--no-enable-prefix-caching", "--speculative-config",
         '{"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 5, "prompt_lookup_min": 3}',
     )  # fmt: skip
@@ -187,12 +189,24 @@ def test_the_speculative_config_is_checked(text, complaint):
         ([], "COMMAND"),
     ],
 )
-def test_a_wrong_command_line_ends_with_the_fix_and_code_2(arguments, complaint):
-    result = run(PEREGRINE, *arguments)
+def test_a_wrong_command_line_ends_with_the_fix_and_code_2(arguments, complaint, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == EXIT_CODES["config"]
+    line = capsys.readouterr().err.rstrip("\n").rpartition("\n")[2]
+    assert complaint in line
+    assert line.startswith("peregrine: ")
+
+
+def test_the_command_itself_ends_so():
+    result = run(PEREGRINE, "serve", "--set", "limits.max_nn=3")
     assert result.returncode == EXIT_CODES["config"]
-    assert complaint in last_line(result)
-    assert last_line(result).startswith("peregrine: ")
-    assert "Traceback" not in result.stderr
+    assert (
+        result.stderr == "peregrine: config: --set: there is no setting 'limits.max_nn'; did you mean limits.max_n?\n"
+    )
+    assert result.stdout == ""
 
 
 def test_version_and_help_are_told_quickly():
@@ -316,6 +330,11 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
             server.send(signal.SIGINT)
             assert server.end() == 128 + signal.SIGINT
         wait_for(lambda: not engine.is_running())
+
+
+def test_times_are_counted_from_the_begin_of_the_process():
+    age = time.time() - psutil.Process().create_time()  # which is right to a second
+    assert time.monotonic() - process_begun_at() == pytest.approx(age, abs=1.5)
 
 
 def test_sigterm_during_the_start_ends_it(tmp_path):

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.errors import ERRORS, ApiError, bad_request, error_body, error_headers, field_path
+from server.http_protocol import MAX_HEAD_BYTES
 
 
 def check(response: httpx.Response, status: int) -> dict:
@@ -158,3 +159,30 @@ def test_field_paths_read_like_json():
     assert field_path(["messages", 0, "content", 1, "text"]) == "messages[0].content[1].text"
     assert field_path([0, "a"]) == "[0].a"
     assert field_path([]) == ""
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/9.9\r\n\r\n"]
+)
+def test_what_is_no_http_is_400_with_the_same_body(operate, data):
+    with operate() as operation:
+        head, _, body = operation.raw(data).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"x-should-retry: false" in head
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+        assert httpx.get(operation.url + "/livez").status_code == 200
+
+
+def test_headers_at_the_limit_are_read_and_longer_ones_are_431(operate):
+    with operate() as operation:
+        start, end = b"GET /livez HTTP/1.1\r\nHost: a\r\nX-A: ", b"\r\nConnection: close\r\n\r\n"
+        fits = start + b"x" * (MAX_HEAD_BYTES - len(start) - len(end)) + end
+        assert operation.raw(fits).startswith(b"HTTP/1.1 200 ")
+        for endless in (
+            start + b"x" * MAX_HEAD_BYTES,
+            b"GET /" + b"x" * MAX_HEAD_BYTES,
+            start + b"x\r\nX-B: b" * 10_000,
+        ):
+            head, _, body = operation.raw(endless).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 431 "), endless[:50]
+            assert json.loads(body)["error"]["code"] == "headers_too_large"

@@ -4,6 +4,8 @@ import time
 
 import httpx
 
+from engine.types import StepStats
+
 PROBES = ("/livez", "/readyz", "/startupz", "/health")
 
 
@@ -128,3 +130,13 @@ def test_the_version_is_told(operate):
 
 def _fields(struct: object) -> dict[str, object]:
     return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+def test_the_longest_request_that_would_run_now_follows_the_free_memory(operate):
+    numbers = dict.fromkeys(StepStats.__struct_fields__, 0) | {"accepted_by_position": []}
+    with operate() as operation:  # 2560 tokens of KV cache, requests of up to 256
+        for num_owned, expected in ((0, 256), (90, 256), (95, 128), (100, 0)):
+            stats = StepStats(**{**numbers, "num_blocks": 100, "num_owned_blocks": num_owned})
+            operation.call(operation.engine.observer.on_step, stats)
+            context = httpx.get(operation.url + "/v1/models/tiny").json()["context"]
+            assert context["max_request_now"] == expected

@@ -59,7 +59,8 @@ def step(**changes: object) -> StepStats:
 def model(**changes: object) -> ModelInfo:
     values: dict[str, object] = {
         "path": "p", "architecture": "a", "num_parameters": 1, "vocab_size": 9, "trained_context": 8,
-        "max_model_len": 8, "num_kv_tokens": 8, "eos_token_ids": [], "generation_defaults": {}, "fingerprint": "fp", "settings": {},
+        "max_model_len": 8, "num_kv_tokens": 8, "eos_token_ids": [], "generation_defaults": {},
+        "fingerprint": "fp", "settings": {},
         "tokenizer": TokenizerAssets(tokenizer_json="{}", chat_template=None, special_tokens={}),
         "phase_seconds": {"weights": 1.5, "measure": 0.1},
         "bytes_per_second": 100_000.0, "flops_per_second": 1_000_000.0,

@@ -32,9 +32,10 @@ class Shape:
 SHORT = {
     "llama-8b": Shape(32, 8, 128),
     "llama-8b tree": Shape(32, 8, 128, has_tree=True),
-    "gemma2-9b": Shape(16, 8, 256, window=4096, soft_cap=50.0),
 }
 LONG = {
+    "gemma2-9b": Shape(16, 8, 256, window=4096, soft_cap=50.0),
+    "falcon-7b": Shape(71, 1, 64),
     "smollm2": Shape(9, 3, 64),
     "smollm2 float32": Shape(9, 3, 64, torch.float32),
     "llama-8b float16": Shape(32, 8, 128, torch.float16),
@@ -52,11 +53,12 @@ LONG = {
 
 def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) -> None:
     query_lens, seq_lens = np.array([1, 33]), np.array([600, 700])
-    config = attention_config(shape.head_dim, shape.dtype, chip=f"sm_{arch}")
+    group = shape.num_heads // shape.num_kv_heads
+    config = attention_config(shape.head_dim, group, shape.dtype, chip=f"sm_{arch}")
     plan = plan_attention(
         query_lens,
         seq_lens,
-        group=shape.num_heads // shape.num_kv_heads,
+        group=group,
         num_kv_heads=shape.num_kv_heads,
         config=config,
         device=torch.device("cpu"),

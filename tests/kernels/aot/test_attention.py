@@ -9,6 +9,7 @@ TWO_TILES = {  # bytes of a tile of keys and one of values
     "llama-8b": 2 * 32 * 128 * 2,
     "gemma2-9b": 2 * 32 * 256 * 2,
     "smollm2": 2 * 32 * 64 * 2,
+    "falcon-7b": 2 * 32 * 64 * 2,
     "qwen2-7b": 2 * 32 * 128 * 2,
     "phi2": 2 * 32 * 80 * 2,
     "phi3": 2 * 32 * 96 * 2,

@@ -1,0 +1,74 @@
+"""Norms, gated activations and the way from projection to attention, in Triton against their definitions."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.activation
+import kernels.norm
+import kernels.qkv
+import kernels.triton.activation
+import kernels.triton.norm
+import kernels.triton.qkv
+from kernels.rope import rope_factors
+
+# the interpreter cuts bfloat16 off where a GPU rounds
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected.double(), rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 7), (3, 576), (2, 3, 80)])
+def test_norms(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, residual = (3 * torch.randn(2, *shape, device=device)).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    before = x.clone(), residual.clone()
+    check(kernels.triton.norm.rms_norm(x, weight, 1e-5), kernels.norm.rms_norm(x.double(), weight, 1e-5), dtype)
+    normed, total = kernels.triton.norm.add_rms_norm(x, residual, weight, 1e-5)
+    wide = kernels.norm.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
+    check(normed, wide[0], dtype)
+    check(total, wide[1], dtype)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+def test_a_norm_of_some_heads_of_a_wider_tensor(device: torch.device) -> None:
+    heads, weight = torch.randn(5, 6, 16, device=device), torch.randn(16, device=device)
+    q = heads[:, 1:4]
+    check(kernels.triton.norm.rms_norm(q, weight, 1e-6), kernels.norm.rms_norm(q, weight, 1e-6), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # to infinity, as it should
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", ["silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul"])
+def test_gated_activations(device: torch.device, dtype: torch.dtype, name: str) -> None:
+    for size in (5, 1100):
+        gate_up = (4 * torch.randn(2, 2 * size, device=device)).to(dtype)
+        gate_up[0, :2] = torch.tensor([-300.0, 300.0])
+        expected = getattr(kernels.activation, name)(gate_up.double())
+        check(getattr(kernels.triton.activation, name)(gate_up), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("head_dim", "width"), [(16, 16), (80, 32)])
+def test_rotation_and_store(
+    device: torch.device, dtype: torch.dtype, has_norm: bool, head_dim: int, width: int
+) -> None:
+    num_tokens, num_heads, num_kv_heads = 3, 3, 2
+    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
+    cos, sin = rope_factors(5 * torch.randn(num_tokens, width // 2, device=device))
+    slots = torch.tensor([5, 0, 19], device=device)
+    found, expected = (
+        torch.zeros(2, num_kv_heads, 5, 4, head_dim, device=device, dtype=kind) for kind in (dtype, torch.float64)
+    )
+    q_weight, k_weight = torch.randn(2, head_dim, device=device).to(dtype) if has_norm else (None, None)
+    options = {"num_heads": num_heads, "q_weight": q_weight, "k_weight": k_weight, "eps": 1e-5}
+    q = kernels.triton.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)
+    wide = kernels.qkv.rotate_and_store(qkv.double(), cos, sin, expected[0], expected[1], slots, **options)
+    check(q, wide, dtype)
+    check(found, expected, dtype)

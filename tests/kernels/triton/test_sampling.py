@@ -1,0 +1,117 @@
+"""Sampling on the device: the tokens of the definition, and those of the engine's sampler on a CPU."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.noise import gumbel, noise_bits, noise_keys, token_words
+from engine.sampler import Sampler
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+from kernels.sampling import NO_TOKEN, token_noise
+from kernels.sampling import sample_tokens as definition
+from kernels.triton import sampling
+from kernels.triton.sampling import sample_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should
+VOCAB_SIZE = 150
+
+
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_TOKENS_AT_ONCE", 64)
+
+
+@dataclass(frozen=True)
+class Row:
+    temperature: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def keys_of(num_rows: int) -> Tensor:
+    """Of seeds 0, 77, 154, ... at positions 1, 2, 3, ..."""
+    row = np.arange(num_rows)
+    return noise_keys((row * 77).astype(np.uint64), row + 1, torch.device("cpu"))
+
+
+def arguments_of(logits: Tensor, rows: list[Row]) -> tuple[Tensor, ...]:
+    return (
+        logits,
+        torch.tensor([row.temperature for row in rows]),
+        keys_of(len(rows)),
+        -torch.tensor([row.min_p for row in rows], dtype=torch.float64).log().float(),
+        torch.tensor([row.top_k or logits.shape[1] for row in rows]),
+        torch.tensor([row.top_p for row in rows], dtype=torch.float64),
+    )
+
+
+def engine_s_tokens(logits: Tensor, rows: list[Row]) -> list[int]:
+    batch = []
+    for i, row in enumerate(rows):
+        params = SamplingParams(seed=i * 77, max_tokens=9, **asdict(row))
+        token_ids = [0] * (i + 1)
+        request = Request(request_id=str(i), prompt_token_ids=token_ids, params=params)
+        batch.append(Scheduled(Sequence(request, token_ids), 1, 0, samples=True))
+    return [result.token_ids[0] for result in Sampler(logits.shape[1])(logits, batch)]
+
+
+def check(device: torch.device, logits: Tensor, rows: list[Row]) -> list[int]:
+    """Samples on the device, and compares with the definition and the engine. Returns the tokens."""
+    arguments = arguments_of(logits, rows)
+    found = sample_tokens(*(x.to(device) for x in arguments)).tolist()
+    assert found == definition(*arguments).tolist()
+    assert found == engine_s_tokens(logits, rows)
+    return found
+
+
+def test_the_noise_has_the_bits_of_the_engine_s() -> None:
+    keys = keys_of(20)
+    words = token_words(5000, torch.device("cpu"))
+    assert torch.equal(token_noise(keys, 5000), gumbel(noise_bits(words[None], keys)))
+
+
+def test_untruncated_rows(device: torch.device) -> None:
+    tokens = check(device, 3 * torch.randn(4, VOCAB_SIZE), [Row(t) for t in (0.3, 1.0, 5.0, 100.0)])
+    assert len(set(tokens)) > 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Row(2.0, min_p=0.5), Row(min_p=0.1), Row(1.5, min_p=1e-3)],
+        [Row(2.0, top_k=1), Row(top_k=9), Row(1.5, top_k=60)],
+        [Row(2.0, top_p=0.1), Row(top_p=0.7), Row(1.5, top_p=0.99)],
+        [Row(2.0, 0.3, 60, 0.5), Row(3.0, 0.01, 40, 0.95), Row(1.0, 1e-3, 140, 0.9)],
+    ],
+    ids=["min_p", "top_k", "top_p", "all"],
+)
+def test_truncated_rows(device: torch.device, rows: list[Row]) -> None:
+    check(device, 2 * torch.randn(3, VOCAB_SIZE), rows)
+
+
+def test_of_equal_logits_the_lowest_ids_are_kept(device: torch.device) -> None:
+    logits = torch.randint(0, 3, (4, VOCAB_SIZE)).float()
+    check(device, logits, [Row(top_k=7), Row(top_p=0.2), Row(9.0, top_k=70, top_p=0.6), Row(1.0, 0.4, 70, 0.9)])
+
+
+def test_hidden_tokens_are_never_sampled(device: torch.device) -> None:
+    logits = torch.full((2, VOCAB_SIZE), -torch.inf)
+    logits[:, 70:73] = torch.randn(2, 3)
+    tokens = check(device, logits, [Row(50.0), Row(50.0, top_k=100, top_p=0.999)])
+    assert set(tokens) <= {70, 71, 72}
+
+
+def test_greedy_rows_and_unusable_rows(device: torch.device) -> None:
+    logits = torch.randn(5, VOCAB_SIZE)
+    logits[0, [140, 60]] = 9.0  # the lowest id among equals
+    logits[2, 3] = torch.nan
+    logits[3, 3] = torch.inf
+    logits[4] = -torch.inf
+    arguments = arguments_of(logits, [Row(0.0), Row(0.0), Row(), Row(), Row()])
+    found = sample_tokens(*(x.to(device) for x in arguments)).tolist()
+    assert found == [60, int(logits[1].argmax()), NO_TOKEN, NO_TOKEN, NO_TOKEN]
+    assert found == definition(*arguments).tolist()

@@ -34,7 +34,6 @@ class BlockPool:
     def num_owned(self) -> int:
         return self.num_blocks - len(self.free_blocks)
 
-
     def allocate(self) -> int:
         """Takes the least recently freed block and forgets what it cached."""
         block, _ = self.free_blocks.popitem(last=False)

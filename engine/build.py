@@ -91,9 +91,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
 def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> Engine:
     model, layers = loaded.model, loaded.model.attention_layers
     num_blocks = plan.num_blocks + 1  # the null block
-    cache = KVCache(
-        layers, num_blocks=num_blocks, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device
-    )
+    cache = KVCache(layers, num_blocks=num_blocks, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device)
     proposer = build_proposer(config.speculation)
     kv = KVCacheManager(
         num_blocks,

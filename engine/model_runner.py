@@ -46,9 +46,7 @@ class ModelRunner:
                     sources.append(self._slot(item, base + index))
                     targets.append(self._slot(item, base + depth))
         if sources:
-            self.kv_cache.move(
-                torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device)
-            )
+            self.kv_cache.move(torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device))
 
     def _slot(self, item: Scheduled, position: int) -> int:
         return item.seq.block_table[position // self.block_size] * self.block_size + position % self.block_size

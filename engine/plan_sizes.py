@@ -146,9 +146,7 @@ class Sizer:
                 f"kv_cache.memory is {fraction:g} of {gib(total)}, but the weights and the workspace alone take "
                 f"{gib(demand.fixed)}; set it to {min(1.0, demand.fixed / total + 0.1):.2f} or more"
             )
-        return Resolved(
-            room // demand.per_token, source, f"{fraction:g} of {gib(total)}, less weights and workspace"
-        )
+        return Resolved(room // demand.per_token, source, f"{fraction:g} of {gib(total)}, less weights and workspace")
 
     def _modest(self, demand: Demand, free: int, max_num_seqs: int) -> Resolved[int]:
         """As much as the requests are likely to use, of a memory that others use too."""

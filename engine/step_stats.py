@@ -89,7 +89,9 @@ class StepRecorder:
             num_prefix_hits=hits,
             num_drafts=len(self._num_drafts),
             num_draft_tokens=sum(self._num_drafts),
-            accepted_by_position=[sum(n > depth for n in num_accepted) for depth in range(max(num_accepted, default=0))],
+            accepted_by_position=[
+                sum(n > depth for n in num_accepted) for depth in range(max(num_accepted, default=0))
+            ],
             bytes_moved=self._bytes_moved,
             flops=self._flops,
         )

@@ -60,7 +60,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestTiming(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a request's time went inside the engine so far, in seconds. The parts sum to the time since it was added."""
+    """Where a request's time went inside the engine so far, in seconds. Together: the time since it was added."""
 
     queued: float
     prefill: float

@@ -41,4 +41,3 @@ def _proportional(process: psutil.Process) -> int:
     except psutil.NoSuchProcess:  # it ended while we looked
         return 0
     return int(getattr(info, "pss", info.rss))  # only Linux has pss
-

@@ -26,7 +26,9 @@ def parse_peer(text: str) -> PeerText:
     name, separator, rest = text.partition("=")
     url, _, rest = rest.partition(",")
     if not (name and separator and url.startswith(("http://", "https://"))):
-        raise ValueError(f"{text!r} is no peer: write NAME=URL[,key=value...], as in ours=http://127.0.0.1:8000,model=m")
+        raise ValueError(
+            f"{text!r} is no peer: write NAME=URL[,key=value...], as in ours=http://127.0.0.1:8000,model=m"
+        )
     options: dict[str, str] = {}
     while rest:
         key, separator, rest = rest.partition("=")

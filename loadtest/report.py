@@ -56,4 +56,3 @@ def _remarks(measurement: Measurement) -> list[str]:
     if measurement.is_disturbed:
         remarks.append(f"  disturbed: {measurement.busy_cores:.2f} cores were in use by something else")
     return remarks
-

@@ -60,9 +60,7 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
         add_special_tokens=body.add_special_tokens is not False,
         truncate_to=body.truncate_prompt_tokens,
     )
-    prompts = [
-        await read_prompt(item, options, tokenizer=serving.tokenizer, model=serving.model) for item in inputs
-    ]
+    prompts = [await read_prompt(item, options, tokenizer=serving.tokenizer, model=serving.model) for item in inputs]
     params = make_params(
         body,
         serving.model,
@@ -71,9 +69,7 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
         logprobs=body.logprobs,
         prompt_logprobs=_num_scored(body),
     )
-    return make_generation(
-        serving, body, prompts, params, id_prefix="cmpl", record=record, scores_only=max_tokens == 0
-    )
+    return make_generation(serving, body, prompts, params, id_prefix="cmpl", record=record, scores_only=max_tokens == 0)
 
 
 def _num_scored(body: CompletionBody) -> int | None:
@@ -168,6 +164,4 @@ class CompletionWriter:
         if not (self._body.echo and delta.is_first):
             return own
         prompt_ids = choice.prompt.token_ids
-        return joined(
-            echoed_logprobs(prompt_ids, delta.prompt_logprobs, self._names, num_top=num_top, text=echo), own
-        )
+        return joined(echoed_logprobs(prompt_ids, delta.prompt_logprobs, self._names, num_top=num_top, text=echo), own)

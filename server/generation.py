@@ -188,9 +188,7 @@ async def merge(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[De
         await _close(pending, streams)
 
 
-async def _close(
-    futures: Iterable[asyncio.Future[Delta]], streams: Iterable[AsyncGenerator[Delta, None]]
-) -> None:
+async def _close(futures: Iterable[asyncio.Future[Delta]], streams: Iterable[AsyncGenerator[Delta, None]]) -> None:
     for future in futures:
         future.cancel()
     await asyncio.gather(*futures, return_exceptions=True)

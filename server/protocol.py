@@ -155,4 +155,3 @@ class DetokenizeBody(Body):
     model: str | None = None
     tokens: TokenIds
     skip_special_tokens: bool | None = None
-

@@ -144,9 +144,7 @@ def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
 def _build(source: ModelSource, hf_config: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype) -> Model:
     max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
     try:
-        return build_model(
-            hf_config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len
-        )
+        return build_model(hf_config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len)
     except ValueError as error:
         raise ModelError(f"{source.path}: {error}") from error
 

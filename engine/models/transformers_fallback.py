@@ -160,9 +160,7 @@ class TransformersModel(Model):
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
         with self.step.of(AttentionStep(self.layers, batch, attention)):
-            outputs = self.decoder(
-                input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
-            )
+            outputs = self.decoder(input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False)
         hidden: Tensor = outputs.last_hidden_state
         return hidden[0]
 
@@ -208,9 +206,7 @@ def _record_layers(config: PreTrainedConfig) -> dict[int, AttentionLayer]:
                 model.base_model(input_ids=token, position_ids=token, use_cache=False)
         except FOREIGN_ERRORS as error:
             raise _refusal(config, error) from error
-    layers = {
-        number: replace(layer, index=i) for i, (number, layer) in enumerate(sorted(recorder.layers.items()))
-    }
+    layers = {number: replace(layer, index=i) for i, (number, layer) in enumerate(sorted(recorder.layers.items()))}
     check_attention_layers(config.get_text_config(), list(layers.values()))
     return layers
 

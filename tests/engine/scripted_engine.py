@@ -108,10 +108,26 @@ class ScriptedEngine:
 
     def _stats(self, num_seqs: int) -> StepStats:
         return StepStats(
-            num_tokens=num_seqs, num_seqs=num_seqs, num_running=len(self._running), num_waiting=len(self._waiting),
-            schedule=0, forward=self._delay, sample=0, update=0, propose=0, num_blocks=100,
-            num_owned_blocks=len(self._running), num_cached_blocks=0, num_preemptions=0, num_prefix_queries=0,
-            num_prefix_hits=0, num_drafts=0, num_draft_tokens=0, accepted_by_position=[], bytes_moved=0, flops=0,
+            num_tokens=num_seqs,
+            num_seqs=num_seqs,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            schedule=0,
+            forward=self._delay,
+            sample=0,
+            update=0,
+            propose=0,
+            num_blocks=100,
+            num_owned_blocks=len(self._running),
+            num_cached_blocks=0,
+            num_preemptions=0,
+            num_prefix_queries=0,
+            num_prefix_hits=0,
+            num_drafts=0,
+            num_draft_tokens=0,
+            accepted_by_position=[],
+            bytes_moved=0,
+            flops=0,
         )
 
 
@@ -169,9 +185,20 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Scr
         delay=float(options.get("delay", "0.002")), max_num_seqs=int(options.get("max_num_seqs", "64"))
     )
     model = ModelInfo(
-        path=config.model.path, architecture="Scripted", num_parameters=0, vocab_size=65536, trained_context=4096,
-        max_model_len=4096, num_kv_tokens=1600, eos_token_ids=[0], generation_defaults={},
+        path=config.model.path,
+        architecture="Scripted",
+        num_parameters=0,
+        vocab_size=65536,
+        trained_context=4096,
+        max_model_len=4096,
+        num_kv_tokens=1600,
+        eos_token_ids=[0],
+        generation_defaults={},
         tokenizer=TokenizerAssets(tokenizer_json="{}", chat_template=None, special_tokens={}),
-        fingerprint="fp_scripted", settings={}, phase_seconds={}, bytes_per_second=0, flops_per_second=0,
+        fingerprint="fp_scripted",
+        settings={},
+        phase_seconds={},
+        bytes_per_second=0,
+        flops_per_second=0,
     )
     return engine, model

@@ -229,9 +229,7 @@ class PoisonedSampler(Sampler):
 def test_a_poisoned_request_fails_alone(llama, greedy):
     engine = _make_engine(llama)
     engine.sampler = PoisonedSampler(VOCAB_SIZE)
-    poisoned = Request(
-        request_id="bad", prompt_token_ids=[1, 2, POISON], params=SamplingParams(seed=0, max_tokens=5)
-    )
+    poisoned = Request(request_id="bad", prompt_token_ids=[1, 2, POISON], params=SamplingParams(seed=0, max_tokens=5))
     for request in [*_requests(_prompts())[:4], poisoned]:
         engine.add(request)
     results: dict[str, list[int]] = defaultdict(list)

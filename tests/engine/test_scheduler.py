@@ -180,9 +180,7 @@ def test_random_operations_keep_every_invariant(make_world, num_blocks, window):
             request = _request(rng, f"r{operation}", max_prompt=40)
             if rng.random() < 0.1:  # as after a crash: some of its output is known
                 known = _reference(request, 64)[:-1]
-                request = msgspec.structs.replace(
-                    request, output_token_ids=known[: rng.randrange(len(known) + 1)]
-                )
+                request = msgspec.structs.replace(request, output_token_ids=known[: rng.randrange(len(known) + 1)])
             requests[request.request_id] = request
             world.add(request)
             alive.add(request.request_id)

@@ -177,9 +177,7 @@ def _send_and_leave(request: httpx.Request, leave: threading.Event) -> None:
 @pytest.mark.parametrize(
     ("kind", "status"), [(None, 500), ("request", 500), ("quarantined", 500), ("engine_failed", 503), ("stopped", 503)]
 )
-async def test_a_failure_before_the_first_token_has_a_status(
-    world, client, path, body, streamed, kind, status
-) -> None:
+async def test_a_failure_before_the_first_token_has_a_status(world, client, path, body, streamed, kind, status) -> None:
     world.engine.fail_after, world.engine.failure_kind = 0, kind
     response = await client.post(
         path, json=body | {"stream": streamed, "n": 2}, headers={"X-Request-Id": "the-request"}

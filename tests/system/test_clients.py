@@ -150,12 +150,46 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = """
-    prompt n best_of max_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty
-    logit_bias logprobs echo stop stop_token_ids seed stream stream_options suffix user ignore_eos min_tokens
-    allowed_token_ids bad_words truncate_prompt_tokens return_token_ids prompt_logprobs priority cache_salt speculation
-    timeout timing strict response_format add_special_tokens skip_special_tokens unknown_field
-""".split()
+FIELDS = [
+    "prompt",
+    "n",
+    "best_of",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "echo",
+    "stop",
+    "stop_token_ids",
+    "seed",
+    "stream",
+    "stream_options",
+    "suffix",
+    "user",
+    "ignore_eos",
+    "min_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "truncate_prompt_tokens",
+    "return_token_ids",
+    "prompt_logprobs",
+    "priority",
+    "cache_salt",
+    "speculation",
+    "timeout",
+    "timing",
+    "strict",
+    "response_format",
+    "add_special_tokens",
+    "skip_special_tokens",
+    "unknown_field",
+]
 PLAUSIBLE = st.fixed_dictionaries(
     {},
     optional={

@@ -69,6 +69,10 @@ def test_greedy_text_equals_transformers(reference, method):
     for i, prompt_ids in enumerate(ids):
         with torch.inference_mode():
             expected = reference.generate(
-                torch.tensor([prompt_ids]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+                torch.tensor([prompt_ids]),
+                max_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )[0, len(prompt_ids) :].tolist()
         assert outputs[str(i)] == expected, PROMPTS[i]

@@ -62,7 +62,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     torch.set_num_threads(plan.num_threads)
     loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
     clock.enter("pack", f"weights for {plan.num_threads} threads")
-    prepare_linears(loaded.model, config.model.quantization, num_threads=plan.num_threads)
+    prepare_linears(loaded.model, plan.quantization, num_threads=plan.num_threads)
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
     engine = _assemble(config, plan, loaded)
     clock.enter("measure", "the machine's ceilings")
@@ -138,7 +138,7 @@ def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) ->
         release,
         torch.__version__,
         loaded.weights_digest,
-        config.model.quantization,
+        plan.quantization,
         config.model.implementation,
         str(plan.dtype),
         str(plan.kv_dtype),

@@ -39,6 +39,7 @@ class Machine:
     available_bytes: int
     has_fast_bf16: bool  # the CPU multiplies bfloat16
     has_avx512: bool
+    has_float16_weights: bool  # FBGEMM multiplies float32 by float16 weights
     gpu: Gpu | None = None
 
 
@@ -56,6 +57,7 @@ def read_machine() -> Machine:
         available_bytes=available,
         has_fast_bf16=has_fast_bf16(),
         has_avx512="AVX512" in torch.backends.cpu.get_cpu_capability(),
+        has_float16_weights=has_float16_weights(),
         gpu=gpu,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from engine.config import EngineConfig
+from engine.linear import FORMATS
 from engine.messages import Setting
 
 if TYPE_CHECKING:
@@ -70,6 +71,26 @@ def resolve_dtype(config: EngineConfig, machine: Machine, device: str) -> Resolv
     if machine.has_fast_bf16:
         return Resolved("bfloat16", "measured", "this CPU multiplies bfloat16 in hardware")
     return Resolved("float32", "measured", "this CPU has no instructions for bfloat16")
+
+
+def resolve_quantization(config: EngineConfig, machine: Machine, device: str, dtype: str) -> Resolved[str]:
+    """`dtype`: as resolved. Who asked for float32, or for no quantization, gets exactly the model's weights."""
+    asked = config.model.quantization
+    if asked != "auto":
+        if asked not in FORMATS:
+            raise SettingError(f"model.quantization is {asked!r}; supported are auto, {', '.join(FORMATS)}")
+        return Resolved(asked, "config")
+    if config.model.dtype != "auto":
+        return Resolved("none", "default", f"model.dtype is set to {config.model.dtype}")
+    if device != "cpu":
+        return Resolved("none", "default", "the GPU multiplies the model's own dtype fastest")
+    if machine.has_fast_bf16 or dtype != "float32":
+        return Resolved("none", "measured", f"this CPU multiplies {dtype} in hardware")
+    if not machine.has_float16_weights:
+        return Resolved("none", "measured", "this torch build has no products with float16 weights")
+    return Resolved(
+        "fp16", "measured", "half the bytes and 2 to 5 times the speed here; weights round by 2^-11 or less"
+    )
 
 
 def resolve_kv_dtype(config: EngineConfig, dtype: str) -> Resolved[str]:

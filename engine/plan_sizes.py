@@ -50,12 +50,16 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Sizer:
-    """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts."""
+    """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts.
+
+    `quantization` is the one that "auto" became.
+    """
 
     facts: ModelFacts
     config: EngineConfig
     machine: Machine
     device: str
+    quantization: str
     num_lookahead: int
 
     @property
@@ -64,10 +68,9 @@ class Sizer:
 
     def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
         facts, size = self.facts, DTYPES[dtype].itemsize
-        quantization = self.config.model.quantization
-        is_packed = quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
+        is_packed = self.quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
         output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
-        weight_size = _QUANTIZED_BYTES.get(quantization, size)
+        weight_size = _QUANTIZED_BYTES.get(self.quantization, size)
         kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
         num_rows = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
         logits = 4 * num_rows * facts.vocab_size * 4  # float32: raw, processed, sorted, noise
@@ -161,7 +164,7 @@ class Sizer:
 
     def _too_large(self, demand: Demand) -> str:
         fix = "name a smaller model in model.path"
-        if self.config.model.quantization == "none" and self._fits_with(demand, bytes_per_weight=1):
+        if _QUANTIZED_BYTES.get(self.quantization, 2) > 1 and self._fits_with(demand, bytes_per_weight=1):
             fix = "set model.quantization to int8"
         elif self.config.model.dtype == "float32" and self._fits_with(demand, bytes_per_weight=2):
             fix = "set model.dtype to bfloat16"

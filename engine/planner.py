@@ -10,7 +10,14 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.messages import Setting
 from engine.models.loader import ModelFacts
-from engine.plan_settings import resolve_device, resolve_dtype, resolve_kv_dtype, resolve_limits, resolve_num_threads
+from engine.plan_settings import (
+    resolve_device,
+    resolve_dtype,
+    resolve_kv_dtype,
+    resolve_limits,
+    resolve_num_threads,
+    resolve_quantization,
+)
 from engine.plan_sizes import DTYPES, PlanError, Sizer, gib, num_blocks_for
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
@@ -24,7 +31,7 @@ class MemoryPlan:
     """What goes where, in bytes, and what fits. `settings` has every resolved "auto", by its key in the config."""
 
     facts: ModelFacts
-    model_config: ModelConfig  # with the resolved length and dtype
+    model_config: ModelConfig  # with the resolved length, dtype and quantization
     device: str
     num_threads: int
     total_bytes: int  # of the device
@@ -37,6 +44,7 @@ class MemoryPlan:
     num_blocks: int
     num_lookahead_tokens: int
     dtype: torch.dtype
+    quantization: str  # a key of engine.linear.FORMATS
     kv_dtype: torch.dtype
     max_model_len: int  # tokens
     max_num_seqs: int
@@ -69,11 +77,12 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
     """
     device = resolve_device(config, machine)
     dtype = resolve_dtype(config, machine, device.value)
+    quantization = resolve_quantization(config, machine, device.value, dtype.value)
     kv_dtype = resolve_kv_dtype(config, dtype.value)
     num_threads = resolve_num_threads(config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value)
     num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(facts, config, machine, device.value, num_lookahead)
+    sizer = Sizer(facts, config, machine, device.value, quantization.value, num_lookahead)
     demand = sizer.demand(
         dtype.value,
         kv_dtype.value,
@@ -85,7 +94,13 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
     max_model_len = sizer.length(demand, num_blocks)
     return MemoryPlan(
         facts=facts,
-        model_config=config.model.model_copy(update={"max_model_len": max_model_len.value, "dtype": dtype.value}),
+        model_config=config.model.model_copy(
+            update={
+                "max_model_len": max_model_len.value,
+                "dtype": dtype.value,
+                "quantization": quantization.value,
+            }
+        ),
         device=device.value,
         num_threads=num_threads.value,
         total_bytes=machine.total_bytes,
@@ -98,6 +113,7 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
         num_blocks=num_blocks,
         num_lookahead_tokens=num_lookahead,
         dtype=DTYPES[dtype.value],
+        quantization=quantization.value,
         kv_dtype=DTYPES[kv_dtype.value],
         max_model_len=max_model_len.value,
         max_num_seqs=max_num_seqs.value,
@@ -106,6 +122,7 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
             "device.name": device.setting,
             "device.num_threads": num_threads.setting,
             "model.dtype": dtype.setting,
+            "model.quantization": quantization.setting,
             "model.max_model_len": max_model_len.setting,
             "scheduler.max_num_seqs": max_num_seqs.setting,
             "scheduler.max_num_batched_tokens": max_num_batched_tokens.setting,

@@ -30,21 +30,23 @@ def sample_tokens(
     """
     peaks = logits.amax(-1, keepdim=True)
     gaps = (peaks + 0.0 - logits) / temperatures.clamp_min(GREEDY_BELOW)[:, None]
+    scores = token_noise(keys, logits.shape[1]) - gaps
+    scores = scores.masked_fill(~is_kept(gaps, max_gaps, top_ks, top_ps), -torch.inf)
+    tokens = torch.where(temperatures < GREEDY_BELOW, logits.argmax(-1), scores.argmax(-1))
+    return tokens.masked_fill(~peaks[:, 0].isfinite(), NO_TOKEN)
+
+
+def is_kept(gaps: Tensor, max_gaps: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
+    """Which tokens may be sampled. gaps: [num_rows, vocab_size]; returns the same shape, bool"""
     order = gaps.argsort(dim=-1, stable=True)
     ordered = gaps.gather(1, order)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    is_kept = (ordered <= max_gaps[:, None]) & (rank < top_ks[:, None])
-    weights = ((-ordered.double()).exp() * 2.0**40).round().long().masked_fill(~is_kept, 0)
+    rank = torch.arange(gaps.shape[1], device=gaps.device)
+    is_left = (ordered <= max_gaps[:, None]) & (rank < top_ks[:, None])
+    weights = ((-ordered.double()).exp() * 2.0**40).round().long().masked_fill(~is_left, 0)
     before = weights.cumsum(-1) - weights
-    limits = (weights.sum(-1).double() * top_ps).ceil().long()
-    is_kept &= (before < limits[:, None]) | (top_ps >= 1.0)[:, None]
-    is_kept[:, 0] = True
-    noise = token_noise(keys, logits.shape[1]).gather(1, order)
-    scores = (noise - ordered).masked_fill(~is_kept, -torch.inf)
-    is_best = scores == scores.amax(-1, keepdim=True)
-    sampled = order.masked_fill(~is_best, logits.shape[1]).amin(-1)
-    tokens = torch.where(temperatures < GREEDY_BELOW, logits.argmax(-1), sampled)
-    return tokens.masked_fill(~peaks[:, 0].isfinite(), NO_TOKEN)
+    limits = (weights.sum(-1).double() * top_ps).ceil().long().clamp_min(1)
+    is_left &= (before < limits[:, None]) | (top_ps >= 1.0)[:, None]
+    return torch.zeros_like(is_left).scatter_(1, order, is_left)
 
 
 def token_noise(keys: Tensor, vocab_size: int) -> Tensor:
@@ -65,3 +67,43 @@ def token_noise(keys: Tensor, vocab_size: int) -> Tensor:
 def _wrapped_product(words: Tensor, multiplier: int) -> Tensor:
     """The low 32 bits, by a multiplier so large that the whole product would not fit into a signed 64-bit word."""
     return (words * (multiplier & 0xFFFF) + ((words * (multiplier >> 16) & 0xFFFF) << 16)) & _WORD
+
+
+def penalise(
+    logits: Tensor,
+    counts: Tensor,
+    is_in_prompt: Tensor,
+    states: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> None:
+    """Penalises, in place, tokens that a row's text already has.
+
+    First the repetition penalty, over prompt and output: it divides a positive logit and multiplies a negative one
+    (Keskar et al. 2019, "CTRL", section 4.1). Then frequency times the number of occurrences in the output plus
+    presence, subtracted. Penalties of 1 and 0 leave a row as it is.
+
+    logits: [num_rows, vocab_size] float32
+    counts: [num_states, vocab_size] int32, occurrences in the output; is_in_prompt: the same shape, bool
+    states: [num_rows], which state is each row's; repetition: [num_rows] float32
+    frequency, presence: [num_rows] float64, so that their sum is rounded once
+    """
+    in_output = counts[states]
+    penalty = torch.where(is_in_prompt[states] | (in_output > 0), repetition[:, None], 1.0)
+    logits.copy_(torch.where(logits > 0, logits / penalty, logits * penalty).clamp_max(torch.finfo(torch.float32).max))
+    subtracted = (in_output * frequency[:, None] + presence[:, None]).float()
+    logits.sub_(torch.where(in_output > 0, subtracted, 0.0))
+
+
+def score_tokens(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ranks of one token per row: (float64, int64), [num_rows] each.
+
+    The rank is 1 plus the number of tokens that are strictly more likely.
+
+    logits: [num_rows, vocab_size] float32; tokens: [num_rows] int64
+    """
+    gaps = logits.amax(-1, keepdim=True) - logits
+    gap = gaps.gather(1, tokens[:, None])
+    log_totals = gaps.neg().exp().sum(-1, dtype=torch.float64).log()
+    return -gap[:, 0].double() - log_totals, (gaps < gap).sum(-1) + 1

@@ -72,19 +72,19 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
     """For the configured dtype and weight format. Raises ValueError for settings that this machine cannot honour."""
     from engine.linear import FORMATS
     from engine.machine import describe_kernels, read_machine
-    from engine.plan_settings import resolve_device, resolve_dtype
+    from engine.plan_settings import resolve_device, resolve_dtype, resolve_quantization
     from engine.plan_sizes import DTYPES
 
     config, found = loaded.config.engine_config(), read_machine()
-    quantization = config.model.quantization
-    if quantization not in FORMATS:
-        raise ValueError(f"model.quantization is {quantization!r}, but the formats are {', '.join(FORMATS)}")
     device = resolve_device(config, found)
     dtype = resolve_dtype(config, found, device.value)
+    quantization = resolve_quantization(config, found, device.value, dtype.value)
     yield "device", f"{device.value} ({device.setting.reason or device.setting.source})"
     yield "dtype", f"{dtype.value} ({dtype.setting.reason or dtype.setting.source})"
+    yield "quantization", f"{quantization.value} ({quantization.setting.reason or quantization.setting.source})"
     yield "weight formats", ", ".join(FORMATS)
-    for part, kernel in describe_kernels(found, dtype=DTYPES[dtype.value], quantization=quantization).items():
+    parts = describe_kernels(found, dtype=DTYPES[dtype.value], quantization=quantization.value)
+    for part, kernel in parts.items():
         yield f"  {part}", kernel
 
 

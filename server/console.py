@@ -87,18 +87,23 @@ def _seconds(stats: StepStats) -> float:
 
 
 def banner(config: Config, model: ModelInfo, url: str, *, seconds: float) -> str:
-    dtype = model.settings.get("model.dtype")
-    quantization = config.model.quantization
-    weights = f", {quantization} weights" if quantization != "none" else ""
+    dtype = _resolved(model, "model.dtype", config.model.dtype)
+    quantization = _resolved(model, "model.quantization", config.model.quantization)
+    weights = "" if quantization == "none" else f", {quantization} weights"
     rows = [
         ("url", url),
         ("model", f"{config.model_names()[0]} ({model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters)"),
-        ("dtype", f"{dtype.value if dtype is not None else config.model.dtype}{weights}"),
+        ("dtype", f"{dtype}{weights}"),
         ("context", f"{model.max_model_len:,} tokens per request, {model.num_kv_tokens:,} tokens of KV cache"),
         ("try", example(config, url, has_chat_template=model.tokenizer.chat_template is not None)),
     ]
     lines = [f"Peregrine {VERSION} is ready after {seconds:.1f} s", *(f"  {name:<8} {value}" for name, value in rows)]
     return "\n".join(["", *lines, ""])
+
+
+def _resolved(model: ModelInfo, name: str, configured: str) -> str:
+    setting = model.settings.get(name)
+    return configured if setting is None else str(setting.value)
 
 
 def example(config: Config, url: str, *, has_chat_template: bool) -> str:

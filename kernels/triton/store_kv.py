@@ -26,7 +26,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     if not num_tokens:
         return
     padded_heads, padded_dim = next_power_of_2(num_kv_heads), next_power_of_2(head_dim)
-    _store_kv_kernel[(num_tokens,)](
+    store_kv_kernel[(num_tokens,)](
         k,
         v,
         k_cache,
@@ -47,7 +47,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
 
 @triton.jit
-def _store_kv_kernel(
+def store_kv_kernel(
     k_ptr,
     v_ptr,
     k_cache_ptr,

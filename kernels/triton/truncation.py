@@ -122,26 +122,26 @@ def truncate(row_ptr, vocab_size, peak, temperature, max_gap, top_k, top_p, TOKE
     """The bits where the row is cut, and the last token id that is kept at the cut."""
     cut = gap_bits(max_gap)
     num_level = tl.full([], 1, tl.int64) << 40  # all of them
-    is_cut = False
+    is_cut = tl.full([], 0, tl.int32)
     if top_k < vocab_size:
         _, _, num_left = sums_up_to(row_ptr, vocab_size, peak, temperature, -1, cut, cut, cut, False, TOKENS)
         if num_left > top_k:
             cut, num_below = search(row_ptr, vocab_size, peak, temperature, cut, top_k, False, TOKENS)
-            num_level = top_k - num_below
-            is_cut = True
+            num_level = top_k
+            is_cut = tl.full([], 1, tl.int32)
     if top_p < 1.0:
         # what min-p and top-k left, less what top-k cut off at its level
         _, below, total = sums_up_to(row_ptr, vocab_size, peak, temperature, -1, -1, cut - 1, cut, True, TOKENS)
         level_weight = tl.maximum(weights_of((cut + tl.zeros([1], tl.int32)).to(tl.float32, bitcast=True)), 1)
-        total = tl.minimum(total, below + num_level * tl.max(level_weight, 0)) if is_cut else total
+        total = tl.where(is_cut > 0, tl.minimum(total, below + num_level * tl.max(level_weight, 0)), total)
         limit = tl.maximum(tl.ceil(total.to(tl.float64) * top_p).to(tl.int64), 1)
         old_cut = cut
         cut, below = search(row_ptr, vocab_size, peak, temperature, cut, limit, True, TOKENS)
         level_weight = tl.maximum(weights_of((cut + tl.zeros([1], tl.int32)).to(tl.float32, bitcast=True)), 1)
         num_needed = tl.cdiv(limit - below, tl.max(level_weight, 0))
         num_level = tl.where(cut == old_cut, tl.minimum(num_level, num_needed), num_needed)
-        is_cut = True
-    last_level = vocab_size
-    if is_cut:
+        is_cut = tl.full([], 1, tl.int32)
+    last_level = tl.full([], 0x7FFFFFFF, tl.int32)
+    if is_cut > 0:
         last_level = last_of_level(row_ptr, vocab_size, peak, temperature, cut, num_level, TOKENS)
     return cut, last_level

@@ -38,7 +38,12 @@ FACTS = ModelFacts(
 
 
 def make_machine(
-    available: int = 2**30, *, total: int = 2**32, device: str = "cpu", has_fast_bf16: bool = False
+    available: int = 2**30,
+    *,
+    total: int = 2**32,
+    device: str = "cpu",
+    has_fast_bf16: bool = False,
+    has_float16_weights: bool = False,
 ) -> Machine:
     return Machine(
         device=device,
@@ -49,6 +54,7 @@ def make_machine(
         available_bytes=available,
         has_fast_bf16=has_fast_bf16,
         has_avx512=False,
+        has_float16_weights=has_float16_weights,
     )
 
 
@@ -170,6 +176,10 @@ def test_a_model_too_large_is_refused_with_what_would_make_it_fit() -> None:
     with pytest.raises(PlanError, match=r"needs 3\.7. GiB.*set model\.quantization to int8"):
         plan(make_machine(2 * 2**30), facts=large)
     assert plan(make_machine(2 * 2**30), facts=large, model={"quantization": "int8"}).num_blocks > 0
+    with pytest.raises(PlanError, match=r"needs 1\.8. GiB.*set model\.quantization to int8"):
+        plan(make_machine(3 * 2**29, has_float16_weights=True), facts=large)
+    with pytest.raises(PlanError, match="smaller model"):
+        plan(make_machine(2**29), facts=large, model={"quantization": "int8"})
     with pytest.raises(PlanError, match="smaller model"):
         plan(make_machine(2**29), facts=large)
 
@@ -184,16 +194,44 @@ def test_what_the_machine_decides_has_a_source_and_a_reason() -> None:
         assert setting.reason, key
     asked = plan(
         make_machine(has_fast_bf16=True),
-        model={"dtype": "float16", "max_model_len": 100},
+        model={"dtype": "float16", "quantization": "none", "max_model_len": 100},
         device={"name": "cpu", "num_threads": 2},
         scheduler={"max_num_seqs": 3, "max_num_batched_tokens": 77},
         kv_cache={"memory": "1600tokens", "dtype": "float32"},
     )
     assert {setting.source for setting in asked.settings.values()} == {"config"}
     assert [setting.value for setting in asked.settings.values()] == [
-        "cpu", 2, "float16", 100, 3, 77, "1600tokens", "float32",
+        "cpu", 2, "float16", "none", 100, 3, 77, "1600tokens", "float32",
     ]  # fmt: skip
     assert (asked.model_config.dtype, asked.model_config.max_model_len) == ("float16", 100)
+
+
+@pytest.mark.parametrize("has_float16_weights", [True, False])
+@pytest.mark.parametrize("has_fast_bf16", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantization", ["auto", "none", "fp16", "int8"])
+def test_half_weights_are_chosen_only_where_nobody_asked_for_exact_ones_and_they_gain(
+    quantization: str, dtype: str, device: str, has_fast_bf16: bool, has_float16_weights: bool
+) -> None:
+    machine = make_machine(2**32, device=device, has_fast_bf16=has_fast_bf16, has_float16_weights=has_float16_weights)
+    made = plan(machine, model={"dtype": dtype, "quantization": quantization})
+    gains = device == "cpu" and has_float16_weights and not has_fast_bf16
+    by_itself = "fp16" if gains and dtype == "auto" else "none"
+    assert made.quantization == (by_itself if quantization == "auto" else quantization)
+    assert made.model_config.quantization == made.quantization
+    setting = made.settings["model.quantization"]
+    assert setting.value == made.quantization
+    assert (setting.source == "config") == (quantization != "auto")
+    assert setting.reason or quantization != "auto"
+    if by_itself == "fp16":
+        assert made.dtype == torch.float32
+
+
+def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:
+    exact = plan(make_machine(has_float16_weights=True), model={"quantization": "none"})
+    half = plan(make_machine(has_float16_weights=True))
+    assert (half.linear_bytes, half.embedding_bytes) == (exact.linear_bytes // 2, exact.embedding_bytes)
 
 
 def test_one_limit_set_moves_the_other() -> None:
@@ -208,6 +246,7 @@ def test_one_limit_set_moves_the_other() -> None:
     [
         ({"model": {"max_model_len": 2049}}, "set it to 2048 or less"),
         ({"device": {"name": "cuda"}}, "no GPU"),
+        ({"model": {"quantization": "int3"}}, "supported are auto, none, fp16, int8"),
         ({"kv_cache": {"dtype": "fp8"}}, "supported are auto, float32"),
         ({"kv_cache": {"memory": "lots"}}, "kv_cache.memory"),
         ({"scheduler": {"max_num_seqs": 10, "max_num_batched_tokens": 9}}, "raise the first or lower the second"),

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.linear import has_float16_weights
 from engine.models.default_model import ensure_model
 from engine.models.gguf_file import gguf_config, gguf_weights
 from engine.models.gguf_header import read_gguf_header
@@ -29,8 +31,7 @@ PROMPTS = [
 NUM_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def reference() -> LlamaForCausalLM:
+def make_reference() -> LlamaForCausalLM:
     """The same file's weights in transformers' own Llama."""
     header = read_gguf_header(ensure_model(report=lambda phase, detail: None))
     config = LlamaConfig(**gguf_config(header, implementation="own").to_dict())
@@ -41,38 +42,73 @@ def reference() -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("method", ["none", "ngram"])
-def test_greedy_text_equals_transformers(reference, method):
-    config = EngineConfig.model_validate(
-        {"speculation": {"method": method}, "device": {"num_threads": 1}, "kv_cache": {"memory": "4096tokens"}}
-    )
-    engine, model = build_engine(config, lambda phase, detail: None)
-    tokenizer = Tokenizer(model.tokenizer)
-    chats = [
-        tokenizer.render_chat(
-            [{"role": "user", "content": text}],
+@torch.no_grad()
+def round_linears(model: LlamaForCausalLM) -> None:
+    """What float16 storage makes of the linear layers; the embedding, whose matrix the last one shares, stays exact."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(module.weight.half().float())
+
+
+def encode_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Every other one as a chat."""
+    prompts = list(PROMPTS)
+    for i in range(1, len(prompts), 2):
+        prompts[i] = tokenizer.render_chat(
+            [{"role": "user", "content": prompts[i]}],
             add_generation_prompt=True,
             continue_final_message=False,
             variables={},
         )
-        for text in PROMPTS
-    ]
-    prompts = [chat if i % 2 else text for i, (chat, text) in enumerate(zip(chats, PROMPTS, strict=True))]
-    ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    for i, prompt_ids in enumerate(ids):
+    return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+
+
+def generate(method: str, quantization: str) -> tuple[list[list[int]], list[list[int]]]:
+    """The engine's prompts and greedy outputs, all in one batch."""
+    config = EngineConfig.model_validate(
+        {
+            "model": {"dtype": "float32", "quantization": quantization},
+            "speculation": {"method": method},
+            "device": {"num_threads": 1},
+            "kv_cache": {"memory": "4096tokens"},
+        }
+    )
+    engine, model = build_engine(config, lambda phase, detail: None)
+    prompts = encode_prompts(Tokenizer(model.tokenizer))
+    for i, prompt_ids in enumerate(prompts):
         params = SamplingParams(seed=0, temperature=0.0, max_tokens=NUM_TOKENS)
         engine.add(Request(request_id=str(i), prompt_token_ids=prompt_ids, params=params))
-    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(ids))}
+    outputs: list[list[int]] = [[] for _ in prompts]
     while engine.has_work:
         for output in engine.step()[0]:
-            outputs[output.request_id] += output.token_ids
-    for i, prompt_ids in enumerate(ids):
-        with torch.inference_mode():
-            expected = reference.generate(
-                torch.tensor([prompt_ids]),
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )[0, len(prompt_ids) :].tolist()
-        assert outputs[str(i)] == expected, PROMPTS[i]
+            outputs[int(output.request_id)] += output.token_ids
+    return prompts, outputs
+
+
+def continuation(reference: LlamaForCausalLM, prompt: list[int], output: list[int]) -> list[int]:
+    """What the reference takes for likeliest after each beginning of the answer.
+
+    It equals `output` exactly if greedy generation does: both agree on the first token, hence on the second, and so on.
+    """
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt + output[:-1]])).logits[0]
+    return logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "methods"),
+    [
+        ("none", ("none", "ngram")),
+        pytest.param("fp16", ("ngram",), marks=pytest.mark.skipif(not has_float16_weights(), reason="no FBGEMM")),
+    ],
+)
+def test_greedy_text_equals_transformers(quantization: str, methods: tuple[str, ...]) -> None:
+    reference = make_reference()
+    if quantization == "fp16":
+        round_linears(reference)
+    for method in methods:
+        prompts, outputs = generate(method, quantization)
+        for text, prompt, output in zip(PROMPTS, prompts, outputs, strict=True):
+            assert len(output) == NUM_TOKENS
+            assert output == continuation(reference, prompt, output), (method, text)

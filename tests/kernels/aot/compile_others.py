@@ -15,6 +15,7 @@ from kernels.triton.moe import mix_experts, route
 from kernels.triton.norm import add_rms_norm, rms_norm
 from kernels.triton.qkv import rotate_and_store
 from kernels.triton.sampling import sample_tokens
+from kernels.triton.token_scores import penalise, score_tokens
 
 BFLOAT16 = torch.bfloat16
 
@@ -44,7 +45,10 @@ def qkv() -> None:
 def sampling() -> None:
     floats, ids = torch.empty(4), torch.zeros(4, dtype=torch.int64)
     keys = torch.zeros(4, 2, dtype=torch.int32)
-    sample_tokens(torch.empty(4, 128_256), floats, keys, floats, ids, floats.double())
+    logits, counts = torch.empty(4, 128_256), torch.zeros(4, 128_256, dtype=torch.int32)
+    sample_tokens(logits, floats, keys, floats, ids, floats.double())
+    penalise(logits, counts, counts.bool(), ids, floats, floats.double(), floats.double())
+    score_tokens(logits, ids)
 
 
 def moe_decode() -> None:

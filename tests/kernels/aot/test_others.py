@@ -3,10 +3,21 @@
 import pytest
 
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # of tiles with 64 rows and more
-KERNELS = {"rms_norm_kernel", "gated_kernel", "qkv_kernel", "sample_kernel", "route_kernel", "grouped_kernel"}
+KERNELS = {
+    "rms_norm_kernel",
+    "gated_kernel",
+    "qkv_kernel",
+    "sample_kernel",
+    "penalise_kernel",
+    "score_kernel",
+    "route_kernel",
+    "grouped_kernel",
+}
+OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100)]
 
 
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("arch", [90, *OTHERS])
 def test_the_kernels_around_attention_spill_nothing(compile_kernels, arch: int) -> None:
     compiled = compile_kernels("compile_others.py", arch, "all")
     assert {one.kernel for one in compiled} == KERNELS

@@ -5,15 +5,18 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from engine.noise import gumbel, noise_bits, noise_keys, token_words
 from engine.sampler import Sampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
-from kernels.sampling import NO_TOKEN, token_noise
+from kernels.sampling import NO_TOKEN, is_kept, token_noise
 from kernels.sampling import sample_tokens as definition
 from kernels.triton import sampling
 from kernels.triton.sampling import sample_tokens
+from kernels.triton.truncation import truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should
 VOCAB_SIZE = 150
@@ -115,3 +118,37 @@ def test_greedy_rows_and_unusable_rows(device: torch.device) -> None:
     found = sample_tokens(*(x.to(device) for x in arguments)).tolist()
     assert found == [60, int(logits[1].argmax()), NO_TOKEN, NO_TOKEN, NO_TOKEN]
     assert found == definition(*arguments).tolist()
+
+
+@triton.jit
+def truncate_kernel(logits_ptr, peaks_ptr, max_gaps_ptr, top_ks_ptr, top_ps_ptr, cuts_ptr, vocab_size):
+    row = tl.program_id(0)
+    cut, last_level = truncate(
+        logits_ptr + row * vocab_size,
+        vocab_size,
+        tl.load(peaks_ptr + row),
+        1.0,
+        tl.load(max_gaps_ptr + row),
+        tl.load(top_ks_ptr + row),
+        tl.load(top_ps_ptr + row),
+        16,
+    )
+    tl.store(cuts_ptr + 2 * row, cut)
+    tl.store(cuts_ptr + 2 * row + 1, last_level)
+
+
+def test_the_cut_keeps_the_tokens_that_sorting_keeps(device: torch.device) -> None:
+    """Few levels, so that most cuts go through one; every pair of limits."""
+    num_rows, vocab_size = 40, 37
+    logits = torch.randint(0, 6, (num_rows, vocab_size)) * torch.tensor([0.01, 0.4, 1.0, 3.0]).repeat(10)[:, None]
+    max_gaps = torch.where(torch.rand(num_rows) < 0.5, torch.rand(num_rows) * 4, torch.inf)
+    top_ks = torch.where(torch.rand(num_rows) < 0.7, torch.randint(1, vocab_size, (num_rows,)), vocab_size)
+    top_ps = torch.where(torch.rand(num_rows) < 0.7, torch.rand(num_rows, dtype=torch.float64), 1.0)
+    cuts = torch.empty(num_rows, 2, dtype=torch.int32, device=device)
+    arguments = (logits, logits.amax(-1), max_gaps, top_ks, top_ps)
+    truncate_kernel[(num_rows,)](*(x.to(device) for x in arguments), cuts, vocab_size)
+    gaps = logits.amax(-1, keepdim=True) - logits
+    cut, last_level = cuts.cpu().split(1, dim=1)
+    bits = (gaps + 0.0).view(torch.int32)
+    found = (bits < cut) | ((bits == cut) & (torch.arange(vocab_size) <= last_level))
+    assert torch.equal(found, is_kept(gaps, max_gaps, top_ks, top_ps))

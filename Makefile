@@ -16,7 +16,12 @@ help:
 	@echo "make doctor  what this machine has, and which kernel each part will use"
 	@echo "make clean   remove the environment and caches"
 
+# Not empty where ARGS says which model to serve.
+NAMED_MODEL = $(filter-out -%,$(firstword $(ARGS)))$(findstring --config,$(ARGS))$(findstring model.path,$(ARGS))
+
+# The default model is fetched here, at the terminal, for the sake of its progress bar; if that fails, serve says why.
 serve: $(RUNTIME)
+	@$(if $(NAMED_MODEL),,$(BIN)/python -m engine.models.default_model >/dev/null || true)
 	@exec $(BIN)/peregrine serve $(ARGS)
 
 doctor: $(RUNTIME)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionLayer
+
+_ALIGNMENT = 64  # bytes: a cache line, which torch's own memory begins with
 
 
 class KVCache:
@@ -27,9 +31,8 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
-        # zeros, not empty: the pages are touched on first use either way, and a fresh cache holds no NaN
         self.kv = [
-            torch.zeros((2, layer.num_kv_heads, num_blocks, block_size, layer.head_dim), dtype=dtype, device=device)
+            _zeros((2, layer.num_kv_heads, num_blocks, block_size, layer.head_dim), dtype, torch.device(device))
             for layer in layers
         ]
         self.k = [kv[0] for kv in self.kv]
@@ -52,3 +55,16 @@ class KVCache:
     def bytes_per_token(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> int:
         """Bytes that one token's keys and values take in all layers."""
         return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because a fresh cache must hold no NaN: a masked key still takes part in a product with 0.
+
+    On the CPU they are pages that the kernel zeroes when they are first used; torch.zeros would write them all now.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8))
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).view(shape)

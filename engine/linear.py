@@ -5,10 +5,11 @@ What a format costs and gains is measured by `python -m loadtest.micro.linear`; 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ FORMATS = {
 
 class QuantFormat(Protocol[W]):
     """A way to store a weight matrix: W is what is stored."""
+
+    packs_with_one_thread: ClassVar[
+        bool
+    ]  # `quantize` is not parallel in itself, so several matrices may be packed at once
 
     def accepts(self, weight: Tensor) -> bool:
         """Whether this matrix gains by it. A matrix that is not accepted stays as it is."""
@@ -69,34 +74,40 @@ class QuantLinear(nn.Module, Generic[W]):
 def prepare_linears(model: nn.Module, format_name: str, *, num_threads: int = 1) -> int:
     """Exchanges the nn.Linear modules of `model` for packed ones, in place; returns how many.
 
-    One at a time, and each frees its float matrix, so that memory peaks at one matrix more than before. An embedding
-    that shares its matrix with the output layer keeps it. Weights that are no nn.Linear (experts, for one) are left
-    alone. `num_threads`: what products will run with. ValueError for a format that does not exist or cannot run here.
+    Each frees its float matrix, so that memory peaks at a few matrices more than before. An embedding that shares its
+    matrix with the output layer keeps it. Weights that are no nn.Linear (experts, for one) are left alone.
+    `num_threads`: what products will run with. ValueError for a format that does not exist or cannot run here.
     """
     if format_name not in FORMATS:
         raise ValueError(f"model.quantization is {format_name!r}, but the formats are {', '.join(FORMATS)}")
     module, _, name = FORMATS[format_name].partition(":")
     quant_format: QuantFormat[object] = getattr(import_module(module), name)()
+    num_at_once = num_threads if quant_format.packs_with_one_thread else 1
     num_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads // num_at_once)
     try:
-        with torch.no_grad():
-            return _exchange(model, quant_format)
+        return _exchange(model, quant_format, num_at_once)
     finally:
         torch.set_num_threads(num_before)
 
 
-def _exchange(model: nn.Module, quant_format: QuantFormat[object]) -> int:
-    num_exchanged = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            # a subclass may compute something else; without elements there is nothing to gain, and kernels refuse
-            if type(child) is nn.Linear and child.weight.numel() and quant_format.accepts(child.weight):
-                weight = child.weight.detach()
-                packed = QuantLinear(quant_format, quant_format.quantize(weight), child.bias, weight.shape)
-                setattr(parent, name, packed)
-                num_exchanged += 1
-    return num_exchanged
+def _exchange(model: nn.Module, quant_format: QuantFormat[object], num_at_once: int) -> int:
+    def pack(place: tuple[nn.Module, str]) -> bool:
+        parent, name = place
+        linear = getattr(parent, name)
+        # without elements there is nothing to gain, and kernels refuse
+        if not linear.weight.numel() or not quant_format.accepts(linear.weight):
+            return False
+        weight = linear.weight.detach()
+        setattr(parent, name, QuantLinear(quant_format, quant_format.quantize(weight), linear.bias, weight.shape))
+        return True
+
+    # a subclass of nn.Linear may compute something else
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    places = [(parent, name) for parent, name, child in children if type(child) is nn.Linear]
+    del children  # which would keep every float matrix to the end
+    with ThreadPoolExecutor(num_at_once) as pool:  # packing holds no interpreter lock
+        return sum(pool.map(torch.no_grad()(pack), places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,8 @@ class PackedFormat:
     Only where that is faster than torch's plain product. bfloat16 and float16: always, on a CPU that multiplies them.
     float32: from 16 MB up, where it doubles the speed of 2 to 64 rows; below, both run at the memory's speed.
     """
+
+    packs_with_one_thread: ClassVar[bool] = False
 
     min_float32_elements: int = 1 << 22
 
@@ -135,6 +148,8 @@ class HalfFormat:
     Bound: 2**-11 of each element, or 2**-25 where that is more. Rounding a bfloat16 checkpoint loses less than that.
     """
 
+    packs_with_one_thread: ClassVar[bool] = True
+
     def __init__(self) -> None:
         if not has_float16_weights():
             raise ValueError('model.quantization fp16 needs FBGEMM, which this torch build lacks; use "none" or "int8"')
@@ -142,7 +157,9 @@ class HalfFormat:
     def accepts(self, weight: Tensor) -> bool:
         if weight.device.type != "cpu":
             raise ValueError('model.quantization fp16 is for the CPU; set it to "none" on a GPU')
-        return float(weight.abs().max()) < torch.finfo(torch.float16).max  # also refuses what is not a number
+        low, high = weight.aminmax()  # not numbers, if the matrix has any, and then nothing is true of them
+        largest = torch.finfo(torch.float16).max
+        return bool(low > -largest) and bool(high < largest)
 
     def quantize(self, weight: Tensor) -> torch.ScriptObject:
         packed: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), None)
@@ -170,6 +187,8 @@ class Int8Format:
     bfloat16 in a few rows has a kernel of its own where the CPU multiplies bfloat16. float32 is never rounded to it:
     that kernel would be up to twice as fast for one row, but then a batch's size would change its sequences' tokens.
     """
+
+    packs_with_one_thread: ClassVar[bool] = False
 
     max_few_rows: int = 16
     scratch: dict[torch.dtype, Tensor] = field(default_factory=dict)

@@ -92,15 +92,10 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
     num_blocks = num_tokens.value // config.kv_cache.block_size
     max_model_len = sizer.length(demand, num_blocks)
+    resolved = {"max_model_len": max_model_len.value, "dtype": dtype.value, "quantization": quantization.value}
     return MemoryPlan(
         facts=facts,
-        model_config=config.model.model_copy(
-            update={
-                "max_model_len": max_model_len.value,
-                "dtype": dtype.value,
-                "quantization": quantization.value,
-            }
-        ),
+        model_config=config.model.model_copy(update=resolved),
         device=device.value,
         num_threads=num_threads.value,
         total_bytes=machine.total_bytes,

@@ -42,7 +42,7 @@ router = APIRouter()
 )
 async def create_chat_completion(request: Request) -> Response:
     """Answers the last message of a conversation."""
-    with RequestRecord(request.app.state.server.metrics, request.state.request_id) as record:
+    with RequestRecord(request.app.state.server.metrics, request.state) as record:
         body = await read_body(request, ChatBody)
         serving = accept(request, body, arrived_at=record.started_at)
         generation = await _prepare(body, serving, record)

@@ -33,7 +33,7 @@ DEFAULT_MAX_TOKENS = 16
 )
 async def create_completion(request: Request) -> Response:
     """Continues one or several prompts."""
-    with RequestRecord(request.app.state.server.metrics, request.state.request_id) as record:
+    with RequestRecord(request.app.state.server.metrics, request.state) as record:
         body = await read_body(request, CompletionBody)
         serving = accept(request, body, arrived_at=record.started_at)
         generation = await _prepare(body, serving, record)

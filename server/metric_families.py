@@ -253,3 +253,18 @@ def docs_table() -> str:
         aliases = ", ".join(f"`vllm:{alias.name}`" for alias in family.vllm)
         rows.append(f"| `{family.full_name}` | {family.kind} | {labels} | {family.help} | {aliases} |")
     return "\n".join(rows) + "\n"
+
+
+def docs_page() -> str:
+    """The file docs/metrics.md, which a test compares with this."""
+    return (
+        "# Metrics\n\n"
+        "What `GET /metrics` serves, in Prometheus's text format. With `metrics.vllm_names: true` the names of the\n"
+        "last column are there too, for dashboards that read those. All of it is kept in the server process, so a\n"
+        "restart of the engine resets no counter.\n\n"
+        "Made by: `python -m server.metric_families > docs/metrics.md`\n\n"
+    ) + docs_table()
+
+
+if __name__ == "__main__":
+    print(docs_page(), end="")

@@ -48,7 +48,7 @@ class Reply:
     def __init__(self, send: Send, state: dict[str, str]) -> None:
         self.status: int | None = None
         self._send = send
-        self._state = state  # the request's own; a route may put a better id there
+        self._state = state  # the request's own; a route may put a better id there, and `log_fields`
         self._started_at = time.monotonic()
         self._first_byte_at: float | None = None
         self._num_bytes = 0
@@ -72,7 +72,7 @@ class Reply:
         level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
         access_log.log(
             level,
-            "id=%s client=%s method=%s path=%s status=%s bytes=%d first_byte_seconds=%.3f seconds=%.3f complete=%s",
+            "id=%s client=%s method=%s path=%s status=%s bytes=%d first_byte_seconds=%.3f seconds=%.3f complete=%s%s",
             self._state["request_id"],
             (scope.get("client") or ("-",))[0],
             scope["method"],
@@ -82,6 +82,7 @@ class Reply:
             (self._first_byte_at or now) - self._started_at,
             now - self._started_at,
             "yes" if self._is_complete else "no",
+            f" {fields}" if (fields := self._state.get("log_fields")) else "",
         )
 
 

@@ -1,8 +1,7 @@
-"""What the metrics and the log learn of one HTTP request for text."""
+"""What the metrics and the log line learn of one HTTP request for text."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from starlette.datastructures import State
+
 from server.errors import ApiError
 
 if TYPE_CHECKING:
     from server.generation import Generation
     from server.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 REFUSED = {408: "timeout", 429: "rejected", 500: "error", 503: "rejected"}  # other client errors are "invalid"
 BROKEN_OFF = {408: "timeout", 409: "abort"}  # all else is "error"
@@ -38,10 +37,11 @@ class RequestRecord:
     takes over with `running`, because it may outlive the handler.
     """
 
-    def __init__(self, metrics: Metrics, request_id: str) -> None:
+    def __init__(self, metrics: Metrics, request_state: State) -> None:
+        """`request_state` gets `log_fields` when the request is over, for its line in the log."""
         self.started_at = time.monotonic()
         self.outcome = "abort"  # unless somebody knows better
-        self.request_id = request_id
+        self._request_state = request_state
         self._metrics = metrics
         self._is_taken_over = False
         self._is_over = False
@@ -58,7 +58,7 @@ class RequestRecord:
         self._is_over = True
         self.outcome = _outcome_of(error, REFUSED, "invalid")
         self._metrics.request_rejected(self.outcome)
-        self._log(TokenCounts())
+        self._tell_log(TokenCounts())
 
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
@@ -74,7 +74,7 @@ class RequestRecord:
             counts = generation.counts()
             seconds = time.monotonic() - self.started_at
             self._metrics.request_finished(self.outcome, counts, seconds, generation.last_reader.timing)
-            self._log(counts)
+            self._tell_log(counts)
 
     def first_token(self) -> None:
         self._metrics.first_token(time.monotonic() - self.started_at)
@@ -84,15 +84,11 @@ class RequestRecord:
         if num_tokens and now is not None:
             self._metrics.tokens_delivered(num_tokens, now - previous_at if previous_at is not None else None)
 
-    def _log(self, counts: TokenCounts) -> None:
-        logger.info(
-            "request=%s outcome=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d seconds=%.3f",
-            self.request_id,
-            self.outcome,
-            counts.num_prompt_tokens,
-            counts.num_cached_tokens,
-            counts.num_output_tokens,
-            time.monotonic() - self.started_at,
+    def _tell_log(self, counts: TokenCounts) -> None:
+        self._request_state.log_fields = (
+            f"outcome={self.outcome} prompt_tokens={counts.num_prompt_tokens} "
+            f"cached_tokens={counts.num_cached_tokens} output_tokens={counts.num_output_tokens} "
+            f"accepted_drafts={counts.num_accepted_drafts}"
         )
 
 

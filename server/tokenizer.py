@@ -46,7 +46,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self._backend.decode(self._anchor, skip_special_tokens=False)
-        self._render = _chat_renderer() if assets.chat_template is not None else None
+        self._render = import_chat_renderer() if assets.chat_template is not None else None
         self.max_token_characters = max(map(len, self._backend.get_vocab()), default=1)
 
     def _find_bos_id(self) -> int:
@@ -135,8 +135,8 @@ class Tokenizer:
         return rendered[0]
 
 
-def _chat_renderer() -> Callable[..., tuple[list[str], object]]:
-    """transformers' sandboxed Jinja. Over a second to import, which a server does while its model loads."""
+def import_chat_renderer() -> Callable[..., tuple[list[str], object]]:
+    """transformers' sandboxed Jinja. Over a second to import, which the server does while its model loads."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     render: Callable[..., tuple[list[str], object]] = render_jinja_template

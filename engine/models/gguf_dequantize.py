@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as Format
 from torch import Tensor
 
 _BLOCK = 32  # elements per block of Q4_0, Q4_1 and Q8_0
+_CHUNK = 1 << 14  # blocks computed at once: what lies between two operations stays in the CPU's cache
 _PLAIN = {
     Format.F32: torch.float32,
     Format.F16: torch.float16,
@@ -30,7 +31,7 @@ def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...]) -> Tensor:
     if format in _PLAIN:
         return raw.view(_PLAIN[format]).view(shape)
     if format in _FAST:
-        return _FAST[format](raw).view(shape)
+        return _in_chunks(*_FAST[format], raw).view(shape)
     try:
         values = gguf.dequantize(raw.numpy().reshape(*shape[:-1], -1), format)
     except NotImplementedError:
@@ -38,33 +39,33 @@ def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(values).view(shape)
 
 
-def _q4_0(raw: Tensor) -> Tensor:
-    """Blocks of a half scale d and 32 nibbles q: (q - 8) * d. Low nibbles come first."""
-    blocks = raw.view(-1, 2 + _BLOCK // 2)
-    scale = _halves(blocks, 1)
-    packed = blocks[:, 2:]
-    values = scale.new_empty(len(blocks), 2, _BLOCK // 2)
-    torch.mul((packed & 15).to(torch.int8) - 8, scale, out=values[:, 0])
-    torch.mul((packed >> 4).to(torch.int8) - 8, scale, out=values[:, 1])
+def _in_chunks(compute: Callable[[Tensor, Tensor], None], block_bytes: int, raw: Tensor) -> Tensor:
+    blocks = raw.view(-1, block_bytes)
+    values = torch.empty(len(blocks), _BLOCK)
+    for start in range(0, len(blocks), _CHUNK):
+        compute(blocks[start : start + _CHUNK], values[start : start + _CHUNK])
     return values
 
 
-def _q4_1(raw: Tensor) -> Tensor:
+def _q4_0(blocks: Tensor, out: Tensor) -> None:
+    """Blocks of a half scale d and 32 nibbles q: (q - 8) * d. Low nibbles come first."""
+    out.copy_(_nibbles(blocks[:, 2:])).sub_(8).mul_(_halves(blocks, 1))
+
+
+def _q4_1(blocks: Tensor, out: Tensor) -> None:
     """Blocks of a half scale d, a half minimum m and 32 nibbles q: q * d + m. Low nibbles come first."""
-    blocks = raw.view(-1, 4 + _BLOCK // 2)
     halves = _halves(blocks, 2)
-    scale, minimum = halves[:, :1], halves[:, 1:, None]
-    packed = blocks[:, 4:]
-    values = scale.new_empty(len(blocks), 2, _BLOCK // 2)
-    torch.mul(packed & 15, scale, out=values[:, 0])
-    torch.mul(packed >> 4, scale, out=values[:, 1])
-    return values.add_(minimum)
+    out.copy_(_nibbles(blocks[:, 4:])).mul_(halves[:, :1]).add_(halves[:, 1:])
 
 
-def _q8_0(raw: Tensor) -> Tensor:
+def _q8_0(blocks: Tensor, out: Tensor) -> None:
     """Blocks of a half scale d and 32 signed bytes q: q * d."""
-    blocks = raw.view(-1, 2 + _BLOCK)
-    return blocks[:, 2:].view(torch.int8) * _halves(blocks, 1)
+    out.copy_(blocks[:, 2:].view(torch.int8)).mul_(_halves(blocks, 1))
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """[num_blocks, 16] bytes -> [num_blocks, 32] numbers below 16"""
+    return torch.cat((packed & 15, packed >> 4), dim=1)
 
 
 def _halves(blocks: Tensor, count: int) -> Tensor:
@@ -72,4 +73,8 @@ def _halves(blocks: Tensor, count: int) -> Tensor:
     return blocks[:, : 2 * count].contiguous().view(torch.float16).float()
 
 
-_FAST: dict[Format, Callable[[Tensor], Tensor]] = {Format.Q4_0: _q4_0, Format.Q4_1: _q4_1, Format.Q8_0: _q8_0}
+_FAST: dict[Format, tuple[Callable[[Tensor, Tensor], None], int]] = {  # (blocks, out) -> None, bytes of a block
+    Format.Q4_0: (_q4_0, 2 + _BLOCK // 2),
+    Format.Q4_1: (_q4_1, 4 + _BLOCK // 2),
+    Format.Q8_0: (_q8_0, 2 + _BLOCK),
+}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ _FAMILY_LAYER_NAMES = {  # where a family's names mean something else
 _FAMILY_LAYER_NAMES["gemma3"] = _FAMILY_LAYER_NAMES["gemma2"]
 _INTERLEAVED_ROPE = {"llama", "smollm3"}  # the writer reorders q and k so that a rotation's pair lies side by side
 _NORMS_PLUS_ONE = {"gemma2", "gemma3"}  # the writer adds the 1 that the layer adds
+_MAX_AHEAD = 4  # tensors
 _ROPE_FREQS = "rope_freqs.weight"  # read for the config, no weight of the model
 
 
@@ -64,15 +67,28 @@ def gguf_config(header: GGUFHeader, *, implementation: str = "auto") -> PreTrain
     return config
 
 
-def gguf_weights(header: GGUFHeader, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor of `dtype`) in the order of the file, one at a time: no second copy of the model."""
+def gguf_weights(header: GGUFHeader, dtype: torch.dtype, *, num_threads: int = 1) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor of `dtype`) in the order of the file.
+
+    A few are computed ahead while the consumer copies one: never is there a second copy of the model.
+    """
     heads = _rope_heads(header)
     with header.path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable to torch, but never written
-    for info in header.tensors.values():
-        if info.name != _ROPE_FREQS:
-            name = hugging_face_name(header, info.name)
-            yield name, _restore(header, info, _read(header, data, info), heads).to(dtype)
+
+    def compute(info: TensorInfo) -> tuple[str, Tensor]:
+        name = hugging_face_name(header, info.name)
+        return name, _restore(header, info, _read(header, data, info), heads).to(dtype)
+
+    infos = [info for info in header.tensors.values() if info.name != _ROPE_FREQS]
+    num_at_once = min(num_threads, _MAX_AHEAD)
+    with ThreadPoolExecutor(num_at_once) as pool:  # torch and numpy hold no interpreter lock
+        pending = deque(pool.submit(compute, info) for info in infos[:num_at_once])
+        for info in [*infos[num_at_once:], *[None] * len(pending)]:
+            weight = pending.popleft().result()
+            if info is not None:
+                pending.append(pool.submit(compute, info))
+            yield weight
 
 
 def hugging_face_name(header: GGUFHeader, name: str) -> str:

@@ -150,17 +150,22 @@ def _build(source: ModelSource, hf_config: PreTrainedConfig, config: ModelConfig
 
 
 def _fill(model: Model, source: ModelSource, dtype: torch.dtype) -> None:
+    num_threads = torch.get_num_threads()
     try:
-        model.load_weights(_weights(source, dtype))
+        if source.kind == "gguf":  # it computes several tensors at once; threads inside each would only wait for others
+            torch.set_num_threads(1)
+        model.load_weights(_weights(source, dtype, num_threads))
     except ModelError:
         raise
     except ValueError as error:
         raise ModelError(f"{source.path}: {error}") from error
+    finally:
+        torch.set_num_threads(num_threads)
 
 
-def _weights(source: ModelSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _weights(source: ModelSource, dtype: torch.dtype, num_threads: int) -> Iterator[tuple[str, Tensor]]:
     if source.kind == "gguf":
-        return gguf_weights(read_gguf_header(source.path), dtype)
+        return gguf_weights(read_gguf_header(source.path), dtype, num_threads=num_threads)
     return safetensors_weights(source, dtype)
 
 

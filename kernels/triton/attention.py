@@ -71,102 +71,161 @@ def paged_attention(
     sinks: [num_heads], a score per head that takes part in the softmax and carries no value (gpt-oss)
     prepared: without it, the lengths are copied to the host and planned for
     """
-    _, num_heads, head_dim = q.shape
-    num_kv_heads, _, block_size, _ = k_cache.shape
+    _check(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
+    if prepared is None:
+        prepared = _prepare(q, query_starts, seq_lens, k_cache.shape[0])
+    words = None
+    if tree_mask is not None:
+        words = pack_tree(tree_mask) if prepared.tree_words is None else prepared.tree_words
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    inputs = (q, k_cache, v_cache, out, block_tables, query_starts, seq_lens)
+    call = _Call(inputs, words, positions, sinks, scale, window, soft_cap)
+    plan = prepared.plan
+    if len(plan.prompt_tiles):
+        _start_prompts(call, prepared)
+    if len(plan.split_tiles):
+        values, sums = prepared.workspace.items(plan.num_items, q.shape[1], q.shape[2])
+        _start_splits(call, prepared, values, sums)
+        if plan.has_joints:
+            _start_joints(call, prepared, values, sums)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the three kernels share."""
+
+    inputs: tuple[Tensor, ...]  # q, k_cache, v_cache, out, block_tables, query_starts, seq_lens
+    tree_words: Tensor | None
+    positions: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        unread = self.inputs[5]  # in place of what is not there
+        options = (self.tree_words, self.positions, self.sinks)
+        return *self.inputs, *(unread if option is None else option for option in options)
+
+    @property
+    def numbers(self) -> tuple[float, int, float]:
+        return self.scale, self.window or 0, self.soft_cap or 0.0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        q, k_cache, _, out, block_tables, _, _ = self.inputs
+        rows = (*q.stride()[:2], *out.stride()[:2], *k_cache.stride()[:3])
+        return *rows, block_tables.stride(0), 0 if self.tree_words is None else self.tree_words.stride(0)
+
+    @property
+    def group(self) -> int:
+        return self.inputs[0].shape[1] // self.inputs[1].shape[0]
+
+    @property
+    def features(self) -> dict[str, bool]:
+        return {
+            "HAS_WINDOW": self.window is not None,
+            "HAS_TREE": self.tree_words is not None,
+            "HAS_SINKS": self.sinks is not None,
+        }
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of the two kernels that attend."""
+        q, k_cache = self.inputs[:2]
+        has_depths = self.tree_words is not None and self.window is not None and self.positions is not None
+        return {
+            "GROUP": self.group,
+            "HEAD_DIM": q.shape[2],
+            "PADDED_DIM": _padded(q.shape[2]),
+            "BLOCK_SIZE": k_cache.shape[2],
+            "HAS_SOFT_CAP": self.soft_cap is not None,
+            "HAS_DEPTHS": has_depths,
+            **self.features,
+        }
+
+
+def _start_prompts(call: _Call, prepared: Prepared) -> None:
+    plan, config = prepared.plan, prepared.config
+    prompt_kernel[(len(plan.prompt_tiles), call.inputs[1].shape[0])](
+        *call.pointers,
+        plan.prompt_tiles,
+        *call.numbers,
+        *call.strides,
+        **call.constants,
+        NUM_ROWS=config.prompt_rows,
+        NUM_KEYS=config.prompt_keys,
+        STAGES=config.prompt_stages,
+        num_warps=config.prompt_warps,
+    )
+
+
+def _start_splits(call: _Call, prepared: Prepared, values: Tensor, sums: Tensor) -> None:
+    plan, config = prepared.plan, prepared.config
+    split_kernel[(len(plan.split_tiles), call.inputs[1].shape[0], plan.num_split_programs)](
+        *call.pointers,
+        plan.split_tiles,
+        plan.item_starts,
+        values,
+        sums,
+        *call.numbers,
+        *call.strides,
+        **call.constants,
+        NUM_HEADS=values.shape[1],
+        NUM_ROWS=config.decode_rows,
+        NUM_KEYS=config.decode_keys,
+        SPLIT_SIZE=config.split_size,
+        STAGES=config.decode_stages,
+        num_warps=config.decode_warps,
+    )
+
+
+def _start_joints(call: _Call, prepared: Prepared, values: Tensor, sums: Tensor) -> None:
+    plan, config = prepared.plan, prepared.config
+    _, num_heads, head_dim = values.shape
+    _, _, _, out, _, query_starts, seq_lens = call.inputs
+    joint_kernel[(len(plan.split_rows), num_heads)](
+        values,
+        sums,
+        out,
+        query_starts,
+        seq_lens,
+        call.pointers[-1],
+        plan.split_rows,
+        plan.item_starts,
+        call.window or 0,
+        *out.stride()[:2],
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=_padded(head_dim),
+        QUERIES_PER_TILE=config.decode_rows // call.group,
+        SPLIT_SIZE=config.split_size,
+        PIECES_AT_ONCE=16,
+        **call.features,
+        num_warps=4,
+    )
+
+
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Tensor, seq_lens: Tensor
+) -> None:
+    num_heads, num_kv_heads = q.shape[1], k_cache.shape[0]
     assert k_cache.shape == v_cache.shape, f"caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-    assert k_cache.shape[3] == head_dim, f"heads of {head_dim} over a cache of {k_cache.shape[3]}"
+    assert k_cache.shape[3] == q.shape[2], f"heads of {q.shape[2]} over a cache of {k_cache.shape[3]}"
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads do not share {num_kv_heads} key heads evenly"
     assert query_starts.shape[0] == seq_lens.shape[0] + 1 == block_tables.shape[0] + 1, "one entry per sequence"
     assert q.stride(2) == k_cache.stride(3) == block_tables.stride(1) == 1, "the last dimension is contiguous"
     assert k_cache.stride() == v_cache.stride(), "keys and values lie alike"
-    group = num_heads // num_kv_heads
-    if prepared is None:
-        prepared = _prepare(q, query_starts, seq_lens, group, num_kv_heads)
-    plan, config = prepared.plan, prepared.config
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    words = query_starts  # a pointer that is not read
-    if tree_mask is not None:
-        words = pack_tree(tree_mask) if prepared.tree_words is None else prepared.tree_words
-    depths = query_starts if positions is None else positions
-    scores = query_starts if sinks is None else sinks
-    has_depths = tree_mask is not None and window is not None and positions is not None
-    inputs = (q, k_cache, v_cache, out, block_tables, query_starts, seq_lens, words, depths, scores)
-    numbers = (scale, window or 0, soft_cap or 0.0)
-    strides = (
-        *q.stride()[:2],
-        *out.stride()[:2],
-        *k_cache.stride()[:3],
-        block_tables.stride(0),
-        words.stride(0),
-    )
-    features = {
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, next_power_of_2(head_dim)),
-        "BLOCK_SIZE": block_size,
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFT_CAP": soft_cap is not None,
-        "HAS_TREE": tree_mask is not None,
-        "HAS_DEPTHS": has_depths,
-        "HAS_SINKS": sinks is not None,
-    }
-    if len(plan.prompt_tiles):
-        prompt_kernel[(len(plan.prompt_tiles), num_kv_heads)](
-            *inputs,
-            plan.prompt_tiles,
-            *numbers,
-            *strides,
-            **features,
-            NUM_ROWS=config.prompt_rows,
-            NUM_KEYS=config.prompt_keys,
-            STAGES=config.prompt_stages,
-            num_warps=config.prompt_warps,
-        )
-    if len(plan.split_tiles):
-        values, sums = prepared.workspace.items(plan.num_items, num_heads, head_dim)
-        split_kernel[(len(plan.split_tiles), num_kv_heads, plan.num_split_programs)](
-            *inputs,
-            plan.split_tiles,
-            plan.item_starts,
-            values,
-            sums,
-            *numbers,
-            *strides,
-            **features,
-            NUM_HEADS=num_heads,
-            NUM_ROWS=config.decode_rows,
-            NUM_KEYS=config.decode_keys,
-            SPLIT_SIZE=config.split_size,
-            STAGES=config.decode_stages,
-            num_warps=config.decode_warps,
-        )
-        if plan.has_joints:
-            joint_kernel[(len(plan.split_rows), num_heads)](
-                values,
-                sums,
-                out,
-                query_starts,
-                seq_lens,
-                scores,
-                plan.split_rows,
-                plan.item_starts,
-                window or 0,
-                *out.stride()[:2],
-                NUM_HEADS=num_heads,
-                HEAD_DIM=head_dim,
-                PADDED_DIM=features["PADDED_DIM"],
-                QUERIES_PER_TILE=config.decode_rows // group,
-                SPLIT_SIZE=config.split_size,
-                PIECES_AT_ONCE=16,
-                HAS_WINDOW=window is not None,
-                HAS_TREE=tree_mask is not None,
-                HAS_SINKS=sinks is not None,
-                num_warps=4,
-            )
-    return out
 
 
-def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, group: int, num_kv_heads: int) -> Prepared:
+def _padded(head_dim: int) -> int:
+    return max(16, next_power_of_2(head_dim))
+
+
+def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, num_kv_heads: int) -> Prepared:
+    group = q.shape[1] // num_kv_heads
     config = attention_config(q.shape[2], group, q.dtype, chip=chip_of(q.device))
     plan = plan_attention(
         query_starts.diff().cpu().numpy(),

@@ -48,8 +48,12 @@ class MoeConfig:
 def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
     """The measured config of this chip, or the default one. A tile must hold a group of query heads."""
     config = AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), chip))
-    least = next_power_of_2(group)
-    return replace(config, decode_rows=max(config.decode_rows, least), prompt_rows=max(config.prompt_rows, least))
+    rows = next_power_of_2(group)
+    if rows > config.decode_rows:
+        config = replace(config, decode_rows=rows, decode_warps=max(config.decode_warps, rows // 16))
+    if rows > config.prompt_rows:
+        config = replace(config, prompt_rows=rows, prompt_warps=max(config.prompt_warps, rows // 16))
+    return config
 
 
 def moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeConfig:

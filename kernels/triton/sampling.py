@@ -15,7 +15,7 @@ _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _TWO_31 = tl.constexpr(2147483648.0)
 _SLACK = tl.constexpr(1.0001)  # far more than the rounding of noise and scores, in float32
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2048
 
 
 def sample_tokens(

@@ -127,7 +127,7 @@ def truncate(row_ptr, vocab_size, peak, temperature, max_gap, top_k, top_p, TOKE
         _, _, num_left = sums_up_to(row_ptr, vocab_size, peak, temperature, -1, cut, cut, cut, False, TOKENS)
         if num_left > top_k:
             cut, num_below = search(row_ptr, vocab_size, peak, temperature, cut, top_k, False, TOKENS)
-            num_level = top_k
+            num_level = top_k - num_below
             is_cut = tl.full([], 1, tl.int32)
     if top_p < 1.0:
         # what min-p and top-k left, less what top-k cut off at its level

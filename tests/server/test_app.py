@@ -101,6 +101,8 @@ def test_one_line_is_logged_per_request_without_what_users_wrote(operation, clie
     assert (fields["status"], fields["complete"]) == ("200", "yes")
     assert int(fields["bytes"]) > 100
     assert 0 <= float(fields["first_byte_seconds"]) <= float(fields["seconds"])
+    assert (fields["outcome"], fields["output_tokens"]) == ("length", "2")
+    assert int(fields["prompt_tokens"]) > 0
     assert all("secret" not in record.getMessage() and "hidden" not in record.getMessage() for record in caplog.records)
 
 

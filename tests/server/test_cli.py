@@ -259,7 +259,7 @@ def test_an_address_of_others_is_refused(host):
 
 
 def test_a_start_shows_its_phases_and_a_curl_that_works(tmp_path):
-    with serving(tmp_path, "counting?load=0.3", ready=False) as server:
+    with serving(tmp_path, "counting?load=3", ready=False) as server:
         wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503)
         assert httpx.get(server.url + "/livez").status_code == 200
         refused = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "a"})
@@ -275,6 +275,22 @@ def test_a_start_shows_its_phases_and_a_curl_that_works(tmp_path):
         server.send(signal.SIGTERM)
         assert server.end() == 0
         assert server.log.read_text().endswith("stopped\n")
+
+
+def test_the_code_for_chats_is_imported_before_a_model_asks_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # the log tells; this engine's model has no chat template
+    with serving(tmp_path) as server:
+        wait_for(lambda: "transformers.utils.chat_template_utils" in server.log.read_text())
+
+
+@pytest.mark.parametrize("asked", [None, "ACTIVE"])
+def test_the_engine_s_threads_sleep_while_they_wait_unless_asked_otherwise(tmp_path, monkeypatch, asked):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
+    with serving(tmp_path) as server:
+        [engine] = psutil.Process(server.process.pid).children()
+        assert engine.environ()["OMP_WAIT_POLICY"] == (asked or "PASSIVE")
 
 
 def stream(url: str, events: list[str], *, max_tokens: int) -> None:

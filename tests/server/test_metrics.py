@@ -2,6 +2,7 @@
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.messages import ModelInfo, TokenizerAssets
 from engine.types import RequestTiming, StepStats
 from server.console import StepWindow
-from server.metric_families import FAMILIES, docs_table
+from server.metric_families import FAMILIES, docs_page, docs_table
 from server.metrics import OUTCOMES, EngineCollector, Metrics
 from server.record import TokenCounts
 from server.step_metrics import PHASES, Roofline
@@ -294,6 +295,11 @@ def test_a_step_costs_microseconds():
             metrics.on_step(stats)
         best = min(best, (time.perf_counter() - start) / 100)
     assert best < 100e-6  # 8 us on an idle core; the bound is for a busy one
+
+
+def test_the_docs_are_what_the_registry_says():
+    path = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert path.read_text() == docs_page(), "run: python -m server.metric_families > docs/metrics.md"
 
 
 def test_the_docs_table_has_a_row_for_every_family():

@@ -1,4 +1,4 @@
-"""Compiles paged attention for one chip: `python compile_attention.py 90 short|all` prints JSON."""
+"""Compiles paged attention for one chip: `python compile_attention.py 90 short|long` prints JSON."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TWO_TILES = {  # bytes of a tile of keys and one of values
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("arch", EXPECTED)
-@pytest.mark.parametrize("cases", ["short", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", ["short", pytest.param("long", marks=pytest.mark.slow)])
 def test_attention_uses_tensor_cores_and_spills_nothing(compile_kernels, arch: int, cases: str) -> None:
     compiled = compile_kernels("compile_attention.py", arch, cases)
     assert {"prompt_kernel", "split_kernel", "joint_kernel", "store_kv_kernel"} == {one.kernel for one in compiled}
@@ -31,7 +31,8 @@ def test_attention_uses_tensor_cores_and_spills_nothing(compile_kernels, arch: i
         if one.kernel == "prompt_kernel" and "float32" not in one.case:
             assert instructions[EXPECTED[arch]], one
         if one.kernel == "split_kernel" and "float32" not in one.case:
-            assert instructions["HMMA"], f"{one}: 16 rows are one warp-level product"
+            is_small = one.case != "falcon-7b"  # 16 rows are a product of one warp; 71 heads are not
+            assert instructions["HMMA" if is_small else EXPECTED[arch]], one
         if one.kernel in ("prompt_kernel", "split_kernel"):
             assert instructions["LDGSTS"], f"{one}: copies should run ahead of the products"
             assert one.shared >= TWO_TILES[one.case.split()[0]], f"{one}: too little for keys and values in flight"

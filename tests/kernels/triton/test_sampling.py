@@ -131,7 +131,7 @@ def truncate_kernel(logits_ptr, peaks_ptr, max_gaps_ptr, top_ks_ptr, top_ps_ptr,
         tl.load(max_gaps_ptr + row),
         tl.load(top_ks_ptr + row),
         tl.load(top_ps_ptr + row),
-        16,
+        32,
     )
     tl.store(cuts_ptr + 2 * row, cut)
     tl.store(cuts_ptr + 2 * row + 1, last_level)
@@ -139,8 +139,8 @@ def truncate_kernel(logits_ptr, peaks_ptr, max_gaps_ptr, top_ks_ptr, top_ps_ptr,
 
 def test_the_cut_keeps_the_tokens_that_sorting_keeps(device: torch.device) -> None:
     """Few levels, so that most cuts go through one; every pair of limits."""
-    num_rows, vocab_size = 40, 37
-    logits = torch.randint(0, 6, (num_rows, vocab_size)) * torch.tensor([0.01, 0.4, 1.0, 3.0]).repeat(10)[:, None]
+    num_rows, vocab_size = 16, 37
+    logits = torch.randint(0, 6, (num_rows, vocab_size)) * torch.tensor([0.01, 0.4, 1.0, 3.0]).repeat(4)[:, None]
     max_gaps = torch.where(torch.rand(num_rows) < 0.5, torch.rand(num_rows) * 4, torch.inf)
     top_ks = torch.where(torch.rand(num_rows) < 0.7, torch.randint(1, vocab_size, (num_rows,)), vocab_size)
     top_ps = torch.where(torch.rand(num_rows) < 0.7, torch.rand(num_rows, dtype=torch.float64), 1.0)

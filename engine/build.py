@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,7 @@ from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
 from engine.linear import prepare_linears
 from engine.machine import measure_ceilings, read_machine
-from engine.messages import ModelInfo
+from engine.messages import ModelInfo, Setting
 from engine.model_runner import ModelRunner
 from engine.models.loader import LoadedModel, load_model, read_model_facts
 from engine.planner import MemoryPlan, plan_memory
@@ -60,7 +61,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
     torch.set_num_threads(plan.num_threads)
-    loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+    with torch.device(plan.device):
+        loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
     clock.enter("pack", f"weights for {plan.num_threads} threads")
     prepare_linears(loaded.model, plan.quantization, num_threads=plan.num_threads)
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
@@ -80,7 +82,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         generation_defaults=loaded.generation_defaults,
         tokenizer=loaded.tokenizer,
         fingerprint=_fingerprint(config, plan, loaded),
-        settings=plan.settings,
+        settings=plan.settings | {"device.kernels": _kernels(config, plan)},
         phase_seconds=clock.seconds,
         bytes_per_second=bytes_per_second,
         flops_per_second=flops_per_second,
@@ -106,7 +108,7 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> En
         max_model_len=plan.max_model_len,
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )
-    runner = ModelRunner(model, cache, _attention("torch", cache), block_size=plan.block_size)
+    runner = ModelRunner(model, cache, _attention(str(_kernels(config, plan).value), cache), block_size=plan.block_size)
     cost = ModelCost(
         weight_bytes=plan.linear_bytes,
         flops_per_token=2 * (plan.facts.num_linear_parameters + loaded.vocab_size * model.hidden_size),
@@ -114,6 +116,16 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> En
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )
     return Engine(runner, Scheduler(kv, limits), Sampler(loaded.vocab_size), proposer, cost)
+
+
+def _kernels(config: EngineConfig, plan: MemoryPlan) -> Setting:
+    """Which kernels run. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for."""
+    wanted = config.device.kernels
+    if wanted == "auto":
+        return Setting("triton" if plan.device == "cuda" else "torch", "default", f"for {plan.device}")
+    if wanted == "triton" and plan.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError('device.kernels is triton, but there is no GPU to run it on; set it to "auto" or "torch"')
+    return Setting(wanted, "config")
 
 
 def _attention(name: str, cache: KVCache) -> AttentionBackend:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionLayer
-
-_ALIGNMENT = 64  # bytes: a cache line, which torch's own memory begins with
 
 
 class KVCache:
@@ -60,11 +58,9 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, because a fresh cache must hold no NaN: a masked key still takes part in a product with 0.
 
-    On the CPU they are pages that the kernel zeroes when they are first used; torch.zeros would write them all now.
+    On the CPU they are pages that the kernel zeroes when they are first used: torch.zeros would write all of them now,
+    and numpy.zeros asks for huge ones, of which a single sequence touches most.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = prod(shape) * dtype.itemsize
-    memory = torch.from_numpy(np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8))
-    start = -memory.data_ptr() % _ALIGNMENT
-    return memory[start : start + num_bytes].view(dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize), dtype=dtype).view(shape)

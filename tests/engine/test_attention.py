@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -224,3 +225,17 @@ def test_padding_is_bounded_and_whole_blocks(block_size: int) -> None:
         assert rounded >= num_tokens
         assert rounded % block_size == 0
         assert rounded <= max(64, 2 * num_tokens) + block_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_fresh_cache_holds_zeros_and_takes_memory_only_where_it_is_used(dtype: torch.dtype) -> None:
+    layers = [AttentionLayer(i, 2, 2, 64, 0.125) for i in range(2)]
+    resident = psutil.Process().memory_info().rss
+    cache = KVCache(layers, num_blocks=1 << 14, block_size=16, dtype=dtype)  # 268 MB and more
+    assert psutil.Process().memory_info().rss - resident < 2**25
+    for kv in cache.kv:
+        assert kv.data_ptr() % 64 == 0
+        assert not kv[:, :, ::1000].any()
+    cache.v[1][:, 5] = 1
+    assert cache.v[1].sum() == 2 * 16 * 64
+    assert not cache.k[1][:, :100].any()

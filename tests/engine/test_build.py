@@ -1,0 +1,74 @@
+"""The composition root on the default model's family, with random weights."""
+
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from engine.build import build_engine
+from engine.config import EngineConfig
+from engine.types import Request, SamplingParams
+
+
+@pytest.fixture
+def dummy(tmp_path: Path) -> Path:
+    """A directory with nothing but a config."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=300,
+        max_position_embeddings=128,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _build(path: Path, **sections: dict[str, object]):
+    settings = {"model": {"path": str(path), "load_format": "dummy"}, "device": {"num_threads": 1}}
+    return build_engine(EngineConfig.model_validate({**settings, **sections}), lambda phase, detail: None)
+
+
+def _tokens(engine) -> list[int]:
+    params = SamplingParams(seed=0, max_tokens=6, temperature=0.0)
+    engine.add(Request(request_id="r", prompt_token_ids=list(range(1, 20)), params=params))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for output in engine.step()[0] for token in output.token_ids]
+    return tokens
+
+
+def test_every_auto_is_resolved_with_a_reason(dummy):
+    _, model = _build(dummy)
+    assert set(model.settings) >= {"device.name", "device.kernels", "model.dtype", "model.quantization"}
+    assert all(setting.value != "auto" and setting.source for setting in model.settings.values())
+    assert model.max_model_len == 128
+    assert set(model.phase_seconds) >= {"plan", "weights", "kv_cache"}
+
+
+def test_triton_in_the_interpreter_says_what_torch_says(dummy, monkeypatch):
+    exact = {"path": str(dummy), "load_format": "dummy", "quantization": "none", "dtype": "float32"}
+    torch_engine, _ = _build(dummy, model=exact)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton_engine, model = _build(dummy, model=exact, device={"kernels": "triton", "num_threads": 1})
+    assert model.settings["device.kernels"].value == "triton"
+    assert _tokens(triton_engine) == _tokens(torch_engine)
+
+
+def test_triton_without_a_gpu_is_refused(dummy, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="no GPU"):
+        _build(dummy, device={"kernels": "triton", "num_threads": 1})
+
+
+def test_the_fingerprint_changes_with_what_changes_numbers(dummy):
+    prints = {
+        _build(dummy)[1].fingerprint,
+        _build(dummy, seed=1)[1].fingerprint,
+        _build(dummy, model={"path": str(dummy), "load_format": "dummy", "quantization": "int8"})[1].fingerprint,
+    }
+    assert len(prints) == 3
+    assert _build(dummy)[1].fingerprint in prints

@@ -222,13 +222,8 @@ def _launch(fds: tuple[int, int], output_fd: int, factory: str, heartbeat_interv
 
 
 def _environment() -> dict[str, str]:
-    """Ours; a checkout that is not installed must be found by the child as it was found by us.
-
-    Threads that wait for each other inside a product are to sleep, not to spin: the server and others need a core now
-    and then, and whoever spins then keeps the last thread from its work. On two cores with one other busy process, a
-    token of the default model takes 0.1 s instead of 0.5 s and more.
-    """
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    """Ours; a checkout that is not installed must be found by the child as it was found by us."""
+    environment = dict(os.environ)
     root = str(Path(__file__).parent.parent)
     if Path(root).name in ("site-packages", "dist-packages"):
         return environment

@@ -72,9 +72,7 @@ def prompt_kernel(
         query_depths = tl.load(depths_ptr + tokens, mask=is_row, other=0).to(tl.int32)
 
     # context:  | seen by all rows: no masks | seen by some |      with a window:  | hidden | seen by some |
-    first_seen, end_key = seen_keys(
-        seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE
-    )
+    first_seen, end_key = seen_keys(seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE)
     first_masked = first_seen if HAS_WINDOW else num_computed
     if not HAS_WINDOW and not HAS_TREE:
         first_masked += first_query + 1

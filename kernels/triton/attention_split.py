@@ -60,9 +60,7 @@ def split_kernel(
     first_token = tl.load(query_starts_ptr + seq).to(tl.int32)
     num_queries = tl.load(query_starts_ptr + seq + 1).to(tl.int32) - first_token
     num_computed = seq_len - num_queries
-    first_seen, end_key = seen_keys(
-        seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE
-    )
+    first_seen, end_key = seen_keys(seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE)
     first_piece = first_seen // SPLIT_SIZE
     end_piece = tl.cdiv(end_key, SPLIT_SIZE)
     if first_piece + tl.program_id(2) >= end_piece:  # a sequence of length 0 has no piece at all

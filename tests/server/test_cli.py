@@ -283,16 +283,6 @@ def test_the_code_for_chats_is_imported_before_a_model_asks_for_it(tmp_path, mon
         wait_for(lambda: "transformers.utils.chat_template_utils" in server.log.read_text())
 
 
-@pytest.mark.parametrize("asked", [None, "ACTIVE"])
-def test_the_engine_s_threads_sleep_while_they_wait_unless_asked_otherwise(tmp_path, monkeypatch, asked):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if asked is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
-    with serving(tmp_path) as server:
-        [engine] = psutil.Process(server.process.pid).children()
-        assert engine.environ()["OMP_WAIT_POLICY"] == (asked or "PASSIVE")
-
-
 def stream(url: str, events: list[str], *, max_tokens: int) -> None:
     body = {"model": "tiny", "prompt": "a", "max_tokens": max_tokens, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as response:

@@ -57,7 +57,9 @@ async def _all(url: str, count: int = 16) -> list[str]:
 
 
 async def test_requests_survive_the_death_of_the_engine(start_server):
+    started_at = time.monotonic()
     with start_server() as server:
+        start_seconds = time.monotonic() - started_at
         expected = await _all(server.url)
         started_at, first = time.monotonic(), server.engine_process
         running = asyncio.create_task(_all(server.url))
@@ -68,7 +70,7 @@ async def test_requests_survive_the_death_of_the_engine(start_server):
         killed_at = time.monotonic()
         await asyncio.to_thread(server.wait_for, lambda: server.client.get("/readyz").status_code == 503, 5)
         await asyncio.to_thread(server.wait_until_ready)
-        assert time.monotonic() - killed_at < 30
+        assert time.monotonic() - killed_at < start_seconds + 2
         assert await running == expected
         assert server.engine_process.pid != first.pid
         assert server.metric("peregrine_engine_restarts_total") == 1

@@ -60,13 +60,14 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     machine = read_machine()
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
+    kernels = _kernels(config, plan)  # refuses before anything is loaded
     torch.set_num_threads(plan.num_threads)
     with torch.device(plan.device):
         loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
     clock.enter("pack", f"weights for {plan.num_threads} threads")
     prepare_linears(loaded.model, plan.quantization, num_threads=plan.num_threads)
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
-    engine = _assemble(config, plan, loaded)
+    engine = _assemble(config, plan, loaded, str(kernels.value))
     clock.enter("measure", "the machine's ceilings")
     bytes_per_second, flops_per_second = measure_ceilings(plan.num_threads)
     clock.end()
@@ -82,7 +83,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         generation_defaults=loaded.generation_defaults,
         tokenizer=loaded.tokenizer,
         fingerprint=_fingerprint(config, plan, loaded),
-        settings=plan.settings | {"device.kernels": _kernels(config, plan)},
+        settings=plan.settings | {"device.kernels": kernels},
         phase_seconds=clock.seconds,
         bytes_per_second=bytes_per_second,
         flops_per_second=flops_per_second,
@@ -90,7 +91,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     return engine, model
 
 
-def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> Engine:
+def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, kernels: str) -> Engine:
     model, layers = loaded.model, loaded.model.attention_layers
     num_blocks = plan.num_blocks + 1  # the null block
     cache = KVCache(layers, num_blocks=num_blocks, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device)
@@ -108,7 +109,7 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> En
         max_model_len=plan.max_model_len,
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )
-    runner = ModelRunner(model, cache, _attention(str(_kernels(config, plan).value), cache), block_size=plan.block_size)
+    runner = ModelRunner(model, cache, _attention(kernels, cache), block_size=plan.block_size)
     cost = ModelCost(
         weight_bytes=plan.linear_bytes,
         flops_per_token=2 * (plan.facts.num_linear_parameters + loaded.vocab_size * model.hidden_size),

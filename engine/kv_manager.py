@@ -68,7 +68,7 @@ class KVCacheManager:
             self.pool.share(block)
         seq.block_table = list(prefix)
         seq.num_committed_blocks = len(prefix)
-        seq.num_computed_tokens = seq.num_draft_computed_tokens = len(prefix) * self.block_size
+        seq.num_computed_tokens = len(prefix) * self.block_size
 
     def allocate(self, seq: Sequence, num_tokens: int) -> bool:
         """Grows the block table to hold `num_tokens` tokens. All or nothing."""
@@ -95,7 +95,7 @@ class KVCacheManager:
                 self.pool.free(block)
         seq.block_table = []
         seq.num_committed_blocks = seq.num_released_blocks = 0
-        seq.num_computed_tokens = seq.num_draft_computed_tokens = 0
+        seq.num_computed_tokens = 0
 
     def hashes(self, seq: Sequence) -> list[bytes]:
         """The digests of the sequence's full blocks, extended to its newest token."""

@@ -130,7 +130,6 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list)
     draft_parents: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
-    num_draft_computed_tokens: int = 0  # the same, in the draft model's cache
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `token_ids`, computed or not
@@ -161,10 +160,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
-
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) + len(self.draft_token_ids) - self.num_computed_tokens
 
 
 @dataclass(slots=True)

@@ -225,10 +225,10 @@ def logits_of(model: Model, sequences: list[list[int]], *, num_decoded: int = 5,
         table = [blocks.pop() for _ in range(0, len(ids), BLOCK_SIZE)]
         seqs.append(Sequence(request=request, token_ids=list(ids), block_table=table))
     logits: list[list[Tensor]] = [[] for _ in seqs]
-    while unfinished := [seq for seq in seqs if seq.num_uncomputed_tokens]:
+    while unfinished := [seq for seq in seqs if seq.num_tokens - seq.num_computed_tokens]:
         batch = []
         for seq in rng.sample(unfinished, rng.randint(1, len(unfinished))):
-            left = seq.num_uncomputed_tokens
+            left = seq.num_tokens - seq.num_computed_tokens
             chunk = 1 if left <= num_decoded else rng.randint(1, min(7, left - num_decoded))
             batch.append(Scheduled(seq, chunk, 0, samples=False, num_scored=chunk))
         forward_batch = build_forward_batch(batch, BLOCK_SIZE, torch.device("cpu"))

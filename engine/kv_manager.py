@@ -72,6 +72,8 @@ class KVCacheManager:
 
     def allocate(self, seq: Sequence, num_tokens: int) -> bool:
         """Grows the block table to hold `num_tokens` tokens. All or nothing."""
+        if num_tokens <= len(seq.block_table) * self.block_size:
+            return True
         num_needed = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_needed > self.pool.num_free:
             return False

@@ -6,13 +6,16 @@ its token budget on catching up. A prompt chunk, a single decoded token and a ru
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.kv_manager import KVCacheManager, needs_prompt_scores
 from engine.types import RequestTiming, Sampled, Scheduled, Sequence, StepOutput
 from engine.waiting_queue import WaitingQueue
+
+logger = logging.getLogger(__name__)
 
 MAX_SCORED_ROWS = 256  # prompt rows of one request whose logits are held at once: at 150k tokens, 150 MB
 
@@ -150,6 +153,13 @@ class Scheduler:
                 self._forget(seq)
         return outputs
 
+    def lower_budget(self, num_tokens: int) -> None:
+        """Steps have at most so many tokens from now on, or one for each request that may run, if that is more."""
+        lowered = max(num_tokens, self.limits.max_num_seqs)
+        if lowered < self.limits.max_num_batched_tokens:
+            self.limits = replace(self.limits, max_num_batched_tokens=lowered)
+            logger.warning("steps have at most %d tokens from now on; set scheduler.max_num_batched_tokens", lowered)
+
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
             return
@@ -168,23 +178,29 @@ class Scheduler:
 
         A sequence whose next prefix block is being computed by another waits for it instead of computing it again.
         """
+        if not self._may_admit(plan):
+            return
         held: list[Sequence] = []
-        coming = self._coming_hashes() if self.waiting.peek() else set()
-        while plan.budget > 0 and len(self.running) < self.limits.max_num_seqs:
-            seq = self.waiting.peek()
-            if seq is None:
-                break
+        coming = self._coming_hashes()
+        num_reserved = sum(map(self._num_reserved_blocks, self.running))
+        while self._may_admit(plan):
+            seq = self.waiting.first
             prefix = self.kv.find_prefix(seq)
             if len(held) < self.limits.max_num_seqs and self._next_block_is_coming(seq, prefix, coming):
                 held.append(self.waiting.pop())
                 continue
-            if not self._has_room(seq, prefix):
+            num_needed = self.kv.num_new_blocks(seq, self._reserved_tokens(seq), prefix)
+            if num_needed + num_reserved > self.kv.pool.num_free:
                 break
             self._start(self.waiting.pop(), prefix)
             coming.update(self.kv.hashes(seq)[: seq.num_prompt_tokens // self.kv.block_size])
             self._continue(seq, plan, plan.budget)
+            num_reserved += self._num_reserved_blocks(seq)
         for seq in held:
             self.waiting.push(seq)
+
+    def _may_admit(self, plan: _Plan) -> bool:
+        return plan.budget > 0 and len(self.running) < self.limits.max_num_seqs and len(self.waiting) > 0
 
     def _start(self, seq: Sequence, prefix: list[int]) -> None:
         self.kv.start(seq, prefix)
@@ -193,7 +209,7 @@ class Scheduler:
             seq.num_cached_tokens = num_hits
             self.num_prefix_queries += seq.num_prompt_tokens
             self.num_prefix_hits += num_hits
-        # The first allocation cannot fail, because `_has_room` has counted it; an empty table means "preempted".
+        # The first allocation cannot fail, because `_admit` has counted it; an empty table means "preempted".
         allocated = self.kv.allocate(seq, seq.num_computed_tokens + 1)
         assert allocated, "a sequence was admitted without room"
         insort(self.running, seq, key=_service_order)
@@ -215,13 +231,9 @@ class Scheduler:
         num_usable = (seq.num_tokens - 1) // self.kv.block_size
         return len(prefix) < num_usable and hashes[len(prefix)] in coming
 
-    def _has_room(self, seq: Sequence, prefix: list[int]) -> bool:
-        reserved = sum(
-            max(self.kv.num_blocks_for(self._reserved_tokens(other)) - len(other.block_table), 0)
-            for other in self.running
-        )
-        num_needed = self.kv.num_new_blocks(seq, self._reserved_tokens(seq), prefix)
-        return num_needed + reserved <= self.kv.pool.num_free
+    def _num_reserved_blocks(self, seq: Sequence) -> int:
+        """Free blocks that are kept for a running sequence."""
+        return max(self.kv.num_blocks_for(self._reserved_tokens(seq)) - len(seq.block_table), 0)
 
     def _reserved_tokens(self, seq: Sequence) -> int:
         """Tokens that the sequence must be able to hold before another is admitted."""
@@ -235,7 +247,9 @@ class Scheduler:
 
     def _fit(self, seq: Sequence, budget: int) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count."""
-        params, computed = seq.params, seq.num_computed_tokens
+        params, computed = seq.request.params, seq.num_computed_tokens
+        if not seq.draft_token_ids and params.prompt_logprobs is None and _is_caught_up(seq):  # most of them
+            return Scheduled(seq, 1, 0, samples=True)
         num_verified = min(seq.num_tokens - computed, budget)
         if needs_prompt_scores(seq):
             return self._fit_scored(seq, num_verified)
@@ -268,12 +282,13 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """Appends tokens up to the first that ends the sequence; returns those that count."""
-        params = seq.params
+        params, num_prompt = seq.request.params, seq.num_prompt_tokens
         for i, token_id in enumerate(token_ids):
             seq.token_ids.append(token_id)
-            if token_id in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
+            num_tokens = len(seq.token_ids)
+            if token_id in params.stop_token_ids and num_tokens - num_prompt > params.min_tokens:
                 seq.finish_reason, seq.stop_token_id = "stop", token_id
-            elif seq.num_output_tokens >= params.max_tokens or seq.num_tokens >= self.limits.max_model_len:
+            elif num_tokens - num_prompt >= params.max_tokens or num_tokens >= self.limits.max_model_len:
                 seq.finish_reason = "length"
             if seq.finish_reason:
                 return token_ids[: i + 1]
@@ -289,7 +304,7 @@ def _service_order(seq: Sequence) -> tuple[int, int]:
 
 
 def _is_caught_up(seq: Sequence) -> bool:
-    return seq.num_tokens - seq.num_computed_tokens == 1
+    return len(seq.token_ids) - seq.num_computed_tokens == 1
 
 
 def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:

@@ -21,14 +21,17 @@ class WaitingQueue:
         self._members.add(seq.arrival)
         heapq.heappush(self._heap, (seq.request.priority, seq.arrival, seq))
 
-    def peek(self) -> Sequence | None:
-        while self._heap and self._heap[0][1] not in self._members:
+    @property
+    def first(self) -> Sequence:
+        """The one that is served next. There must be one."""
+        assert self._members, "nobody waits"
+        while self._heap[0][1] not in self._members:
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][2]
 
     def pop(self) -> Sequence:
-        seq = self.peek()
-        assert seq is not None, "pop from an empty queue"
+        """Takes the first one out. There must be one."""
+        seq = self.first
         heapq.heappop(self._heap)
         self._members.remove(seq.arrival)
         return seq

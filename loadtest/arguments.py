@@ -47,8 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=_checked(parse_peer),
         metavar="NAME=URL[,key=value...]",
-        help="a server; keys: model, api, prompts (tokens|text), ignore_eos, extra (JSON), api_key, done (yes|no), pid",
+        help="a server; keys: model, api, prompts (tokens|text), ignore_eos, extra (JSON), api_key, done (yes|no), "
+        "pid, version, precision (any words)",
     )
+    _add_starting(compare)
     compare.add_argument("--rounds", type=_positive_int, default=3, help="times each server has its turn (3)")
     compare.add_argument("--prefill", type=_positive_int, metavar="TOKENS", help="also prompts of so many, 1 output")
     compare.add_argument("--prefill-concurrency", type=_positive_int, default=4, help="requests at once in that (4)")
@@ -62,6 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="the README's table, out of a result file")
     table.add_argument("file", type=Path)
     return parser
+
+
+def _add_starting(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("servers that are started here")
+    group.add_argument(
+        "--peer-command",
+        action="append",
+        default=[],
+        type=_named_command,
+        metavar="NAME='COMMAND'",
+        help="a shell command that starts that peer: the time to its first answer and its memory are measured",
+    )
+    group.add_argument("--starts", type=_positive_int, default=1, help="start each so many times, for the median (1)")
+    group.add_argument("--start-patience", type=_positive_float, default=300.0, help="seconds to its answer (300)")
+    group.add_argument(
+        "--freeze-idle", action="store_true", help="pause servers that are started here, or have a pid, between turns"
+    )
+    group.add_argument("--one-at-a-time", action="store_true", help="start and end each server in every round")
+    parser.add_argument(
+        "--ours", type=_names, default=[], metavar="NAME[,NAME...]", help="whose best is compared (the first peer)"
+    )
 
 
 def _add_url(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +168,17 @@ def _positive_ints(text: str) -> list[int]:
 
 def _positive_floats(text: str) -> list[float]:
     return [_positive_float(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _named_command(text: str) -> tuple[str, str]:
+    name, separator, command = text.partition("=")
+    if not (name and separator and command.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no command of a peer; write NAME='COMMAND'")
+    return name, command
 
 
 def _id_range(text: str) -> tuple[int, int]:

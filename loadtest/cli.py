@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
+import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +16,11 @@ import msgspec
 
 from loadtest.arguments import parse
 from loadtest.compare import Comparison, Quietness
-from loadtest.comparison import markdown, terminal_table
+from loadtest.comparison import terminal_table
 from loadtest.environment import read_environment
-from loadtest.measure import Peer, prepare
-from loadtest.planning import cases_of, named_peer, peer_of, seed_of
+from loadtest.launch import without_keys
+from loadtest.markdown import markdown
+from loadtest.planning import cases_of, hosts_of, seed_of
 from loadtest.plot import html_page
 from loadtest.progress import TerminalProgress
 from loadtest.report import report
@@ -36,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(markdown(load(options.file)))
             return 0
         session = run_in_loop(_measure(options, command))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("loadtest: ended by a signal; nothing was written", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError, OSError) as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
@@ -55,35 +61,44 @@ def run_in_loop(work: Coroutine[None, None, Result]) -> Result:
 
 async def _measure(options: argparse.Namespace, command: str) -> Session:
     seed = seed_of(options)
-    peers = [await prepare(peer, seed=seed) for peer in _peers(options)]
+    hosts = hosts_of(options, seed=seed)
     cases = cases_of(options, seed=seed)
     quiet = getattr(options, "quiet", None)
     comparison = Comparison(
-        peers=peers,
+        hosts=hosts,
         cases=cases,
         num_rounds=getattr(options, "rounds", 1),
         service_level=options.slo,
         quietness=None if quiet is None else Quietness(quiet),
         progress=TerminalProgress,
+        freezes_idle=getattr(options, "freeze_idle", False),
+        takes_one_at_a_time=getattr(options, "one_at_a_time", False),
     )
+    environment = read_environment()
+    with _ended_by_a_signal():
+        measurements = await comparison.run()
     return Session(
         kind=options.command,
         command=command,
         seed=seed,
-        environment=read_environment(),
-        servers=[ready.server for ready in peers],
+        environment=environment,
+        servers=[host.record() for host in hosts],
         scenarios=[case.scenario() for case in cases],
-        measurements=await comparison.run(),
+        measurements=measurements,
+        ours=getattr(options, "ours", []),
     )
 
 
-def _peers(options: argparse.Namespace) -> list[Peer]:
-    if options.command != "compare":
-        return [peer_of(options)]
-    peers = [named_peer(text, options) for text in options.peer]
-    if len({peer.name for peer in peers}) < len(peers):
-        raise ValueError("two peers have the same name; give each its own")
-    return peers
+@contextmanager
+def _ended_by_a_signal() -> Iterator[None]:
+    """SIGTERM is an interrupt like any other: servers that were started, or paused, are not left behind."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def _show(session: Session, options: argparse.Namespace) -> None:
@@ -114,5 +129,5 @@ def _without_keys(arguments: list[str]) -> list[str]:
         elif ",api_key=" in argument:
             head, _, tail = argument.partition(",api_key=")
             argument = ",".join([f"{head},api_key=...", *tail.split(",")[1:]])
-        kept.append(argument)
+        kept.append(without_keys(argument))  # a peer's command has its own
     return kept

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from loadtest.hosting import RunningHost
 from loadtest.machine_load import busy_cores, wait_until_quiet
-from loadtest.measure import Case, ReadyPeer, measure
+from loadtest.measure import Case, measure
+from loadtest.process_tree import pause, resume
 from loadtest.progress import Progress
 from loadtest.session import Measurement
 from loadtest.slo import ServiceLevel
@@ -31,34 +33,68 @@ ProgressMaker = Callable[[str, int | None], Progress]
 
 @dataclass(frozen=True)
 class Comparison:
-    """quietness: None takes every run as it comes"""
+    """quietness: None takes every run as it comes
+    freezes_idle: servers are paused while it is not their turn, and while the machine is looked at
+    takes_one_at_a_time: a server does all cases of a round in one turn, so that it need not run in the others'
+    """
 
-    peers: Sequence[ReadyPeer]
+    hosts: Sequence[RunningHost]
     cases: Sequence[Case]
     num_rounds: int
     service_level: ServiceLevel | None
     quietness: Quietness | None
     progress: ProgressMaker
+    freezes_idle: bool = False
+    takes_one_at_a_time: bool = False
 
     async def run(self) -> list[Measurement]:
-        """All cases, all rounds, in the order in which they ran."""
+        """All cases, all rounds, in the order in which they ran. Servers that were started for it have ended."""
         measurements: list[Measurement] = []
-        for number, case in enumerate(self.cases):
-            for round in range(self.num_rounds):
-                for ready in self.peers:
-                    stream = number * self.num_rounds + round  # no prompt comes twice, in another case either
-                    measurements += await self._measure_in_quiet(ready, case, stream)
+        try:
+            for host in self.hosts:
+                await host.begin()
+                self._freeze(host)
+            for host, work in self._turns():
+                await host.open()
+                self._freeze(host)
+                for case, stream in work:
+                    measurements += await self._measure_in_quiet(host, case, stream)
+                await host.close()
+        finally:
+            for host in self.hosts:
+                self._thaw(host)
+                await host.end()
         return measurements
 
-    async def _measure_in_quiet(self, ready: ReadyPeer, case: Case, stream: int) -> list[Measurement]:
+    def _turns(self) -> Iterator[tuple[RunningHost, list[tuple[Case, int]]]]:
+        """What each host does in a turn: cases, each with the number of its stream of prompts.
+
+        No prompt comes twice, in another round or another case either, and all servers get the same.
+        """
+        rounds = range(self.num_rounds)
+        work = [[(case, i * self.num_rounds + round) for i, case in enumerate(self.cases)] for round in rounds]
+        if self.takes_one_at_a_time:
+            yield from ((host, cases) for cases in work for host in self.hosts)
+        else:  # case by case, so that rounds of one case are close in time
+            yield from ((host, [one]) for cases in zip(*work, strict=True) for one in cases for host in self.hosts)
+
+    def _freeze(self, host: RunningHost) -> None:
+        if self.freezes_idle and host.pid is not None:
+            pause(host.pid)
+
+    def _thaw(self, host: RunningHost) -> None:
+        if self.freezes_idle and host.pid is not None:
+            resume(host.pid)
+
+    async def _measure_in_quiet(self, host: RunningHost, case: Case, stream: int) -> list[Measurement]:
         """One measurement, and before it those that were disturbed."""
         if self.quietness is None:
-            return [await self._measure(ready, case, stream)]
+            return [await self._measure(host, case, stream)]
         quiet, limit = self.quietness, self.quietness.max_busy_cores
         tries: list[Measurement] = []
         for repeat in range(quiet.num_repeats + 1):
             before = await wait_until_quiet(limit, patience=quiet.patience, window=quiet.window)
-            measurement = await self._measure(ready, case, stream + repeat * _REPEAT_STREAMS)
+            measurement = await self._measure(host, case, stream + repeat * _REPEAT_STREAMS)
             busy = max(before, await busy_cores(quiet.window))
             is_disturbed = busy >= limit
             tries.append(replace(measurement, busy_cores=busy, is_disturbed=is_disturbed))
@@ -66,11 +102,13 @@ class Comparison:
                 break
         return tries
 
-    async def _measure(self, ready: ReadyPeer, case: Case, stream: int) -> Measurement:
-        progress = self.progress(f"{case.name} {ready.peer.name}", case.plan.num_requests)
+    async def _measure(self, host: RunningHost, case: Case, stream: int) -> Measurement:
+        progress = self.progress(f"{case.name} {host.peer.name}", case.plan.num_requests)
+        self._thaw(host)
         try:
-            return await measure(ready, case, round=stream, service_level=self.service_level, progress=progress)
+            return await measure(host.ready, case, round=stream, service_level=self.service_level, progress=progress)
         finally:
+            self._freeze(host)
             progress.close()
 
 

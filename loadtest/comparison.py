@@ -1,4 +1,4 @@
-"""Medians over the rounds, ratios to the first server, and the markdown made of them."""
+"""Medians over the rounds, and ratios to the first server."""
 
 from __future__ import annotations
 
@@ -99,68 +99,4 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(
         "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
-    )
-
-
-def markdown(session: Session) -> str:
-    """The table for a README: output tokens/s (ms per token), prefill, p99 between tokens; and where it was made.
-
-    The last column is the first server against the best of the others; above 1 the first is better.
-    """
-    names = [server.name for server in session.servers]
-    lines = [
-        _row(["", *names, f"{names[0]} against the best other"]),
-        _row(["---"] * (len(names) + 2)),
-        *(_markdown_row(session, scenario, _headline(scenario)) for scenario in session.scenarios),
-    ]
-    decoding = [scenario for scenario in session.scenarios if _headline(scenario) is OUTPUT_RATE]
-    lines += [_markdown_row(session, scenario, ITL_P99) for scenario in decoding]
-    if any(measurement.memory is not None for measurement in session.measurements):
-        lines.append(_memory_row(session))
-    return "\n".join([*lines, "", _caption(session)])
-
-
-def _headline(scenario: Scenario) -> Metric:
-    return PROMPT_RATE if scenario.output_length == "1" else OUTPUT_RATE
-
-
-def _markdown_row(session: Session, scenario: Scenario, metric: Metric) -> str:
-    values = [median_of(session, scenario.name, server.name, metric) for server in session.servers]
-    cells = []
-    for server, value in zip(session.servers, values, strict=True):
-        per_token = median_of(session, scenario.name, server.name, TOKEN_TIME) if metric is OUTPUT_RATE else None
-        failed = num_failures(session, scenario.name, server.name)
-        cell = _cell(value, metric.digits) + (f" ({per_token:.1f})" if per_token is not None else "")
-        cells.append(cell + (f", {failed} failed" if failed else ""))
-    label = f"{scenario.name}, {metric.name}" + (" (ms per token)" if metric is OUTPUT_RATE else "")
-    return _row([label, *cells, _advantage(values, metric)])
-
-
-def _memory_row(session: Session) -> str:
-    """The most that each server was seen to hold after any run."""
-    seen: dict[str, float] = {}
-    for measurement in session.measurements:
-        if measurement.memory is not None:
-            seen[measurement.server] = max(seen.get(measurement.server, 0.0), measurement.memory / 2**30)
-    values = [seen.get(server.name) for server in session.servers]
-    return _row([MEMORY.name, *(_cell(value, MEMORY.digits) for value in values), _advantage(values, MEMORY)])
-
-
-def _advantage(values: list[float | None], metric: Metric) -> str:
-    own, others = values[0], [value for value in values[1:] if value]
-    if not own or not others:
-        return "-"
-    return f"{own / max(others):.2f}" if metric.more_is_better else f"{min(others) / own:.2f}"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _caption(session: Session) -> str:
-    where = session.environment
-    versions = ", ".join(f"{server.name} {server.version or 'of unknown version'}" for server in session.servers)
-    return (
-        f"{where.date[:10]}, commit {where.commit}, {where.machine}, {where.num_cores} cores, "
-        f"{where.memory / 2**30:.0f} GiB, Python {where.python}. {versions}. Medians of alternating rounds."
     )

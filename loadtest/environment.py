@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import httpx
 import msgspec
 import psutil
 
+FEATURES = {
+    "f16c", "fma", "avx", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
+    "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Environment:
-    """The machine of the client, and of the servers if they run on the same one. memory: bytes"""
+    """The machine of the client, and of the servers if they run on the same one.
+
+    num_cores: logical; num_physical_cores: 0 where it is unknown
+    features: the processor's instruction sets that matter for speed, as Linux names them
+    memory: bytes
+    """
 
     date: str
     commit: str
@@ -26,18 +37,22 @@ class Environment:
     system: str
     python: str
     packages: dict[str, str]
+    num_physical_cores: int = 0
+    features: list[str] = field(default_factory=list)
 
 
 def read_environment() -> Environment:
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
-        machine=_processor(),
+        machine=_processor_line("model name") or platform.processor() or platform.machine(),
         num_cores=psutil.cpu_count() or 1,
         memory=psutil.virtual_memory().total,
         system=platform.platform(),
         python=platform.python_version(),
-        packages={name: version(name) for name in ("httpx", "httptools", "msgspec", "numpy")},
+        packages=_versions(),
+        num_physical_cores=psutil.cpu_count(logical=False) or 0,
+        features=sorted(set(_processor_line("flags", "Features").split()) & FEATURES),
     )
 
 
@@ -57,13 +72,22 @@ def _commit() -> str:
     return described.stdout.strip()
 
 
-def _processor() -> str:
+def _processor_line(*names: str) -> str:
+    """What /proc/cpuinfo says of the first processor under one of the names; empty where there is no such line."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
+
+
+def _versions() -> dict[str, str]:
+    """Of what this process runs on, and of what our own server runs on if it is installed beside it."""
+    versions = {}
+    for name in ("httpx", "httptools", "msgspec", "numpy", "torch", "transformers", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 class _Model(msgspec.Struct):

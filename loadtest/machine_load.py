@@ -1,4 +1,4 @@
-"""What else the machine does, and what a server holds: for measurements on the machine that serves."""
+"""What else the machine does: for measurements on the machine that serves."""
 
 from __future__ import annotations
 
@@ -24,20 +24,3 @@ async def wait_until_quiet(limit: float, *, patience: float, window: float) -> f
     while (busy := await busy_cores(window)) >= limit and time.perf_counter() < deadline:
         pass
     return busy
-
-
-def memory_of(pid: int) -> int | None:
-    """Bytes of a process and its descendants, shared pages divided among those that share them. None if it is gone."""
-    try:
-        root = psutil.Process(pid)
-        return sum(_proportional(process) for process in [root, *root.children(recursive=True)])
-    except psutil.Error:
-        return None
-
-
-def _proportional(process: psutil.Process) -> int:
-    try:
-        info = process.memory_full_info()
-    except psutil.NoSuchProcess:  # it ended while we looked
-        return 0
-    return int(getattr(info, "pss", info.rss))  # only Linux has pss

@@ -11,8 +11,8 @@ from loadtest.arrivals import ClosedLoop, OpenLoop
 from loadtest.calibration import calibrate
 from loadtest.client import Client, Target
 from loadtest.environment import first_model, server_version
-from loadtest.machine_load import memory_of
 from loadtest.outcome import Failure, Outcome
+from loadtest.process_tree import memory_of
 from loadtest.progress import Progress
 from loadtest.runner import Plan, run
 from loadtest.session import Measurement, Scenario, Server
@@ -23,12 +23,20 @@ from loadtest.workload import PromptText, Workload
 
 @dataclass(frozen=True)
 class Peer:
-    """A server under test. pid: its process on this machine, to read its memory. sends_text: words, not token ids"""
+    """A server under test.
+
+    sends_text: words, not token ids
+    pid: its process on this machine, to read its memory
+    version: for servers that do not tell theirs
+    precision: how its weights are kept, in words
+    """
 
     name: str
     target: Target
     sends_text: bool = False
     pid: int | None = None
+    version: str | None = None
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,13 @@ async def prepare(peer: Peer, *, seed: int) -> ReadyPeer:
     """Asks the server for its model and version. Raises ValueError if it cannot be reached or used."""
     async with Client(peer.target) as client:
         model = peer.target.model or await first_model(client.http)
-        version = await server_version(client.http)
+        version = peer.version or await server_version(client.http)
     peer = replace(peer, target=replace(peer.target, model=model))
     text = await calibrate(peer.target, seed=seed) if peer.sends_text else None
     extra = msgspec.json.encode(dict(peer.target.extra_body)).decode()
-    server = Server(peer.name, peer.target.base_url, model, version, str(peer.target.api), extra)
+    server = Server(
+        peer.name, peer.target.base_url, model, version, str(peer.target.api), extra, precision=peer.precision
+    )
     return ReadyPeer(peer, server, text)
 
 
@@ -85,7 +95,7 @@ async def measure(
         outcomes = await run(client, workload, case.plan, progress=progress)
         processor, wall = time.process_time() - processor_before, time.perf_counter() - wall_before
         num_events = client.num_events
-    pid = ready.peer.pid
+    memory = None if ready.peer.pid is None else memory_of(ready.peer.pid)
     return Measurement(
         server=ready.peer.name,
         scenario=case.name,
@@ -93,10 +103,11 @@ async def measure(
         figures=summarize(outcomes, service_level),
         busy_cores=None,
         is_disturbed=False,
-        memory=memory_of(pid) if pid is not None else None,
+        memory=None if memory is None else memory.held,
         client_seconds_per_event=processor / num_events if num_events else None,
         client_load=processor / wall,
         failure_examples=_examples(outcomes),
+        resident_memory=None if memory is None else memory.resident,
     )
 
 

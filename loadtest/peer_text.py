@@ -9,7 +9,7 @@ import msgspec
 
 from loadtest.client import JsonValue
 
-KEYS = ("model", "api", "prompts", "ignore_eos", "extra", "api_key", "done", "pid")
+KEYS = ("model", "api", "prompts", "ignore_eos", "extra", "api_key", "done", "pid", "version", "precision")
 
 
 @dataclass(frozen=True)

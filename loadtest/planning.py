@@ -7,11 +7,12 @@ import secrets
 
 from loadtest.arrivals import Arrivals, ClosedLoop, OpenLoop
 from loadtest.client import Api, IgnoreEos, Target
+from loadtest.hosting import Launch, LaunchingHost, RestartingHost, RunningHost
 from loadtest.lengths import parse_length
 from loadtest.measure import Case, Peer
 from loadtest.peer_text import PeerText, parse_extra_body
 from loadtest.runner import Plan
-from loadtest.workload import Workload
+from loadtest.workload import Exchange, Workload
 
 
 def seed_of(options: argparse.Namespace) -> int:
@@ -44,7 +45,41 @@ def named_peer(text: PeerText, options: argparse.Namespace) -> Peer:
         keeps_alive=options.keep_alive,
         has_done_marker=own.get("done", options.done) == "yes",
     )
-    return Peer(text.name, target, sends_text=prompts == "text", pid=int(own["pid"]) if "pid" in own else None)
+    return Peer(
+        text.name,
+        target,
+        sends_text=prompts == "text",
+        pid=int(own["pid"]) if "pid" in own else None,
+        version=own.get("version"),
+        precision=own.get("precision", ""),
+    )
+
+
+def hosts_of(options: argparse.Namespace, *, seed: int) -> list[RunningHost]:
+    """The servers of a command, in its order. Raises ValueError where names or commands do not fit together."""
+    if options.command != "compare":
+        return [RunningHost(peer_of(options), seed=seed)]
+    peers = [named_peer(text, options) for text in options.peer]
+    names = [peer.name for peer in peers]
+    commands = dict(options.peer_command)
+    unknown = {*commands, *options.ours} - set(names)
+    if len(set(names)) < len(names):
+        raise ValueError("two peers have the same name; give each its own")
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no peer has that name; there are {', '.join(names)}")
+    if options.one_at_a_time and len(commands) < len(peers):
+        missing = [name for name in names if name not in commands]
+        raise ValueError(f"--one-at-a-time starts and ends every server: give --peer-command for {', '.join(missing)}")
+    return [_host(peer, commands.get(peer.name), options, seed) for peer in peers]
+
+
+def _host(peer: Peer, command: str | None, options: argparse.Namespace, seed: int) -> RunningHost:
+    if command is None:
+        return RunningHost(peer, seed=seed)
+    probe = Exchange(" time" if peer.sends_text else [options.token_ids[0]] * 4, num_output_tokens=1)
+    launch = Launch(command, probe, options.start_patience, options.starts)
+    kind = RestartingHost if options.one_at_a_time else LaunchingHost
+    return kind(peer, launch, seed=seed)
 
 
 def cases_of(options: argparse.Namespace, *, seed: int) -> list[Case]:

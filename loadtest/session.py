@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -13,12 +13,19 @@ from loadtest.statistics import Figures
 
 @dataclass(frozen=True)
 class Server:
+    """precision: how its weights are kept, in words, where that was said: servers with equal words are compared too
+    command: what started it, if the comparison did; environment variables are as they were written
+    start_seconds: each time from the command to the end of its first answer"""
+
     name: str
     url: str
     model: str
     version: str | None
     api: str
     extra_body: str
+    precision: str = ""
+    command: str = ""
+    start_seconds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Measurement:
 
     busy_cores: what else ran on the machine just before and after, in cores, the larger of the two; None: not looked at
     is_disturbed: that was more than allowed; such a run is kept, but medians leave it out where they can
-    memory: bytes of the server's processes after the run (proportional set size), if its process id is known
+    memory: bytes that all of the server's processes held after the run, each page once, if its process id is known
+    resident_memory: the same with shared pages counted once for each process (resident set size)
     client_seconds_per_event: processor time that this process spent on each event of the streams
     client_load: processor time that this process spent per second
     """
@@ -61,10 +69,13 @@ class Measurement:
     client_seconds_per_event: float | None
     client_load: float
     failure_examples: dict[str, str]
+    resident_memory: int | None = None
 
 
 @dataclass(frozen=True)
 class Session:
+    """ours: names of the servers whose best is compared with the best of the others; empty: the first one's"""
+
     kind: str
     command: str
     seed: int
@@ -72,6 +83,7 @@ class Session:
     servers: list[Server]
     scenarios: list[Scenario]
     measurements: list[Measurement]
+    ours: list[str] = field(default_factory=list)
 
     def of(self, scenario: str, server: str) -> list[Measurement]:
         """The rounds of one scenario and server; without the disturbed ones unless all were."""

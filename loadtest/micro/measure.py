@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.machine import read_machine
+from loadtest.environment import Environment
 
 RESULTS = Path(__file__).parent.parent / "results"
 Row = dict[str, str | int | float]
@@ -48,6 +49,17 @@ def save(name: str, rows: list[Row]) -> Path:
     path = RESULTS / f"micro-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def dated_path(folder: Path, name: str, environment: Environment) -> Path:
+    """DATE-NAME.json, where a result of that moment goes. Makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{environment.date[:19].replace(':', '').replace('T', '-')}-{name}.json"
+
+
+def parse_numbers(text: str) -> list[int]:
+    """`1,2,4`, for an option."""
+    return [int(part) for part in text.split(",")]
 
 
 def parse_arguments(description: str) -> argparse.Namespace:

@@ -10,8 +10,9 @@ from loadtest.arrivals import ClosedLoop
 from loadtest.client import Target
 from loadtest.compare import Comparison, Quietness
 from loadtest.environment import read_environment
+from loadtest.hosting import RunningHost
 from loadtest.lengths import FixedLength
-from loadtest.measure import Case, Peer, prepare
+from loadtest.measure import Case, Peer
 from loadtest.progress import Progress
 from loadtest.runner import Plan
 from loadtest.session import Measurement, Session
@@ -21,8 +22,8 @@ CASE = Case("one", Workload(FixedLength(4), FixedLength(2), seed=1), Plan(Closed
 
 
 async def rounds_of(url: str, quietness: Quietness) -> list[Measurement]:
-    peer = await prepare(Peer("a", Target(url)), seed=1)
-    return await Comparison([peer], [CASE], 1, None, quietness, lambda *_: Progress()).run()
+    host = RunningHost(Peer("a", Target(url)), seed=1)
+    return await Comparison([host], [CASE], 1, None, quietness, lambda *_: Progress()).run()
 
 
 @pytest.mark.parametrize(("max_busy_cores", "is_disturbed"), [(0.0, [True] * 3), (1000.0, [False])])

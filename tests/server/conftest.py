@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
@@ -21,12 +21,10 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.client import EngineError, EngineObserver
-from engine.config import EngineConfig
-from engine.messages import Failed, ModelInfo, TokenizerAssets
+from engine.client import EngineError
+from engine.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
 from server import chat, completions, requests, tokenize
-from server.app import create_app
 from server.config import Config
 from server.errors import ApiError, install_error_handlers
 from server.http_protocol import HttpProtocol
@@ -273,9 +271,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.005)
 
 
+def make_engine(template: str | None = CHAT_TEMPLATE) -> FakeEngine:
+    return FakeEngine(make_model(make_assets(template), 330), make_tokenizer(template))
+
+
 def make_world(template: str | None = CHAT_TEMPLATE) -> World:
-    assets, tokenizer = make_assets(template), make_tokenizer(template)
-    engine = FakeEngine(make_model(assets, 330), tokenizer)
+    engine = make_engine(template)
     admission, metrics = FakeAdmission(), FakeMetrics()
     app = FastAPI()
     app.add_middleware(NamesRequests)
@@ -283,11 +284,11 @@ def make_world(template: str | None = CHAT_TEMPLATE) -> World:
     for module in (completions, chat, tokenize, requests):
         app.include_router(module.router)
     state = ServerState(
-        config=Config(), engine=engine, admission=admission, metrics=metrics, tokenizer=tokenizer,
+        config=Config(), engine=engine, admission=admission, metrics=metrics, tokenizer=engine.tokenizer,
         model_names=[MODEL_NAME, "other-name"], started_at=time.monotonic(),
     )  # fmt: skip
     app.state.server = state
-    return World(app, engine, metrics, admission, state, tokenizer)
+    return World(app, engine, metrics, admission, state, engine.tokenizer)
 
 
 @pytest.fixture
@@ -319,7 +320,10 @@ def connect(world: World) -> httpx.AsyncClient:
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
     """Functions that the tests share."""
-    return SimpleNamespace(wait_until=wait_until, events=events, make_world=make_world, connect=connect)
+    return SimpleNamespace(
+        wait_until=wait_until, events=events, make_world=make_world, connect=connect, serve_app=serve_app,
+        make_engine=make_engine,
+    )  # fmt: skip
 
 
 def events(body: str) -> list[dict]:
@@ -328,106 +332,3 @@ def events(body: str) -> list[dict]:
     assert all(line.startswith("data: ") for line in lines), body
     assert lines[-1] == "data: [DONE]", body
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-class OperatedEngine(FakeEngine):
-    """A FakeEngine with a life: it starts, becomes ready, dies and stops when a test says so."""
-
-    def __init__(self, model: ModelInfo, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer)
-        self._loaded = model
-        self.model, self.state, self.phase = None, "starting", "process"
-        self.failed = asyncio.Event()
-        self.observer: EngineObserver
-        self.loop: asyncio.AbstractEventLoop
-        self.was_stopped = False
-        self.is_ready_at_start = True
-
-    async def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        if self.is_ready_at_start:
-            self.become_ready()
-
-    async def stop(self) -> None:
-        self.was_stopped = True
-        if self.state != "failed":
-            self.state = "stopped"
-
-    def enter(self, phase: str, detail: str) -> None:
-        self.phase, self.phase_detail = phase, detail
-        self.observer.on_phase(phase, detail)
-
-    def become_ready(self) -> None:
-        self.model, self.state, self.phase, self.phase_detail = self._loaded, "ready", "ready", ""
-        self.observer.on_ready(self._loaded)
-
-    def die(self) -> None:
-        self.state, self.phase = "restarting", "process"
-        self.num_restarts += 1
-        self.observer.on_death("killed by a test")
-
-    def fail(self, kind: str, message: str) -> None:
-        self.state, self.failure = "failed", Failed(kind, message)
-        self.failed.set()
-
-
-@dataclass
-class Operation:
-    """The real application around an OperatedEngine."""
-
-    app: FastAPI
-    engine: OperatedEngine
-    state: ServerState
-    url: str = ""
-
-    def call(self, act: Callable[..., None], *arguments: object) -> None:
-        """Runs it in the server's event loop, and waits until the loop has gone around."""
-        done = threading.Event()
-
-        def run() -> None:
-            act(*arguments)
-            self.engine.loop.call_soon(lambda: self.engine.loop.call_soon(done.set))
-
-        self.engine.loop.call_soon_threadsafe(run)
-        assert done.wait(10)
-
-    def raw(self, data: bytes) -> bytes:
-        """The answer to bytes that no HTTP client would send."""
-        host, port = self.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
-            connection.sendall(data)
-            connection.settimeout(10)
-            answer = b""
-            while chunk := connection.recv(65536):
-                answer += chunk
-                head, _, body = answer.partition(b"\r\n\r\n")
-                length = next((line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")), b"")
-                if body and length and len(body) >= int(length.partition(b":")[2]):
-                    break
-            return answer
-
-
-@contextmanager
-def start_operation(config: dict | None = None, *, ready: bool = True) -> Iterator[Operation]:
-    engine = OperatedEngine(make_model(make_assets(), 330), make_tokenizer())
-    engine.is_ready_at_start = ready
-
-    def make_engine(_: EngineConfig, observer: EngineObserver) -> OperatedEngine:
-        engine.observer = observer
-        return engine
-
-    named = {"server": {"served_model_name": [MODEL_NAME, "org/other-name"]}}
-    for section, values in (config or {}).items():
-        named.setdefault(section, {}).update(values)
-    app = create_app(Config.model_validate(named), make_engine=make_engine)
-    operation = Operation(app, engine, app.state.server)
-    with serve_app(app, lifespan="on") as operation.url:
-        if ready:
-            wait_until(lambda: operation.state.is_ready)
-        yield operation
-
-
-@pytest.fixture(scope="session")
-def operate() -> Callable[..., AbstractContextManager[Operation]]:
-    """`with operate({"server": {"strict": True}}, ready=False) as operation`: real HTTP, at `operation.url`."""
-    return start_operation

@@ -3,7 +3,6 @@
 import random
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
 from engine.messages import Failed
@@ -141,19 +140,3 @@ def test_the_drain_rate_follows_random_arrivals():
         clock.now += generator.expovariate(5.0)
         drain_rate.count()
     assert drain_rate.per_second() == pytest.approx(5.0, rel=0.25)
-
-
-def test_a_full_queue_is_429_over_http_at_the_limit_and_one_past_it(operate):
-    with operate({"limits": {"max_queued_requests": 3}}) as operation:
-        operation.engine.say("yes")
-        body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
-        operation.engine.num_waiting = 2
-        assert httpx.post(operation.url + "/v1/completions", json=body).status_code == 200
-        operation.engine.num_waiting = 3
-        refused = httpx.post(operation.url + "/v1/completions", json=body)
-        assert refused.status_code == 429
-        assert refused.headers["x-should-retry"] == "true"
-        assert int(refused.headers["retry-after"]) >= 1
-        assert int(refused.headers["retry-after-ms"]) >= 1
-        metrics = httpx.get(operation.url + "/metrics").text
-        assert 'requests_total{model_name="tiny",outcome="rejected"} 1.0' in metrics

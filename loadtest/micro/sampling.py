@@ -1,0 +1,94 @@
+"""What does choosing the tokens of a step cost here? `python -m loadtest.micro.sampling [--threads 2] [--save]`
+
+Microseconds per step, and dispatcher calls, for logits of SmolLM2-135M's vocabulary that look like a language model's.
+The floor is reading the logits once at the speed that this machine reads memory. It decides how `engine.sampler`
+looks for the largest logit, and that penalties keep what they know of a sequence from step to step.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.machine import measure_ceilings
+from engine.sampler import Sampler
+from engine.sampler_numba import NumbaSampler
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+from loadtest.micro.measure import Row, fastest, parse_arguments, report
+
+VOCAB_SIZE = 49152
+BATCHES = [1, 32]
+NUM_LOGITS = 8  # sets of them, so that they do not all stay in the cache
+WAYS: dict[str, tuple[int, dict[str, float]]] = {  # context, parameters
+    "greedy": (128, {"temperature": 0.0}),
+    "temperature 1": (128, {}),
+    "temperature 0.7": (128, {"temperature": 0.7}),
+    "top-p 0.9": (128, {"top_p": 0.9}),
+    "top-k 50": (128, {"top_k": 50}),
+    "logprobs 5": (128, {"temperature": 0.0, "logprobs": 5}),
+    "presence": (4096, {"temperature": 0.0, "presence_penalty": 0.5}),
+    "repetition": (4096, {"temperature": 0.0, "repetition_penalty": 1.1}),
+}
+
+
+class _Calls(TorchDispatchMode):
+    """Counts what reaches the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    arguments = parse_arguments(main.__doc__ or __doc__ or "")
+    bytes_per_second, _ = measure_ceilings(arguments.threads)
+    rows = [_measure(num_seqs, way, bytes_per_second) for num_seqs in BATCHES for way in WAYS]
+    report("sampling", rows, arguments)
+
+
+def _measure(num_seqs: int, way: str, bytes_per_second: float) -> Row:
+    context, fields = WAYS[way]
+    params = SamplingParams(**{"seed": 1, "max_tokens": 9, **fields})  # type: ignore[arg-type]
+    logits = [_logits(num_seqs) for _ in range(NUM_LOGITS)]
+    row: Row = {"batch": num_seqs, "way": way}
+    for name, sampler in (("numpy us", Sampler(VOCAB_SIZE)), ("numba us", NumbaSampler(VOCAB_SIZE))):
+        batch = [_item(params, context) for _ in range(num_seqs)]
+        work = partial(_step, sampler, logits, batch)
+        row[name] = 1e6 * fastest(work, num_calls=NUM_LOGITS)
+    row["floor us"] = 1e6 * logits[0].numel() * logits[0].element_size() / bytes_per_second
+    with _Calls() as calls:
+        work(0)
+    row["calls"] = calls.num_calls
+    return row
+
+
+def _step(sampler: Sampler, logits: list[torch.Tensor], batch: list[Scheduled], index: int) -> None:
+    for item, result in zip(batch, sampler(logits[index], batch), strict=True):
+        item.seq.token_ids += result.token_ids
+        item.seq.num_computed_tokens += 1
+
+
+def _item(params: SamplingParams, context: int) -> Scheduled:
+    token_ids = torch.randint(VOCAB_SIZE, (context,)).tolist()
+    num_output_tokens = context // 2
+    request = Request(request_id="", prompt_token_ids=token_ids[num_output_tokens:], params=params)
+    seq = Sequence(request, token_ids)
+    seq.num_computed_tokens = context - 1
+    return Scheduled(seq, 1, 0, samples=True)
+
+
+def _logits(num_rows: int) -> torch.Tensor:
+    """Most tokens are about ten below the best few: what a model that knows what comes next says."""
+    logits = 2.5 * torch.randn(num_rows, VOCAB_SIZE)
+    logits[:, :20] += 8.0
+    return logits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Keys: what is open is listed, all else is closed, and no spelling of a path gets around it."""
+
+import httpx
+import pytest
+
+from server.auth import Keyring
+
+KEYS = {"server": {"api_keys": ["key-one", "key-two"]}}
+GOOD = {"Authorization": "Bearer key-two"}
+
+
+def paths_of(operation) -> set[str]:
+    return set(httpx.get(operation.url + "/openapi.json", headers=GOOD).json()["paths"])
+
+
+def test_without_keys_nothing_is_closed(operate):
+    with operate() as operation:
+        assert httpx.get(operation.url + "/v1/models").status_code == 200
+
+
+def test_every_route_needs_a_key_but_the_three_probes(operate):
+    with operate(KEYS) as operation:
+        paths = paths_of(operation) | {"/docs", "/redoc", "/openapi.json", "/no/such/route", "/v1/tokenize", "/"}
+        assert len(paths) > 15
+        client = httpx.Client(base_url=operation.url)
+        for path in paths - {"/livez", "/readyz", "/startupz"}:
+            for method in ("GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"):
+                response = client.request(method, path)
+                assert response.status_code == 401, (method, path)
+                assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/livez", "/readyz", "/startupz"):
+            assert client.get(path).status_code == 200
+        client.close()
+
+
+def test_a_key_opens_and_a_wrong_one_does_not(operate):
+    with operate(KEYS) as operation:
+        url = operation.url + "/v1/models"
+        assert httpx.get(url, headers=GOOD).status_code == 200
+        assert httpx.get(url, headers={"Authorization": "bearer  key-one"}).status_code == 200
+        wrong = ["", "Bearer", "Bearer key", "Bearer key-twoo", "key-two", "Basic key-two", "Bearer KEY-TWO"]
+        wrong += ["Bearer key-one,key-two", "Bearer key-one key-two", "Bearer ['key-one', 'key-two']"]
+        with httpx.Client() as client:
+            for value in wrong:
+                assert client.get(url, headers={"Authorization": value}).status_code == 401, value
+        assert httpx.get(url, params={"api_key": "key-two"}).status_code == 401
+
+
+def test_metrics_are_open_only_if_configured(operate):
+    with operate(KEYS) as operation:
+        assert httpx.get(operation.url + "/metrics").status_code == 401
+        assert httpx.get(operation.url + "/metrics", headers=GOOD).status_code == 200
+    with operate({**KEYS, "metrics": {"public": True}}) as operation:
+        assert httpx.get(operation.url + "/metrics").status_code == 200
+        assert httpx.get(operation.url + "/metrics/").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//v1/models", "/v1//models", "/v1/models/", "/V1/MODELS", "/livez/../v1/models", "/livez/..%2fv1/models",
+        "/livez%2f..%2fv1/models", "/%6civez/../v1/models", "/livez;/v1/models", "/livez%00/v1/models", "/./v1/models",
+        "/v1/models?path=/livez", "/v1/models#/livez", "/v1%2fmodels", "/%76%31/models", "/livez/", "//livez", "/LIVEZ",
+        "http://livez/v1/models", "http://localhost/livez/../v1/models", "/v1/models%3f/livez", "/livez%20", "*",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "extra", ["Host: x/livez", "Host: localhost", "Host: x\r\nX-Forwarded-Prefix: /livez", "X-A: b"]
+)
+def test_no_spelling_of_a_path_gets_around_the_key(shared_operation, target, extra):
+    request = f"GET {target} HTTP/1.1\r\n{extra}\r\nX-Original-URL: /livez\r\nConnection: close\r\n\r\n"
+    answer = shared_operation.raw(request.encode())
+    status = answer.split(b" ", 2)[1]
+    assert status in (b"401", b"400"), answer[:200]
+    assert b'"object"' not in answer
+
+
+@pytest.fixture(scope="module")
+def shared_operation(operate):
+    """One server for the many spellings."""
+    with operate(KEYS) as operation:
+        yield operation
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "get", "OPTIONS", "TRACE", "FOO"])
+def test_no_method_gets_around_the_key(shared_operation, method):
+    answer = shared_operation.raw(f"{method} /v1/models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    assert answer.split(b" ", 2)[1] in (b"401", b"400"), answer[:200]
+
+
+def test_two_authorization_headers_are_one_too_many(shared_operation):
+    both = "Authorization: Bearer wrong\r\nAuthorization: Bearer key-one\r\n"
+    answer = shared_operation.raw(f"GET /v1/models HTTP/1.1\r\nHost: a\r\n{both}Connection: close\r\n\r\n".encode())
+    assert answer.split(b" ", 2)[1] == b"401"
+
+
+def test_each_key_has_a_salt_of_its_own_that_does_not_show_the_key():
+    keys = [f"key-{index}" for index in range(50)]
+    ring = Keyring(keys)
+    tenants = [ring.tenant_of(key.encode()) for key in keys]
+    assert len(set(tenants)) == 50
+    assert tenants == [ring.tenant_of(key.encode()) for key in keys]
+    assert ring.tenant_of(b"key-50") is None
+    assert ring.tenant_of(b"\xff\x00") is None
+    assert Keyring(keys).tenant_of(b"key-0") != tenants[0]  # differs by process, so it cannot be looked up
+
+
+def test_requests_with_different_keys_do_not_share_cached_prefixes(operate):
+    with operate(KEYS) as operation:
+        operation.engine.say("yes")
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+        for key in ("key-one", "key-two", "key-one"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.post(operation.url + "/v1/completions", json=body, headers=headers).status_code == 200
+        first, second, third = (request.cache_salt for request in operation.engine.requests)
+        assert first == third != second

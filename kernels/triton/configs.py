@@ -1,7 +1,7 @@
 """Tile shapes of the kernels, by chip. Nothing is tuned while serving: a table is read once.
 
 `kernels/configs/default.json` holds values chosen by reasoning and by what compiles without spills; a file named for a
-chip ("sm_90.json") holds measured ones and wins.
+chip ("sm_90.json") wins over it; `python -m loadtest.gpu tune` measures and writes it.
 """
 
 from __future__ import annotations
@@ -63,11 +63,21 @@ def moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeCo
 
 
 def chip_of(device: torch.device) -> str:
-    """The name that the device's table has: "sm_90" for an H100 or H200."""
+    """The name that the device's table has: "sm_90" for an H100 or H200. The tuner writes to it."""
     if device.type != "cuda":
         return "default"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def provenance(chip: str) -> str:
+    """Where the chip's tile shapes come from, in words."""
+    return f"of {chip}.json ({_text(chip)})" if _table(chip) else f"of default.json ({_text('default')})"
+
+
+def _text(name: str) -> str:
+    text: str = json.loads((_FOLDER / f"{name}.json").read_text())["provenance"]
+    return text
 
 
 def _lookup(kernel: str, shape: str, dtype: str, chip: str) -> dict[str, int]:

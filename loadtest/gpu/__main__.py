@@ -1,0 +1,7 @@
+"""`python -m loadtest.gpu`."""
+
+import sys
+
+from loadtest.gpu.cli import main
+
+sys.exit(main())

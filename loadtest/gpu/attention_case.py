@@ -1,0 +1,164 @@
+"""A paged cache with random keys and values, and one step's batch over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import kernels.attention
+from kernels.triton.attention import Prepared, paged_attention
+from kernels.triton.attention_plan import Workspace, plan_any_lengths, plan_attention
+from kernels.triton.configs import AttentionConfig, attention_config, chip_of
+
+BLOCK_SIZE = 16
+Lens = list[tuple[int, int]]  # new tokens and all tokens of each sequence
+
+
+@dataclass(frozen=True)
+class Heads:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Tensors as `kernels.attention.paged_attention` takes them. `options`: window, soft_cap, tree_mask, ..."""
+
+    heads: Heads
+    lens: Lens
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    options: dict[str, Tensor | float | int] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        return self.heads.head_dim**-0.5
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.k_cache, self.v_cache, self.block_tables, self.query_starts, self.seq_lens
+
+    @property
+    def num_bytes(self) -> int:
+        """Keys and values of all contexts, read once, with the queries and the output."""
+        num_tokens = sum(length for _, length in self.lens)
+        kv = 2 * num_tokens * self.heads.num_kv_heads * self.heads.head_dim
+        return (kv + 2 * self.q.numel()) * self.q.element_size()
+
+    @property
+    def num_flops(self) -> int:
+        num_pairs = sum(new * length - new * (new - 1) // 2 for new, length in self.lens)
+        return 4 * num_pairs * self.heads.num_heads * self.heads.head_dim
+
+    def prepare(self, config: AttentionConfig | None = None) -> Prepared:
+        """As the engine does once per step. Without a config: the one of this chip's table."""
+        device, dtype = self.q.device, self.q.dtype
+        if config is None:
+            config = attention_config(self.heads.head_dim, self.heads.group, dtype, chip=chip_of(device))
+        plan = plan_attention(
+            self.query_starts.diff().cpu().numpy(),
+            self.seq_lens.cpu().numpy(),
+            group=self.heads.group,
+            num_kv_heads=self.heads.num_kv_heads,
+            config=config,
+            device=device,
+        )
+        return Prepared(plan, config, Workspace(0, 0, device))
+
+    def prepare_any_lengths(self) -> Prepared:
+        """As in a CUDA graph that is captured once and replayed for all lengths. All sequences have as many rows."""
+        ((num_rows, _), *_), longest = self.lens, max(length for _, length in self.lens)
+        prepared = self.prepare()
+        pieces = sum(-(-length // prepared.config.split_size) for _, length in self.lens)
+        open_plan = plan_any_lengths(
+            len(self.lens),
+            num_rows,
+            max_context=2 * longest,
+            num_items=num_rows * pieces,
+            group=self.heads.group,
+            num_kv_heads=self.heads.num_kv_heads,
+            config=prepared.config,
+            device=self.q.device,
+        )
+        return Prepared(open_plan.at(self.seq_lens), prepared.config, prepared.workspace)
+
+    def run(self, prepared: Prepared) -> Tensor:
+        return paged_attention(*self.tensors, self.scale, **self.options, prepared=prepared)
+
+    def expected(self) -> Tensor:
+        """In float64."""
+        options = {name: x.double() if name == "sinks" else x for name, x in self.options.items()}
+        with torch.device(self.q.device):  # where the definition makes its masks
+            return kernels.attention.paged_attention(self.q.double(), *self.tensors[1:], self.scale, **options)
+
+
+def make_case(
+    heads: Heads, lens: Lens, dtype: torch.dtype, generator: torch.Generator, **options: Tensor | float | int
+) -> AttentionCase:
+    """Blocks lie in random order; what no sequence has a token in is NaN."""
+    device = generator.device
+    num_each = [-(-length // BLOCK_SIZE) for _, length in lens]
+    num_blocks = sum(num_each) + 1
+    order = torch.randperm(num_blocks, device=device, generator=generator)
+    block_tables = torch.zeros(len(lens), max(num_each), dtype=torch.int64, device=device)
+    is_used = torch.zeros(num_blocks, BLOCK_SIZE, dtype=torch.bool, device=device)
+    first = 0
+    for row, (num, (_, length)) in enumerate(zip(num_each, lens, strict=True)):
+        blocks = block_tables[row, :num] = order[first : first + num]
+        is_used[blocks] = True
+        is_used[blocks[-1], (length - 1) % BLOCK_SIZE + 1 :] = False
+        first += num
+    shape = (2, heads.num_kv_heads, num_blocks, BLOCK_SIZE, heads.head_dim)
+    cache = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+    cache[:, :, ~is_used] = torch.nan
+    num_new = torch.tensor([new for new, _ in lens], device=device)
+    query_starts = torch.cat((num_new.new_zeros(1), num_new.cumsum(0)))
+    q = torch.empty(int(num_new.sum()), heads.num_heads, heads.head_dim, dtype=dtype, device=device)
+    return AttentionCase(
+        heads=heads,
+        lens=lens,
+        q=q.normal_(generator=generator),
+        k_cache=cache[0],
+        v_cache=cache[1],
+        block_tables=block_tables,
+        query_starts=query_starts,
+        seq_lens=torch.tensor([length for _, length in lens], device=device),
+        options=dict(options),
+    )
+
+
+def tree_options(lens: Lens, parents: list[int], device: torch.device) -> dict[str, Tensor]:
+    """A tree mask and positions for a batch in which each sequence's last tokens are drafts with these parents.
+
+    parents: the draft that each draft follows, -1 for the newest token
+    """
+    num_rows = sum(new for new, _ in lens)
+    mask = torch.zeros(num_rows, max(new for new, _ in lens), dtype=torch.bool)
+    positions = torch.zeros(num_rows, dtype=torch.int64)
+    start = 0
+    for new, length in lens:
+        mask[start : start + new, :new] = torch.ones(new, new).tril().bool()
+        positions[start : start + new] = torch.arange(length - new, length)
+        root = new - len(parents) - 1
+        assert root >= 0, f"{len(parents)} drafts and the token before them in {new} rows"
+        for i, parent in enumerate(parents):
+            row, above = start + root + 1 + i, start + root + 1 + parent
+            mask[row] = mask[above]
+            mask[row, root + 1 + i] = True
+            positions[row] = positions[above] + 1
+        start += new
+    return {"tree_mask": mask.to(device), "positions": positions.to(device)}

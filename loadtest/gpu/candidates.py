@@ -1,0 +1,141 @@
+"""What the tuner chooses from: kernels, the cases that they are timed on, and tile shapes to try."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+import kernels.moe
+import kernels.triton.moe
+from kernels.triton.configs import AttentionConfig, MoeConfig, attention_config, chip_of, moe_config
+from loadtest.gpu.attention_case import AttentionCase, Heads, Lens, make_case
+from loadtest.gpu.context import Context
+from loadtest.gpu.errors import BOUNDS, relative_error
+from loadtest.gpu.machine import l2_bytes
+from loadtest.gpu.stopwatch import Work, num_sets
+
+Config = AttentionConfig | MoeConfig
+IMPOSSIBLE = (OutOfResources, PTXASError, CompilationError, RuntimeError)  # a tile shape that this chip refuses
+
+_DECODE = {
+    "split_size": (256, 512),
+    "decode_keys": (32, 64, 128),
+    "decode_warps": (2, 4, 8),
+    "decode_stages": (3, 5, 7),
+}
+_PROMPT = {
+    "prompt_rows": (64, 128),
+    "prompt_keys": (32, 64, 128),
+    "prompt_warps": (4, 8),
+    "prompt_stages": (3, 5),
+}
+_FEW = {"columns": (32, 64, 128), "step": (64, 128, 256), "stages": (3, 4, 5)}
+_MANY = {"rows": (64, 128), "columns": (64, 128), "step": (64,), "warps": (4, 8), "stages": (3, 4)}
+
+
+@dataclass(frozen=True)
+class Load:
+    """A case that a kernel is timed on, as so many sets of inputs that the cache does not hold them all."""
+
+    run: Callable[[Config], Work]
+    num_sets: int
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel and an entry of its table.
+
+    axes: fields and the values to try; check: the relative error of a config's result
+    """
+
+    kernel: str
+    keys: list[str]
+    base: Config
+    axes: dict[str, tuple[int, ...]]
+    loads: Callable[[], list[Load]]
+    check: Callable[[Config], float]
+    bound: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.keys[0]}, {', '.join(self.axes)}"
+
+    def configs(self) -> list[Config]:
+        """The base first, then those that differ from it in few fields."""
+        values = itertools.product(*self.axes.values())
+        found = {replace(self.base, **dict(zip(self.axes, value, strict=True))) for value in values} - {self.base}
+        return [self.base, *sorted(found, key=lambda config: (self._distance(config), str(config)))]
+
+    def _distance(self, config: Config) -> int:
+        before, after = asdict(self.base), asdict(config)
+        return sum(before[field] != after[field] for field in before)
+
+
+def tunables(context: Context) -> Iterator[Tunable]:
+    """In the order of their weight for what people run."""
+    if context.is_rehearsal:
+        yield _attention(context, Heads(4, 2, 16), {"decode_warps": (2, 4)}, [[(1, 20)]])
+        return
+    for heads in (Heads(32, 8, 128), Heads(32, 8, 64)):
+        yield _attention(context, heads, _DECODE, [[(1, 4096)], [(1, 2048)] * 32, [(1, 1024)] * 128])
+        yield _attention(context, heads, _PROMPT, [[(2048, 2048)], [(512, 4096)] * 2])
+    yield _moe(context, "few", _FEW, [1, 32])
+    yield _moe(context, "many", _MANY, [2048])
+
+
+def _attention(context: Context, heads: Heads, axes: dict[str, tuple[int, ...]], batches: list[Lens]) -> Tunable:
+    dtype = torch.float32 if context.is_rehearsal else torch.bfloat16
+    base = attention_config(heads.head_dim, heads.group, dtype, chip=chip_of(context.device))
+    generator = context.generator(f"tune {heads} {list(axes)}")
+
+    def load(lens: Lens) -> Load:
+        first = make_case(heads, lens, dtype, generator)
+        count = 1 if context.is_rehearsal else num_sets(first.num_bytes, l2_bytes(context.device))
+        cases = [first, *(make_case(heads, lens, dtype, generator) for _ in range(1, count))]
+        return Load(lambda config: _attending(cases, config), count)
+
+    def check(config: Config) -> float:
+        lens = [(1, 20), (18, 30)] if context.is_rehearsal else [(1, 300), (40, 200), (3, 1500)]
+        case = make_case(heads, lens, dtype, generator)
+        return relative_error(case.run(case.prepare(config)), case.expected())
+
+    keys = [f"{heads.head_dim} {name}" for name in ("bfloat16", "float16")]
+    return Tunable("attention", keys, base, axes, lambda: [load(lens) for lens in batches], check, BOUNDS[dtype])
+
+
+def _attending(cases: list[AttentionCase], config: AttentionConfig) -> Work:
+    prepared = [case.prepare(config) for case in cases]
+    return lambda index: cases[index].run(prepared[index])
+
+
+def _moe(context: Context, bucket: str, axes: dict[str, tuple[int, ...]], rows: list[int]) -> Tunable:
+    num_experts, top_k, hidden_size, size = 64, 8, 2048, 1024
+    dtype, device = torch.bfloat16, context.device
+    base = moe_config(0 if bucket == "few" else 1 << 20, dtype, chip=chip_of(device))
+    generator = context.generator(f"tune moe {bucket}")
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device).normal_(std=sizes[-1] ** -0.5, generator=generator)
+
+    def parts(num_tokens: int) -> tuple[torch.Tensor, ...]:
+        routed = kernels.moe.route(draw(num_tokens, num_experts).float(), top_k, normalise=True)
+        weights = draw(num_experts, 2 * size, hidden_size), draw(num_experts, hidden_size, size)
+        return draw(num_tokens, hidden_size), *weights, *routed
+
+    def load(num_tokens: int) -> Load:
+        part = parts(num_tokens)  # all experts together are more than the cache holds
+        return Load(lambda config: lambda index: kernels.triton.moe.mix_experts(*part, config=config), 1)
+
+    def check(config: Config) -> float:
+        x, gate_up, down, weights, experts = parts(100)
+        found = kernels.triton.moe.mix_experts(x, gate_up, down, weights, experts, config=config)
+        expected = kernels.moe.mix_experts(x.double(), gate_up.double(), down.double(), weights, experts)
+        return relative_error(found, expected)
+
+    keys = [f"{bucket} bfloat16", f"{bucket} float16"]
+    return Tunable("moe", keys, base, axes, lambda: [load(num) for num in rows], check, 2 * BOUNDS[dtype])

@@ -1,0 +1,105 @@
+"""Finds the fastest tile shapes for this chip and writes its table, which the engine reads when it starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+from kernels.triton.configs import chip_of
+from loadtest.gpu.candidates import IMPOSSIBLE, Config, Load, Tunable, tunables
+from loadtest.gpu.context import Context, Job
+from loadtest.gpu.records import Problem, Record, Tuned
+from loadtest.gpu.stopwatch import Stopwatch
+
+_GAIN = 0.98  # a smaller gain is noise
+_NUM_FINALISTS = 4
+_RESERVE = 0.25  # of the time of a tunable, for the finalists
+
+
+def jobs(context: Context) -> list[Job]:
+    found = list(tunables(context))
+    return [
+        Job(tunable.name, partial(_tune, context, tunable, share=1 / (len(found) - number)))
+        for number, tunable in enumerate(found)
+    ]
+
+
+def _tune(context: Context, tunable: Tunable, *, share: float) -> Iterator[Record]:
+    """share: of the time that is left."""
+    seconds_left = context.seconds_left
+    stop_at = seconds_left * (1 - share * (1 - _RESERVE))
+    loads = tunable.loads()
+    watch = Stopwatch(context.device, num_rounds=3)
+    scores: dict[Config, float] = {}
+    for config in tunable.configs():
+        if scores and context.seconds_left < stop_at:
+            break
+        try:
+            scores[config] = _mean([watch.time(load.run(config), num_sets=load.num_sets) for load in loads])
+        except IMPOSSIBLE:
+            continue
+    finalists = sorted(scores, key=scores.__getitem__)[:_NUM_FINALISTS]
+    best, before, after = _final(context, tunable, loads, finalists)
+    error = tunable.check(best)
+    if not error <= tunable.bound:
+        yield Problem(tunable.name, f"the fastest config is wrong by {error:.2g} and was not written: {best}")
+        return
+    config = asdict(best)
+    for key in tunable.keys:
+        path = write_entry(context, tunable, key, {name: config[name] for name in tunable.axes})
+        yield Tuned(tunable.kernel, key, config, before, after, len(scores))
+    if len(scores) < len(tunable.configs()):
+        yield Problem(tunable.name, f"tried {len(scores)} of {len(tunable.configs())} configs for {path.name}")
+
+
+def _final(
+    context: Context, tunable: Tunable, loads: list[Load], finalists: list[Config]
+) -> tuple[Config, float, float]:
+    """The best of the finalists and the base, timed in turns, with the base's time and its own."""
+    contestants = list(dict.fromkeys([tunable.base, *finalists]))
+    seconds: list[dict[str, float]] = []
+    for load in loads:
+        works = {str(number): load.run(config) for number, config in enumerate(contestants)}
+        seconds.append(Stopwatch(context.device).compare(works, num_sets=load.num_sets))
+    means = [_mean([case[str(number)] for case in seconds]) for number in range(len(contestants))]
+    best = min(range(len(means)), key=means.__getitem__)
+    if means[best] > _GAIN * means[0]:
+        best = 0
+    return contestants[best], means[0], means[best]
+
+
+def _mean(values: list[float]) -> float:
+    """Geometric: a case counts by how much it changes, not by how long it takes."""
+    return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values))
+
+
+def write_entry(context: Context, tunable: Tunable, key: str, values: dict[str, int]) -> Path:
+    """Puts fields into the table of this chip, beside what is there. Entries are complete: only one is looked up."""
+    path = Path(context.tables) / f"{chip_of(context.device)}.json"
+    tables: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    entry = tables.setdefault(tunable.kernel, {}).setdefault(key, asdict(tunable.base))
+    entry.update(values)
+    date = datetime.now(UTC).date().isoformat()
+    chip = torch.cuda.get_device_name() if context.device.type == "cuda" else "a rehearsal"
+    provenance = f"measured on {chip}, {date}, torch {torch.__version__}, triton {triton.__version__}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_as_text(provenance, tables))
+    return path
+
+
+def _as_text(provenance: str, tables: dict[str, dict[str, dict[str, int]]]) -> str:
+    """One line per entry."""
+    kernels = []
+    for kernel, entries in tables.items():
+        lines = [f"      {json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items()]
+        kernels.append(f"    {json.dumps(kernel)}: {{\n" + ",\n".join(lines) + "\n    }")
+    joined = ",\n".join(kernels)
+    return f'{{\n  "provenance": {json.dumps(provenance)},\n  "kernels": {{\n{joined}\n  }}\n}}\n'

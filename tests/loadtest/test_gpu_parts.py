@@ -1,0 +1,104 @@
+"""Parts of the measurements for a GPU: shapes and floors, the tuner's table, the wheels."""
+
+import importlib.util
+import json
+import lzma
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import ModelConfig
+from engine.models.loader import read_model_facts
+from kernels.triton.configs import AttentionConfig
+from loadtest.gpu.candidates import tunables
+from loadtest.gpu.context import Context
+from loadtest.gpu.errors import poisoned_memory, relative_error
+from loadtest.gpu.model_folder import model_folder
+from loadtest.gpu.records import Ceilings
+from loadtest.gpu.shapes import LLAMA_8B, QWEN_600M, TINY, Shape
+from loadtest.gpu.stopwatch import num_sets
+from loadtest.gpu.tune import write_entry
+from loadtest.gpu.wheels import needed_packages, read_pins, write_flash_wheel
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("shape", [LLAMA_8B, QWEN_600M, TINY], ids=lambda shape: shape.name)
+def test_a_shape_is_the_model_that_the_engine_builds(shape: Shape) -> None:
+    with model_folder(shape, max_length=4096) as folder:
+        facts = read_model_facts(ModelConfig(path=str(folder), load_format="dummy"))
+    output = 0 if shape.ties_output else shape.num_output_parameters
+    assert facts.num_linear_parameters == shape.num_linear_parameters + output
+    assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in facts.attention_layers} == {
+        (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    }
+    assert len(facts.attention_layers) == shape.num_layers
+
+
+def test_the_floors_are_those_that_the_goals_were_set_against() -> None:
+    """Milliseconds at 4.3 TB/s and 790 TFLOP/s, computed by hand."""
+    ceilings = Ceilings(4.3e12, 790e12, 50 << 20)
+
+    def decode(batch: int, length: int) -> float:
+        return 1e3 * ceilings.floor(num_bytes=LLAMA_8B.decode_bytes(batch, length))
+
+    assert decode(1, 1024) == pytest.approx(3.52, abs=0.01)
+    assert decode(32, 4096) == pytest.approx(7.49, abs=0.01)
+    assert decode(128, 4096) == pytest.approx(19.5, abs=0.05)
+    prefill = 1e3 * ceilings.floor(num_bytes=0, num_flops=LLAMA_8B.prefill_flops(4096))
+    assert prefill == pytest.approx(77.9, rel=0.02)
+
+
+def test_the_tuner_tries_what_it_started_from_first_and_nothing_twice() -> None:
+    context = Context(is_rehearsal=True, seed=0, deadline=0.0, ceilings=None, tables="")
+    for tunable in tunables(context):
+        configs = tunable.configs()
+        assert configs[0] == tunable.base
+        assert len(set(configs)) == len(configs) > 1
+
+
+def test_entries_of_a_table_are_complete_and_stay(tmp_path: Path) -> None:
+    context = Context(is_rehearsal=True, seed=0, deadline=0.0, ceilings=None, tables=str(tmp_path))
+    (tunable,) = tunables(context)
+    write_entry(context, tunable, "128 bfloat16", {"decode_warps": 8})
+    write_entry(context, tunable, "64 bfloat16", {"prompt_keys": 128})
+    path = write_entry(context, tunable, "128 bfloat16", {"prompt_warps": 2})
+    entries = json.loads(path.read_text())["kernels"]["attention"]
+    assert AttentionConfig(**entries["128 bfloat16"]).decode_warps == 8
+    assert AttentionConfig(**entries["128 bfloat16"]).prompt_warps == 2
+    assert AttentionConfig(**entries["64 bfloat16"]).prompt_keys == 128
+
+
+def test_memory_that_nobody_writes_is_noticed() -> None:
+    with poisoned_memory():
+        assert relative_error(torch.empty(3), torch.ones(3)) != 0.0
+        assert not relative_error(torch.empty(3), torch.ones(3)) <= 1e9
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_small_inputs_come_in_many_sets_and_large_ones_in_one() -> None:
+    assert num_sets(1, 50 << 20) == 64
+    assert num_sets(50 << 20, 50 << 20) == 4
+    assert num_sets(1 << 30, 50 << 20) == 1
+
+
+def test_the_wheels_are_what_the_project_needs_and_pinned() -> None:
+    needed = needed_packages()
+    assert {"fastapi", "pydantic", "pydantic-core", "msgspec", "gguf", "uvloop", "httptools"} <= needed
+    assert not needed & {"torch", "triton", "transformers", "numpy", "pytest"}
+    assert needed <= set(read_pins(ROOT / "constraints.txt"))
+
+
+def test_the_packed_library_travels_as_a_wheel(tmp_path: Path) -> None:
+    wheel = write_flash_wheel(lzma.compress(b"library"), tmp_path, version="1.2.3")
+    site = tmp_path / "site"
+    install = ["install", "--no-index", "--no-deps", "--disable-pip-version-check", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
+    (packed,) = site.rglob("*.xz")
+    assert lzma.decompress(packed.read_bytes()) == b"library"
+    assert zipfile.ZipFile(wheel).testzip() is None
+    assert importlib.util.find_spec("carried_peers") is None  # only where it was carried along

@@ -8,12 +8,13 @@ ARGS ?=
 RUNTIME := $(VENV)/.runtime
 TESTING := $(VENV)/.testing
 
-.PHONY: help serve test lint types pytest doctor clean
+.PHONY: help serve test lint types pytest doctor gpu-wheels clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve it on http://127.0.0.1:8000 (ARGS='--port 9000')"
 	@echo "make test    install, then ruff, mypy and pytest: all that has to pass"
 	@echo "make doctor  what this machine has, and which kernel each part will use"
+	@echo "make gpu-wheels FOLDER=wheels   what a GPU machine without a network lacks for python -m loadtest.gpu"
 	@echo "make clean   remove the environment and caches"
 
 # Not empty where ARGS says which model to serve.
@@ -26,6 +27,9 @@ serve: $(RUNTIME)
 
 doctor: $(RUNTIME)
 	@$(BIN)/peregrine doctor
+
+gpu-wheels: $(RUNTIME)
+	@$(BIN)/python -m loadtest.gpu wheels $(or $(FOLDER),wheels)
 
 test: lint types pytest
 
@@ -46,6 +50,8 @@ $(BIN)/python:
 
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@echo "compiling the CPU kernels (once, about ten seconds)"
+	@$(BIN)/python -c 'import kernels.numba.program, kernels.numba.levels'
 	@touch $@
 
 $(TESTING): $(RUNTIME)

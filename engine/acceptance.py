@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from engine.types import Scheduled
 
-NO_TOKEN = -1  # instead of a sampled token, where a row has none to offer
+NO_TOKEN = -1  # instead of a sampled token, where the bans leave none
+NOT_FINITE = -2  # instead of a sampled token, where the model's own logits are no numbers
 
 
 def accept(sampled: list[int], item: Scheduled) -> list[int]:
@@ -19,7 +20,7 @@ def accept(sampled: list[int], item: Scheduled) -> list[int]:
     # Parents come before their children, so one pass goes all the way down.
     for draft, parent in enumerate(seq.draft_parents[: item.num_drafts]):
         is_next = parent == newest and seq.draft_token_ids[draft] == sampled[newest + 1]
-        if is_next and sampled[draft + 1] != NO_TOKEN:
+        if is_next and sampled[draft + 1] >= 0:
             accepted.append(draft)
             newest = draft
     return accepted

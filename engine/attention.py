@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.attention_plan import AttentionPlan, DecodeGroup, Geometry, PromptChunk, build_plan
 from engine.forward_batch import ForwardBatch
 from kernels.batched_attention import attend, attend_chunk, gather_context
+from kernels.qkv import normalise_and_rotate
 
 if TYPE_CHECKING:
     from engine.kv_cache import KVCache
@@ -19,6 +20,16 @@ ATTENTION_BACKENDS = {
     "torch": "engine.attention:TorchAttention",
     "triton": "engine.attention_triton:TritonAttention",
 }
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin of every row, as `kernels.rope.rope_factors` makes them
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorm of queries and keys: of each head, or of all heads together, as the sizes of the weights say."""
+
+    q_weight: Tensor | None  # [head_dim] or [num_heads * head_dim]; None, as the other: there is no norm
+    k_weight: Tensor | None  # [head_dim] or [num_kv_heads * head_dim]
+    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,15 @@ class AttentionBackend(Protocol):
         """Stores k and v into their slots and attends.
 
         q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]. Returns q's shape.
+        """
+        ...
+
+    def attend_projection(
+        self, qkv: Tensor, rotation: Rotation | None, norms: HeadNorms, layer: AttentionLayer, batch: ForwardBatch
+    ) -> Tensor:
+        """The same, from what the merged projection gives: normalises queries and keys first, and rotates them.
+
+        qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first
         """
         ...
 
@@ -82,6 +102,11 @@ class TorchAttention:
         for chunk in plan.chunks:
             out[chunk.rows] = self._attend_chunk(q[chunk.rows], chunk, layer)
         return out
+
+    def attend_projection(
+        self, qkv: Tensor, rotation: Rotation | None, norms: HeadNorms, layer: AttentionLayer, batch: ForwardBatch
+    ) -> Tensor:
+        return normalise_rotate_and_attend(self, qkv, rotation, norms, layer, batch)
 
     def _attend_group(self, q: Tensor, group: DecodeGroup, layer: AttentionLayer) -> Tensor:
         k, v = self._gather(group.block_rows, group.blank_rows, group.num_contexts, layer, q.dtype)
@@ -129,3 +154,18 @@ class TorchAttention:
         if plan is None:
             plan = self._plans[geometry] = build_plan(batch, geometry)
         return plan
+
+
+def normalise_rotate_and_attend(
+    attention: AttentionBackend,
+    qkv: Tensor,
+    rotation: Rotation | None,
+    norms: HeadNorms,
+    layer: AttentionLayer,
+    batch: ForwardBatch,
+) -> Tensor:
+    """`attend_projection` in single operations."""
+    q, k, v = torch.split(qkv, [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+    cos, sin = rotation or (None, None)
+    q, k = normalise_and_rotate(q, k, cos, sin, q_weight=norms.q_weight, k_weight=norms.k_weight, eps=norms.eps)
+    return attention(q, k, v, layer, batch)

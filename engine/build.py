@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from engine.attention import ATTENTION_BACKENDS, AttentionBackend
+from engine.back_end import BackEnd
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
-from engine.linear import prepare_linears
-from engine.machine import measure_ceilings, read_machine
-from engine.messages import ModelInfo, Setting
-from engine.model_runner import ModelRunner
+from engine.machine import Machine, measure_ceilings, read_machine
+from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
+from engine.messages import ModelInfo
 from engine.models.loader import LoadedModel, load_model, read_model_facts
 from engine.planner import MemoryPlan, plan_memory
 from engine.proposers import build_proposer
-from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step_stats import ModelCost
 
@@ -60,14 +56,20 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     machine = read_machine()
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
-    kernels = _kernels(config, plan)  # refuses before anything is loaded
     torch.set_num_threads(plan.num_threads)
     with torch.device(plan.device):
         loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+    back_end = BackEnd(plan, is_strict=config.device.is_strict)
+    if plan.kernels == "numba":
+        clock.enter("kernels", "compiled on the first start, read from a cache after that")
+        back_end.compile()
     clock.enter("pack", f"weights for {plan.num_threads} threads")
-    prepare_linears(loaded.model, plan.quantization, num_threads=plan.num_threads)
+    back_end.prepare(loaded.model)
+    if plan.device == "cuda":
+        clock.enter("profile", f"a step of {plan.max_num_batched_tokens:,} tokens")
+        plan = _with_measured_workspace(config, plan, machine, loaded, back_end)
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
-    engine = _assemble(config, plan, loaded, str(kernels.value))
+    engine = _assemble(config, plan, loaded, back_end)
     clock.enter("measure", "the machine's ceilings")
     bytes_per_second, flops_per_second = measure_ceilings(plan.num_threads)
     clock.end()
@@ -83,7 +85,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         generation_defaults=loaded.generation_defaults,
         tokenizer=loaded.tokenizer,
         fingerprint=_fingerprint(config, plan, loaded),
-        settings=plan.settings | {"device.kernels": kernels},
+        settings=plan.settings,
         phase_seconds=clock.seconds,
         bytes_per_second=bytes_per_second,
         flops_per_second=flops_per_second,
@@ -91,10 +93,17 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     return engine, model
 
 
-def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, kernels: str) -> Engine:
+def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_end: BackEnd) -> Engine:
     model, layers = loaded.model, loaded.model.attention_layers
     num_blocks = plan.num_blocks + 1  # the null block
-    cache = KVCache(layers, num_blocks=num_blocks, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device)
+    cache = KVCache(
+        layers,
+        num_blocks=num_blocks,
+        block_size=plan.block_size,
+        dtype=plan.kv_dtype,
+        device=plan.device,
+        keys_as_columns=plan.kernels == "numba",
+    )
     proposer = build_proposer(config.speculation)
     kv = KVCacheManager(
         num_blocks,
@@ -109,30 +118,31 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, kerne
         max_model_len=plan.max_model_len,
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )
-    runner = ModelRunner(model, cache, _attention(kernels, cache), block_size=plan.block_size)
+    runner = back_end.make_runner(model, cache)
+    experts = plan.facts.experts
+    num_used = plan.facts.num_linear_parameters + int(experts.share * experts.num_parameters)
     cost = ModelCost(
         weight_bytes=plan.linear_bytes,
-        flops_per_token=2 * (plan.facts.num_linear_parameters + loaded.vocab_size * model.hidden_size),
+        expert_bytes=experts.num_parameters * plan.dtype.itemsize,
+        expert_share=experts.share,
+        flops_per_token=2 * (num_used + loaded.vocab_size * model.hidden_size),
         kv_bytes_per_token=plan.kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )
-    return Engine(runner, Scheduler(kv, limits), Sampler(loaded.vocab_size), proposer, cost)
+    overlap = plan.device == "cuda" and config.speculation.method == "none"
+    return Engine(
+        runner, Scheduler(kv, limits), back_end.make_sampler(loaded.vocab_size), proposer, cost, overlap=overlap
+    )
 
 
-def _kernels(config: EngineConfig, plan: MemoryPlan) -> Setting:
-    """Which kernels run. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for."""
-    wanted = config.device.kernels
-    if wanted == "auto":
-        return Setting("triton" if plan.device == "cuda" else "torch", "default", f"for {plan.device}")
-    if wanted == "triton" and plan.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError('device.kernels is triton, but there is no GPU to run it on; set it to "auto" or "torch"')
-    return Setting(wanted, "config")
-
-
-def _attention(name: str, cache: KVCache) -> AttentionBackend:
-    module, _, attribute = ATTENTION_BACKENDS[name].partition(":")
-    backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(cache)
-    return backend
+def _with_measured_workspace(
+    config: EngineConfig, plan: MemoryPlan, machine: Machine, loaded: LoadedModel, back_end: BackEnd
+) -> MemoryPlan:
+    """The plan, with the memory that the largest step takes here instead of an estimate."""
+    sampler = back_end.make_sampler(loaded.vocab_size)
+    meter = CudaMemoryMeter()
+    num_bytes = measure_workspace(loaded.model, sampler, back_end.make_attention, plan=plan, meter=meter)
+    return plan_with_workspace(plan, config, machine, num_bytes)
 
 
 def _common_window(loaded: LoadedModel) -> int | None:
@@ -152,10 +162,12 @@ def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) ->
         torch.__version__,
         loaded.weights_digest,
         plan.quantization,
+        plan.kernels,
         config.model.implementation,
         str(plan.dtype),
         str(plan.kv_dtype),
         plan.device,
+        config.device.determinism,
         torch.backends.cpu.get_cpu_capability(),
     ]
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

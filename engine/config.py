@@ -44,8 +44,8 @@ class ModelConfig(Section):
     )
     quantization: Annotated[str, Flag("--quantization")] = Field(
         default="auto",
-        description="weight format computed at load time; auto: what multiplies fastest within a thousandth of each "
-        "weight; none: exactly the model's weights; `peregrine doctor` lists all",
+        description="weight format computed at load time: none (exactly the model's weights), fp16 (within a "
+        "thousandth of each weight), int8, int4; auto: fp16 on a CPU that lacks faster, none elsewhere",
     )
     implementation: Literal["auto", "own", "transformers"] = Field(default="auto", description="whose layers to run")
     tokenizer: str | None = Field(default=None, description="directory or hub id of another tokenizer")
@@ -56,10 +56,18 @@ class ModelConfig(Section):
 
 class DeviceConfig(Section):
     name: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
-    kernels: Literal["auto", "torch", "triton"] = Field(
-        default="auto", description="auto: Triton on a GPU, torch elsewhere"
+    kernels: Literal["auto", "torch", "triton", "numba"] = Field(
+        default="auto", description="auto: Triton on a GPU; Numba on a CPU, for models of Llama's kind; else torch"
     )
     num_threads: CountOrAuto = Field(default="auto", description="CPU threads of the engine process")
+    determinism: Literal["fast", "strict"] = Field(
+        default="fast",
+        description="strict: not even the last bits of log-probabilities depend on what else runs; slower",
+    )
+
+    @property
+    def is_strict(self) -> bool:
+        return self.determinism == "strict"
 
 
 class SchedulerConfig(Section):

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.halving import halve_chunks
 from engine.model_runner import ModelRunner
+from engine.proposers.none import NoProposer
 from engine.proposers.proposer import Proposer
-from engine.sampler import Sampler
+from engine.run_ahead import LaunchingSampler, RunAhead
 from engine.scheduler import Scheduler
 from engine.step_stats import ModelCost, StepClock, StepRecorder
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
@@ -19,18 +21,32 @@ from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, Step
 logger = logging.getLogger(__name__)
 
 StepResult = tuple[list[StepOutput], list[str], StepStats]
+Computed = tuple[Tensor | None, list[Sampled]]  # hidden states as `ModelRunner.forward` has them; None: no drafts
 
 
 class Engine:
-    """Continuous batching in five lines: schedule, forward, sample, update, propose."""
+    """Continuous batching in five lines: schedule, forward, sample, update, propose.
+
+    With `overlap`, a step is launched before the host has the tokens of the one before it (`engine.run_ahead`), which
+    needs a proposer that proposes nothing.
+    """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, sampler: Sampler, proposer: Proposer, cost: ModelCost
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        sampler: LaunchingSampler,
+        proposer: Proposer,
+        cost: ModelCost,
+        *,
+        overlap: bool = False,
     ) -> None:
+        assert not overlap or isinstance(proposer, NoProposer), "drafts are made of tokens that the host must know"
         self.runner, self.scheduler = runner, scheduler
         self.sampler, self.proposer = sampler, proposer
         self.cost = cost
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
+        self._run_ahead = RunAhead(runner, scheduler, sampler) if overlap else None
 
     @property
     def has_work(self) -> bool:
@@ -53,51 +69,72 @@ class Engine:
         recorder = StepRecorder(self.scheduler, self.cost)
         batch = self.scheduler.schedule()
         started = _mark_started(batch)
-        recorder.plan(batch)
         recorder.clock.lap("schedule")
         if not batch:  # aborts left nothing to do; the numbers say that the memory is free
+            self._forget_launched()
+            recorder.plan(batch)
             return [], [], recorder.stats([])
         self.on_batch(batch)
         hidden, sampled = self._compute(batch, recorder.clock)
+        recorder.plan(batch)
         self.runner.keep_accepted(batch, sampled)
         outputs = self.scheduler.update(batch, sampled)
         recorder.clock.lap("update")
         self._propose(batch, sampled, hidden)
+        if not self.has_work:
+            self._forget_launched()
         recorder.clock.lap("propose")
         return outputs, started, recorder.stats(sampled)
 
-    def _compute(self, batch: list[Scheduled], clock: StepClock) -> tuple[Tensor, list[Sampled]]:
-        """Forward and sample; where that fails, once more for each item alone, to find whose fault it is.
+    def _compute(self, batch: list[Scheduled], clock: StepClock) -> Computed:
+        """Forward and sample. Where that fails, once more for each item alone, to find whose fault it is; where memory
+        runs out, in smaller steps: prompt tokens leave the batch, and are computed later.
 
         Running an item twice is harmless: it writes the same keys and values into the same slots.
         """
         try:
             return self._forward_and_sample(batch, clock)
+        except torch.OutOfMemoryError:
+            logger.warning("a step of %d tokens ran out of memory", _num_tokens(batch))
         except Exception:
             logger.exception("a step of %d requests failed; running each alone", len(batch))
-        parts = [self._compute_alone(item, clock) for item in batch]
-        return torch.cat([hidden for hidden, _ in parts]), [sampled for _, sampled in parts]
+            self._forget_launched()
+            return _join([self._compute_alone(item, clock) for item in batch])
+        self._forget_launched()
+        self.runner.release_memory()
+        if halve_chunks(batch):
+            self.scheduler.lower_budget(_num_tokens(batch))
+            return self._compute(batch, clock)
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return _join([self._compute(batch[:middle], clock), self._compute(batch[middle:], clock)])
+        return None, [_failure(batch[0], "the device has not enough memory for a step of it; lower kv_cache.memory")]
 
-    def _compute_alone(self, item: Scheduled, clock: StepClock) -> tuple[Tensor, Sampled]:
+    def _compute_alone(self, item: Scheduled, clock: StepClock) -> Computed:
         self.on_batch([item])  # should the process die now, it is known for whom
         try:
-            hidden, sampled = self._forward_and_sample([item], clock)
+            return self._forward_and_sample([item], clock)
         except Exception as error:
-            request_id = item.seq.request.request_id
-            logger.exception("request %s failed alone", request_id)
-            no_hidden = torch.zeros(item.num_logits, self.runner.model.hidden_size, device=self.runner.device)
-            return no_hidden, Sampled([], error=f"request {request_id} failed in the engine: {type(error).__name__}")
-        return hidden, sampled[0]
+            logger.exception("request %s failed alone", item.seq.request.request_id)
+            return None, [_failure(item, type(error).__name__)]
 
-    def _forward_and_sample(self, batch: list[Scheduled], clock: StepClock) -> tuple[Tensor, list[Sampled]]:
+    def _forward_and_sample(self, batch: list[Scheduled], clock: StepClock) -> Computed:
+        if self._run_ahead is not None:
+            return None, self._run_ahead.compute(batch, clock)
         hidden, logits = self.runner.forward(batch)
         clock.lap("forward")
-        sampled = self.sampler(logits, batch)
+        sampled = self.sampler.launch(logits, batch).finish()
         clock.lap("sample")
         return hidden, sampled
 
-    def _propose(self, batch: list[Scheduled], sampled: list[Sampled], hidden: Tensor) -> None:
+    def _forget_launched(self) -> None:
+        if self._run_ahead is not None:
+            self._run_ahead.forget()
+
+    def _propose(self, batch: list[Scheduled], sampled: list[Sampled], hidden: Tensor | None) -> None:
         """Hands the proposer what goes on sampling, with the hidden state that each newest token came from."""
+        if hidden is None:
+            return
         going_on: list[Scheduled] = []
         rows: list[int] = []
         start = 0
@@ -123,3 +160,16 @@ def _mark_started(batch: list[Scheduled]) -> list[str]:
             item.seq.first_scheduled_at = now
             started.append(item.seq.request.request_id)
     return started
+
+
+def _num_tokens(batch: list[Scheduled]) -> int:
+    return sum(item.num_new_tokens for item in batch)
+
+
+def _join(parts: list[Computed]) -> Computed:
+    """A step that was computed in parts. It is followed by no drafts: hidden states live until the next part only."""
+    return None, [result for _, results in parts for result in results]
+
+
+def _failure(item: Scheduled, reason: str) -> Sampled:
+    return Sampled([], error=f"request {item.seq.request.request_id} failed in the engine: {reason}")

@@ -1,14 +1,24 @@
-"""The tensors of one forward pass, passed as an argument and never kept in a global."""
+"""The tensors of one forward pass, passed as an argument and never kept in a global.
+
+A step's numbers are gathered on the host (`BatchNumbers`), laid one behind the other in memory that is kept between
+steps (`HostStaging`), and go to the device in one copy.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.block_tables import BlockTables
+from engine.draft_trees import tree_mask, tree_positions
 from engine.types import Scheduled
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(slots=True, frozen=True)
@@ -16,7 +26,8 @@ class ForwardBatch:
     """One step's rows, sequence after sequence.
 
     Sequence b owns rows query_starts[b]:query_starts[b + 1]; they are the last tokens of a context of seq_lens[b]
-    tokens. `logits_rows` are the rows whose logits are wanted, in order.
+    tokens. `logits_rows` are the rows whose logits are wanted, in order. The batch of a CUDA graph is padded: rows past
+    the last query start have slot -1, and sequences past the last have no rows and a context of 0 tokens.
     """
 
     input_ids: Tensor  # [num_tokens]
@@ -35,76 +46,172 @@ class ForwardBatch:
         return len(self.seq_lens_list)
 
 
-def build_forward_batch(batch: list[Scheduled], block_size: int, device: torch.device) -> ForwardBatch:
-    """Builds the tensors on the host with vectorised code and copies them to `device`."""
-    num_new = np.array([item.num_new_tokens for item in batch], dtype=np.int64)
-    starts = np.concatenate(([0], np.cumsum(num_new)))
-    computed = np.array([item.seq.num_computed_tokens for item in batch], dtype=np.int64)
-    rows = np.arange(starts[-1])
-    seq_of_row = np.repeat(np.arange(len(batch)), num_new)
-    cache_positions = rows - starts[seq_of_row] + computed[seq_of_row]  # where in the context, drafts in order
-    token_ids: list[int] = []
+@dataclass(slots=True, frozen=True)
+class BatchNumbers:
+    """The same on the host. `input_ids` holds anything where a token is not known there yet."""
+
+    input_ids: Ints
+    positions: Ints
+    slots: Ints
+    query_starts: Ints
+    seq_lens: Ints
+    block_tables: Ints
+    logits_rows: Ints
+    tree_mask: NDArray[np.bool_] | None
+
+    @property
+    def parts(self) -> tuple[Ints, ...]:
+        """In the order in which they are laid out; the widest last, so that the places of the others depend on few
+        sizes."""
+        return (
+            self.input_ids, self.positions, self.slots, self.query_starts, self.seq_lens,
+            self.logits_rows, self.block_tables,
+        )  # fmt: skip
+
+
+def gather_numbers(batch: list[Scheduled], block_size: int, tables: BlockTables) -> BatchNumbers:
+    """Reads the scheduled sequences: one pass in Python, the rest vectorised."""
+    num_new, num_logits, computed, token_ids = [], [], [], []
+    is_tree = False
     for item in batch:
-        token_ids += _input_ids(item)
-    width = max(len(item.seq.block_table) for item in batch)
-    tables = np.zeros((len(batch), width), dtype=np.int64)
-    for table, item in zip(tables, batch, strict=True):
-        table[: len(item.seq.block_table)] = item.seq.block_table
-    slots = tables[seq_of_row, cache_positions // block_size] * block_size + cache_positions % block_size
-    num_logits = np.array([item.num_logits for item in batch], dtype=np.int64)
-    ends = np.cumsum(num_logits)
-    logits_rows = np.arange(ends[-1]) + np.repeat(starts[1:] - ends, num_logits)
-    is_tree = any(_is_tree(item) for item in batch)
-    seq_lens = computed + num_new
-
-    def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return ForwardBatch(
-        input_ids=torch.tensor(token_ids, device=device),
-        positions=on_device(_tree_positions(batch, starts, cache_positions) if is_tree else cache_positions),
-        slots=on_device(slots),
-        query_starts=on_device(starts),
-        seq_lens=on_device(seq_lens),
-        block_tables=on_device(tables),
-        logits_rows=on_device(logits_rows),
-        tree_mask=on_device(_tree_mask(batch, starts)) if is_tree else None,
-        query_starts_list=starts.tolist(),
-        seq_lens_list=seq_lens.tolist(),
+        seq, num_tokens, num_drafts = item.seq, item.num_new_tokens, item.num_drafts
+        first = seq.num_computed_tokens
+        if num_tokens == 1:
+            token_ids.append(seq.token_ids[first])
+        else:
+            token_ids += seq.token_ids[first : first + num_tokens - num_drafts]
+        if num_drafts:
+            token_ids += seq.draft_token_ids[:num_drafts]
+            is_tree = is_tree or seq.draft_parents[:num_drafts] != _CHAIN[:num_drafts]
+        num_new.append(num_tokens)
+        computed.append(first)
+        num_logits.append(item.num_scored + (1 + num_drafts if item.samples else 0))
+    block_tables = tables.read(batch)
+    starts = np.array(list(accumulate(num_new, initial=0)), dtype=np.int64)
+    seq_lens = np.array(computed, dtype=np.int64) + num_new
+    rows = np.arange(len(token_ids))
+    if len(rows) == len(batch):  # a row each
+        seq_of_row, positions = rows, seq_lens - 1
+    else:
+        seq_of_row = np.repeat(np.arange(len(batch)), num_new)
+        positions = rows + (seq_lens - starts[1:])[seq_of_row]  # where in the context, drafts in order
+    blocks, offsets = np.divmod(positions, block_size)
+    slots = block_tables[seq_of_row, blocks] * block_size + offsets
+    ends = np.array(list(accumulate(num_logits)), dtype=np.int64)
+    all_wanted = int(ends[-1]) == len(rows)
+    return BatchNumbers(
+        input_ids=np.array(token_ids, dtype=np.int64),
+        positions=tree_positions(batch, starts, positions) if is_tree else positions,
+        slots=slots,
+        query_starts=starts,
+        seq_lens=seq_lens,
+        block_tables=block_tables,
+        logits_rows=rows if all_wanted else np.arange(ends[-1]) + np.repeat(starts[1:] - ends, num_logits),
+        tree_mask=tree_mask(batch, starts) if is_tree else None,
     )
 
 
-def _input_ids(item: Scheduled) -> list[int]:
-    seq, start = item.seq, item.seq.num_computed_tokens
-    verified = seq.token_ids[start : start + item.num_new_tokens - item.num_drafts]
-    return verified + seq.draft_token_ids[: item.num_drafts]
+_CHAIN = list(range(-1, 4096))  # the parents of drafts that follow each other
 
 
-def _is_tree(item: Scheduled) -> bool:
-    return any(parent != i - 1 for i, parent in enumerate(item.seq.draft_parents[: item.num_drafts]))
+def places(sizes: list[int]) -> list[int]:
+    """Where parts of so many numbers begin when they lie one behind the other, and where the last ends.
+
+    At even numbers, 16 bytes: Triton compiles a kernel once more for pointers that are not.
+    """
+    return list(accumulate((size + size % 2 for size in sizes), initial=0))
 
 
-def _tree_positions(batch: list[Scheduled], starts: np.ndarray, cache_positions: np.ndarray) -> np.ndarray:
-    positions = cache_positions.copy()
-    for item, end in zip(batch, starts[1:], strict=True):
-        first = end - item.num_drafts
-        depths: list[int] = []
-        for parent in item.seq.draft_parents[: item.num_drafts]:
-            depths.append(1 if parent < 0 else depths[parent] + 1)
-        if depths:
-            positions[first:end] = positions[first - 1] + np.array(depths, dtype=np.int64)
-    return positions
+class HostStaging:
+    """Host memory in which a step's numbers lie one behind the other on their way to the device.
+
+    Pinned where the device is a GPU, and two blocks in turn, so that one is filled while the other is still read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._blocks = [_StagingBlock(device), _StagingBlock(device)]
+
+    def write(self, parts: tuple[Ints, ...]) -> Tensor:
+        """All parts in one tensor on the host, where `places` says. Valid until the next write but one. [end] int64"""
+        self._blocks.reverse()
+        return self._blocks[0].write(parts)
+
+    def copy_to(self, target: Tensor, source: Tensor) -> None:
+        """Copies what was just written, without waiting. target: [>= len(source)] int64"""
+        target[: len(source)].copy_(source, non_blocking=True)
+        self._blocks[0].mark_read()
 
 
-def _tree_mask(batch: list[Scheduled], starts: np.ndarray) -> np.ndarray:
-    width = int(np.diff(starts).max())
-    mask = np.zeros((starts[-1], width), dtype=bool)
-    for item, start in zip(batch, starts, strict=False):
-        num_verified = item.num_new_tokens - item.num_drafts
-        rows = mask[start : start + item.num_new_tokens]
-        rows[:num_verified, :num_verified] = np.tri(num_verified, dtype=bool)
-        for i, parent in enumerate(item.seq.draft_parents[: item.num_drafts]):
-            row = num_verified + i
-            rows[row] = rows[num_verified - 1 if parent < 0 else num_verified + parent]
-            rows[row, row] = True
-    return mask
+class _StagingBlock:
+    def __init__(self, device: torch.device) -> None:
+        self._is_pinned = device.type == "cuda"
+        self._memory = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._numbers: Ints = self._memory.numpy()
+        self._read = torch.cuda.Event() if self._is_pinned else None  # type: ignore[no-untyped-call]
+
+    def write(self, parts: tuple[Ints, ...]) -> Tensor:
+        starts = places([part.size for part in parts])
+        size = starts[-1]
+        if self._read is not None:
+            self._read.synchronize()  # the device may still be reading what was here before
+        if self._memory.numel() < size:
+            with torch.inference_mode(False):  # made in the mode, it could not be written outside of it
+                self._memory = torch.empty(size * 3 // 2, dtype=torch.int64, device="cpu", pin_memory=self._is_pinned)
+            self._numbers = self._memory.numpy()
+        for start, part in zip(starts, parts, strict=False):
+            self._numbers[start : start + part.size] = part.reshape(-1)
+        return self._memory[:size]
+
+    def mark_read(self) -> None:
+        if self._read is not None:
+            self._read.record()
+
+
+class BatchBuilder:
+    """Makes each step's `ForwardBatch`. On a GPU they share memory that is kept: each is valid until the next."""
+
+    def __init__(self, block_size: int, device: torch.device, tables: BlockTables) -> None:
+        self.block_size, self.device = block_size, device
+        self._tables = tables
+        self._staging = HostStaging(device)
+        self._memory = torch.empty(0, dtype=torch.int64, device=device)
+
+    def build(self, batch: list[Scheduled], newest: Tensor | None = None) -> ForwardBatch:
+        """newest: [len(batch)] int64, on the device: the input token of each item, of which each has one. Without it,
+        the tokens are those of the sequences."""
+        numbers = gather_numbers(batch, self.block_size, self._tables)
+        input_ids, positions, slots, query_starts, seq_lens, logits_rows, block_tables = self._on_device(numbers.parts)
+        if newest is not None:
+            assert len(newest) == len(input_ids), f"{len(newest)} newest tokens for {len(input_ids)} rows"
+            input_ids = newest
+        mask = numbers.tree_mask
+        return ForwardBatch(
+            input_ids=input_ids,
+            positions=positions,
+            slots=slots,
+            query_starts=query_starts,
+            seq_lens=seq_lens,
+            block_tables=block_tables,
+            logits_rows=logits_rows,
+            tree_mask=None if mask is None else torch.from_numpy(mask).to(self.device),
+            query_starts_list=numbers.query_starts.tolist(),
+            seq_lens_list=numbers.seq_lens.tolist(),
+        )
+
+    def _on_device(self, parts: tuple[Ints, ...]) -> list[Tensor]:
+        if self.device.type == "cpu":
+            return [torch.from_numpy(part) for part in parts]
+        numbers = self._staging.write(parts)
+        if self._memory.numel() < len(numbers):
+            self._memory = torch.empty(len(numbers) * 3 // 2, dtype=torch.int64, device=self.device)
+        self._staging.copy_to(self._memory, numbers)
+        starts = places([part.size for part in parts])
+        return [
+            self._memory[start : start + part.size].view(part.shape) for start, part in zip(starts, parts, strict=False)
+        ]
+
+
+def build_forward_batch(batch: list[Scheduled], block_size: int, device: torch.device) -> ForwardBatch:
+    """One batch in memory of its own."""
+    return BatchBuilder(block_size, device, BlockTables()).build(batch)

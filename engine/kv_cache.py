@@ -17,6 +17,7 @@ class KVCache:
 
     Heads come before blocks, so that a gather of whole blocks gives [2, kv heads, sequences, tokens, head_dim] with
     nothing left to transpose: the operand of a batched matrix product. `k[i]` and `v[i]` are layer i's two halves.
+    keys_as_columns: the keys of a block are [head_dim, block_size] instead, so that 16 keys are one panel of a product.
     """
 
     def __init__(
@@ -27,13 +28,15 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        keys_as_columns: bool = False,
     ) -> None:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         self.kv = [
             _zeros((2, layer.num_kv_heads, num_blocks, block_size, layer.head_dim), dtype, torch.device(device))
             for layer in layers
         ]
-        self.k = [kv[0] for kv in self.kv]
+        self.keys_as_columns = keys_as_columns
+        self.k = [kv[0].view(*kv.shape[1:3], *kv.shape[:2:-1]) if keys_as_columns else kv[0] for kv in self.kv]
         self.v = [kv[1] for kv in self.kv]
 
     @property
@@ -45,9 +48,14 @@ class KVCache:
 
         src_slots, dst_slots: [num_moved], block * block_size + offset; the destinations are distinct.
         """
-        for kv in self.kv:
-            tokens = kv.flatten(2, 3)
-            tokens.index_copy_(2, dst_slots, tokens.index_select(2, src_slots))
+        for keys, values in zip(self.k, self.v, strict=True):
+            if self.keys_as_columns:
+                size = self.block_size
+                moved = keys[:, src_slots // size, :, src_slots % size]
+                keys[:, dst_slots // size, :, dst_slots % size] = moved
+            for tokens in (values,) if self.keys_as_columns else (keys, values):
+                rows = tokens.flatten(1, 2)
+                rows.index_copy_(1, dst_slots, rows.index_select(1, src_slots))
 
     @staticmethod
     def bytes_per_token(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> int:

@@ -31,6 +31,14 @@ FORMATS = {
 }
 
 
+COMPILED_FORMATS = {  # of `engine.linear_numba`, which is imported only where it runs
+    "none": "bfloat16, float16 or float32, whichever holds every weight of a matrix as it is",
+    "fp16": "float16, or what is smaller and holds every weight: bfloat16, or the int8 or int4 of a GGUF file",
+    "int8": "8 bits and a scale for each 32 weights",
+    "int4": "4 bits, a scale and an offset for each 32 weights; the output layer has 8 bits",
+}
+
+
 class QuantFormat(Protocol[W]):
     """A way to store a weight matrix: W is what is stored."""
 

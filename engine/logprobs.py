@@ -3,50 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.candidates import gaps_below_best, most_likely
+from engine.candidates import Floats, Ints, gaps_below, most_likely
 from engine.gumbel import float_weights
-from engine.types import TokenLogprobs
+from engine.types import Scheduled, TokenLogprobs
 
-_ROWS_PER_PASS = 64  # bounds the scratch memory: prompts may be scored by the thousand rows
+_ONE = np.float32(1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class LogprobQuery:
-    """One row to report on: the token that came, and how many of the most likely tokens beside it."""
+class LogprobQuery(NamedTuple):
+    """One row to report on, and how many of the most likely tokens beside the one that came."""
 
     row: int  # in the step's logits
-    token_id: int
     num_top: int
 
 
-def token_logprobs(logits: Tensor, queries: list[LogprobQuery]) -> Iterator[TokenLogprobs]:
-    """Answers the queries in order. logits: [num_rows, vocab_size] float32
+def logprob_queries(batch: list[Scheduled]) -> list[LogprobQuery]:
+    """What the items ask: of their scored rows, then, where log-probabilities are wanted, of their sampled rows."""
+    queries: list[LogprobQuery] = []
+    first = 0
+    for item in batch:
+        params = item.seq.params
+        if item.num_scored:
+            queries += [LogprobQuery(first + i, params.prompt_logprobs or 0) for i in range(item.num_scored)]
+        if params.logprobs is not None:
+            queries += [LogprobQuery(first + i, params.logprobs) for i in range(item.num_scored, item.num_logits)]
+        first += item.num_logits
+    return queries
+
+
+def scored_tokens(batch: list[Scheduled]) -> Ints:
+    """The prompt token that comes after each scored row of the logits, and 0 for sampled rows. [num_logits]"""
+    tokens: list[int] = []
+    for item in batch:
+        first = item.seq.num_computed_tokens + item.num_new_tokens - item.num_logits + 1
+        tokens += item.seq.token_ids[first : first + item.num_scored] + [0] * item.num_sampled_rows
+    return np.array(tokens, dtype=np.int64)
+
+
+def ask_logprobs(logits: Floats, token_ids: Ints, queries: list[LogprobQuery]) -> Tensor:
+    """What `read_logprobs` makes answers of: [num_queries, 3 + 2 * num_top] float64
+
+    Of each query the token, its rank, its log-probability, those of the most likely tokens, and their ids; float64
+    holds token ids and ranks exactly too. Minus infinity fills up where fewer tokens are possible.
+
+    logits: [num_rows, vocab_size]; token_ids: [num_rows] the token that came after each row
+    """
+    num_top = min(logits.shape[1], max(query.num_top for query in queries))
+    answers = np.full((len(queries), 3 + 2 * num_top), -np.inf)
+    for answer, (row, num_wanted) in zip(answers, queries, strict=True):
+        _answer(logits[row], int(token_ids[row]), num_wanted, answer)
+    return torch.from_numpy(answers)
+
+
+def read_logprobs(answers: Tensor, queries: list[LogprobQuery]) -> Iterator[TokenLogprobs]:
+    """The answers in the order of the queries. A row whose logits are not finite has NaN for log-probabilities.
 
     The rank is 1 plus the number of tokens that are strictly more likely. Of equally likely tokens the lowest ids
     come first among the most likely, and impossible tokens (a logit of minus infinity) are not among them.
     """
-    for start in range(0, len(queries), _ROWS_PER_PASS):
-        yield from _answer(logits, queries[start : start + _ROWS_PER_PASS])
+    for query, (token_id, rank, logprob, *tops) in zip(queries, answers.tolist(), strict=True):
+        num_listed = len(tops) // 2
+        top_logprobs = [value for value in tops[: min(query.num_top, num_listed)] if value != -torch.inf]
+        ids = [int(token) for token in tops[num_listed : num_listed + len(top_logprobs)]]
+        yield TokenLogprobs(int(token_id), logprob, int(rank), ids, top_logprobs)
 
 
-def _answer(logits: Tensor, queries: list[LogprobQuery]) -> Iterator[TokenLogprobs]:
-    rows = logits.index_select(0, torch.tensor([query.row for query in queries], device=logits.device))
-    token_ids = torch.tensor([query.token_id for query in queries], device=logits.device)[:, None]
-    num_top = min(rows.shape[1], max(1, *(query.num_top for query in queries)))
-    gaps = gaps_below_best(rows, rows.amax(-1, keepdim=True))
-    log_total = float_weights(gaps).sum(-1, keepdim=True, dtype=torch.float64).log_()
-    gap = gaps.gather(1, token_ids)
-    rank = torch.lt(gaps, gap, out=torch.empty_like(gaps)).sum(-1, keepdim=True) + 1.0  # float32 counts to 2^24
-    top_gaps, top_tokens = most_likely(gaps, num_top)
-    # The one copy to the host: floats as float64, which holds token ids and ranks exactly too.
-    logprobs = torch.cat((-gap - log_total, -top_gaps - log_total), dim=1)
-    answers = torch.cat((rank.double(), logprobs, top_tokens.double()), dim=1).tolist()
-    for query, (rank_of, logprob, *tops) in zip(queries, answers, strict=True):
-        top_logprobs = [value for value in tops[: min(query.num_top, num_top)] if value != -torch.inf]
-        ids = [int(token) for token in tops[num_top : num_top + len(top_logprobs)]]
-        yield TokenLogprobs(query.token_id, logprob, int(rank_of), ids, top_logprobs)
+def _answer(logits: Floats, token_id: int, num_top: int, answer: npt.NDArray[np.float64]) -> None:
+    peak = logits[logits.argmax()]
+    if not np.isfinite(peak):
+        answer[:3] = token_id, 0.0, np.nan
+        return
+    gaps = gaps_below(peak, logits, _ONE)
+    log_total = np.log(float_weights(gaps).sum(dtype=np.float64))
+    gap = gaps[token_id]
+    answer[:3] = token_id, np.count_nonzero(gaps < gap) + 1, -gap - log_total
+    if num_top:
+        top = most_likely(gaps, min(num_top, len(gaps)))
+        answer[3 : 3 + len(top)] = -gaps[top] - log_total
+        answer[3 + (len(answer) - 3) // 2 :][: len(top)] = top

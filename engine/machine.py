@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine.linear import can_pack, has_fast_bf16, has_float16_weights
+from engine.linear import COMPILED_FORMATS, can_pack, has_fast_bf16, has_float16_weights
 
 CGROUP = Path("/sys/fs/cgroup")
 CEILING_SECONDS = 0.04  # spent on each of the two measurements
@@ -39,6 +39,7 @@ class Machine:
     available_bytes: int
     has_fast_bf16: bool  # the CPU multiplies bfloat16
     has_avx512: bool
+    has_amx: bool  # the CPU multiplies tiles of bfloat16
     has_float16_weights: bool  # FBGEMM multiplies float32 by float16 weights
     gpu: Gpu | None = None
 
@@ -56,6 +57,7 @@ def read_machine() -> Machine:
         total_bytes=total,
         available_bytes=available,
         has_fast_bf16=has_fast_bf16(),
+        has_amx=torch.cpu._is_amx_tile_supported(),
         has_avx512="AVX512" in torch.backends.cpu.get_cpu_capability(),
         has_float16_weights=has_float16_weights(),
         gpu=gpu,
@@ -87,6 +89,18 @@ def describe_kernels(machine: Machine, *, dtype: torch.dtype, quantization: str)
         "attention, prompts": "torch's fused scaled_dot_product_attention; matrix products where scores are capped",
         "everything else": f"torch, vectorised for {torch.backends.cpu.get_cpu_capability()}",
         "threads": f"{machine.num_threads} of {machine.num_cores} cores",
+    }
+
+
+def describe_compiled_kernels(machine: Machine, *, quantization: str) -> dict[str, str]:
+    """The same for `device.kernels: numba`, where one program holds all of a step's layers."""
+    program = "in the same program, float32"
+    return {
+        "linear layers": f"compiled; weights as {COMPILED_FORMATS[quantization]}",
+        "attention": f"over the cache's blocks where they lie, {program}",
+        "norms, rotation, activation": program,
+        "other models": "torch: the plan of a model that is not of Llama's kind says why",
+        "threads": f"{machine.num_threads} of {machine.num_cores} cores, which take units of work from one counter",
     }
 
 

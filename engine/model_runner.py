@@ -2,35 +2,82 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionBackend
-from engine.forward_batch import ForwardBatch, build_forward_batch
+from engine.block_tables import BlockTables
+from engine.forward_batch import BatchBuilder, ForwardBatch
 from engine.kv_cache import KVCache
-from engine.models.model import Model
+from engine.models.model import Decoder
 from engine.types import Sampled, Scheduled
 
 
-class ModelRunner:
-    """The model, its KV cache and the attention back end that reads it."""
+class DecodeGraphs(Protocol):
+    """Steps that were recorded once and are replayed since: `engine.graph_runner` has them."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, attention: AttentionBackend, *, block_size: int) -> None:
+    def forward(self, batch: list[Scheduled], newest: Tensor | None) -> Tensor | None:
+        """The hidden states of all rows of the batch, valid until the next call; None where it must run eagerly."""
+        ...
+
+    def clear(self) -> None:
+        """Forgets all graphs and gives back their memory."""
+        ...
+
+
+class NoGraphs:
+    """Every step runs eagerly."""
+
+    def forward(self, batch: list[Scheduled], newest: Tensor | None) -> Tensor | None:
+        return None
+
+    def clear(self) -> None:
+        pass
+
+
+class ModelRunner:
+    """The model, its KV cache and the attention back end that reads it. `tables` are shared with the graphs."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv_cache: KVCache,
+        attention: AttentionBackend,
+        *,
+        block_size: int,
+        tables: BlockTables | None = None,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.attention = attention
         self.block_size = block_size
         self.device = kv_cache.kv[0].device
+        self.graphs = graphs or NoGraphs()
+        self._builder = BatchBuilder(block_size, self.device, tables or BlockTables())
 
-    def forward(self, batch: list[Scheduled]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: list[Scheduled], newest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs the step. Returns (hidden states, logits), `num_logits` rows per item.
 
-        hidden states: [sum of num_logits, hidden_size]; logits: [sum of num_logits, vocab_size], float32
+        newest: [len(batch)] int64, the input token of every item where the host does not know it yet; each has one
+        hidden states: [sum of num_logits, hidden_size], valid until the next call
+        logits: [sum of num_logits, vocab_size], float32
         """
-        tensors = build_forward_batch(batch, self.block_size, self.device)
-        self.attention.plan(tensors)
-        hidden = self._wanted_rows(self.model.forward(tensors, self.attention), tensors)
+        hidden = self.graphs.forward(batch, newest)
+        if hidden is None:
+            tensors = self._builder.build(batch, newest)
+            self.attention.plan(tensors)
+            hidden = self._wanted_rows(self.model.forward(tensors, self.attention), tensors)
         return hidden, self.model.compute_logits(hidden)
+
+    def release_memory(self) -> None:
+        """Gives back what is only kept for speed. Call it when a step ran out of memory, outside of the handler: the
+        error holds what the step had allocated."""
+        self.graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def keep_accepted(self, batch: list[Scheduled], sampled: list[Sampled]) -> None:
         """Moves the KV of accepted tree drafts to where a chain of them would lie. A chain is there already.

@@ -11,30 +11,36 @@ Two stages, both counter based and made of 32-bit integer arithmetic, so that a 
 The low 31 bits of that word are the noise: v = (bits + 1/2) / 2^31 lies strictly between 0 and 1, the Gumbel noise is
 -log(-log(1 - v)). Both logarithms are taken in float64, where 1 - v is exact, and the result is rounded to float32:
 implementations of log differ in the last of 53 bits, which changes a rounding to 24 bits about once in 10^8.
+
+On the host all of it is numpy's, which on one thread is faster than torch at it.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 NUM_NOISE_BITS = 31
-_LOW_31_BITS = (1 << NUM_NOISE_BITS) - 1
+_LOW_31_BITS = np.uint32((1 << NUM_NOISE_BITS) - 1)
 
-_MULTIPLIER_1, _MULTIPLIER_2 = 0x7FEB352D, 0x846CA68B  # lowbias32
+_MULTIPLIER_1, _MULTIPLIER_2 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)  # lowbias32
 _PHILOX_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _PHILOX_WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _PHILOX_ROUNDS = 10
 _WORD = np.uint64(0xFFFFFFFF)
 _WORD_BITS = np.uint64(32)
+_SEED = (1 << 64) - 1
+_POSITIONS_AT_ONCE = 64  # evaluating that many costs no more than evaluating one
 
-Words = npt.NDArray[np.uint64]  # 32-bit words, in 64 bits for the products
-FourWords = tuple[Words, Words, Words, Words]
+Words64 = npt.NDArray[np.uint64]  # 32-bit words, in 64 bits for the products
+FourWords = tuple[Words64, Words64, Words64, Words64]
+Words = npt.NDArray[np.uint32]
+Floats = npt.NDArray[np.float32]
 
 
-def philox4x32(counter: FourWords, key: tuple[Words, Words]) -> FourWords:
+def philox4x32(counter: FourWords, key: tuple[Words64, Words64]) -> FourWords:
     """Philox4x32-10 of every element of equally shaped arrays."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -46,8 +52,8 @@ def philox4x32(counter: FourWords, key: tuple[Words, Words]) -> FourWords:
     return c0, c1, c2, c3
 
 
-def noise_keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """The noise key of each row. [num_rows, 2] int32
+def noise_keys(seeds: Words64, positions: npt.NDArray[np.int64]) -> Words:
+    """The noise key of each row. [num_rows, 2]
 
     seeds, positions: [num_rows]; the position is the index that the sampled token will have in its sequence.
     """
@@ -55,46 +61,49 @@ def noise_keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64], 
     zeros = np.zeros_like(position_words)
     counter = (position_words & _WORD, position_words >> _WORD_BITS, zeros, zeros)
     k0, k1, _, _ = philox4x32(counter, (seeds & _WORD, seeds >> _WORD_BITS))
-    keys = np.stack((k0, k1), axis=1).astype(np.uint32).view(np.int32)
-    return torch.from_numpy(keys).to(device)
+    return np.stack((k0, k1), axis=1).astype(np.uint32)
 
 
-def token_words(vocab_size: int, device: torch.device) -> Tensor:
-    """The keyless part of the noise, for every token id. [vocab_size] int32"""
-    words = torch.arange(vocab_size, dtype=torch.int32, device=device)
-    words ^= _shift_right(words, 16)
-    words *= _signed(_MULTIPLIER_1)
-    words ^= _shift_right(words, 15)
-    words *= _signed(_MULTIPLIER_2)
+def noise_key(seed: int, position: int) -> Words:
+    """The noise key of one row. [2]; seed: of any size, taken modulo 2^64"""
+    block, offset = divmod(position, _POSITIONS_AT_ONCE)
+    key: Words = _key_block(seed & _SEED, block)[offset]
+    return key
+
+
+@lru_cache(maxsize=4096)
+def _key_block(seed: int, block: int) -> Words:
+    positions = np.arange(_POSITIONS_AT_ONCE) + block * _POSITIONS_AT_ONCE
+    return noise_keys(np.full(_POSITIONS_AT_ONCE, seed, dtype=np.uint64), positions)
+
+
+def token_words(vocab_size: int) -> Words:
+    """The keyless part of the noise, for every token id. [vocab_size]"""
+    words = np.arange(vocab_size, dtype=np.uint32)
+    words ^= words >> np.uint32(16)
+    words *= _MULTIPLIER_1
+    words ^= words >> np.uint32(15)
+    words *= _MULTIPLIER_2
     return words
 
 
-def noise_bits(words: Tensor, keys: Tensor) -> Tensor:
-    """31 random bits for every token of every row. int32, never negative
+def noise_bits(words: Words, key: Words, *, out: Words | None = None, scratch: Words | None = None) -> Words:
+    """31 random bits for every token of a row.
 
-    words: [num_rows or 1, num_tokens] int32, out of `token_words`; keys: [num_rows, 2] from `noise_keys`.
+    words: [num_tokens] out of `token_words`; key: [2] of `noise_keys`; out, scratch: memory as large as the words.
     """
-    bits = words ^ keys[:, :1]
-    scratch = torch.empty_like(bits)
-    bits ^= _shift_right(bits, 16, out=scratch)
-    bits *= _signed(_MULTIPLIER_1)
-    bits ^= _shift_right(bits, 15, out=scratch)
-    bits += keys[:, 1:]
-    bits *= _signed(_MULTIPLIER_2)
+    bits: Words = np.bitwise_xor(words, key[0], out=out)
+    shifted: Words = np.right_shift(bits, np.uint32(16), out=scratch)
+    bits ^= shifted
+    bits *= _MULTIPLIER_1
+    bits ^= np.right_shift(bits, np.uint32(15), out=shifted)
+    bits += key[1]
+    bits *= _MULTIPLIER_2
     bits &= _LOW_31_BITS
     return bits
 
 
-def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise of noise bits, float32, between -3.1 and 22.2; falls as the bits rise."""
-    v = (bits.double() + 0.5) * 2.0**-NUM_NOISE_BITS
-    return (1.0 - v).log_().neg_().log_().neg_().float()
-
-
-def _shift_right(words: Tensor, num_bits: int, *, out: Tensor | None = None) -> Tensor:
-    """Shifts zeros in, where torch's shift of int32 copies the sign."""
-    return torch.bitwise_right_shift(words, num_bits, out=out).bitwise_and_((1 << (32 - num_bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
+def gumbel(bits: Words) -> Floats:
+    """Standard Gumbel noise of noise bits, between -3.1 and 22.2; falls as the bits rise."""
+    v = (bits.astype(np.float64) + 0.5) * 2.0**-NUM_NOISE_BITS
+    return (-np.log(-np.log(1.0 - v))).astype(np.float32)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from engine.config import EngineConfig
-from engine.linear import FORMATS
+from engine.linear import COMPILED_FORMATS, FORMATS
 from engine.messages import Setting
 
 if TYPE_CHECKING:
     from engine.machine import Machine
+
+_PANEL = 16  # tokens of a block, or a part of one, that compiled attention scores at once
 
 T = TypeVar("T", str, int)
 
@@ -63,9 +66,11 @@ def resolve_num_threads(config: EngineConfig, machine: Machine) -> Resolved[int]
     return Resolved(machine.num_threads, "measured", "cores that this process may use")
 
 
-def resolve_dtype(config: EngineConfig, machine: Machine, device: str) -> Resolved[str]:
+def resolve_dtype(config: EngineConfig, machine: Machine, device: str, kernels: str) -> Resolved[str]:
     if config.model.dtype != "auto":
         return Resolved(config.model.dtype, "config")
+    if kernels == "numba":
+        return Resolved("float32", "default", "compiled layers compute in float32, whatever the weights are kept in")
     if device == "cuda":
         return Resolved("bfloat16", "default", "what the GPU computes fastest")
     if machine.has_fast_bf16:
@@ -73,17 +78,47 @@ def resolve_dtype(config: EngineConfig, machine: Machine, device: str) -> Resolv
     return Resolved("float32", "measured", "this CPU has no instructions for bfloat16")
 
 
-def resolve_quantization(config: EngineConfig, machine: Machine, device: str, dtype: str) -> Resolved[str]:
+def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not_compiled: str) -> Resolved[str]:
+    """Which kernels run. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for.
+
+    why_not_compiled: of the model
+    """
+    wanted = config.device.kernels
+    if device == "cpu" and config.kv_cache.block_size % _PANEL and not why_not_compiled:
+        why_not_compiled = f"kv_cache.block_size {config.kv_cache.block_size}, no multiple of {_PANEL}"
+    if wanted == "auto":
+        if device == "cuda":
+            return Resolved("triton", "default", "for cuda")
+        if machine.has_amx and config.model.dtype in ("auto", "bfloat16"):
+            return Resolved("torch", "measured", "this CPU multiplies bfloat16 matrices in hardware (AMX)")
+        if why_not_compiled:
+            return Resolved("torch", "model", f"no compiled layers for {why_not_compiled}")
+        return Resolved("numba", "default", "for cpu")
+    if wanted == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SettingError('device.kernels is triton, but there is no GPU to run it on; set it to "auto" or "torch"')
+    if wanted == "numba" and (device != "cpu" or why_not_compiled):
+        problem = why_not_compiled or "a GPU"
+        raise SettingError(f'device.kernels is numba, which cannot run {problem}; set it to "auto" or "torch"')
+    return Resolved(wanted, "config")
+
+
+def resolve_quantization(
+    config: EngineConfig, machine: Machine, device: str, *, dtype: str, kernels: str
+) -> Resolved[str]:
     """`dtype`: as resolved. Who asked for float32, or for no quantization, gets exactly the model's weights."""
     asked = config.model.quantization
+    formats = COMPILED_FORMATS if kernels == "numba" else FORMATS
     if asked != "auto":
-        if asked not in FORMATS:
-            raise SettingError(f"model.quantization is {asked!r}; supported are auto, {', '.join(FORMATS)}")
+        if asked not in formats:
+            names = ", ".join(formats)
+            raise SettingError(f"model.quantization is {asked!r}; supported with {kernels} kernels are auto, {names}")
         return Resolved(asked, "config")
     if config.model.dtype != "auto":
         return Resolved("none", "default", f"model.dtype is set to {config.model.dtype}")
     if device != "cpu":
         return Resolved("none", "default", "the GPU multiplies the model's own dtype fastest")
+    if kernels == "numba":
+        return Resolved("fp16", "default", "or what is smaller and holds each weight exactly")
     if machine.has_fast_bf16 or dtype != "float32":
         return Resolved("none", "measured", f"this CPU multiplies {dtype} in hardware")
     if not machine.has_float16_weights:
@@ -93,8 +128,10 @@ def resolve_quantization(config: EngineConfig, machine: Machine, device: str, dt
     )
 
 
-def resolve_kv_dtype(config: EngineConfig, dtype: str) -> Resolved[str]:
+def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resolved[str]:
     if config.kv_cache.dtype == "auto":
+        if kernels == "numba" and config.model.dtype == "auto":
+            return Resolved("float16", "default", "half the bytes of float32; keys and values round by 2^-11 or less")
         return Resolved(dtype, "model", "as the weights")
     if config.kv_cache.dtype not in _DTYPES:
         raise SettingError(f"kv_cache.dtype is {config.kv_cache.dtype!r}; supported are auto, {', '.join(_DTYPES)}")

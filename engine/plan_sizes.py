@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import EngineConfig
+from engine.graph_runner import MAX_GRAPH_ROWS, MAX_NUM_GRAPHS
 from engine.kv_cache import KVCache
 from engine.models.loader import ModelFacts
 from engine.plan_settings import Resolved, SettingError, parse_cache_size
@@ -15,12 +16,16 @@ from engine.plan_settings import Resolved, SettingError, parse_cache_size
 if TYPE_CHECKING:
     from engine.machine import Machine
 
-_QUANTIZED_BYTES = {"int8": 1, "fp16": 2}  # per weight, whatever the model's dtype; the scales are a thousandth
+_QUANTIZED_BYTES = {"int4": 0.625, "int8": 1.0625, "fp16": 2}  # per weight, at most, whatever the model's dtype
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _GPU_FRACTION = 0.9  # of the device, weights included
 _CPU_SHARE = 0.5  # of what is free beside the weights: the machine is not the server's alone
 _CPU_TOKENS_PER_SEQ = 384  # of cache for each of max_num_seqs: a short chat, its cached prefix and its answer
+
+_GRAPH_CONTEXTS = 1 << 20  # tokens, of all contexts that one graph attends to; steps with more run eagerly
+_SPLIT_TOKENS = 256  # of a context per piece; were a chip's config to cut smaller ones, fewer tokens would have room
+_GRAPH_ALLOWANCE = 8 << 20  # bytes that the driver keeps for each graph, assumed: not measured yet
 
 
 class PlanError(ValueError):
@@ -30,18 +35,31 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class GraphDemand:
+    """What decoding steps as CUDA graphs take: two buffers that all share, and what comes with each. Bytes."""
+
+    attention: int = 0  # partial results of contexts that are cut in pieces
+    others: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.others
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What is needed before the first key is stored, and what each token of the cache adds. Bytes."""
 
     linear: int
     embedding: int
     workspace: int
+    graphs: GraphDemand
     kv_per_token: int
     read_per_token: int  # to lay one layer's context out in order, beside the cache
 
     @property
     def fixed(self) -> int:
-        return self.linear + self.embedding + self.workspace
+        return self.linear + self.embedding + self.workspace + self.graphs.total
 
     @property
     def per_token(self) -> int:
@@ -52,7 +70,8 @@ class Demand:
 class Sizer:
     """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts.
 
-    `quantization` is the one that "auto" became.
+    `quantization` is the one that "auto" became. measured_workspace: the bytes that a largest step took, where one was
+    run; without it they are estimated.
     """
 
     facts: ModelFacts
@@ -61,6 +80,7 @@ class Sizer:
     device: str
     quantization: str
     num_lookahead: int
+    measured_workspace: int | None = None
 
     @property
     def block_size(self) -> int:
@@ -75,13 +95,33 @@ class Sizer:
         num_rows = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
         logits = 4 * num_rows * facts.vocab_size * 4  # float32: raw, processed, sorted, noise
         activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
+        estimated = logits + activations
         return Demand(
-            linear=(facts.num_linear_parameters + output) * weight_size,
+            linear=int((facts.num_linear_parameters + output) * weight_size),
             embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
-            workspace=logits + activations,
+            workspace=estimated if self.measured_workspace is None else self.measured_workspace,
+            graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
             kv_per_token=kv_per_token,
-            read_per_token=-(-2 * kv_per_token // len(facts.attention_layers)),
+            read_per_token=0 if self._has_triton else -(-2 * kv_per_token // len(facts.attention_layers)),
         )
+
+    @property
+    def _has_triton(self) -> bool:
+        """Whose attention reads the cache where it lies, and can be captured."""
+        return self.device == "cuda" and self.config.device.kernels != "torch"
+
+    def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
+        """size: bytes of an activation"""
+        facts, rows_per_seq = self.facts, 1 + self.num_lookahead
+        num_rows = min(MAX_GRAPH_ROWS, max_num_seqs * rows_per_seq)
+        layers = facts.attention_layers
+        num_pieces = _GRAPH_CONTEXTS // _SPLIT_TOKENS + max_num_seqs
+        item = max(layer.num_heads * (layer.head_dim + 1) for layer in layers) * 4
+        num_blocks = num_blocks_for(self._wanted_length() + self.num_lookahead, self.block_size)
+        tables = 2 * max_num_seqs * num_blocks * 8
+        activations = num_rows * (2 * facts.widest + 8 * facts.hidden_size) * size
+        each = num_rows * facts.hidden_size * size + _GRAPH_ALLOWANCE
+        return GraphDemand(num_pieces * rows_per_seq * item, tables + activations + MAX_NUM_GRAPHS * each)
 
     def cache_tokens(self, demand: Demand, max_num_seqs: int) -> Resolved[int]:
         """How many tokens of keys and values there will be. PlanError where the memory for them is not free."""
@@ -164,18 +204,25 @@ class Sizer:
 
     def _too_large(self, demand: Demand) -> str:
         fix = "name a smaller model in model.path"
+        if demand.linear + demand.embedding < self.machine.available_bytes // 2:
+            fix = "lower scheduler.max_num_batched_tokens"
         if _QUANTIZED_BYTES.get(self.quantization, 2) > 1 and self._fits_with(demand, bytes_per_weight=1):
             fix = "set model.quantization to int8"
         elif self.config.model.dtype == "float32" and self._fits_with(demand, bytes_per_weight=2):
             fix = "set model.dtype to bfloat16"
         return (
             f"{self.facts.path} needs {gib(demand.linear + demand.embedding)} for its weights and "
-            f"{gib(demand.workspace)} to work in, but {gib(self.machine.available_bytes)} of "
+            f"{gib(demand.workspace + demand.graphs.total)} to work in, but {gib(self.machine.available_bytes)} of "
             f"{gib(self.machine.total_bytes)} are free; {fix}"
         )
 
     def _fits_with(self, demand: Demand, *, bytes_per_weight: int) -> bool:
-        smaller = demand.workspace + demand.embedding + self.facts.num_linear_parameters * bytes_per_weight
+        smaller = (
+            demand.workspace
+            + demand.graphs.total
+            + demand.embedding
+            + self.facts.num_linear_parameters * bytes_per_weight
+        )
         return bool(smaller < self.machine.available_bytes)
 
 

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import EngineConfig, ModelConfig
+from engine.graph_runner import MAX_NUM_GRAPHS
 from engine.messages import Setting
 from engine.models.loader import ModelFacts
 from engine.plan_settings import (
     resolve_device,
     resolve_dtype,
+    resolve_kernels,
     resolve_kv_dtype,
     resolve_limits,
     resolve_num_threads,
     resolve_quantization,
 )
-from engine.plan_sizes import DTYPES, PlanError, Sizer, gib, num_blocks_for
+from engine.plan_sizes import DTYPES, GraphDemand, PlanError, Sizer, gib, num_blocks_for
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
 
@@ -33,18 +35,20 @@ class MemoryPlan:
     facts: ModelFacts
     model_config: ModelConfig  # with the resolved length, dtype and quantization
     device: str
+    kernels: str  # torch, triton or numba
     num_threads: int
     total_bytes: int  # of the device
     available_bytes: int
     linear_bytes: int
     embedding_bytes: int  # and all else that is no linear layer
     workspace_bytes: int  # the most that one step needs besides weights and cache
+    graphs: GraphDemand
     kv_bytes_per_token: int
     block_size: int  # tokens
     num_blocks: int
     num_lookahead_tokens: int
     dtype: torch.dtype
-    quantization: str  # a key of engine.linear.FORMATS
+    quantization: str  # a key of engine.linear.FORMATS, or of its COMPILED_FORMATS
     kv_dtype: torch.dtype
     max_model_len: int  # tokens
     max_num_seqs: int
@@ -54,6 +58,11 @@ class MemoryPlan:
     @property
     def weight_bytes(self) -> int:
         return self.linear_bytes + self.embedding_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the embedding_bytes; experts are kept in the model's dtype, whatever linear layers are kept in."""
+        return self.facts.experts.num_parameters * self.dtype.itemsize
 
     @property
     def num_kv_tokens(self) -> int:
@@ -69,26 +78,26 @@ class MemoryPlan:
         return self.num_blocks // num_blocks_for(self.max_model_len + self.num_lookahead_tokens, self.block_size)
 
 
-def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> MemoryPlan:
+def plan_memory(
+    facts: ModelFacts, config: EngineConfig, machine: Machine, *, measured_workspace: int | None = None
+) -> MemoryPlan:
     """Resolves what is "auto" and fits the cache into the memory.
 
+    measured_workspace: the bytes that a largest step took (`engine.memory_profile`), in place of the estimate.
     PlanError where not even one sequence of max_model_len and its look-ahead fits, SettingError for a setting that
     cannot be honoured.
     """
     device = resolve_device(config, machine)
-    dtype = resolve_dtype(config, machine, device.value)
-    quantization = resolve_quantization(config, machine, device.value, dtype.value)
-    kv_dtype = resolve_kv_dtype(config, dtype.value)
+    kernels = resolve_kernels(config, machine, device.value, facts.why_not_compiled)
+    dtype = resolve_dtype(config, machine, device.value, kernels.value)
+    quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
+    kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value)
     num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(facts, config, machine, device.value, quantization.value, num_lookahead)
-    demand = sizer.demand(
-        dtype.value,
-        kv_dtype.value,
-        max_num_seqs=max_num_seqs.value,
-        max_num_batched_tokens=max_num_batched_tokens.value,
-    )
+    sizer = Sizer(facts, config, machine, device.value, quantization.value, num_lookahead, measured_workspace)
+    limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
+    demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
     num_blocks = num_tokens.value // config.kv_cache.block_size
     max_model_len = sizer.length(demand, num_blocks)
@@ -97,12 +106,14 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
         facts=facts,
         model_config=config.model.model_copy(update=resolved),
         device=device.value,
+        kernels=kernels.value,
         num_threads=num_threads.value,
         total_bytes=machine.total_bytes,
         available_bytes=machine.available_bytes,
         linear_bytes=demand.linear,
         embedding_bytes=demand.embedding,
         workspace_bytes=demand.workspace,
+        graphs=demand.graphs,
         kv_bytes_per_token=demand.kv_per_token,
         block_size=config.kv_cache.block_size,
         num_blocks=num_blocks,
@@ -111,10 +122,10 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
         quantization=quantization.value,
         kv_dtype=DTYPES[kv_dtype.value],
         max_model_len=max_model_len.value,
-        max_num_seqs=max_num_seqs.value,
-        max_num_batched_tokens=max_num_batched_tokens.value,
+        **limits,
         settings={
             "device.name": device.setting,
+            "device.kernels": kernels.setting,
             "device.num_threads": num_threads.setting,
             "model.dtype": dtype.setting,
             "model.quantization": quantization.setting,
@@ -132,13 +143,16 @@ def plan_memory(facts: ModelFacts, config: EngineConfig, machine: Machine) -> Me
 def render_plan(plan: MemoryPlan) -> str:
     """The plan as a table for a terminal."""
     facts = plan.facts
-    used = plan.weight_bytes + plan.workspace_bytes + plan.kv_bytes
+    graph_bytes = plan.graphs.total
+    used = plan.weight_bytes + plan.workspace_bytes + graph_bytes + plan.kv_bytes
     rows = [
         ("model", f"{facts.path} ({facts.architecture}, {facts.num_parameters / 1e6:,.1f} M parameters)"),
         ("device", f"{plan.device}, {gib(plan.available_bytes)} free of {gib(plan.total_bytes)}"),
         ("linear weights", gib(plan.linear_bytes)),
-        ("embedding and norms", gib(plan.embedding_bytes)),
+        ("embedding and norms", gib(plan.embedding_bytes - plan.expert_bytes)),
+        *([("experts", gib(plan.expert_bytes))] if plan.expert_bytes else []),
         ("workspace", f"{gib(plan.workspace_bytes)}, steps of up to {plan.max_num_batched_tokens:,} tokens"),
+        *([("CUDA graphs", f"{gib(graph_bytes)}, for up to {MAX_NUM_GRAPHS} sizes of step")] if graph_bytes else []),
         ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
         ("total", gib(used)),
         ("concurrent tokens", f"{plan.num_kv_tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),

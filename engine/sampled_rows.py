@@ -2,76 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from engine.types import SamplingParams, Scheduled
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
-_WORD64 = (1 << 64) - 1
+class SampledRow(NamedTuple):
+    """A sampled row of a batch. Each item has the root first, then one row per draft."""
 
-
-@dataclass(frozen=True)
-class SampledRows:
-    """The sampled rows of a batch, item after item: of each item the root, then one row per draft.
-
-    A row's *depth* is how many drafts lie between it and the verified tokens: 0 at the root, j for the j-th of a chain.
-    """
-
-    items: list[Scheduled]  # those that sample
-    starts: IntArray  # [num_items + 1] first row of each item
-    item_of_row: IntArray  # [num_rows]
-    logits_rows: IntArray  # [num_rows] the row's place in the step's logits
-    depths: IntArray  # [num_rows]
-
-    @cached_property
-    def positions(self) -> IntArray:
-        """The index in its sequence that each row's token will have. [num_rows]"""
-        return np.array([item.seq.num_tokens for item in self.items], dtype=np.int64)[self.item_of_row] + self.depths
-
-    @cached_property
-    def seeds(self) -> npt.NDArray[np.uint64]:
-        """The seed of each row's request, modulo 2^64. [num_rows]"""
-        return np.array([params.seed & _WORD64 for params in self.params], dtype=np.uint64)[self.item_of_row]
-
-    def per_row(self, values: list[float]) -> FloatArray:
-        """One value per item, repeated for its rows. [num_rows] float64"""
-        return np.array(values, dtype=np.float64)[self.item_of_row]
+    item: Scheduled
+    logits_row: int  # its place in the step's logits
+    path: list[int]  # the draft tokens between the verified tokens and this row, from the root down
 
     @property
-    def params(self) -> list[SamplingParams]:
-        return [item.seq.params for item in self.items]
+    def params(self) -> SamplingParams:
+        return self.item.seq.params
+
+    @property
+    def position(self) -> int:
+        """The index in its sequence that the row's token will have."""
+        return next_position(self.item) + len(self.path)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.position - self.item.seq.num_prompt_tokens
 
 
-def sampled_rows(batch: list[Scheduled]) -> SampledRows:
-    items = [item for item in batch if item.samples]
-    num_rows = np.array([item.num_sampled_rows for item in items], dtype=np.int64)
-    starts = np.concatenate(([0], np.cumsum(num_rows)))
-    item_of_row = np.repeat(np.arange(len(items)), num_rows)
-    # An item's sampled rows are the last of its logits.
-    ends = np.cumsum([item.num_logits for item in batch], dtype=np.int64)
-    ends_of_items = ends[[item.samples for item in batch]]
-    logits_rows = np.arange(starts[-1]) + (ends_of_items - starts[1:])[item_of_row]
-    depths = [depth for item in items for depth in _depths(item)]
-    return SampledRows(items, starts, item_of_row, logits_rows, np.array(depths, dtype=np.int64))
+def next_position(item: Scheduled) -> int:
+    """How many tokens the sequence has when this step's new ones are in: where the next one goes.
+
+    Known to the scheduler before the tokens themselves are.
+    """
+    return item.seq.num_computed_tokens + item.num_new_tokens - item.num_drafts
 
 
-def draft_paths(item: Scheduled) -> list[list[int]]:
-    """The draft tokens between the verified tokens and each sampled row, from the root down."""
-    paths: list[list[int]] = [[]]
+def sampled_rows(batch: list[Scheduled]) -> list[SampledRow]:
+    """The sampled rows, item after item: the last of each item's logits."""
+    rows: list[SampledRow] = []
+    first = 0
+    for item in batch:
+        first += item.num_scored
+        if item.samples:
+            rows.append(SampledRow(item, first, []))
+            first += 1
+            if item.num_drafts:
+                rows += [SampledRow(item, first + i, path) for i, path in enumerate(_draft_paths(item))]
+                first += item.num_drafts
+    return rows
+
+
+def _draft_paths(item: Scheduled) -> list[list[int]]:
+    """The draft tokens from the root down to each draft, itself included."""
+    paths: list[list[int]] = []
     seq = item.seq
     for token, parent in zip(seq.draft_token_ids[: item.num_drafts], seq.draft_parents[: item.num_drafts], strict=True):
-        paths.append([*paths[parent + 1], token])
+        paths.append([*([] if parent < 0 else paths[parent]), token])
     return paths
-
-
-def _depths(item: Scheduled) -> list[int]:
-    depths = [0]
-    for parent in item.seq.draft_parents[: item.num_drafts]:
-        depths.append(depths[parent + 1] + 1)
-    return depths

@@ -27,20 +27,28 @@ class StepClock:
 class ModelCost:
     """What a step must at least read and compute.
 
-    weight_bytes: read once per step; flops_per_token: two per parameter of the matrix products;
-    kv_bytes_per_token: of all layers; attention_flops_per_pair: for one query token and one token of its context.
+    weight_bytes: read once per step; flops_per_token: two per parameter of the matrix products that a token takes
+    part in; kv_bytes_per_token: of all layers; attention_flops_per_pair: for one query token and one token of its
+    context; expert_bytes: of all experts, of which a token is sent to `expert_share`.
     """
 
     weight_bytes: int
     flops_per_token: int
     kv_bytes_per_token: int
     attention_flops_per_pair: int
+    expert_bytes: int = 0
+    expert_share: float = 0.0
 
     def bytes_moved(self, batch: list[Scheduled]) -> int:
         if not batch:
             return 0
         num_kv_tokens = sum(item.seq.num_computed_tokens + item.num_new_tokens for item in batch)
-        return self.weight_bytes + num_kv_tokens * self.kv_bytes_per_token
+        return self.weight_bytes + num_kv_tokens * self.kv_bytes_per_token + self._read_of_experts(batch)
+
+    def _read_of_experts(self, batch: list[Scheduled]) -> int:
+        """What is read of them on average where tokens choose alike: each leaves out 1 - `expert_share`."""
+        num_tokens = sum(item.num_new_tokens for item in batch)
+        return int(self.expert_bytes * (1 - (1 - self.expert_share) ** num_tokens))
 
     def flops(self, batch: list[Scheduled]) -> int:
         num_tokens = sum(item.num_new_tokens for item in batch)

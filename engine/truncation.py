@@ -11,77 +11,58 @@ the one before left:
 
 All three keep the first so many tokens of the order. Probabilities are integers: exp(-gap) in float64, in units of
 2^-40. Their sums are exact in any order of summation, so there is one right answer, however a row comes to it:
-from a list of its k most likely tokens, from its gaps sorted, or (`engine.nucleus`) without either.
+from a list of its k most likely tokens, or (`engine.nucleus`) without one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from engine.candidates import most_likely
+from engine.candidates import Floats, Ints, most_likely
+from engine.types import SamplingParams
 
 WEIGHT_UNIT = 2.0**40  # the sum over 2^18 tokens stays below 2^63
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What each row keeps, in columns of shape [num_rows, 1]."""
+class Limits(NamedTuple):
+    """What a row keeps."""
 
-    max_gap: Tensor  # float32, infinity is off
-    top_k: Tensor  # int64, at least 1, the vocabulary's size is off
-    top_p: Tensor  # float64, 1 is off
-
-    def select(self, rows: Tensor) -> Limits:
-        """The limits of some rows."""
-        return Limits(self.max_gap[rows], self.top_k[rows], self.top_p[rows])
+    max_gap: np.float32  # infinity is off
+    top_k: int  # at least 1, the vocabulary's size is off
+    top_p: float  # 1 is off
 
 
-def truncated_list(gaps: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-    """The kept tokens of rows with a small top_k: their gaps, infinite past the last that is kept, and their ids.
+def limits_of(params: SamplingParams, vocab_size: int) -> Limits:
+    max_gap = np.float32(-math.log(params.min_p) if params.min_p > 0.0 else math.inf)
+    top_k = params.top_k if 1 <= params.top_k < vocab_size else vocab_size
+    return Limits(max_gap, top_k, min(params.top_p, 1.0))
 
-    gaps: [num_rows, vocab_size]; returns [num_rows, largest top_k] twice
+
+def first_tokens(gaps: Floats, limits: Limits) -> Ints:
+    """The tokens that a row keeps, in ascending order of ids: for a row whose top_k is on.
+
+    gaps: [vocab_size]
     """
-    listed, tokens = most_likely(gaps, int(limits.top_k.max()))
-    rank = torch.arange(listed.shape[1], device=gaps.device)
-    return listed.masked_fill(rank >= _num_kept(listed, limits), torch.inf), tokens
+    tokens = most_likely(gaps, limits.top_k)
+    ordered = gaps[tokens]
+    num_kept = int(np.searchsorted(ordered, limits.max_gap, side="right"))
+    if limits.top_p < 1.0:
+        weights = token_weights(ordered[:num_kept])
+        upto = weights.cumsum()
+        num_kept = int(np.searchsorted(upto - weights, nucleus_limit(int(upto[-1]), limits.top_p)))
+    kept: Ints = np.sort(tokens[:num_kept])
+    return kept
 
 
-def is_kept_sorted(gaps: Tensor, limits: Limits) -> Tensor:
-    """Whether each token is kept. Sorts every row: for a large top_k. [num_rows, vocab_size]"""
-    ordered = _sort(gaps)
-    num_kept = _num_kept(ordered, limits)
-    last_kept = ordered.gather(1, num_kept - 1)
-    # Of the tokens level with the last that is kept, those with the lowest ids stay.
-    num_level_kept = num_kept - torch.searchsorted(ordered, last_kept)
-    is_level = gaps == last_kept
-    return (gaps < last_kept) | (is_level & (is_level.cumsum(-1) <= num_level_kept))
+def token_weights(gaps: Floats) -> Ints:
+    """Probabilities that are not normalised, as integers."""
+    weights: Ints = np.rint(np.exp(-gaps.astype(np.float64)) * WEIGHT_UNIT).astype(np.int64)
+    return weights
 
 
-def token_weights(gaps: Tensor) -> Tensor:
-    """Probabilities that are not normalised, as integers. int64"""
-    return gaps.double().neg_().exp_().mul_(WEIGHT_UNIT).round_().long()
-
-
-def nucleus_limit(total: Tensor, top_p: Tensor) -> Tensor:
-    """A token is kept while those before it weigh less than this. total: int64; returns int64, at least 1"""
-    return (total.double() * top_p).ceil_().long().clamp_min_(1)
-
-
-def _num_kept(ordered: Tensor, limits: Limits) -> Tensor:
-    """How many tokens a row keeps. ordered: [num_rows, num_tokens] ascending gaps; returns [num_rows, 1]"""
-    num_left = torch.minimum(torch.searchsorted(ordered, limits.max_gap, right=True), limits.top_k)
-    weights = token_weights(ordered)
-    upto = weights.cumsum(-1)
-    total = upto.gather(1, num_left - 1)
-    num_before = torch.searchsorted(upto - weights, nucleus_limit(total, limits.top_p))
-    return torch.where(limits.top_p < 1.0, torch.minimum(num_left, num_before), num_left)
-
-
-def _sort(gaps: Tensor) -> Tensor:
-    if gaps.is_cpu:  # numpy sorts floats with vector instructions, 15 times as fast as torch
-        return torch.from_numpy(np.sort(gaps.numpy(), axis=-1))
-    return gaps.sort(dim=-1).values
+def nucleus_limit(total: int, top_p: float) -> int:
+    """A token is kept while those before it weigh less than this. At least 1."""
+    return max(1, math.ceil(float(total) * top_p))

@@ -31,11 +31,16 @@ def mix_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     gate_up: [num_experts, 2 * intermediate_size, hidden_size], gate first
     down: [num_experts, hidden_size, intermediate_size]
     weights, experts: [num_tokens, top_k] of `route`
-    Returns [num_tokens, hidden_size] in x's dtype; the sum is in float32.
+    Returns [num_tokens, hidden_size] in x's dtype; the sum is in float32, in the order of the experts' shares.
     """
-    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for expert in experts.unique().tolist():
-        tokens, place = (experts == expert).nonzero(as_tuple=True)
-        hidden = silu_and_mul(x[tokens] @ gate_up[expert].T)
-        out.index_add_(0, tokens, (hidden @ down[expert].T).to(out.dtype) * weights[tokens, place, None])
-    return out.to(x.dtype)
+    (num_tokens, top_k), num_experts = experts.shape, gate_up.shape[0]
+    chosen = experts.flatten()  # by pair of a token and one of its experts
+    counts: list[int] = chosen.bincount(minlength=num_experts).tolist()
+    parts = x.new_empty(num_tokens * top_k, x.shape[1])
+    for expert, pairs in enumerate(chosen.argsort(stable=True).split(counts)):
+        if len(pairs):  # an expert that nobody asks for is not read
+            hidden = silu_and_mul(x[pairs // top_k] @ gate_up[expert].T)
+            parts[pairs] = hidden @ down[expert].T
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parts = parts.view(num_tokens, top_k, x.shape[1]).to(wide)
+    return torch.bmm(weights[:, None].to(wide), parts).squeeze(1).to(x.dtype)

@@ -12,7 +12,7 @@ from server.console import complain
 from server.settings import LoadedConfig
 from server.version import VERSION
 
-PACKAGES = ("torch", "transformers", "tokenizers", "triton", "fastapi", "uvicorn")
+PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "fastapi", "uvicorn")
 Row = tuple[str, str]
 
 
@@ -69,21 +69,34 @@ def default_model() -> Iterator[Row]:
 
 
 def kernels(loaded: LoadedConfig) -> Iterator[Row]:
-    """For the configured dtype and weight format. Raises ValueError for settings that this machine cannot honour."""
-    from engine.linear import FORMATS
-    from engine.machine import describe_kernels, read_machine
-    from engine.plan_settings import resolve_device, resolve_dtype, resolve_quantization
+    """For the configured dtype and weight format, and a model of Llama's kind, since no model is read here.
+
+    Raises ValueError for settings that this machine cannot honour.
+    """
+    import torch
+
+    from engine.linear import COMPILED_FORMATS, FORMATS
+    from engine.machine import describe_compiled_kernels, describe_kernels, read_machine
+    from engine.plan_settings import resolve_device, resolve_dtype, resolve_kernels, resolve_quantization
     from engine.plan_sizes import DTYPES
+    from engine.triton_parts import describe_triton_kernels
 
     config, found = loaded.config.engine_config(), read_machine()
     device = resolve_device(config, found)
-    dtype = resolve_dtype(config, found, device.value)
-    quantization = resolve_quantization(config, found, device.value, dtype.value)
+    chosen = resolve_kernels(config, found, device.value, why_not_compiled="")
+    dtype = resolve_dtype(config, found, device.value, chosen.value)
+    quantization = resolve_quantization(config, found, device.value, dtype=dtype.value, kernels=chosen.value)
     yield "device", f"{device.value} ({device.setting.reason or device.setting.source})"
     yield "dtype", f"{dtype.value} ({dtype.setting.reason or dtype.setting.source})"
     yield "quantization", f"{quantization.value} ({quantization.setting.reason or quantization.setting.source})"
-    yield "weight formats", ", ".join(FORMATS)
-    parts = describe_kernels(found, dtype=DTYPES[dtype.value], quantization=quantization.value)
+    yield "weight formats", ", ".join(COMPILED_FORMATS if chosen.value == "numba" else FORMATS)
+    yield "kernels", f"{chosen.value} ({chosen.setting.reason or chosen.setting.source})"
+    if chosen.value == "triton":
+        parts = describe_triton_kernels(torch.device(device.value), DTYPES[dtype.value])
+    elif chosen.value == "numba":
+        parts = describe_compiled_kernels(found, quantization=quantization.value)
+    else:
+        parts = describe_kernels(found, dtype=DTYPES[dtype.value], quantization=quantization.value)
     for part, kernel in parts.items():
         yield f"  {part}", kernel
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "loadtest": {"loadtest"},  # HTTP only; its microbenchmarks look inside
     "loadtest/micro": {"loadtest", "engine", "kernels"},
+    "loadtest/gpu": {"loadtest", "engine", "kernels"},
 }
 FROM_ENGINE = {"engine.types", "engine.messages", "engine.config", "engine.client", "engine.supervisor"}
 MAX_FILE_LINES = 400
@@ -38,7 +39,8 @@ def _imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
 
 def _package(path: Path) -> str:
     relative = path.relative_to(ROOT)
-    return "loadtest/micro" if relative.parts[:2] == ("loadtest", "micro") else relative.parts[0]
+    inner = "/".join(relative.parts[:2])
+    return inner if inner in MAY_IMPORT else relative.parts[0]
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -7,7 +7,7 @@ in another, and moved between releases. What is read here is explicit from then 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,6 +18,17 @@ from engine.models.rope import Rope, default_rope, scaled_rope
 
 class UnsupportedArchitectureError(ValueError):
     """Our own layers cannot run this config; the text says which of its fields is the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """The experts that a layer has instead of one MLP."""
+
+    num_experts: int
+    top_k: int  # experts of each token
+    intermediate_size: int  # of one expert
+    normalises: bool  # scales the shares of a token's experts to sum to one
+    shared_size: int  # of the expert that every token goes through besides, with a gate of its own; 0: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +47,8 @@ class Architecture:
     output_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
-    qk_norm: bool = False  # RMSNorm over each head's query and key, before the rotation
+    qk_norm: Literal["head", "projection"] | None = None  # RMSNorm of q and k before the rotation, over what
+    mixtures: tuple[Mixture | None, ...] = ()  # by layer; None: one MLP. Empty: nowhere
     has_merged_weights: bool = False  # the checkpoint holds qkv_proj and gate_up_proj
 
 
@@ -61,10 +73,11 @@ def read_architecture(config: PreTrainedConfig, *, dtype: torch.dtype, max_model
         ropes=ropes,
         rope_of_layer=rope_of_layer,
         norm_eps=float(getattr(config, "rms_norm_eps", 1e-6)),
-        qkv_bias=attention_bias,
+        qkv_bias=attention_bias or _flag(config, "qkv_bias"),
         output_bias=attention_bias,
         mlp_bias=_flag(config, "mlp_bias"),
         tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        mixtures=_mixtures(config),
     )
 
 
@@ -152,6 +165,29 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
         return [window] * num_layers
     _check_kinds(kinds, "our own layers attend to all tokens or to a window, but ")
     return [window if kind == "sliding_attention" else None for kind in kinds[:num_layers]]
+
+
+def _mixtures(config: PreTrainedConfig) -> tuple[Mixture | None, ...]:
+    """Each layer's experts; empty for the families that have none."""
+    if getattr(config, "num_experts_per_tok", None) is None:
+        return ()
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UnsupportedArchitectureError("our own layers do not clip queries, keys and values (clip_qkv)")
+    num_experts, top_k = _number(config, "num_experts"), _number(config, "num_experts_per_tok")
+    if top_k > num_experts:
+        raise ValueError(f"num_experts_per_tok is {top_k}, but there are {num_experts} experts")
+    has_own_size = getattr(config, "moe_intermediate_size", None) is not None
+    mixture = Mixture(
+        num_experts=num_experts,
+        top_k=top_k,
+        intermediate_size=_number(config, "moe_intermediate_size" if has_own_size else "intermediate_size"),
+        normalises=bool(getattr(config, "norm_topk_prob", True)),  # Mixtral always does
+        shared_size=int(getattr(config, "shared_expert_intermediate_size", None) or 0),
+    )
+    dense: list[int] = getattr(config, "mlp_only_layers", None) or []
+    step = int(getattr(config, "decoder_sparse_step", 1))
+    layers = range(_number(config, "num_hidden_layers"))
+    return tuple(mixture if i not in dense and (i + 1) % step == 0 else None for i in layers)
 
 
 def _ropes(

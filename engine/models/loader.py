@@ -21,7 +21,7 @@ from engine.models.errors import ModelError
 from engine.models.generation_defaults import find_eos_token_ids, read_generation_defaults
 from engine.models.gguf_file import gguf_config, gguf_weights
 from engine.models.gguf_header import read_gguf_header
-from engine.models.model import Model
+from engine.models.model import ExpertFacts, Model
 from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.models.tokenizer import load_tokenizer_assets
@@ -42,7 +42,9 @@ class ModelFacts:
     attention_layers: tuple[AttentionLayer, ...]
     vocab_size: int
     hidden_size: int
-    widest: int  # most outputs of a linear layer other than the output layer
+    experts: ExpertFacts = ExpertFacts()
+    why_not_compiled: str = ""  # as of the model
+    widest: int  # most elements that one token has in a layer, other than the output layer
     trained_context: int  # tokens
 
 
@@ -77,6 +79,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
     embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     inner = [module for module in linears.values() if id(module.weight) not in embeddings]
     tied = len(inner) < len(linears)
+    widths = [model.experts.widest, *(m.out_features for m in inner if m.out_features != model.vocab_size)]
     return ModelFacts(
         path=config.path,
         architecture=_architecture(hf_config),
@@ -87,7 +90,9 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         attention_layers=tuple(model.attention_layers),
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
-        widest=max((m.out_features for m in inner if m.out_features != model.vocab_size), default=model.hidden_size),
+        experts=model.experts,
+        why_not_compiled=model.why_not_compiled,
+        widest=max(widths) or model.hidden_size,
         trained_context=_trained_context(source, hf_config, config),
     )
 

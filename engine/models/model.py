@@ -4,24 +4,59 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from engine.attention import AttentionBackend, AttentionLayer
 from engine.forward_batch import ForwardBatch
+from engine.models.operations import load_operations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertFacts:
+    """What a model keeps in experts, of which a token goes through some."""
+
+    num_parameters: int = 0  # of all experts in all layers
+    share: float = 0.0  # of them, those that one token goes through
+    widest: int = 0  # elements that one token has in a layer's experts: their products and their outputs
+
+
+class Decoder(Protocol):
+    """What a step asks of a model, whoever runs it."""
+
+    attention_layers: list[AttentionLayer]
+    vocab_size: int
+    hidden_size: int
+
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor: ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor: ...
 
 
 class Model(nn.Module, ABC):
     """A decoder that keeps its keys and values in an `AttentionBackend`.
 
     A new model has memory for its parameters and nothing in it: `load_weights` fills it, on whatever device it was
-    built. `attention_layers[i].index` is i.
+    built. `attention_layers[i].index` is i. `operations` are torch's until they are exchanged for another back end's.
     """
 
     def __init__(self, attention_layers: list[AttentionLayer], *, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.attention_layers = attention_layers
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.operations = load_operations("torch")
+
+    @property
+    def experts(self) -> ExpertFacts:
+        """None by default: every token goes through all of the model, or nothing is known of its experts."""
+        return ExpertFacts()
+
+    @property
+    def why_not_compiled(self) -> str:
+        """What keeps `engine.models.llama_numba` from running it; empty where nothing does."""
+        return "layers of another kind than Llama's"
 
     @abstractmethod
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:

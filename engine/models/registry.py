@@ -18,6 +18,10 @@ MODELS = {  # config.model_type -> "module:Class"
     "qwen2": "engine.models.variants:Qwen2",
     "qwen3": "engine.models.variants:Qwen3",
     "phi3": "engine.models.variants:Phi3",
+    "mixtral": "engine.models.moe:SparseLlama",
+    "qwen2_moe": "engine.models.moe:SparseLlama",
+    "qwen3_moe": "engine.models.moe:Qwen3Moe",
+    "olmoe": "engine.models.moe:Olmoe",
 }
 FALLBACK = "engine.models.transformers_fallback:TransformersModel"
 

@@ -21,7 +21,7 @@ class Qwen3(Llama):
 
     @staticmethod
     def adapt(architecture: Architecture) -> Architecture:
-        return replace(architecture, qk_norm=True)
+        return replace(architecture, qk_norm="head")
 
 
 class Phi3(Llama):

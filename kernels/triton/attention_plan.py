@@ -53,7 +53,6 @@ def plan_attention(
     prompt_tiles = prompt_tiles[np.argsort(-contexts, kind="stable")]
     item_starts = np.cumsum(num_items) - num_items
     most_pieces = int(num_pieces[is_split].max(initial=1))
-    num_programs = max(1, -(-MAX_SPLIT_PROGRAMS // max(1, len(split_tiles) * num_kv_heads)))
     parts = (split_tiles, split_rows, prompt_tiles, item_starts)
     whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts]).astype(np.int32)).to(device)
     tiles, rows, prompts, starts = whole.split([part.size for part in parts])
@@ -63,9 +62,76 @@ def plan_attention(
         prompt_tiles=prompts.view(-1, 2),
         item_starts=starts,
         num_items=int(num_items.sum()),
-        num_split_programs=min(most_pieces, num_programs),
+        num_split_programs=min(most_pieces, _programs_per_tile(len(split_tiles) * num_kv_heads)),
         has_joints=most_pieces > 1,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPlan:
+    """A plan for sequences of any lengths, as a CUDA graph needs it: all of it is fixed but where items begin.
+
+    It has tiles for sequences and queries that are not there: their programs end at once. Which program takes which
+    piece of a context changes no bit of the result, so it agrees with a plan made for the lengths.
+    """
+
+    split_tiles: Tensor
+    split_rows: Tensor
+    prompt_tiles: Tensor  # none
+    rows_per_seq: int
+    split_size: int
+    num_items: int  # for which there must be memory
+    num_split_programs: int
+    has_joints: bool
+
+    def at(self, seq_lens: Tensor) -> AttentionPlan:
+        """The plan for these lengths, computed where they are: no number goes to the host or comes from it.
+
+        seq_lens: [num_seqs]; `rows_per_seq` items for every piece of a context must be no more than `num_items`.
+        """
+        pieces = (seq_lens + (self.split_size - 1)).div_(self.split_size, rounding_mode="floor")
+        firsts = (pieces.cumsum(0) - pieces).mul_(self.rows_per_seq)
+        return AttentionPlan(
+            split_tiles=self.split_tiles,
+            split_rows=self.split_rows,
+            prompt_tiles=self.prompt_tiles,
+            item_starts=firsts.to(torch.int32),
+            num_items=self.num_items,
+            num_split_programs=self.num_split_programs,
+            has_joints=self.has_joints,
+        )
+
+
+def plan_any_lengths(
+    num_seqs: int,
+    rows_per_seq: int,
+    *,
+    max_context: int,
+    num_items: int,
+    group: int,
+    num_kv_heads: int,
+    config: AttentionConfig,
+    device: torch.device,
+) -> OpenPlan:
+    """For up to `num_seqs` sequences of at most `max_context` tokens, each with up to `rows_per_seq` new ones."""
+    assert rows_per_seq <= config.max_split_queries, f"{rows_per_seq} new tokens per sequence go the prompt way"
+    query_lens = np.full(num_seqs, rows_per_seq, dtype=np.int64)
+    tiles, rows = _tiles(query_lens, config.decode_rows // group), _tiles(query_lens, 1)
+    most_pieces = -(-max_context // config.split_size)
+    return OpenPlan(
+        split_tiles=torch.from_numpy(tiles.astype(np.int32)).to(device),
+        split_rows=torch.from_numpy(rows.astype(np.int32)).to(device),
+        prompt_tiles=torch.empty(0, 2, dtype=torch.int32, device=device),
+        rows_per_seq=rows_per_seq,
+        split_size=config.split_size,
+        num_items=num_items,
+        num_split_programs=min(most_pieces, _programs_per_tile(len(tiles) * num_kv_heads)),
+        has_joints=most_pieces > 1,
+    )
+
+
+def _programs_per_tile(num_tiles: int) -> int:
+    return max(1, -(-MAX_SPLIT_PROGRAMS // max(1, num_tiles)))
 
 
 def _tiles(query_lens: Ints, size: int) -> Ints:

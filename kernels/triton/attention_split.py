@@ -63,7 +63,8 @@ def split_kernel(
     first_seen, end_key = seen_keys(seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE)
     first_piece = first_seen // SPLIT_SIZE
     end_piece = tl.cdiv(end_key, SPLIT_SIZE)
-    if first_piece + tl.program_id(2) >= end_piece:  # a sequence of length 0 has no piece at all
+    # A sequence of length 0 has no piece at all; a plan for any lengths has tiles of queries that are not there.
+    if (first_piece + tl.program_id(2) >= end_piece) | (first_query >= num_queries):
         return
 
     rows = tl.arange(0, NUM_ROWS)
@@ -169,7 +170,7 @@ def joint_kernel(
     )
     first_piece = first_seen // SPLIT_SIZE
     end_piece = tl.cdiv(end_key, SPLIT_SIZE)
-    if end_piece - first_piece <= 1:  # written by the split kernel
+    if (end_piece - first_piece <= 1) | (query >= num_queries):  # written by the split kernel, or not there
         return
     item = tl.load(item_starts_ptr + seq).to(tl.int64) + query.to(tl.int64) * tl.cdiv(seq_len, SPLIT_SIZE)
     dims = tl.arange(0, PADDED_DIM)

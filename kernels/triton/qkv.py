@@ -11,8 +11,8 @@ from kernels.triton.compat import next_power_of_2
 
 def rotate_and_store(
     qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
     slots: Tensor,
@@ -22,32 +22,30 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Normalises each query and key head where there are weights (Qwen3), rotates them, writes keys and values.
-
-    In float32 from the load to the store.
+    """Normalises queries and keys where there are weights, rotates them, writes keys and values; all in float32.
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first
-    cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim
+    cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim; None: nothing turns (a layer without positions)
     k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset; a negative one skips the write (the padding of a CUDA graph)
-    q_weight, k_weight: [head_dim], both or neither
+    q_weight, k_weight: [head_dim], a norm of each head (Qwen3), or [heads * head_dim], of all as one (OLMoE)
     Returns the queries, [num_tokens, num_heads, head_dim].
     """
     num_tokens, all_heads, head_dim = qkv.shape
     num_kv_heads, _, block_size, _ = k_cache.shape
     assert all_heads == num_heads + 2 * num_kv_heads, f"{all_heads} heads, not {num_heads} + 2 * {num_kv_heads}"
-    assert cos.shape == sin.shape == (num_tokens, cos.shape[1]), f"factors {tuple(cos.shape)}, {tuple(sin.shape)}"
-    assert cos.shape[1] <= head_dim, f"{cos.shape[1]} of {head_dim} dimensions cannot turn"
-    assert (q_weight is None) == (k_weight is None), "both norms or none"
+    assert (cos is None, q_weight is None) == (sin is None, k_weight is None), "both factors, both norms, or none"
     assert k_cache.shape[3] == head_dim, f"heads of {head_dim} for a cache of {k_cache.shape[3]}"
     assert k_cache.stride() == v_cache.stride(), "keys and values lie alike"
-    assert qkv.stride(2) == cos.stride(1) == sin.stride(1) == k_cache.stride(3) == 1, "rows are contiguous"
+    assert qkv.stride(2) == k_cache.stride(3) == 1, "rows are contiguous"
+    width = 0 if cos is None else _rotated_width(cos, sin, num_tokens, head_dim)
+    is_joint = q_weight is not None and _is_joint(q_weight, k_weight, qkv, num_heads)
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
         qkv_kernel[(num_tokens, all_heads)](
             qkv,
-            cos,
-            sin,
+            qkv if cos is None else cos,
+            qkv if sin is None else sin,
             qkv if q_weight is None else q_weight,
             qkv if k_weight is None else k_weight,
             slots,
@@ -56,18 +54,39 @@ def rotate_and_store(
             v_cache,
             eps,
             *qkv.stride()[:2],
-            cos.stride(0),
+            0 if cos is None else cos.stride(0),
             *k_cache.stride()[:3],
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             PADDED_DIM=next_power_of_2(head_dim),
-            WIDTH=cos.shape[1],
+            PADDED_ROW=next_power_of_2(num_heads * head_dim) if is_joint else 1,
+            WIDTH=width,
             BLOCK_SIZE=block_size,
             HAS_NORM=q_weight is not None,
-            num_warps=1,
+            IS_JOINT=is_joint,
+            num_warps=4 if is_joint else 1,
         )
     return q
+
+
+def _rotated_width(cos: Tensor, sin: Tensor, num_tokens: int, head_dim: int) -> int:
+    width = cos.shape[1]
+    assert cos.shape == sin.shape == (num_tokens, width), f"factors {tuple(cos.shape)}, {tuple(sin.shape)}"
+    assert cos.stride() == sin.stride() == (cos.stride(0), 1), "rows are contiguous, and both lie alike"
+    assert width <= head_dim, f"{width} of {head_dim} dimensions cannot turn"
+    return width
+
+
+def _is_joint(q_weight: Tensor, k_weight: Tensor, qkv: Tensor, num_heads: int) -> bool:
+    """Whether the norm is one of all heads together."""
+    head_dim, num_kv_heads = qkv.shape[2], (qkv.shape[1] - num_heads) // 2
+    if q_weight.shape == k_weight.shape == (head_dim,):
+        return False
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim]
+    assert [*q_weight.shape, *k_weight.shape] == sizes, f"{q_weight.shape}, {k_weight.shape} for {sizes}"
+    assert qkv.stride(1) == head_dim, "heads lie one after the other"
+    return True
 
 
 @triton.jit
@@ -92,9 +111,11 @@ def qkv_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    PADDED_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_JOINT: tl.constexpr,
 ):
     # grid: [num_tokens, num_heads + 2 * num_kv_heads]; one program takes one head of one token to where it goes
     token = tl.program_id(0).to(tl.int64)
@@ -110,7 +131,16 @@ def qkv_kernel(
         partner = tl.load(source + partners, mask=is_turned, other=0.0).to(tl.float32)
         if HAS_NORM:
             weight_ptr = q_weight_ptr if head < NUM_HEADS else k_weight_ptr
-            scale = tl.rsqrt(tl.sum(x * x, 0) / HEAD_DIM + eps)
+            if IS_JOINT:  # each program sums all heads of its kind again, which costs less than to wait for the others
+                first = 0 if head < NUM_HEADS else NUM_HEADS
+                size = (NUM_HEADS if head < NUM_HEADS else NUM_KV_HEADS) * HEAD_DIM
+                weight_ptr += (head - first) * HEAD_DIM
+                places = tl.arange(0, PADDED_ROW)
+                row = tl.load(source + (first - head) * HEAD_DIM + places, mask=places < size, other=0.0).to(tl.float32)
+                mean = tl.sum(row * row, 0) / size
+            else:
+                mean = tl.sum(x * x, 0) / HEAD_DIM
+            scale = tl.rsqrt(mean + eps)
             x *= scale * tl.load(weight_ptr + dims, mask=is_dim, other=0.0).to(tl.float32)
             partner *= scale * tl.load(weight_ptr + partners, mask=is_turned, other=0.0).to(tl.float32)
         cos = tl.load(cos_ptr + token * stride_factor + dims, mask=is_turned, other=1.0).to(tl.float32)

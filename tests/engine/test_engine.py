@@ -220,10 +220,10 @@ def test_drafts_save_steps(llama, greedy):
 class PoisonedSampler(Sampler):
     """Fails whenever a poisoned request is in the batch."""
 
-    def __call__(self, logits, batch):
+    def launch(self, logits, batch):
         if any(item.seq.token_ids[-1] == POISON for item in batch):
             raise RuntimeError("poison")
-        return super().__call__(logits, batch)
+        return super().launch(logits, batch)
 
 
 def test_a_poisoned_request_fails_alone(llama, greedy):

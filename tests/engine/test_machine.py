@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.linear import FORMATS
-from engine.machine import cgroup_cpu_quota, cgroup_memory, describe_kernels, measure_ceilings, read_machine
+from engine.linear import COMPILED_FORMATS, FORMATS
+from engine.machine import (
+    cgroup_cpu_quota,
+    cgroup_memory,
+    describe_compiled_kernels,
+    describe_kernels,
+    measure_ceilings,
+    read_machine,
+)
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -71,3 +78,9 @@ def test_every_format_says_which_kernel_it_runs() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         linear = {describe_kernels(machine, dtype=dtype, quantization=name)["linear layers"] for name in FORMATS}
         assert len(linear) == len(FORMATS)
+
+
+def test_every_compiled_format_says_what_it_keeps() -> None:
+    machine = read_machine()
+    linear = {describe_compiled_kernels(machine, quantization=name)["linear layers"] for name in COMPILED_FORMATS}
+    assert len(linear) == len(COMPILED_FORMATS)

@@ -25,11 +25,13 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -77,6 +79,9 @@ LONGROPE = {
     "partial_rotary_factor": 0.5,
 }
 PARTIAL = {"rope_type": "default", "rope_theta": 100.0}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
+OWN_EXPERTS = {**EXPERTS, "moe_intermediate_size": 24}
+SHARED_EXPERT = {**OWN_EXPERTS, "shared_expert_intermediate_size": 40}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -122,6 +127,26 @@ OWN = {
         Phi3Config(**sizes(rope_parameters=dict(LONGROPE), **PHI3_HEAD)), lengths=(16, 9), max_model_len=16
     ),
     "phi3 longrope, long": Case(Phi3Config(**sizes(rope_parameters=dict(LONGROPE), **PHI3_HEAD)), lengths=(40, 17)),
+    "mixtral": Case(MixtralConfig(**sizes(num_local_experts=4, num_experts_per_tok=2, sliding_window=6))),
+    "qwen2-moe": Case(Qwen2MoeConfig(**sizes(**SHARED_EXPERT))),
+    "qwen2-moe with windows, a layer without experts and no biases": Case(
+        Qwen2MoeConfig(
+            **sizes(
+                **SHARED_EXPERT,
+                norm_topk_prob=True,
+                mlp_only_layers=[1],
+                qkv_bias=False,
+                use_sliding_window=True,
+                sliding_window=6,
+                max_window_layers=2,
+            )
+        )
+    ),
+    "qwen3-moe": Case(Qwen3MoeConfig(**sizes(**OWN_EXPERTS, head_dim=16, norm_topk_prob=True))),
+    "qwen3-moe with experts in every other layer": Case(
+        Qwen3MoeConfig(**sizes(**OWN_EXPERTS, head_dim=16, decoder_sparse_step=2))
+    ),
+    "olmoe": Case(OlmoeConfig(**sizes(**EXPERTS))),
 }
 FALLBACK = {
     "llama": Case(LlamaConfig(**sizes(rope_parameters=LLAMA3))),

@@ -4,12 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from engine.noise import gumbel, noise_bits, noise_keys, philox4x32, token_words
+from engine.noise import gumbel, noise_bits, noise_key, noise_keys, philox4x32, token_words
 
 WORD = 0xFFFFFFFF
-CPU = torch.device("cpu")
 
 
 def _philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
@@ -34,9 +32,10 @@ def _bits(seed: int, position: int, token: int) -> int:
     return x * 0x846CA68B & 0x7FFFFFFF
 
 
-def _table(seeds: list[int], positions: list[int], vocab_size: int) -> torch.Tensor:
-    keys = noise_keys(np.array([seed % (1 << 64) for seed in seeds], dtype=np.uint64), np.array(positions), CPU)
-    return noise_bits(token_words(vocab_size, CPU)[None], keys)
+def _table(seeds: list[int], positions: list[int], vocab_size: int) -> np.ndarray:
+    keys = noise_keys(np.array([seed % (1 << 64) for seed in seeds], dtype=np.uint64), np.array(positions))
+    words = token_words(vocab_size)
+    return np.stack([noise_bits(words, key) for key in keys])
 
 
 def _chi_square(counts: np.ndarray) -> float:
@@ -68,17 +67,25 @@ def test_bits_equal_their_definition_in_plain_python() -> None:
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
     positions = [0, 1, 5, 2**31, 2**40, 77]
     bits = _table(seeds, positions, 3000)
-    assert bits.dtype == torch.int32
+    assert bits.dtype == np.uint32
     for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
         for token in [*range(50), *range(2900, 3000)]:
             assert bits[row, token] == _bits(seed, position, token)
 
 
+def test_the_key_of_a_row_is_the_same_alone_and_among_others() -> None:
+    positions = np.array([0, 1, 63, 64, 65, 1000, 2**31 + 5])
+    for seed in (0, -1, 2**64 - 1, 77):
+        keys = noise_keys(np.full(len(positions), seed % 2**64, dtype=np.uint64), positions)
+        for position, key in zip(positions.tolist(), keys, strict=True):
+            assert np.array_equal(noise_key(seed, position), key)
+
+
 def test_gumbel_equals_its_definition_at_every_size_of_noise() -> None:
-    bits = torch.tensor([0, 1, 2, 1000, 2**20, 2**30, 2**31 - 2, 2**31 - 1], dtype=torch.int32)
+    bits = np.array([0, 1, 2, 1000, 2**20, 2**30, 2**31 - 2, 2**31 - 1], dtype=np.uint32)
     noise = gumbel(bits)
-    assert noise.dtype == torch.float32
-    assert noise.isfinite().all()
+    assert noise.dtype == np.float32
+    assert np.isfinite(noise).all()
     for bit, value in zip(bits.tolist(), noise.tolist(), strict=True):
         u = (2**32 - 2 * bit - 1) / 2**32
         assert value == np.float32(-math.log(-math.log(u)))
@@ -86,8 +93,8 @@ def test_gumbel_equals_its_definition_at_every_size_of_noise() -> None:
 
 
 def test_noise_has_the_mean_and_variance_of_a_gumbel_distribution() -> None:
-    noise = gumbel(_table(list(range(40)), list(range(40)), 10_000)).double()
-    assert abs(noise.mean() - np.euler_gamma) < 4 * math.sqrt(math.pi**2 / 6 / noise.numel())
+    noise = gumbel(_table(list(range(40)), list(range(40)), 10_000)).astype(np.float64)
+    assert abs(noise.mean() - np.euler_gamma) < 4 * math.sqrt(math.pi**2 / 6 / noise.size)
     assert abs(noise.var() - math.pi**2 / 6) < 0.02
 
 
@@ -104,7 +111,7 @@ SLICES = {
 
 @pytest.mark.parametrize("name", SLICES)
 def test_noise_is_uniform_and_neighbours_are_independent(name: str) -> None:
-    bits = SLICES[name]().numpy().astype(np.int64)
+    bits = SLICES[name]().astype(np.int64)
     assert _chi_square(np.bincount(bits >> 23, minlength=256)) < 5
     assert _chi_square(np.bincount(bits & 0xFF, minlength=256)) < 5
     for lag in (1, 2, 3, 16, 256):
@@ -120,7 +127,7 @@ def test_rows_do_not_resemble_each_other(seed_step: int, position_step: int) -> 
     """The same tokens in neighbouring rows, and the next tokens in neighbouring rows."""
     steps = range(40)
     seeds, positions = [5 + seed_step * i for i in steps], [4000 + position_step * i for i in steps]
-    high = _table(seeds, positions, 5000).numpy() >> 27
+    high = _table(seeds, positions, 5000) >> 27
     for shift in (0, 1, 2):
         pairs = high[:-1, : 5000 - shift].astype(np.int64) * 16 + high[1:, shift:]
         assert _chi_square(np.bincount(pairs.flatten(), minlength=256)) < 5
@@ -129,7 +136,7 @@ def test_rows_do_not_resemble_each_other(seed_step: int, position_step: int) -> 
 def test_the_tail_that_decides_among_many_tokens_is_as_long_as_it_should_be() -> None:
     """The largest noise of n tokens is Gumbel distributed around log(n): where sampling happens, for flat logits."""
     n = 4096
-    largest = gumbel(_table(list(range(2000)), [11] * 2000, n).amin(1)).double() - math.log(n)
+    largest = gumbel(_table(list(range(2000)), [11] * 2000, n).min(1)).astype(np.float64) - math.log(n)
     edges = [-math.log(-math.log(i / 20)) for i in range(1, 20)]
-    counts = np.histogram(largest.numpy(), bins=[-math.inf, *edges, math.inf])[0]
+    counts = np.histogram(largest, bins=[-math.inf, *edges, math.inf])[0]
     assert _chi_square(counts) < 5

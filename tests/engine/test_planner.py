@@ -34,7 +34,9 @@ FACTS = ModelFacts(
     hidden_size=256,
     widest=1024,
     trained_context=2048,
+    why_not_compiled="layers of another kind",
 )
+COMPILED = replace(FACTS, why_not_compiled="")
 
 
 def make_machine(
@@ -44,6 +46,7 @@ def make_machine(
     device: str = "cpu",
     has_fast_bf16: bool = False,
     has_float16_weights: bool = False,
+    has_amx: bool = False,
 ) -> Machine:
     return Machine(
         device=device,
@@ -54,6 +57,7 @@ def make_machine(
         available_bytes=available,
         has_fast_bf16=has_fast_bf16,
         has_avx512=False,
+        has_amx=has_amx,
         has_float16_weights=has_float16_weights,
     )
 
@@ -73,7 +77,7 @@ def test_weights_are_counted_as_they_will_lie_in_memory() -> None:
     expected = {
         ("float32", "none"): (4 * with_output, 4 * 500_000),
         ("bfloat16", "none"): (2 * with_output, 2 * 500_000),
-        ("float32", "int8"): (with_output, 4 * 500_000),
+        ("float32", "int8"): (int(1.0625 * with_output), 4 * 500_000),  # a scale for each 32 weights
         ("float32", "fp16"): (2 * with_output, 4 * 500_000),
     }
     for (dtype, quantization), (linear, embedding) in expected.items():
@@ -195,13 +199,13 @@ def test_what_the_machine_decides_has_a_source_and_a_reason() -> None:
     asked = plan(
         make_machine(has_fast_bf16=True),
         model={"dtype": "float16", "quantization": "none", "max_model_len": 100},
-        device={"name": "cpu", "num_threads": 2},
+        device={"name": "cpu", "kernels": "torch", "num_threads": 2},
         scheduler={"max_num_seqs": 3, "max_num_batched_tokens": 77},
         kv_cache={"memory": "1600tokens", "dtype": "float32"},
     )
     assert {setting.source for setting in asked.settings.values()} == {"config"}
     assert [setting.value for setting in asked.settings.values()] == [
-        "cpu", 2, "float16", "none", 100, 3, 77, "1600tokens", "float32",
+        "cpu", "torch", 2, "float16", "none", 100, 3, 77, "1600tokens", "float32",
     ]  # fmt: skip
     assert (asked.model_config.dtype, asked.model_config.max_model_len) == ("float16", 100)
 
@@ -228,6 +232,53 @@ def test_half_weights_are_chosen_only_where_nobody_asked_for_exact_ones_and_they
         assert made.dtype == torch.float32
 
 
+@pytest.mark.parametrize("has_float16_weights", [True, False])
+@pytest.mark.parametrize("has_fast_bf16", [True, False])
+def test_compiled_layers_are_planned_for_alike_on_every_cpu(has_fast_bf16: bool, has_float16_weights: bool) -> None:
+    machine = make_machine(has_fast_bf16=has_fast_bf16, has_float16_weights=has_float16_weights)
+    made = plan(machine, facts=COMPILED)
+    assert (made.kernels, made.dtype, made.quantization, made.kv_dtype) == (
+        "numba", torch.float32, "fp16", torch.float16,
+    )  # fmt: skip
+    assert made.kv_bytes_per_token == KV_BYTES // 2
+    assert all(setting.source != "config" and setting.reason for setting in made.settings.values())
+    with_output = 1_000_000 + 499_000
+    sizes = {"none": 4, "fp16": 2, "int8": 1.0625, "int4": 0.625}  # bytes of a weight, at most; the rest is float32
+    for quantization, size in sizes.items():
+        made = plan(machine, facts=COMPILED, model={"quantization": quantization})
+        assert (made.linear_bytes, made.embedding_bytes) == (int(size * with_output), 4 * 500_000)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_who_names_a_dtype_gets_the_model_s_own_weights_and_a_cache_of_that_dtype(dtype: str) -> None:
+    made = plan(make_machine(), facts=COMPILED, model={"dtype": dtype})
+    assert (made.kernels, made.quantization, made.kv_dtype) == ("numba", "none", getattr(torch, dtype))
+    other = plan(make_machine(), facts=COMPILED, model={"dtype": dtype}, kv_cache={"dtype": "bfloat16"})
+    assert other.kv_dtype == torch.bfloat16
+
+
+def test_compiled_layers_run_on_cpus_whose_own_matrix_products_are_no_faster() -> None:
+    amx = make_machine(has_fast_bf16=True, has_amx=True)
+    assert plan(make_machine(), facts=COMPILED).kernels == "numba"
+    assert plan(make_machine(), facts=COMPILED, device={"kernels": "torch"}).kernels == "torch"
+    assert plan(make_machine(2**32, device="cuda"), facts=COMPILED).kernels == "triton"
+    assert plan(amx, facts=COMPILED).kernels == "torch"
+    assert plan(amx, facts=COMPILED, device={"kernels": "numba"}).kernels == "numba"
+    assert plan(amx, facts=COMPILED, model={"dtype": "float32"}).kernels == "numba"
+    with pytest.raises(SettingError, match="numba, which cannot run a GPU"):
+        plan(make_machine(2**32, device="cuda"), facts=COMPILED, device={"kernels": "numba"})
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 24])
+def test_compiled_attention_needs_whole_panels_in_a_block(block_size: int) -> None:
+    cache: Section = {"block_size": block_size}
+    setting = plan(make_machine(), facts=COMPILED, kv_cache=cache).settings["device.kernels"]
+    assert setting.value == "torch"
+    assert f"block_size {block_size}, no multiple of 16" in setting.reason
+    with pytest.raises(SettingError, match=f"block_size {block_size}, no multiple of 16"):
+        plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": "numba"})
+
+
 def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:
     exact = plan(make_machine(has_float16_weights=True), model={"quantization": "none"})
     half = plan(make_machine(has_float16_weights=True))
@@ -246,7 +297,9 @@ def test_one_limit_set_moves_the_other() -> None:
     [
         ({"model": {"max_model_len": 2049}}, "set it to 2048 or less"),
         ({"device": {"name": "cuda"}}, "no GPU"),
-        ({"model": {"quantization": "int3"}}, "supported are auto, none, fp16, int8"),
+        ({"model": {"quantization": "int3"}}, "supported with torch kernels are auto, none, fp16, int8"),
+        ({"model": {"quantization": "int4"}}, "supported with torch kernels are auto, none, fp16, int8"),
+        ({"device": {"kernels": "numba"}}, "cannot run layers of another kind; set it to"),
         ({"kv_cache": {"dtype": "fp8"}}, "supported are auto, float32"),
         ({"kv_cache": {"memory": "lots"}}, "kv_cache.memory"),
         ({"scheduler": {"max_num_seqs": 10, "max_num_batched_tokens": 9}}, "raise the first or lower the second"),
@@ -287,3 +340,17 @@ def test_the_table_shows_every_number_that_matters() -> None:
         assert value in table
     for key, setting in made.settings.items():
         assert any(line.startswith(key) and str(setting.value) in line for line in table.splitlines())
+
+
+def test_graphs_have_memory_of_their_own_on_a_gpu() -> None:
+    made = plan(make_machine(2**32, device="cuda"))
+    assert made.graphs.total > made.graphs.attention > 0
+    assert "CUDA graphs" in render_plan(made)
+    taken = made.weight_bytes + made.workspace_bytes + made.graphs.total
+    kv_bytes = KV_BYTES // 2  # bfloat16; Triton reads the cache where it lies
+    assert made.num_kv_tokens == (int(0.9 * 2**32) - taken) // kv_bytes // 16 * 16
+    drafting = plan(make_machine(2**32, device="cuda"), speculation={"method": "ngram", "num_drafts": 4})
+    assert drafting.graphs.attention == 5 * made.graphs.attention
+    for other in (plan(make_machine()), plan(make_machine(2**32, device="cuda"), device={"kernels": "torch"})):
+        assert other.graphs.total == 0
+        assert "CUDA graphs" not in render_plan(other)

@@ -79,9 +79,8 @@ def kept_gaps(row: np.ndarray, params: SamplingParams) -> dict[int, np.float32]:
 
 
 def all_noise(seed: int, position: int, vocab_size: int) -> np.ndarray:
-    device = torch.device("cpu")
-    keys = noise_keys(np.array([seed % 2**64], dtype=np.uint64), np.array([position]), device)
-    return gumbel(noise_bits(token_words(vocab_size, device)[None], keys))[0].numpy()
+    (key,) = noise_keys(np.array([seed % 2**64], dtype=np.uint64), np.array([position]))
+    return gumbel(noise_bits(token_words(vocab_size), key))
 
 
 def chosen(logits: np.ndarray, prompt: list[int], output: list[int], params: SamplingParams) -> int:

@@ -17,7 +17,7 @@ PROMPTS = [[0] * length for length in range(1001)]
 def _item(seed: int, prompt_length: int, drafts: list[int], **fields: object) -> Scheduled:
     params = SamplingParams(seed=seed, max_tokens=50, **fields)
     request = Request(request_id="r", prompt_token_ids=PROMPTS[prompt_length], params=params)
-    seq = Sequence(request, PROMPTS[prompt_length])
+    seq = Sequence(request, PROMPTS[prompt_length], num_computed_tokens=prompt_length - 1)
     seq.draft_token_ids, seq.draft_parents = drafts, list(range(-1, len(drafts) - 1))
     return Scheduled(seq, 1 + len(drafts), len(drafts), samples=True)
 

@@ -1,22 +1,31 @@
 """The short cuts of sampling against what they replace: sorting, and evaluating every token."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-import torch
 
-from engine.candidates import block_minima, block_tokens, most_likely
-from engine.gumbel import float_weights, largest_score, largest_score_listed
-from engine.noise import gumbel, noise_bits, noise_keys, token_words
-from engine.nucleus import largest_score_in_nucleus
-from engine.truncation import Limits, is_kept_sorted, truncated_list
+from engine.candidates import most_likely
+from engine.gumbel import GumbelRace
+from engine.noise import gumbel, noise_bits, noise_key, token_words
+from engine.nucleus import Nucleus
+from engine.sampler_numba import NumbaRace
+from engine.truncation import Limits, first_tokens
 
-CPU = torch.device("cpu")
 KINDS = ["flat", "level", "normal", "steep", "rounded", "sparse", "heavy tail"]
+RACES = [GumbelRace, NumbaRace]
+OFF = Limits(np.float32(np.inf), 1 << 30, 1.0)
 
 
-def _gaps(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
-    torch.manual_seed(vocab_size)
-    logits = torch.randn(num_rows, vocab_size)
+@pytest.fixture(autouse=True)
+def _infinities() -> Iterator[None]:
+    with np.errstate(over="ignore"):
+        yield
+
+
+def _gaps(kind: str, num_rows: int, vocab_size: int) -> np.ndarray:
+    random = np.random.default_rng(vocab_size)
+    logits = random.standard_normal((num_rows, vocab_size), dtype=np.float32)
     if kind == "flat":
         logits *= 0.01
     elif kind == "level":
@@ -24,99 +33,115 @@ def _gaps(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
     elif kind == "steep":
         logits *= 300.0
     elif kind == "rounded":
-        logits = (3 * logits).round()
+        logits = np.rint(3 * logits)
     elif kind == "sparse":
-        logits[torch.rand_like(logits) < 0.99] = -torch.inf
+        logits[random.random(logits.shape) < 0.99] = -np.inf
         logits[:, -1] = 0.0
     elif kind == "heavy tail":
-        logits = -1.1 * torch.rand_like(logits).argsort(-1).add(1).log()
-    return logits.amax(-1, keepdim=True) + 0.0 - logits
+        logits = (-1.1 * np.log(logits.argsort(-1) + 1)).astype(np.float32)
+    return logits.max(-1, keepdims=True) - logits
 
 
-def _keys(num_rows: int) -> torch.Tensor:
-    return noise_keys(np.arange(num_rows, dtype=np.uint64), np.arange(num_rows), CPU)
+def _scores(gaps: np.ndarray, row: int) -> np.ndarray:
+    return gumbel(noise_bits(token_words(len(gaps)), noise_key(row, row))) - gaps
 
 
-def _every_score(gaps: torch.Tensor) -> torch.Tensor:
-    return gumbel(noise_bits(token_words(gaps.shape[1], CPU)[None], _keys(len(gaps)))) - gaps
-
-
-def _limits(num_rows: int, *, min_p: float = 0.0, top_k: int, top_p: float = 1.0) -> Limits:
-    return Limits(
-        torch.full((num_rows, 1), -np.log(min_p) if min_p else np.inf),
-        torch.full((num_rows, 1), top_k),
-        torch.full((num_rows, 1), top_p, dtype=torch.float64),
-    )
-
-
-@pytest.mark.parametrize(("vocab_size", "num_blocks"), [(10, 10), (10, 4), (64, 8), (65, 8), (1000, 37)])
-def test_blocks_share_the_vocabulary_out(vocab_size: int, num_blocks: int) -> None:
-    values = torch.randn(3, vocab_size)
-    minima = block_minima(values, num_blocks)
-    tokens = block_tokens(torch.arange(num_blocks), num_blocks=num_blocks, vocab_size=vocab_size)
-    real = [[token for token in block if token < vocab_size] for block in tokens.tolist()]
-    assert sorted(token for block in real for token in block) == list(range(vocab_size))
-    assert torch.equal(minima, torch.stack([values[:, block].amin(1) for block in real], dim=1))
+def _is_kept(gaps: np.ndarray, limits: Limits) -> np.ndarray:
+    """The definition: sort the row, and count."""
+    order = np.argsort(gaps, kind="stable")
+    order = order[gaps[order] <= limits.max_gap][: limits.top_k]
+    weights = np.rint(np.exp(-gaps[order].astype(np.float64)) * 2.0**40).astype(np.int64)
+    if limits.top_p < 1.0:
+        order = order[(weights.cumsum() - weights) < max(1, np.ceil(float(weights.sum()) * limits.top_p))]
+    is_kept = np.zeros(len(gaps), dtype=bool)
+    is_kept[order] = True
+    return is_kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [1, 7, 1000, 5003])
 def test_the_most_likely_tokens_are_the_first_of_the_sorted(kind: str, vocab_size: int) -> None:
-    gaps = _gaps(kind, 5, vocab_size)
-    for num_tokens in {1, min(5, vocab_size), min(300, vocab_size), vocab_size}:
-        found, tokens = most_likely(gaps, num_tokens)
-        expected, order = gaps.sort(dim=-1, stable=True)
-        assert torch.equal(found, expected[:, :num_tokens])
-        finite = found.isfinite()
-        assert torch.equal(tokens[finite], order[:, :num_tokens][finite])
+    for gaps in _gaps(kind, 5, vocab_size):
+        order = np.argsort(gaps, kind="stable")
+        for num_tokens in {1, min(5, vocab_size), min(300, vocab_size), vocab_size}:
+            expected = order[:num_tokens]
+            assert np.array_equal(most_likely(gaps, num_tokens), expected[np.isfinite(gaps[expected])])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [1, 63, 1000, 20_011])
-def test_the_largest_score_is_that_of_evaluating_every_token(kind: str, vocab_size: int) -> None:
-    gaps = _gaps(kind, 60, vocab_size)
-    words = token_words(vocab_size, CPU)
-    assert torch.equal(largest_score(gaps, float_weights(gaps), _keys(60), words), _every_score(gaps).argmax(-1))
-    excluded = (torch.rand_like(gaps) < 0.5) & (gaps > 0)
-    score = _every_score(gaps).masked_fill(excluded, -torch.inf)
-    assert torch.equal(largest_score(gaps, float_weights(gaps) * ~excluded, _keys(60), words), score.argmax(-1))
+@pytest.mark.parametrize("race_class", RACES)
+def test_the_winner_of_the_race_is_that_of_evaluating_every_token(
+    kind: str, vocab_size: int, race_class: type[GumbelRace]
+) -> None:
+    race = race_class(vocab_size)
+    for row, gaps in enumerate(_gaps(kind, 60, vocab_size)):
+        assert race.winner(gaps, noise_key(row, row)) == _scores(gaps, row).argmax()
+        gaps[(np.random.default_rng(row).random(vocab_size) < 0.5) & (gaps > 0)] = np.inf
+        assert race.winner(gaps, noise_key(row, row)) == _scores(gaps, row).argmax()
+        tokens = np.flatnonzero(gaps < np.inf)
+        assert race.winner_among(tokens, gaps[tokens], noise_key(row, row)) == _scores(gaps, row).argmax()
 
 
-def test_rows_in_several_passes_give_the_same() -> None:
-    gaps = _gaps("normal", 60, 40_000)  # more than one pass of a million logits
-    words = token_words(40_000, CPU)
-    assert torch.equal(largest_score(gaps, float_weights(gaps), _keys(60), words), _every_score(gaps).argmax(-1))
+def _key_for(word: int, bits: int) -> np.ndarray:
+    """A key under which a token's word gives certain bits: the second half of the hash is undone."""
+    first = 5
+    x = word ^ first
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    second = (bits * pow(0x846CA68B, -1, 1 << 32) - x) % (1 << 32)
+    return np.array([first, second], dtype=np.uint32)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 2**31 - 1])
+@pytest.mark.parametrize("race_class", RACES)
+def test_the_rarest_noise_counts_as_its_score_says(bits: int, race_class: type[GumbelRace]) -> None:
+    """Zero bits have no logarithm; the token may win with them from far behind, or even so not."""
+    race, words, token = race_class(50), token_words(50), 17
+    key = _key_for(int(words[token]), bits)
+    assert noise_bits(words, key)[token] == bits
+    for gap in (0.0, 5.0, 17.0, 19.0, 21.0, 23.0, 60.0, np.inf):
+        gaps = np.linspace(0.0, 3.0, 50, dtype=np.float32)
+        gaps[token] = gap
+        assert race.winner(gaps, key) == (gumbel(noise_bits(words, key)) - gaps).argmax()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("top_p", [1e-12, 0.01, 0.25, 0.5, 0.9, 0.99999, 1.0])
-@pytest.mark.parametrize("min_p", [0.0, 0.01])
-def test_a_nucleus_that_is_never_built_gives_the_tokens_of_the_sorted(kind: str, top_p: float, min_p: float) -> None:
-    vocab_size, num_rows = 4096, 40
-    gaps = _gaps(kind, num_rows, vocab_size)
-    limits = _limits(num_rows, min_p=min_p, top_k=vocab_size, top_p=top_p)
-    is_kept = is_kept_sorted(gaps, limits)
-    found = largest_score_in_nucleus(gaps, _keys(num_rows), token_words(vocab_size, CPU), limits)
-    assert torch.equal(found, _every_score(gaps).masked_fill(~is_kept, -torch.inf).argmax(-1))
+@pytest.mark.parametrize("top_p", [1e-12, 0.01, 0.25, 0.5, 0.9, 0.99999, 1.0 - 2**-53])
+@pytest.mark.parametrize("max_gap", [np.inf, 4.6])
+@pytest.mark.parametrize("race_class", RACES)
+def test_a_nucleus_that_is_never_built_holds_the_tokens_of_the_sorted(
+    kind: str, top_p: float, max_gap: float, race_class: type[GumbelRace]
+) -> None:
+    for gaps in _gaps(kind, 10, 700):
+        gaps[gaps > np.float32(max_gap)] = np.inf
+        nucleus = Nucleus(gaps, top_p, total=race_class(len(gaps)).total_weight(gaps))
+        is_kept = _is_kept(gaps, OFF._replace(top_p=top_p, max_gap=np.float32(max_gap)))
+        tokens = np.flatnonzero(gaps < np.inf)
+        assert [nucleus.holds(nucleus.before(token)) for token in tokens] == is_kept[tokens].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_list_keeps_what_sorting_keeps(kind: str) -> None:
-    vocab_size, num_rows = 3000, 20
-    gaps = _gaps(kind, num_rows, vocab_size)
-    for top_k in (1, 10, 700):
-        for top_p, min_p in ((1.0, 0.0), (0.9, 0.0), (0.5, 0.05)):
-            limits = _limits(num_rows, min_p=min_p, top_k=top_k, top_p=top_p)
-            listed, tokens = truncated_list(gaps, limits)
-            is_kept = is_kept_sorted(gaps, limits) & gaps.isfinite()
-            assert torch.equal(listed.isfinite().sum(-1), is_kept.sum(-1))
-            assert is_kept.gather(1, tokens.clamp_max(vocab_size - 1))[listed.isfinite()].all()
-            found = largest_score_listed(listed, tokens, _keys(num_rows), token_words(vocab_size, CPU))
-            assert torch.equal(found, _every_score(gaps).masked_fill(~is_kept, -torch.inf).argmax(-1))
+    for gaps in _gaps(kind, 20, 3000):
+        for top_k in (1, 10, 700, 2999):
+            for top_p, max_gap in ((1.0, np.inf), (0.9, np.inf), (0.5, 3.0), (0.001, 3.0)):
+                limits = Limits(np.float32(max_gap), top_k, top_p)
+                is_kept = _is_kept(gaps, limits) & np.isfinite(gaps)
+                assert np.array_equal(first_tokens(gaps, limits), np.flatnonzero(is_kept))
+
+
+@pytest.mark.parametrize("race_class", RACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_total_of_a_row_is_close_enough_to_decide_by(kind: str, race_class: type[GumbelRace]) -> None:
+    for gaps in _gaps(kind, 5, 20_011):
+        exact = np.exp(-gaps.astype(np.float64)).sum()
+        assert race_class(len(gaps)).total_weight(gaps) == pytest.approx(exact, rel=5e-6)
 
 
 def test_a_nucleus_keeps_the_token_that_reaches_p_and_none_after_it() -> None:
-    gaps = torch.zeros(1, 8)
+    gaps = np.zeros(8, dtype=np.float32)
     for num_kept, top_p in ((1, 0.125), (2, 0.1250001), (4, 0.5), (5, 0.500001), (8, 0.9)):
-        kept = is_kept_sorted(gaps, _limits(1, top_k=8, top_p=top_p))
-        assert kept[0].tolist() == [True] * num_kept + [False] * (8 - num_kept)
+        assert first_tokens(gaps, Limits(np.float32(np.inf), 8, top_p)).tolist() == list(range(num_kept))
+        nucleus = Nucleus(gaps, top_p, total=8.0)
+        assert [nucleus.holds(nucleus.before(token)) for token in range(8)] == [token < num_kept for token in range(8)]

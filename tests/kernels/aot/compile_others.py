@@ -40,6 +40,9 @@ def qkv() -> None:
     rotate_and_store(heads, factors, factors, cache[0], cache[1], slots, num_heads=32)
     norms = {"q_weight": weight, "k_weight": weight}
     rotate_and_store(heads, factors, factors, cache[0], cache[1], slots, num_heads=32, **norms)
+    norms = {"q_weight": weight.repeat(32), "k_weight": weight.repeat(8)}
+    rotate_and_store(heads, factors, factors, cache[0], cache[1], slots, num_heads=32, **norms)
+    rotate_and_store(heads, None, None, cache[0], cache[1], slots, num_heads=32)
 
 
 def sampling() -> None:

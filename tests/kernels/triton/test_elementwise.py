@@ -53,22 +53,32 @@ def test_gated_activations(device: torch.device, dtype: torch.dtype, name: str) 
         check(getattr(kernels.triton.activation, name)(gate_up), expected, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize(("head_dim", "width"), [(16, 16), (80, 32)])
-def test_rotation_and_store(
-    device: torch.device, dtype: torch.dtype, has_norm: bool, head_dim: int, width: int
+def check_rotation_and_store(
+    device: torch.device, dtype: torch.dtype, norm: str, *, head_dim: int, width: int | None
 ) -> None:
     num_tokens, num_heads, num_kv_heads = 3, 3, 2
     qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
-    cos, sin = rope_factors(5 * torch.randn(num_tokens, width // 2, device=device))
+    cos, sin = (None, None) if width is None else rope_factors(5 * torch.randn(num_tokens, width // 2, device=device))
     slots = torch.tensor([5, 0, 19], device=device)
     found, expected = (
         torch.zeros(2, num_kv_heads, 5, 4, head_dim, device=device, dtype=kind) for kind in (dtype, torch.float64)
     )
-    q_weight, k_weight = torch.randn(2, head_dim, device=device).to(dtype) if has_norm else (None, None)
+    num_normed = {"none": (0, 0), "head": (1, 1), "projection": (num_heads, num_kv_heads)}[norm]
+    q_weight, k_weight = (torch.randn(n * head_dim, device=device).to(dtype) if n else None for n in num_normed)
     options = {"num_heads": num_heads, "q_weight": q_weight, "k_weight": k_weight, "eps": 1e-5}
     q = kernels.triton.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)
     wide = kernels.qkv.rotate_and_store(qkv.double(), cos, sin, expected[0], expected[1], slots, **options)
     check(q, wide, dtype)
     check(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("norm", ["none", "head", "projection"])
+@pytest.mark.parametrize(("head_dim", "width"), [(16, 16), (80, 32)])
+def test_rotation_and_store(device: torch.device, dtype: torch.dtype, norm: str, head_dim: int, width: int) -> None:
+    check_rotation_and_store(device, dtype, norm, head_dim=head_dim, width=width)
+
+
+@pytest.mark.parametrize("norm", ["none", "head", "projection"])
+def test_layers_without_positions_are_stored_as_they_are(device: torch.device, norm: str) -> None:
+    check_rotation_and_store(device, torch.float32, norm, head_dim=16, width=None)

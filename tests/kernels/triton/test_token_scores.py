@@ -1,12 +1,14 @@
 """Penalties and log-probabilities on the device: the definitions, and what the engine does on a CPU."""
 
+import numpy as np
 import pytest
 import torch
 
 import kernels.sampling
-from engine.logprobs import LogprobQuery, token_logprobs
-from engine.penalties import edit_logits
+from engine.logprobs import LogprobQuery, ask_logprobs, read_logprobs
+from engine.penalties import penalise
 from engine.sampled_rows import sampled_rows
+from engine.token_history import TokenHistories
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.triton import token_scores
 
@@ -42,13 +44,15 @@ def test_penalties_have_the_bits_of_the_engine_s(device: torch.device) -> None:
         request = Request(request_id="a", prompt_token_ids=prompt, params=params)
         batch.append(Scheduled(Sequence(request, prompt + output), 1, 0, samples=True))
     expected = logits.clone()
-    edit_logits(expected, sampled_rows(batch))
+    for row, values in zip(sampled_rows(batch), expected.numpy(), strict=True):
+        with np.errstate(over="ignore"):
+            penalise(values, row, TokenHistories().of(row.item.seq))
     order = torch.tensor([3, 1, 4, 0, 2])
     columns = [torch.tensor(column, dtype=torch.float64)[order] for column in zip(*penalties, strict=True)]
     arguments = (counts, is_in_prompt, order, columns[0].float(), *columns[1:])
-    for penalise in (kernels.sampling.penalise, token_scores.penalise):
+    for penalise_rows in (kernels.sampling.penalise, token_scores.penalise):
         found = logits[order].to(device)
-        penalise(found, *(x.to(device) for x in arguments))
+        penalise_rows(found, *(x.to(device) for x in arguments))
         assert torch.equal(found.cpu(), expected[order])
 
 
@@ -58,8 +62,8 @@ def test_log_probabilities_and_ranks(device: torch.device) -> None:
     logits[2, 10:] = -torch.inf
     tokens = torch.tensor([3, 99, 9, int(logits[3].argmax()), 50])
     logprobs, ranks = token_scores.score_tokens(logits.to(device), tokens.to(device))
-    queries = [LogprobQuery(row, token, 0) for row, token in enumerate(tokens.tolist())]
-    for row, answer in enumerate(token_logprobs(logits, queries)):
+    queries = [LogprobQuery(row, 0) for row in range(5)]
+    for row, answer in enumerate(read_logprobs(ask_logprobs(logits.numpy(), tokens.numpy(), queries), queries)):
         assert logprobs[row].item() == pytest.approx(answer.logprob, abs=1e-6)
         assert ranks[row].item() == answer.rank
     expected = kernels.sampling.score_tokens(logits, tokens)

@@ -1,0 +1,177 @@
+"""The Llama family on a CPU: its layers as one program of compiled operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.attention_numba import KINDS, NumbaAttention
+from engine.forward_batch import ForwardBatch
+from engine.linear_numba import PackedLinear
+from engine.models.llama import MLP, PANEL, Block, Llama
+from engine.models.rope import RotaryEmbedding
+from kernels.numba.lanes import GROUP
+from kernels.numba.linear import BLOCK_ROWS, INT4, INT8
+from kernels.numba.packing import PackedMatrix
+from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
+from kernels.numba.team import Program, Team, operation
+
+
+class NumbaLlama:
+    """Runs a `Llama` whose matrices are packed. Everything between embedding and logits is float32.
+
+    Each operation names the memory that it reads and writes, so the program is written once for a number of rows; more
+    rows than ever before make new buffers and a new program.
+    """
+
+    def __init__(self, model: Llama, attention: NumbaAttention, team: Team) -> None:
+        self.attention_layers = model.attention_layers
+        self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
+        self._model, self._attention, self._team = model, attention, team
+        self._buffers = _Buffers(model, 0)
+        self._program = Program([], attention.step)
+        self._keeps: list[Tensor] = []
+        self._head_step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
+
+    def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
+        """As `Model.forward`; the attention is the one that the program was made for."""
+        assert attention is self._attention, "a program has one KV cache"
+        num_rows = batch.positions.shape[0]
+        if num_rows > self._buffers.num_rows:
+            self._buffers = _Buffers(self._model, -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS)
+            self._program = Program(self._operations(), attention.step)
+        layer = self.attention_layers[0]
+        attention.cut_tiles(layer.num_heads // layer.num_kv_heads)
+        attention.set_rotations([rope(batch.positions, torch.float32) for rope in self._model.ropes])
+        self._team.run(self._program)
+        return self._buffers.normed[:num_rows].clone()
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """As `Model.compute_logits`."""
+        head = _packed(self._model.lm_head)
+        logits = torch.empty(hidden.shape[0], head.num_panels * PANEL)
+        if not hidden.shape[0]:
+            return logits[:, : self.vocab_size]
+        self._head_step[Step.ROWS] = hidden.shape[0]
+        buffers = _Buffers.for_rounding(hidden.shape[0], head.depth)
+        hidden = hidden.contiguous()  # held until the program has run
+        operations = self._multiply(hidden, head, None, logits, rounded=buffers)
+        self._team.run(Program(operations, self._head_step))
+        return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
+
+    def profile(self) -> list[tuple[str, float]]:
+        """Runs the layers of the last step again, which changes nothing, and tells the seconds of each operation."""
+        times: list[tuple[str, float]] = self._team.profile(self._program)
+        return times
+
+    def _operations(self) -> list[list[int]]:
+        model, buffers = self._model, self._buffers
+        table = model.embed_tokens.weight
+        operations = [
+            operation(
+                Operation.GATHER, table.data_ptr(), KINDS[table.dtype], buffers.residual.data_ptr(), self.hidden_size
+            )
+        ]
+        self._keeps = [table]
+        for block in model.blocks():
+            operations += self._block(block)
+        return [*operations, self._normalise(model.norm.weight, model.norm.eps)]
+
+    def _block(self, block: Block) -> list[list[int]]:
+        buffers, attention, mlp = self._buffers, block.self_attn, block.mlp
+        assert isinstance(mlp, MLP)
+        rope = None
+        if block.rope_index is not None:
+            rotation = self._model.ropes[block.rope_index]
+            assert isinstance(rotation, RotaryEmbedding)
+            rope = (block.rope_index, 2 * rotation.inverse_frequencies.shape[0])
+        norms = (0, 0, 0.0)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            norms = (self._floats(attention.q_norm.weight), self._floats(attention.k_norm.weight), attention.q_norm.eps)
+        qkv, up, down, out = (
+            _packed(x) for x in (attention.qkv_proj, mlp.gate_up_proj, mlp.down_proj, attention.o_proj)
+        )
+        return [
+            self._normalise(block.input_layernorm.weight, block.input_layernorm.eps),
+            *self._multiply(buffers.normed, qkv, attention.qkv_proj.bias, buffers.qkv),
+            *self._attention.store_and_attend(attention.layer, buffers.qkv, buffers.attended, rope=rope, norms=norms),
+            *self._multiply(buffers.attended, out, attention.o_proj.bias, buffers.residual, adds=True),
+            self._normalise(block.post_attention_layernorm.weight, block.post_attention_layernorm.eps),
+            *self._multiply(buffers.normed, up, mlp.gate_up_proj.bias, buffers.gate_up),
+            operation(
+                Operation.SILU_AND_MULTIPLY,
+                buffers.gate_up.data_ptr(),
+                buffers.activated.data_ptr(),
+                buffers.activated.shape[1],
+            ),
+            *self._multiply(buffers.activated, down, mlp.down_proj.bias, buffers.residual, adds=True),
+        ]
+
+    def _normalise(self, weight: Tensor, eps: float) -> list[int]:
+        x, out = self._buffers.residual, self._buffers.normed
+        fields = (x.data_ptr(), self._floats(weight), out.data_ptr(), x.shape[1])
+        normalise: list[int] = operation(Operation.NORMALISE, *fields, factors=(eps, 0.0))
+        return normalise
+
+    def _multiply(
+        self,
+        x: Tensor,
+        matrix: PackedMatrix,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        adds: bool = False,
+        rounded: tuple[Tensor, Tensor] | None = None,
+    ) -> list[list[int]]:
+        """out = x @ matrix.T + bias, or added to out. rounded: memory for x as integers"""
+        operations = []
+        source, scales = x.data_ptr(), 0
+        if matrix.kind in (INT8, INT4):
+            integers, factors = rounded or self._buffers.rounded
+            source, scales = integers.data_ptr(), factors.data_ptr()
+            operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1]))
+        if bias is not None:
+            values = self._floats(bias)
+            operations.append(operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds)))
+            adds = True
+        at_once = max(2, min(16, matrix.num_panels // (6 * self._team.num_threads) // 2 * 2))
+        where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
+        return [
+            *operations,
+            operation(
+                Operation.MULTIPLY, 0, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
+                int(adds),
+            ),
+        ]  # fmt: skip
+
+    def _floats(self, parameter: Tensor) -> int:
+        """Address of a parameter's values as float32."""
+        values = parameter.float().contiguous()
+        self._keeps.append(values)
+        return values.data_ptr()
+
+
+class _Buffers:
+    """What the operations of a step write, for up to `num_rows` rows. All layers share them."""
+
+    def __init__(self, model: Llama, num_rows: int) -> None:
+        a, layer = model.architecture, model.attention_layers[0]
+        heads = layer.num_heads * layer.head_dim
+        self.num_rows = num_rows
+        self.residual = torch.empty(num_rows, a.hidden_size)
+        self.normed = torch.empty(num_rows, a.hidden_size)
+        self.qkv = torch.empty(num_rows, heads + 2 * layer.num_kv_heads * layer.head_dim)
+        self.attended = torch.empty(num_rows, heads)
+        self.gate_up = torch.empty(num_rows, 2 * a.intermediate_size)
+        self.activated = torch.empty(num_rows, a.intermediate_size)
+        self.rounded = self.for_rounding(num_rows, max(a.hidden_size, heads, a.intermediate_size))
+
+    @staticmethod
+    def for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
+        groups = -(-depth // GROUP)
+        return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 2)
+
+
+def _packed(linear: object) -> PackedMatrix:
+    assert isinstance(linear, PackedLinear)
+    return linear.matrix

@@ -1,0 +1,138 @@
+"""The Llama family with experts (Shazeer et al., 2017): layers that send each token through a few of many MLPs.
+
+Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE differ in facts (`Architecture`, `Mixture`), not in code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.models.architecture import Architecture, Mixture
+from engine.models.llama import MLP, Llama
+from engine.models.model import ExpertFacts
+from engine.models.operations import Operations
+
+_NAMES_OF_MIXTRAL = {  # in its first checkpoints
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.": ".gate_proj.",
+    ".w2.": ".down_proj.",
+    ".w3.": ".up_proj.",
+}
+
+
+class Gate(nn.Module):
+    """Scores that decide what a token goes through. No nn.Linear, as those may be quantised."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Experts(nn.Module):
+    """The matrices of a layer's experts, one on top of the other."""
+
+    def __init__(self, mixture: Mixture, *, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        num_experts, size = mixture.num_experts, mixture.intermediate_size
+        gate_up = torch.empty(num_experts, 2 * size, hidden_size, dtype=dtype)
+        down = torch.empty(num_experts, hidden_size, size, dtype=dtype)
+        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)  # gate first
+        self.down_proj = nn.Parameter(down, requires_grad=False)
+
+
+class SparseMLP(nn.Module):
+    """Experts, the router that chooses among them, and the expert that every token goes through, where there is one."""
+
+    def __init__(self, architecture: Architecture, mixture: Mixture) -> None:
+        super().__init__()
+        a, size = architecture, architecture.hidden_size
+        self.mixture = mixture
+        self.gate = Gate(size, mixture.num_experts, dtype=a.dtype)
+        self.experts = Experts(mixture, hidden_size=size, dtype=a.dtype)
+        has_shared = mixture.shared_size > 0
+        self.shared_expert = MLP(a, intermediate_size=mixture.shared_size) if has_shared else None
+        self.shared_expert_gate = Gate(size, 1, dtype=a.dtype) if has_shared else None
+
+    def forward(self, x: Tensor, operations: Operations) -> Tensor:
+        """x: [num_tokens, hidden_size]"""
+        mixture, matrices = self.mixture, self.experts
+        weights, experts = operations.route(self.gate(x), mixture.top_k, normalise=mixture.normalises)
+        mixed = operations.mix_experts(x, matrices.gate_up_proj, matrices.down_proj, weights, experts)
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return mixed
+        return mixed.addcmul_(self.shared_expert_gate(x).sigmoid(), self.shared_expert(x, operations))
+
+
+class SparseLlama(Llama):
+    """A Llama with experts in all layers or in some."""
+
+    @property
+    def experts(self) -> ExpertFacts:
+        a = self.architecture
+        mixtures = [mixture for mixture in a.mixtures if mixture is not None]
+        if not mixtures:
+            return ExpertFacts()
+        mixture = mixtures[0]  # they are alike
+        return ExpertFacts(
+            num_parameters=len(mixtures) * mixture.num_experts * 3 * a.hidden_size * mixture.intermediate_size,
+            share=mixture.top_k / mixture.num_experts,
+            widest=mixture.top_k * (a.hidden_size + mixture.intermediate_size),
+        )
+
+    @staticmethod
+    def make_mlp(architecture: Architecture, index: int) -> nn.Module:
+        mixture = architecture.mixtures[index]
+        return Llama.make_mlp(architecture, index) if mixture is None else SparseMLP(architecture, mixture)
+
+    def _one_by_one(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Every expert's matrices under their own names, whether the checkpoint keeps them apart or stacked."""
+        for name, weight in weights:
+            for old, new in _NAMES_OF_MIXTRAL.items():
+                name = name.replace(old, new)
+            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and weight.dim() == 3:
+                yield from _matrices(name, weight)
+            else:
+                yield name, weight
+
+    def _destinations(self) -> Iterator[tuple[str, Tensor]]:
+        for name, destination in super()._destinations():
+            if ".experts." in name:
+                yield from _matrices(name, destination)
+            else:
+                yield name, destination
+
+
+class Qwen3Moe(SparseLlama):
+    """SparseLlama that normalises each head's query and key (Qwen3 technical report, section 2)."""
+
+    @staticmethod
+    def adapt(architecture: Architecture) -> Architecture:
+        return replace(architecture, qk_norm="head")
+
+
+class Olmoe(SparseLlama):
+    """SparseLlama that normalises all queries of a token as one vector, and its keys (Muennighoff et al., 2024)."""
+
+    @staticmethod
+    def adapt(architecture: Architecture) -> Architecture:
+        return replace(architecture, qk_norm="projection")
+
+
+def _matrices(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Views of the matrices in ".experts.gate_up_proj" or ".experts.down_proj", named as a checkpoint names each."""
+    parent, _, kind = name.rpartition(".")
+    for number, matrix in enumerate(stacked):
+        if kind == "down_proj":
+            yield f"{parent}.{number}.down_proj.weight", matrix
+        else:
+            gate, up = matrix.tensor_split(2)
+            yield f"{parent}.{number}.gate_proj.weight", gate
+            yield f"{parent}.{number}.up_proj.weight", up

@@ -1,0 +1,187 @@
+"""The next step, launched before the host knows the tokens of this one.
+
+While the device computes a step, the host waits for its tokens, and while the host updates and schedules, the device
+waits. Where every sequence is going to decode one token next, that next step needs nothing but the sampled tokens,
+which are on the device already: so it is queued behind this one, and the host works in its shadow.
+
+The scheduler does not know. It plans the next step when this one is over, as ever, and what it plans is then looked up
+among what is running: a sequence that ended or was preempted meanwhile has cost a row. Its keys and values went to a
+block that was its own when they were queued, before whatever the block's next owner writes there.
+
+How much this gains is not measured yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, count
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.model_runner import ModelRunner
+from engine.penalties import needs_token_history
+from engine.pending import Pending
+from engine.scheduler import Scheduler
+from engine.step_stats import StepClock
+from engine.transfer import to_device
+from engine.types import Sampled, Scheduled, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class LaunchingSampler(Protocol):
+    """What the engine asks of a sampler."""
+
+    def launch(self, logits: Tensor, batch: list[Scheduled]) -> Pending:
+        """Queues what decides the items' tokens. logits: [sum of num_logits, vocab_size] float32, left as they are"""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step on the device that the scheduler has not planned yet. rows: of each sequence, in the batch's order"""
+
+    pending: Pending
+    rows: dict[Sequence, int]
+
+    def row_of(self, item: Scheduled) -> int | None:
+        """Where an item of the plan is computed; None if it is not. A sequence here lacks one token, and no other."""
+        row = self.rows.get(item.seq)
+        assert row is None or (item.num_new_tokens == 1 and not item.num_drafts), "it was not computed for this"
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A planned step on the device: the part that was launched ahead, and what was launched for the rest of the plan.
+
+    sources: of each item of the plan, the part that computes it and its row there. A part has one row per item.
+    """
+
+    parts: list[Pending]
+    sources: list[tuple[int, int]]
+
+    def tokens(self) -> Tensor:
+        """What was sampled for the items, all of which sample one token. [num_items] int64, on the device"""
+        tokens = [part.tokens for part in self.parts]
+        starts = list(accumulate(map(len, tokens), initial=0))
+        return _select(torch.cat(tokens), [starts[part] + row for part, row in self.sources])
+
+    def finish(self) -> list[Sampled]:
+        """Waits. One `Sampled` per item."""
+        results = [part.finish() for part in self.parts]
+        return [results[part][row] for part, row in self.sources]
+
+
+class RunAhead:
+    """Launches the step after the one that is running, and remembers it until the scheduler has planned it."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, sampler: LaunchingSampler) -> None:
+        self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
+        self._flight: Flight | None = None
+        self._has_failed = False
+
+    def forget(self) -> None:
+        """Lets go of what was launched. It still runs to its end on the device, and harms nothing."""
+        self._flight = None
+
+    def compute(self, batch: list[Scheduled], clock: StepClock) -> list[Sampled]:
+        """Launches what of the plan is not under way yet, then the step that comes after it, and waits for the plan's
+        tokens. One `Sampled` per item."""
+        launched = self._complete(batch)
+        if not self._has_failed and self._is_next_known(batch):
+            self._flight = self._launch_next(batch, launched)
+        clock.lap("forward")
+        sampled = launched.finish()
+        clock.lap("sample")
+        return sampled
+
+    def _complete(self, batch: list[Scheduled]) -> Launched:
+        flight, self._flight = self._flight, None
+        rows = [None if flight is None else flight.row_of(item) for item in batch]
+        missing = [item for item, row in zip(batch, rows, strict=True) if row is None]
+        if flight is None or len(missing) == len(batch):
+            return Launched([self._launch(batch)], [(0, row) for row in range(len(batch))])
+        if not missing:
+            return Launched([flight.pending], [(0, row) for row in rows if row is not None])
+        places = count()
+        sources = [(1, next(places)) if row is None else (0, row) for row in rows]
+        return Launched([flight.pending, self._launch(missing)], sources)
+
+    def _launch(self, batch: list[Scheduled], newest: Tensor | None = None) -> Pending:
+        _, logits = self._runner.forward(batch, newest)
+        return self._sampler.launch(logits, batch)
+
+    def _launch_next(self, batch: list[Scheduled], launched: Launched) -> Flight | None:
+        going_on = [row for row, item in enumerate(batch) if not self._ends(item)]
+        followed = [batch[row] for row in going_on]
+        if not followed or not self._allocate(followed):
+            return None
+        try:
+            newest = _select(launched.tokens(), going_on)
+            items = [Scheduled(item.seq, 1, 0, samples=True) for item in followed]
+            with _one_token_further(followed):
+                pending = self._launch(items, newest)
+        except Exception:  # a step too early is no request's fault; it runs in its time, and fails there if it must
+            logger.exception("a step could not be launched ahead; every step waits for the one before it from now on")
+            self._has_failed = True
+            return None
+        return Flight(pending, {item.seq: row for row, item in enumerate(items)})
+
+    def _is_next_known(self, batch: list[Scheduled]) -> bool:
+        """Whether each running sequence will decode one token, chosen without regard to the text before it.
+
+        Others may be admitted too; those are computed beside what was launched, which is worth it only where the
+        scheduler has just found no room for them.
+        """
+        has_all = len(batch) == len(self._scheduler.running)
+        is_steady = not len(self._scheduler.waiting) or all(item.num_new_tokens == 1 for item in batch)
+        return (
+            has_all
+            and is_steady
+            and all(item.samples and not item.num_drafts and not needs_token_history(item) for item in batch)
+        )
+
+    def _ends(self, item: Scheduled) -> bool:
+        """Whether the token that is being sampled is the sequence's last, whatever it is."""
+        seq = item.seq
+        return seq.num_output_tokens + 1 >= seq.params.max_tokens or (
+            seq.num_tokens + 1 >= self._scheduler.limits.max_model_len
+        )
+
+    def _allocate(self, followed: list[Scheduled]) -> bool:
+        """A place for one token more of each: those that the scheduler would give them, or none at all."""
+        kv = self._scheduler.kv
+        num_needed = sum(kv.num_blocks_for(item.seq.num_tokens + 1) > len(item.seq.block_table) for item in followed)
+        if num_needed > kv.pool.num_free:
+            return False
+        for item in followed:
+            kv.allocate(item.seq, item.seq.num_tokens + 1)
+        return True
+
+
+@contextmanager
+def _one_token_further(batch: list[Scheduled]) -> Iterator[None]:
+    """Shows the sequences as they will be after the step. What their newest token is must not be asked."""
+    for item in batch:
+        item.seq.num_computed_tokens += item.num_new_tokens
+        item.seq.token_ids.append(0)
+    try:
+        yield
+    finally:
+        for item in batch:
+            item.seq.num_computed_tokens -= item.num_new_tokens
+            item.seq.token_ids.pop()
+
+
+def _select(tokens: Tensor, rows: list[int]) -> Tensor:
+    """Some of the tokens, in the order of `rows`; without a wait for what the device is computing."""
+    if rows == list(range(len(tokens))):
+        return tokens
+    return tokens.index_select(0, to_device(np.array(rows, dtype=np.int64), tokens.device))

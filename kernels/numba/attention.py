@@ -1,0 +1,202 @@
+"""Attention over a paged KV cache: a unit of work is some queries of one sequence by one head of keys.
+
+The softmax is computed while the keys pass by (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1), in spans
+that begin at multiples of SPAN in the sequence: where a row's sums are cut depends on the row's position alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+
+from kernels.numba.elementwise import BFLOAT16, FLOAT32
+from kernels.numba.lanes import LANES, exponentiate
+from kernels.numba.memory import flags, floats, integers
+from kernels.numba.tiles import MAX_ROWS, multiply_bfloat16, multiply_float16, multiply_float32
+
+SPAN = 128  # keys scored at once; a multiple of every block size
+TILE_ROWS = 48  # (token, query head) rows of a unit, unless one token has more heads
+_UNSEEN = np.float32(-1e30)  # score of a key that the row may not see
+_LOWEST = np.float32(-1e29)  # largest score before there was any: e^(_UNSEEN - _LOWEST) is 0
+
+SCRATCH_FLOATS_PER_ROW = SPAN + 3  # beside two times the head size
+
+
+@njit([types.void(*[types.int64] * 10)], cache=True)
+def _multiply(kind, rows, x, ldx, w, w_stride, depth, out, ldo, adds):
+    """One panel of 16 columns for any number of rows."""
+    row = 0
+    while row < rows:
+        remaining = rows - row
+        tile = -(-remaining // -(-remaining // MAX_ROWS))
+        source, target = x + row * ldx * 4, out + row * ldo * 4
+        if kind == FLOAT32:
+            multiply_float32((tile, 1, source, ldx, w, w_stride, 0, depth, target, ldo, adds))
+        elif kind == BFLOAT16:
+            multiply_bfloat16((tile, 1, source, ldx, w, w_stride, 0, depth, target, ldo, adds))
+        else:
+            multiply_float16((tile, 1, source, ldx, w, w_stride, 0, depth, target, ldo, adds))
+        row += tile
+
+
+@njit
+def _copy_queries(qkv, target, first_token, num_tokens, group, first_head, row_floats, size, scale):
+    """Rows (token, head of the group), times the scale: [num_tokens * group, size]"""
+    for token in range(num_tokens):
+        for head in range(group):
+            source = floats(qkv + ((first_token + token) * row_floats + (first_head + head) * size) * 4, size)
+            row = floats(target + (token * group + head) * size * 4, size)
+            for i in range(size):
+                row[i] = source[i] * scale
+
+
+@njit
+def _hide(scores, start, low, high):
+    """Masks what a row does not see of the span that begins at key `start`: it sees keys low..high."""
+    for key in range(SPAN):
+        if start + key < low or start + key >= high:
+            scores[key] = _UNSEEN
+
+
+@njit
+def _hide_drafts(scores, start, low, query_start, num_drafts, tree, positions):
+    """Masks this step's own keys that the row's tree mask does not show, or that are before its window.
+
+    tree: uint8 [num_drafts] of the row; positions: int64 [num_drafts] of the keys
+    """
+    shown, places = flags(tree, num_drafts), integers(positions, num_drafts)
+    for draft in range(num_drafts):
+        key = query_start + draft - start
+        if 0 <= key < SPAN and (shown[draft] == 0 or places[draft] < low):
+            scores[key] = _UNSEEN
+
+
+@njit(fastmath={"contract"})
+def _cap(scores, soft_cap):
+    """score = soft_cap * tanh(score / soft_cap) (Gemma 2, section 2)"""
+    for key in range(SPAN):
+        scores[key] = soft_cap * np.float32(math.tanh(scores[key] / soft_cap))
+
+
+@njit(fastmath={"nsz"})
+def _largest(scores):
+    largest = _LOWEST
+    for key in range(SPAN):
+        largest = max(largest, scores[key])
+    return largest
+
+
+@njit
+def _soften(address, out, size, state):
+    """One row of the running softmax. address: of its SPAN scores
+
+    state: [2], the largest score so far and the sum of weights relative to it
+    """
+    largest = max(state[0], _largest(floats(address, SPAN)))
+    factor = np.float32(math.exp(state[0] - largest)) if state[0] > _LOWEST else np.float32(0.0)
+    if factor != np.float32(1.0):
+        for i in range(size):
+            out[i] *= factor
+    state[1] = state[1] * factor + exponentiate(address, SPAN // LANES, largest)
+    state[0] = largest
+
+
+@njit
+def attend_unit(
+    qkv, out, num_heads, num_kv_heads, size, scale, soft_cap, window, cache, kind, blocks, block,
+    first_token, num_tokens, kv_head, context, first_row, num_new, positions, tables, tree, tree_width, scratch,
+):  # fmt: skip
+    """Attends for tokens first_token..+num_tokens (rows of the step) of one sequence with the heads of one key head.
+
+    qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; out: float32 [rows, num_heads * size]
+    cache: as `rotate_and_store_rows` writes it; tables: int64, the blocks of the sequence
+    context: tokens of the sequence in the cache, this step's included: num_new of them, from row first_row on
+    positions: int64 [rows], where each row stands in its text; tree: uint8 [rows, tree_width], which of the sequence's
+    rows of this step a row sees, or 0 where each sees those before it
+    window: keys that a query sees, itself included, or 0 for all; soft_cap: of the scores, or 0
+    scratch: float32 [num_tokens * group, 2 * size + SCRATCH_FLOATS_PER_ROW] of this thread
+    """
+    group = num_heads // num_kv_heads
+    rows = num_tokens * group
+    element = 4 if kind == FLOAT32 else 2
+    block_bytes = block * size * element
+    keys = cache + kv_head * blocks * block_bytes
+    values = keys + num_kv_heads * blocks * block_bytes
+    pages = integers(tables, (context + block - 1) // block)
+    queries, sums = scratch, scratch + rows * size * 4
+    scores = sums + rows * size * 4
+    states = scores + rows * SPAN * 4
+    _copy_queries(
+        qkv,
+        queries,
+        first_token,
+        num_tokens,
+        group,
+        kv_head * group,
+        (num_heads + 2 * num_kv_heads) * size,
+        size,
+        scale,
+    )
+    totals = floats(sums, rows * size)
+    for i in range(rows * size):
+        totals[i] = np.float32(0.0)
+    for row in range(rows):
+        state = floats(states + row * 8, 2)
+        state[0], state[1] = _LOWEST, np.float32(0.0)
+    places = integers(positions, first_token + num_tokens)
+    low = 0  # keys before it are seen by no row: what they hold may be no number, and belong to others
+    if window != 0:
+        low = places[first_token]  # of a tree, a row may stand before the one above it
+        for token in range(first_token, first_token + num_tokens):
+            low = min(low, places[token])
+        low = max(0, low - window + 1)
+    last = context if tree != 0 else places[first_token + num_tokens - 1] + 1  # keys that some row sees
+    start = low // SPAN * SPAN
+    while start < last:
+        count = min(SPAN, last - start)
+        unseen = max(0, low - start)
+        for first in range(unseen // LANES * LANES, count, LANES):
+            page, offset = pages[(start + first) // block], (start + first) % block
+            address = keys + page * block_bytes + offset * element
+            _multiply(kind, rows, queries, size, address, block, size, scores + first * 4, SPAN, 0)
+        for row in range(rows):
+            own = places[first_token + row // group]
+            row_scores = floats(scores + row * SPAN * 4, SPAN)
+            if soft_cap != np.float32(0.0):
+                _cap(row_scores, soft_cap)
+            row_low = max(0, own - window + 1) if window != 0 else 0
+            high = own + 1 if tree == 0 else context
+            if start < row_low or start + SPAN > high:
+                _hide(row_scores, start, row_low, high)
+            if tree != 0:
+                row_tree = tree + (first_token + row // group) * tree_width
+                _hide_drafts(
+                    row_scores, start, row_low, context - num_new, num_new, row_tree, positions + first_row * 8
+                )
+            _soften(scores + row * SPAN * 4, floats(sums + row * size * 4, size), size, floats(states + row * 8, 2))
+        first = unseen
+        while first < count:
+            depth = min(LANES - first % LANES, count - first)
+            page, offset = pages[(start + first) // block], (start + first) % block
+            address = values + page * block_bytes + offset * size * element
+            for column in range(0, size, LANES):
+                _multiply(
+                    kind, rows, scores + first * 4, SPAN, address + column * element, size, depth,
+                    sums + column * 4, size, 1,
+                )  # fmt: skip
+            first += depth
+        start += SPAN
+    _write(out, sums, states, first_token, group, kv_head, num_heads, size, rows)
+
+
+@njit([types.void(*[types.int64] * 9)], cache=True)
+def _write(out, sums, states, first_token, group, kv_head, num_heads, size, rows):
+    for row in range(rows):
+        token, head = row // group, row % group
+        target = floats(out + ((first_token + token) * num_heads + kv_head * group + head) * size * 4, size)
+        source = floats(sums + row * size * 4, size)
+        inverse = np.float32(1.0) / floats(states + row * 8, 2)[1]
+        for i in range(size):
+            target[i] = source[i] * inverse

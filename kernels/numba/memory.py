@@ -1,0 +1,131 @@
+"""Memory as the compiled code sees it: addresses, atomic counters, half-precision elements."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+@intrinsic
+def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(inline="always")
+def floats(address, length):
+    """float32 [length] at an address."""
+    return carray(_pointer(address), (length,), np.float32)
+
+
+@njit(inline="always")
+def words(address, length):
+    """int16 [length] at an address."""
+    return carray(_pointer(address), (length,), np.int16)
+
+
+@njit(inline="always")
+def integers(address, length):
+    """int64 [length] at an address."""
+    return carray(_pointer(address), (length,), np.int64)
+
+
+@njit(inline="always")
+def flags(address, length):
+    """uint8 [length] at an address."""
+    return carray(_pointer(address), (length,), np.uint8)
+
+
+def _counter(builder, address):  # type: ignore[no-untyped-def]
+    return builder.inttoptr(address, _I64.as_pointer())
+
+
+@intrinsic
+def add_to_counter(typing_context, address, amount):  # type: ignore[no-untyped-def]
+    """Adds to the int64 at an address, as one operation among all threads; returns what it was before."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", _counter(builder, arguments[0]), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def read_counter(typing_context, address):  # type: ignore[no-untyped-def]
+    """The int64 at an address; what the thread that wrote it did before is visible afterwards."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(_counter(builder, arguments[0]), "seq_cst", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def write_counter(typing_context, address, value):  # type: ignore[no-untyped-def]
+    """Sets the int64 at an address; what this thread did before is visible to who reads it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.store_atomic(arguments[1], _counter(builder, arguments[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def float_bits(typing_context, value):  # type: ignore[no-untyped-def]
+    """The bits of a float32, as int32."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def bits_float(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The float32 of these bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
+def to_float16_bits(typing_context, value):  # type: ignore[no-untyped-def]
+    """A float32 rounded to float16, as its bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
+
+    return types.int16(types.float32), generate
+
+
+@njit(inline="always")
+def to_bfloat16_bits(value):
+    """A float32 rounded to the nearest bfloat16 (to even between two), as its bits."""
+    bits = float_bits(np.float32(value))
+    return np.int16((bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+
+
+@njit(inline="always")
+def bfloat16_value(bits):
+    """The float32 of a bfloat16's bits."""
+    return bits_float(np.int32(bits) << np.int32(16))
+
+
+@intrinsic
+def float16_value(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The float32 of a float16's bits."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate

@@ -1,0 +1,160 @@
+"""A step's tensors: right for any plan, whatever is kept from the steps before."""
+
+import random
+
+import numpy as np
+import torch
+
+from engine.block_tables import WIDTH_STEP, BlockTables
+from engine.forward_batch import BatchBuilder, HostStaging, build_forward_batch, gather_numbers, places
+from engine.kv_manager import KVCacheManager
+from engine.static_batch import NO_SLOT, GraphSize, StaticBatch
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+
+
+def _sequence(token_ids: list[int]) -> Sequence:
+    params = SamplingParams(seed=0, max_tokens=1)
+    return Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
+
+
+class Traffic:
+    """Sequences that come, grow, are preempted, come back and go, as a scheduler would have it."""
+
+    def __init__(self, seed: int, window: int | None) -> None:
+        self.rng = random.Random(seed)
+        self.kv = KVCacheManager(400, BLOCK_SIZE, window=window)
+        self.sequences: list[Sequence] = []
+
+    def step(self) -> list[Scheduled]:
+        rng, kv = self.rng, self.kv
+        for _ in range(rng.choice([0, 0, 1, 1, 9]) if len(self.sequences) < 20 else 0):
+            self.sequences.append(_sequence([rng.randrange(1, 99) for _ in range(rng.randrange(1, 90))]))
+        for seq in list(self.sequences):
+            if rng.random() < 0.08:
+                kv.free(seq)  # preempted: it may come back, with the prefix that is still cached
+            if rng.random() < 0.04:
+                kv.free(seq)
+                self.sequences.remove(seq)
+        return [self._schedule(seq) for seq in self.sequences if rng.random() < 0.8]
+
+    def _schedule(self, seq: Sequence) -> Scheduled:
+        rng, kv = self.rng, self.kv
+        if not seq.block_table:
+            kv.start(seq, kv.find_prefix(seq))
+        num_verified = min(seq.num_tokens - seq.num_computed_tokens, rng.choice([1, 5, 64]))
+        samples = seq.num_computed_tokens + num_verified == seq.num_tokens
+        num_drafts = rng.choice([0, 0, 3]) if samples else 0
+        seq.draft_token_ids = [rng.randrange(1, 99) for _ in range(num_drafts)]
+        seq.draft_parents = list(range(-1, num_drafts - 1))
+        assert kv.allocate(seq, seq.num_computed_tokens + num_verified + num_drafts)
+        return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
+
+    def update(self, batch: list[Scheduled]) -> None:
+        for item in batch:
+            item.seq.num_computed_tokens += item.num_new_tokens - item.num_drafts
+            if item.samples:
+                item.seq.token_ids.append(self.rng.randrange(1, 99))
+            self.kv.commit(item.seq)
+
+
+def _rows(batch: list[Scheduled]) -> list[tuple[int, int, int]]:
+    """(token, position, slot) of each row, one at a time."""
+    rows = []
+    for item in batch:
+        seq, first = item.seq, item.seq.num_computed_tokens
+        num_verified = item.num_new_tokens - item.num_drafts
+        tokens = seq.token_ids[first : first + num_verified] + seq.draft_token_ids[: item.num_drafts]
+        for position, token in enumerate(tokens, start=first):
+            slot = seq.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            rows.append((token, position, slot))
+    return rows
+
+
+def test_every_step_of_random_traffic_is_laid_out_right() -> None:
+    for seed in range(8):
+        traffic = Traffic(seed, window=[None, 10][seed % 2])
+        builder = BatchBuilder(BLOCK_SIZE, CPU, BlockTables())
+        for _ in range(60):
+            batch = traffic.step()
+            if not batch:
+                continue
+            made = builder.build(batch)
+            found = zip(made.input_ids.tolist(), made.positions.tolist(), made.slots.tolist(), strict=True)
+            assert list(found) == _rows(batch)
+            starts = np.cumsum([0, *(item.num_new_tokens for item in batch)]).tolist()
+            assert made.query_starts.tolist() == made.query_starts_list == starts
+            lens = [item.seq.num_computed_tokens + item.num_new_tokens for item in batch]
+            assert made.seq_lens.tolist() == made.seq_lens_list == lens
+            wanted = [
+                end - i for item, end in zip(batch, starts[1:], strict=True) for i in range(item.num_logits, 0, -1)
+            ]
+            assert made.logits_rows.tolist() == wanted
+            width = made.block_tables.shape[1]
+            assert width % WIDTH_STEP == 0
+            tables = [item.seq.block_table + [0] * (width - len(item.seq.block_table)) for item in batch]
+            assert made.block_tables.tolist() == tables
+            traffic.update(batch)
+
+
+def test_the_newest_tokens_may_come_from_the_device() -> None:
+    seqs = [_sequence([7, 8, 9]), _sequence([1, 2])]
+    for block, seq in enumerate(seqs, start=1):
+        seq.num_computed_tokens, seq.block_table = seq.num_tokens - 1, [block]
+    batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
+    made = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch, torch.tensor([30, 40]))
+    assert made.input_ids.tolist() == [30, 40]
+    assert made.positions.tolist() == [2, 1]
+
+
+def test_what_is_on_its_way_is_not_written_over() -> None:
+    staging = HostStaging(CPU)
+    first = staging.write((np.arange(5), np.arange(3)))
+    second = staging.write((np.full(9, 7),))
+    assert first.tolist()[:5] == [0, 1, 2, 3, 4]
+    assert second.tolist()[:9] == [7] * 9
+
+
+def test_parts_begin_at_multiples_of_sixteen_bytes() -> None:
+    assert places([1, 2, 3, 4]) == [0, 2, 4, 8, 12]
+    staging = HostStaging(CPU)
+    parts = (np.array([5]), np.array([6, 7, 8]), np.array([[9, 10], [11, 12]]))
+    whole = staging.write(parts)
+    target = torch.zeros(20, dtype=torch.int64)
+    staging.copy_to(target, whole)
+    for start, part in zip(places([part.size for part in parts]), parts, strict=False):
+        assert target[start : start + part.size].tolist() == part.ravel().tolist()
+
+
+def test_a_static_batch_holds_what_a_fresh_one_holds_and_padding_after_it() -> None:
+    """Filled again and again with batches of all sizes: nothing of an earlier one may be seen."""
+    static = StaticBatch(40, max_num_seqs=20, max_num_blocks=30, device=CPU)
+    traffic, tables = Traffic(3, window=10), BlockTables()
+    rng = random.Random(0)
+    num_filled = 0
+    for _ in range(80):
+        batch = [item for item in traffic.step() if item.samples and item.num_new_tokens <= 4][:20]
+        num_rows = sum(item.num_new_tokens for item in batch)
+        if batch and num_rows <= 40:
+            size = GraphSize(rng.randrange(num_rows, 41), rng.randrange(len(batch), 21), 4)
+            static.fill(gather_numbers(batch, BLOCK_SIZE, tables), size, None)
+            _check(static, size, batch, num_rows)
+            num_filled += 1
+        traffic.update(batch)
+    assert num_filled > 20
+
+
+def _check(static: StaticBatch, size: GraphSize, batch: list[Scheduled], num_rows: int) -> None:
+    made, expected = static.view(size), build_forward_batch(batch, BLOCK_SIZE, CPU)
+    for name in ("input_ids", "positions", "slots"):
+        assert getattr(made, name).tolist()[:num_rows] == getattr(expected, name).tolist()
+    assert made.slots.tolist()[num_rows:] == [NO_SLOT] * (size.num_rows - num_rows)
+    assert made.input_ids.tolist()[num_rows:] == [0] * (size.num_rows - num_rows)
+    num_padding = size.num_seqs - len(batch)
+    assert made.query_starts.tolist() == expected.query_starts.tolist() + [num_rows] * num_padding
+    assert made.seq_lens.tolist() == expected.seq_lens.tolist() + [0] * num_padding
+    width = expected.block_tables.shape[1]
+    assert made.block_tables[: len(batch), :width].tolist() == expected.block_tables.tolist()
+    assert made.input_ids.data_ptr() == static.view(size).input_ids.data_ptr()

@@ -1,0 +1,276 @@
+"""CUDA graphs without CUDA: a fake records the work and repeats it on the inputs that lie where they lay.
+
+So whatever the host would have to tell a real graph anew (a length, a table, a token) is stale here too, and what
+comes out of padding is not a number.
+"""
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig
+
+from engine.attention import AttentionLayer, TorchAttention
+from engine.block_tables import BlockTables
+from engine.engine import Engine
+from engine.forward_batch import ForwardBatch
+from engine.graph_runner import GraphLimits, GraphRunner, padded_sizes
+from engine.kv_cache import KVCache
+from engine.kv_manager import KVCacheManager
+from engine.model_runner import ModelRunner
+from engine.models.registry import build_model
+from engine.proposers.ngram import NgramProposer
+from engine.proposers.none import NoProposer
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.step_stats import ModelCost
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+from kernels.attention import paged_attention, store_kv
+
+VOCAB_SIZE = 32
+BLOCK_SIZE = 4
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 128,
+}
+CONFIGS = {"full": LlamaConfig(**SIZES), "window": MistralConfig(**SIZES, sliding_window=10, head_dim=8)}
+COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
+
+
+class FakeGraph:
+    def __init__(self, work: Callable[[], Tensor], output: Tensor) -> None:
+        self._work, self._output = work, torch.full_like(output, math.nan)
+        self.num_replays = 0
+
+    def replay(self) -> Tensor:
+        self.num_replays += 1
+        return self._output.copy_(self._work())
+
+
+class FakeGraphDevice:
+    """Captures until it has made `max_num_captures` graphs, and fails from then on."""
+
+    def __init__(self, max_num_captures: int = 1000) -> None:
+        self.graphs: list[FakeGraph] = []
+        self.num_rows: list[int] = []  # of each capture that was tried
+        self._max_num_captures = max_num_captures
+
+    def capture(self, work: Callable[[], Tensor]) -> FakeGraph:
+        output = work()
+        self.num_rows.append(len(output))
+        if len(self.num_rows) > self._max_num_captures:
+            raise RuntimeError("this operation waits for the device")
+        self.graphs.append(FakeGraph(work, output))
+        return self.graphs[-1]
+
+    @property
+    def num_replays(self) -> int:
+        return sum(graph.num_replays for graph in self.graphs)
+
+
+class DefinedAttention(TorchAttention):
+    """Captured steps attend as the definition does: by the tensors of the batch alone."""
+
+    max_context = 1000
+    is_captured = False
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self.is_captured = False
+        super().plan(batch)
+
+    def plan_any_lengths(self, batch: ForwardBatch, rows_per_seq: int) -> None:
+        self.is_captured = True
+        assert int(batch.query_starts.diff().max()) <= rows_per_seq
+
+    def has_room(self, seq_lens, rows_per_seq: int) -> bool:
+        return seq_lens.max() <= self.max_context
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
+        if not self.is_captured:
+            return super().__call__(q, k, v, layer, batch)
+        k_cache, v_cache = self.kv_cache.k[layer.index], self.kv_cache.v[layer.index]
+        kept = batch.slots >= 0
+        store_kv(k[kept], v[kept], k_cache, v_cache, batch.slots[kept])
+        num_rows = int(batch.query_starts[-1])
+        out = torch.full_like(q, math.nan)
+        out[:num_rows] = paged_attention(
+            q[:num_rows], k_cache, v_cache, batch.block_tables, batch.query_starts, batch.seq_lens, layer.scale,
+            window=layer.window,
+        )  # fmt: skip
+        return out
+
+
+class Setup:
+    """A tiny model with graphs, and without them where `device` is None."""
+
+    def __init__(self, name: str, device: FakeGraphDevice | None, max_rows_per_seq: int = 1, **limits: int) -> None:
+        self.model = build_model(CONFIGS[name], dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+        self.window = getattr(CONFIGS[name], "sliding_window", None)
+        self.cache = KVCache(self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, dtype=torch.float32)
+        self.attention = DefinedAttention(self.cache)
+        self.tables = BlockTables()
+        self.graphs: GraphRunner | None = None
+        if device is not None:
+            defaults = {"max_num_seqs": 6, "max_num_blocks": 20, "block_size": BLOCK_SIZE, "num_uses": 0}
+            merged = {**defaults, "num_steps_between": 0, "max_rows_per_seq": max_rows_per_seq, **limits}
+            self.graphs = GraphRunner(
+                self.model,
+                self.attention,
+                self.tables,
+                limits=GraphLimits(**merged),
+                graph_device=device,
+                device=torch.device("cpu"),
+            )
+        self.runner = ModelRunner(
+            self.model, self.cache, self.attention, block_size=BLOCK_SIZE, tables=self.tables, graphs=self.graphs
+        )
+
+    def engine(self, *, has_drafts: bool = False, overlap: bool = False) -> Engine:
+        limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
+        scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, window=self.window), limits)
+        proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
+        return Engine(self.runner, scheduler, Sampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+
+
+def _run(engine: Engine, seed: int = 0) -> dict[str, list[int]]:
+    rng = random.Random(seed)
+    outputs: dict[str, list[int]] = defaultdict(list)
+    requests = []
+    for i in range(16):
+        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 30))]
+        params = SamplingParams(seed=i, max_tokens=rng.randrange(1, 30), temperature=rng.choice([0.0, 0.9]))
+        requests.append(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    while requests or engine.has_work:
+        for request in requests[: rng.choice([0, 1, 2])]:
+            engine.add(requests.pop(requests.index(request)))
+        for output in engine.step()[0]:
+            assert output.error is None
+            outputs[output.request_id] += output.token_ids
+    assert engine.scheduler.kv.pool.num_owned == 0
+    return outputs
+
+
+@pytest.mark.parametrize("kind", ["plain", "overlap", "drafts"])
+@pytest.mark.parametrize("model", CONFIGS)
+def test_replayed_steps_say_what_eager_ones_say(model: str, kind: str) -> None:
+    device = FakeGraphDevice()
+    setup = Setup(model, device, max_rows_per_seq=4 if kind == "drafts" else 1)
+    engine = setup.engine(has_drafts=kind == "drafts", overlap=kind == "overlap")
+    assert _run(engine) == _run(Setup(model, None).engine())
+    assert len(set(device.num_rows)) > 3
+    assert device.num_replays > 3 * len(device.graphs)
+    assert model == "window" or engine.scheduler.num_preemptions > 0
+
+
+def test_sizes_leave_little_padding() -> None:
+    assert padded_sizes(1) == [1]
+    assert padded_sizes(6) == [1, 2, 4, 6]
+    assert padded_sizes(40) == [1, 2, 4, 8, 16, 24, 32, 40]
+    sizes = padded_sizes(512)
+    assert sizes[-2:] == [480, 512]
+    for smaller, larger in zip([0, *sizes], sizes, strict=False):
+        assert larger - smaller <= max(8, larger // 8)
+
+
+def _scheduled(num_tokens: int, *, first_block: int, num_new: int = 1, num_drafts: int = 0) -> Scheduled:
+    token_ids = [(num_tokens + i) % VOCAB_SIZE for i in range(num_tokens)]
+    params = SamplingParams(seed=0, max_tokens=9)
+    seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
+    seq.num_computed_tokens = num_tokens - num_new
+    seq.draft_token_ids, seq.draft_parents = [1] * num_drafts, list(range(-1, num_drafts - 1))
+    seq.block_table = list(range(first_block, first_block - (-(num_tokens + num_drafts) // BLOCK_SIZE)))
+    return Scheduled(seq, num_new + num_drafts, num_drafts, samples=True)
+
+
+def _decode(num_seqs: int, num_tokens: int = 7) -> list[Scheduled]:
+    return [_scheduled(num_tokens, first_block=1 + 8 * i) for i in range(num_seqs)]
+
+
+def _forward(setup: Setup, batch: list[Scheduled]) -> bool:
+    """Whether the step was a graph's. What it computes must be what it computes eagerly."""
+    assert setup.graphs is not None
+    with torch.inference_mode():
+        hidden = setup.graphs.forward(batch, None)
+        if hidden is None:
+            return False
+        hidden = hidden.clone()
+        setup.runner.graphs, graphs = type("Off", (), {"forward": lambda *_: None})(), setup.runner.graphs
+        torch.testing.assert_close(hidden, setup.runner.forward(batch)[0], rtol=1e-4, atol=1e-5)
+        setup.runner.graphs = graphs
+    return True
+
+
+def test_a_size_is_captured_when_it_has_come_up_often_and_not_soon_after_another() -> None:
+    setup = Setup("full", FakeGraphDevice(), num_uses=2, num_steps_between=4)
+    assert [_forward(setup, _decode(2)) for _ in range(4)] == [False, False, True, True]
+    assert [_forward(setup, _decode(4)) for _ in range(6)] == [False] * 4 + [True] * 2
+    assert [_forward(setup, _decode(3)) for _ in range(2)] == [True] * 2  # padded to four
+    assert [_forward(setup, _decode(1)) for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_the_graph_that_was_used_least_recently_makes_room() -> None:
+    device = FakeGraphDevice()
+    setup = Setup("full", device, max_num_graphs=2)
+    for num_seqs in (1, 2, 1, 4, 1, 2):
+        assert _forward(setup, _decode(num_seqs))
+    assert device.num_rows == [1, 2, 4, 2]
+
+
+def test_a_failed_capture_is_said_once_and_steps_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    device = FakeGraphDevice(max_num_captures=1)
+    engine = Setup("full", device).engine()
+    assert _run(engine) == _run(Setup("full", None).engine())
+    assert len(device.num_rows) == 2
+    assert device.num_replays > 0
+    assert len([record for record in caplog.records if "could not be captured" in record.message]) == 1
+
+
+def test_what_no_graph_covers_runs_eagerly() -> None:
+    device = FakeGraphDevice()
+    setup = Setup("full", device, max_rows_per_seq=4)
+    chunk = _scheduled(9, first_block=60, num_new=5)
+    drafts = _scheduled(9, first_block=60, num_drafts=3)
+    tree = _scheduled(9, first_block=60, num_drafts=3)
+    tree.seq.draft_parents = [-1, -1, 0]
+    too_many_drafts = _scheduled(9, first_block=60, num_drafts=4)
+    unfinished = Scheduled(chunk.seq, 1, 0, samples=False)
+    scored = Scheduled(chunk.seq, 2, 0, samples=True, num_scored=1)
+    for item in (chunk, tree, too_many_drafts, unfinished, scored):
+        assert not _forward(setup, [*_decode(2), item])
+    assert _forward(setup, [*_decode(2), drafts])
+    assert not _forward(setup, _decode(7))
+    setup.attention.max_context = 8
+    assert _forward(setup, _decode(2, num_tokens=8))
+    assert not _forward(setup, _decode(2, num_tokens=9))
+
+
+def test_steps_with_drafts_have_graphs_of_their_own() -> None:
+    device = FakeGraphDevice()
+    setup = Setup("full", device, max_rows_per_seq=4)
+    one_drafts = [*_decode(3), _scheduled(9, first_block=60, num_drafts=1)]
+    for _ in range(2):
+        assert _forward(setup, _decode(4))
+        assert _forward(setup, one_drafts)  # five rows, padded to eight
+    assert device.num_rows == [4, 8]
+    assert Counter(graph.num_replays for graph in device.graphs) == {2: 2}
+
+
+def test_graphs_are_given_up_when_memory_is_needed() -> None:
+    device = FakeGraphDevice()
+    setup = Setup("full", device)
+    assert _forward(setup, _decode(2))
+    setup.runner.release_memory()
+    assert _forward(setup, _decode(2))
+    assert device.num_rows == [2, 2]

@@ -1,0 +1,161 @@
+"""A step that needs more memory than there is: smaller steps, and no request fails that could be computed in them."""
+
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from engine.attention import TorchAttention
+from engine.engine import Engine
+from engine.halving import halve_chunks
+from engine.kv_cache import KVCache
+from engine.kv_manager import KVCacheManager
+from engine.model_runner import ModelRunner
+from engine.models.registry import build_model
+from engine.proposers.ngram import NgramProposer
+from engine.proposers.none import NoProposer
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.step_stats import ModelCost
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+
+VOCAB_SIZE = 32
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=128,
+)
+COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
+BIG = 31  # a token that takes all the memory
+
+
+class SmallMemoryRunner(ModelRunner):
+    """Runs out of memory above `max_num_rows` rows, and wherever the token BIG is among them."""
+
+    max_num_rows = 1000
+    num_releases = 0
+
+    def forward(self, batch: list[Scheduled], newest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        num_rows = sum(item.num_new_tokens for item in batch)
+        if num_rows > self.max_num_rows or any(item.seq.token_ids[-1] == BIG for item in batch):
+            raise torch.OutOfMemoryError("no memory left")
+        return super().forward(batch, newest)
+
+    def release_memory(self) -> None:
+        self.num_releases += 1
+        super().release_memory()
+
+
+def _make_engine(*, max_num_rows: int, overlap: bool = False, has_drafts: bool = False) -> Engine:
+    model = build_model(CONFIG, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    cache = KVCache(model.attention_layers, num_blocks=200, block_size=4, dtype=torch.float32)
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100)
+    runner = SmallMemoryRunner(model, cache, TorchAttention(cache), block_size=4)
+    runner.max_num_rows = max_num_rows
+    proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
+    kv = KVCacheManager(200, 4)
+    return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+
+
+def _run(engine: Engine, prompts: list[list[int]], **fields: object) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """(output tokens, errors) by request"""
+    outputs: dict[str, list[int]] = defaultdict(list)
+    errors: dict[str, str] = {}
+    for i, prompt in enumerate(prompts):
+        bias = {BIG: -100.0}  # only a prompt has it
+        params = SamplingParams(seed=i, max_tokens=8, temperature=0.8, logit_bias=bias, **fields)
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    while engine.has_work:
+        for output in engine.step()[0]:
+            outputs[output.request_id] += output.token_ids
+            if output.error:
+                errors[output.request_id] = output.error
+    assert engine.scheduler.kv.pool.num_owned == 0
+    return outputs, errors
+
+
+def _prompts(count: int = 6) -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(BIG) for _ in range(rng.randrange(5, 60))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "overlap", "drafts"])
+@pytest.mark.parametrize("max_num_rows", [4, 7, 40])  # drafts of one sequence are verified together
+def test_output_is_the_same_in_a_small_memory(max_num_rows, kind):
+    overlap, has_drafts = kind == "overlap", kind == "drafts"
+    expected, _ = _run(_make_engine(max_num_rows=1000), _prompts())
+    engine = _make_engine(max_num_rows=max_num_rows, overlap=overlap, has_drafts=has_drafts)
+    outputs, errors = _run(engine, _prompts())
+    assert errors == {}
+    assert outputs == expected
+    assert engine.runner.num_releases > 0
+
+
+def test_steps_stay_as_small_as_was_needed():
+    """Or else every prompt would run out of memory again."""
+    engine = _make_engine(max_num_rows=40)
+    _run(engine, _prompts())
+    assert engine.scheduler.limits.max_num_batched_tokens == 32
+    assert engine.runner.num_releases == 1
+    engine = _make_engine(max_num_rows=1)
+    _run(engine, _prompts())
+    assert engine.scheduler.limits.max_num_batched_tokens == 4  # one for each request that may run
+
+
+def test_prompts_are_scored_in_smaller_steps_too():
+    expected = _make_engine(max_num_rows=1000)
+    engine = _make_engine(max_num_rows=5)
+    scores = {}
+    for each in (expected, engine):
+        params = SamplingParams(seed=0, max_tokens=2, temperature=0.0, prompt_logprobs=0)
+        each.add(Request(request_id="a", prompt_token_ids=_prompts()[0], params=params))
+        found = []
+        while each.has_work:
+            for output in each.step()[0]:
+                found += [(entry.token_id, round(entry.logprob, 3)) for entry in output.prompt_logprobs or []]
+        scores[each] = found
+    assert scores[engine] == scores[expected]
+    assert len(scores[engine]) == len(_prompts()[0]) - 1
+
+
+def test_a_request_that_fits_into_no_step_fails_alone_and_says_why():
+    prompts = [*_prompts()[:3], [1, 2, BIG]]
+    expected, _ = _run(_make_engine(max_num_rows=1000), prompts[:3])
+    outputs, errors = _run(_make_engine(max_num_rows=1000), prompts)
+    assert list(errors) == ["3"]
+    assert "not enough memory" in errors["3"]
+    assert "kv_cache.memory" in errors["3"]
+    assert {key: outputs[key] for key in "012"} == expected
+
+
+def _scheduled(num_new_tokens: int, *, num_drafts: int = 0, num_scored: int = 0, samples: bool = True) -> Scheduled:
+    token_ids = [1] * num_new_tokens
+    params = SamplingParams(seed=0, max_tokens=1)
+    seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
+    return Scheduled(seq, num_new_tokens, num_drafts, samples, num_scored)
+
+
+def test_a_halved_step_keeps_decoding_rows_and_the_chunks_that_came_first():
+    decoding, drafting = _scheduled(1), _scheduled(4, num_drafts=3)
+    first, second, third = _scheduled(6), _scheduled(9, num_scored=8), _scheduled(7)
+    batch = [decoding, drafting, first, second, third]
+    assert halve_chunks(batch)
+    assert batch == [decoding, drafting, first, second]
+    assert (decoding.num_new_tokens, drafting.num_new_tokens, drafting.num_drafts) == (1, 4, 3)
+    assert (first.num_new_tokens, first.samples) == (6, True)
+    assert (second.num_new_tokens, second.num_scored, second.samples) == (5, 5, False)
+    assert not halve_chunks([decoding, drafting])
+    lone = [_scheduled(3, num_drafts=1)]
+    assert halve_chunks(lone)
+    assert (lone[0].num_new_tokens, lone[0].num_drafts, lone[0].samples) == (1, 0, False)
+    assert not halve_chunks(lone)

@@ -1,0 +1,198 @@
+"""CUDA graphs over Triton's attention, replayed by a fake in the interpreter: one plan serves all lengths."""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig
+
+from engine.attention_triton import TritonAttention, make_graph_space
+from engine.block_tables import BlockTables
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.gpu_runner import make_gpu_runner
+from engine.graph_runner import NUM_USES, CudaGraphDevice, GraphDevice, GraphLimits, GraphRunner
+from engine.kv_cache import KVCache
+from engine.kv_manager import KVCacheManager
+from engine.machine import read_machine
+from engine.model_runner import ModelRunner
+from engine.models.loader import read_model_facts
+from engine.models.registry import build_model
+from engine.planner import plan_memory
+from engine.proposers.ngram import NgramProposer
+from engine.proposers.none import NoProposer
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.step_stats import ModelCost
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+from kernels.triton.attention import Prepared, paged_attention
+from kernels.triton.attention_plan import Workspace, plan_any_lengths, plan_attention
+from kernels.triton.configs import AttentionConfig
+
+VOCAB_SIZE = 40
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 128,
+}
+CONFIGS = {"llama": LlamaConfig(**SIZES), "mistral": MistralConfig(**SIZES, sliding_window=9, head_dim=16)}
+COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
+SMALL = AttentionConfig(split_size=64, max_split_queries=8, decode_keys=32)
+
+
+class FakeGraph:
+    def __init__(self, work: Callable[[], Tensor], output: Tensor) -> None:
+        self._work, self._output = work, torch.full_like(output, math.nan)
+
+    def replay(self) -> Tensor:
+        return self._output.copy_(self._work())
+
+
+class FakeGraphDevice:
+    num_captures = 0
+
+    def capture(self, work: Callable[[], Tensor]) -> FakeGraph:
+        self.num_captures += 1
+        return FakeGraph(work, work())
+
+
+def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None, *, num_drafts: int = 0) -> object:
+    """The output tokens of a few requests, with graphs where there is something that makes them."""
+    config = CONFIGS[model_name]
+    model = build_model(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.to(device)
+    cache = KVCache(model.attention_layers, num_blocks=60, block_size=4, dtype=torch.float32, device=device)
+    space = make_graph_space(model.attention_layers, torch.float32, device, max_context=60, num_bytes=1 << 16)
+    attention, tables = TritonAttention(cache, graph_space=space), BlockTables()
+    graphs = None
+    if graph_device is not None:
+        limits = GraphLimits(
+            max_num_seqs=4, max_rows_per_seq=1 + num_drafts, max_num_blocks=15, block_size=4, num_uses=0,
+            num_steps_between=0,
+        )  # fmt: skip
+        graphs = GraphRunner(model, attention, tables, limits=limits, graph_device=graph_device, device=device)
+    runner = ModelRunner(model, cache, attention, block_size=4, tables=tables, graphs=graphs)
+    limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=60, headroom=4)
+    kv = KVCacheManager(60, 4, window=getattr(config, "sliding_window", None))
+    proposer = NgramProposer(num_drafts=num_drafts, ngram_max=3, ngram_min=1) if num_drafts else NoProposer()
+    engine = Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer, COST, overlap=not num_drafts)
+    rng = random.Random(1)
+    for i, length in enumerate((3, 30, 9)):
+        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+        params = SamplingParams(seed=i, max_tokens=5 + 2 * i, temperature=0.8 if i == 0 else 0.0)
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    outputs: dict[str, list[int]] = defaultdict(list)
+    while engine.has_work:
+        for output in engine.step()[0]:
+            assert output.error is None
+            outputs[output.request_id] += output.token_ids
+    return outputs
+
+
+@pytest.mark.parametrize(("model", "num_drafts"), [("llama", 0), ("mistral", 3)])
+def test_the_engine_says_the_same_with_graphs(device: torch.device, model: str, num_drafts: int) -> None:
+    fake = FakeGraphDevice()
+    assert _run(model, device, fake, num_drafts=num_drafts) == _run(model, device, None, num_drafts=num_drafts)
+    assert fake.num_captures > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
+@pytest.mark.parametrize(("model", "num_drafts"), [("llama", 0), ("mistral", 3)])
+def test_the_engine_says_the_same_with_real_graphs(device: torch.device, model: str, num_drafts: int) -> None:
+    graphs = CudaGraphDevice()
+    assert _run(model, device, graphs, num_drafts=num_drafts) == _run(model, device, None, num_drafts=num_drafts)
+
+
+def _attend(device: torch.device, lens: list[tuple[int, int]], *, num_seqs: int, rows_per_seq: int | None) -> Tensor:
+    """What the rows of a batch of (new tokens, all tokens) get: by a plan for any lengths, or by one for these."""
+    generator = torch.Generator().manual_seed(0)
+    num_blocks, block_size = 40, 16
+    kv = torch.randn(2, 2, num_blocks, block_size, 64, generator=generator).to(device)
+    tables = torch.zeros(num_seqs, 12, dtype=torch.int64)
+    first = 1
+    for b, (_, length) in enumerate(lens):
+        num_used = -(-length // block_size)
+        tables[b, :num_used] = torch.arange(first, first + num_used)
+        first += num_used
+    padding = [(0, 0)] * (num_seqs - len(lens))
+    num_new = np.array([new for new, _ in lens + padding])
+    seq_lens = np.array([length for _, length in lens + padding])
+    q = torch.randn(40, 4, 64, generator=generator)[: num_new.sum() + 3].to(device)  # three rows are nobody's
+    shape = {"group": 2, "num_kv_heads": 2, "config": SMALL, "device": device}
+    if rows_per_seq is None:
+        plan = plan_attention(num_new, seq_lens, **shape)
+    else:
+        num_items = 100
+        made = plan_any_lengths(num_seqs, rows_per_seq, max_context=192, num_items=num_items, **shape)
+        plan = made.at(torch.from_numpy(seq_lens).to(device))
+    starts = torch.from_numpy(np.concatenate(([0], num_new.cumsum()))).to(device)
+    out = paged_attention(
+        q, kv[0], kv[1], tables.to(device), starts, torch.from_numpy(seq_lens).to(device), 0.2,
+        prepared=Prepared(plan, SMALL, Workspace(0, 0, device)),
+    )  # fmt: skip
+    return out[: num_new.sum()]
+
+
+@pytest.mark.parametrize("lens", [[(1, 1), (1, 130), (1, 64)], [(3, 70), (1, 129), (5, 66)], [(5, 192), (2, 3)]])
+def test_a_plan_for_any_lengths_changes_no_bit(device: torch.device, lens: list[tuple[int, int]]) -> None:
+    expected = _attend(device, lens, num_seqs=len(lens), rows_per_seq=None)
+    assert not expected.isnan().any()
+    found = _attend(device, lens, num_seqs=5, rows_per_seq=6)
+    assert torch.equal(found, expected)
+
+
+def test_contexts_that_need_more_room_than_there_is_are_refused() -> None:
+    cpu = torch.device("cpu")
+    model = build_model(CONFIGS["llama"], dtype=torch.float32)
+    item_bytes = 4 * 3 * (16 + 1)  # a value and a sum of each head
+    space = make_graph_space(model.attention_layers, torch.float32, cpu, max_context=2000, num_bytes=12 * item_bytes)
+    cache = KVCache(model.attention_layers, num_blocks=4, block_size=4, dtype=torch.float32)
+    attention = TritonAttention(cache, graph_space=space)
+    assert attention.has_room(np.array([256, 256, 500]), 3)  # pieces of 256 tokens: four, thrice
+    assert not attention.has_room(np.array([256, 257, 500]), 3)
+    assert attention.has_room(np.array([2000, 0]), 1)
+    assert not attention.has_room(np.array([2001, 0]), 1)
+    assert not attention.has_room(np.array([5]), 17)  # they would go the way of prompts
+    assert not TritonAttention(cache).has_room(np.array([5]), 1)
+
+
+def test_a_gpu_s_runner_has_graphs_for_what_the_plan_allows(device: torch.device, tmp_path: Path) -> None:
+    CONFIGS["llama"].architectures = ["LlamaForCausalLM"]
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    sections = {
+        "model": {"path": str(tmp_path), "load_format": "dummy", "dtype": "float32"},
+        "scheduler": {"max_num_seqs": 3},
+        "speculation": {"method": "ngram", "num_drafts": 2},
+    }
+    config = EngineConfig.model_validate(sections)
+    gpu = replace(read_machine(), device="cuda", total_bytes=2**32, available_bytes=2**32)
+    plan = replace(plan_memory(read_model_facts(config.model), config, gpu), device=str(device), num_blocks=30)
+    model = build_model(CONFIGS["llama"], dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    model.to(device)
+    cache = KVCache(model.attention_layers, num_blocks=30, block_size=16, dtype=torch.float32, device=device)
+    fake = FakeGraphDevice()
+    runner = make_gpu_runner(model, cache, plan, fake)
+    seq = Sequence(Request(request_id="a", prompt_token_ids=[1], params=SamplingParams(seed=0, max_tokens=9)), [5] * 9)
+    seq.num_computed_tokens, seq.block_table = 8, [1]
+    seq.draft_token_ids, seq.draft_parents = [6, 7], [-1, 0]
+    batch = [Scheduled(seq, 3, 2, samples=True)]
+    with torch.inference_mode():
+        logits = [runner.forward(batch)[1] for _ in range(NUM_USES + 1)]
+    assert fake.num_captures == 1  # not before a size has come up often
+    assert torch.allclose(logits[0], logits[-1], rtol=1e-4, atol=1e-4)

@@ -50,7 +50,7 @@ $(BIN)/python:
 
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
-	@echo "compiling the CPU kernels (once, about ten seconds)"
+	@echo "compiling the CPU kernels (once, about fifteen seconds)"
 	@$(BIN)/python -c 'import kernels.numba.program, kernels.numba.levels'
 	@touch $@
 

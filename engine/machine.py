@@ -98,7 +98,7 @@ def describe_compiled_kernels(machine: Machine, *, quantization: str) -> dict[st
     return {
         "linear layers": f"compiled; weights as {COMPILED_FORMATS[quantization]}",
         "attention": f"over the cache's blocks where they lie, {program}",
-        "norms, rotation, activation": program,
+        "norms and activation": program,
         "other models": "torch: the plan of a model that is not of Llama's kind says why",
         "threads": f"{machine.num_threads} of {machine.num_cores} cores, which take units of work from one counter",
     }

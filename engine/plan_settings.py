@@ -23,7 +23,9 @@ _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
-_LIMITS = {"cpu": (32, 512), "cuda": (256, 8192)}  # max_num_seqs and max_num_batched_tokens where nobody set them
+# max_num_seqs and max_num_batched_tokens where nobody set them; on a CPU, the second is how long a prompt may hold up
+# the tokens of others: a quarter of a second on two cores, and half as many tokens are computed no slower
+_LIMITS = {"cpu": (32, 256), "cuda": (256, 8192)}
 
 
 class SettingError(ValueError):

@@ -31,10 +31,12 @@ class NumbaLlama:
         self._buffers = _Buffers(model, 0)
         self._program = Program([], attention.step)
         self._keeps: list[Tensor] = []
+        self._head = _HeadBuffers(_packed(model.lm_head), 0)
         self._head_step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
+        self._head_program = Program([], self._head_step)
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
-        """As `Model.forward`; the attention is the one that the program was made for."""
+        """As `Model.forward`, valid until the next call; the attention is the one that the program was made for."""
         assert attention is self._attention, "a program has one KV cache"
         num_rows = batch.positions.shape[0]
         if num_rows > self._buffers.num_rows:
@@ -44,19 +46,22 @@ class NumbaLlama:
         attention.cut_tiles(layer.num_heads // layer.num_kv_heads)
         attention.set_rotations([rope(batch.positions, torch.float32) for rope in self._model.ropes])
         self._team.run(self._program)
-        return self._buffers.normed[:num_rows].clone()
+        return self._buffers.normed[:num_rows]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """As `Model.compute_logits`."""
-        head = _packed(self._model.lm_head)
-        logits = torch.empty(hidden.shape[0], head.num_panels * PANEL)
-        if not hidden.shape[0]:
-            return logits[:, : self.vocab_size]
-        self._head_step[Step.ROWS] = hidden.shape[0]
-        buffers = _Buffers.for_rounding(hidden.shape[0], head.depth)
-        hidden = hidden.contiguous()  # held until the program has run
-        operations = self._multiply(hidden, head, None, logits, rounded=buffers)
-        self._team.run(Program(operations, self._head_step))
+        """As `Model.compute_logits`; valid until the next call."""
+        num_rows = hidden.shape[0]
+        if num_rows > self._head.num_rows:
+            self._head = _HeadBuffers(_packed(self._model.lm_head), num_rows)
+            operations = self._multiply(
+                self._head.hidden, self._head.matrix, None, self._head.logits, rounded=self._head.rounded
+            )
+            self._head_program = Program(operations, self._head_step)
+        if num_rows:
+            self._head.hidden[:num_rows] = hidden
+            self._head_step[Step.ROWS] = num_rows
+            self._team.run(self._head_program)
+        logits = self._head.logits[:num_rows]
         return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
 
     def profile(self) -> list[tuple[str, float]]:
@@ -170,6 +175,16 @@ class _Buffers:
     def for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
         groups = -(-depth // GROUP)
         return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 2)
+
+
+class _HeadBuffers:
+    """What the output layer reads and writes, for up to `num_rows` rows."""
+
+    def __init__(self, matrix: PackedMatrix, num_rows: int) -> None:
+        self.matrix, self.num_rows = matrix, num_rows
+        self.hidden = torch.empty(num_rows, matrix.depth)
+        self.rounded = _Buffers.for_rounding(num_rows, matrix.depth)
+        self.logits = torch.empty(num_rows, matrix.num_panels * PANEL)
 
 
 def _packed(linear: object) -> PackedMatrix:

@@ -49,7 +49,8 @@ def pack(weight: Tensor, kind: int) -> PackedMatrix:
     """Packs [num_rows, depth] floats, rounding to what the format can hold.
 
     float16: within 2^-11 of each element, or 2^-25 where that is more. int8: within 1/254 of the largest element of
-    its group of 32, and half the step of a float16 scale. int4: within 1/30 of the span of its group, likewise.
+    its group of 32, and half the step of a float16 scale. int4: within 1/30 of the span of its group and
+    2^-11 of its smallest element, the offset, likewise.
     The integer formats need a depth that is a multiple of 32.
     """
     if kind in _DTYPES:

@@ -55,7 +55,7 @@ class Team:
         weakref.finalize(self, _stop, self._followers)
 
     def run(self, program: Program, times: Tensor | None = None) -> None:
-        """Runs the program to its end. times: int64 [1 + num_ops], the cycle counter at the start and after each one."""
+        """Runs the program to its end. times: int64 [1 + num_ops], cycles at the start and after each operation."""
         shared, num_ops = self._shared, len(program.operations)
         assert num_ops <= _MAX_OPERATIONS, f"a program of {num_ops} operations"
         self._counters[: num_ops * 2 * LINE // 8] = 0

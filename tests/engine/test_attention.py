@@ -197,18 +197,34 @@ def test_layers_with_different_heads_and_windows_share_a_step() -> None:
             torch.testing.assert_close(out, expected)
 
 
-def test_moved_tokens_are_read_before_any_is_written() -> None:
+@pytest.mark.parametrize("keys_as_columns", [False, True])
+def test_moved_tokens_are_read_before_any_is_written(keys_as_columns: bool) -> None:
     layers = [AttentionLayer(0, 2, 2, 8, 1.0), AttentionLayer(1, 4, 1, 16, 1.0)]
-    cache = KVCache(layers, num_blocks=3, block_size=4, dtype=torch.float32)
+    cache = KVCache(layers, num_blocks=3, block_size=4, dtype=torch.float32, keys_as_columns=keys_as_columns)
     for kv in cache.kv:
         kv.copy_(torch.randn_like(kv))
-    before = [kv.clone().flatten(2, 3) for kv in cache.kv]
+
+    def tokens_of(index: int) -> Tensor:
+        """[2, heads, slots, head size]"""
+        keys = cache.k[index].transpose(2, 3) if keys_as_columns else cache.k[index]
+        return torch.stack((keys, cache.v[index])).flatten(2, 3)
+
+    before = [tokens_of(index).clone() for index in range(2)]
     cache.move(torch.tensor([5, 6, 11]), torch.tensor([4, 5, 6]))
-    for kv, old in zip(cache.kv, before, strict=True):
-        tokens = kv.flatten(2, 3)
+    for index, old in enumerate(before):
+        tokens = tokens_of(index)
         assert torch.equal(tokens[:, :, [4, 5, 6]], old[:, :, [5, 6, 11]])
         kept = [slot for slot in range(12) if slot not in (4, 5, 6)]
         assert torch.equal(tokens[:, :, kept], old[:, :, kept])
+
+
+def test_keys_as_columns_are_one_panel_of_a_product() -> None:
+    layer = AttentionLayer(0, 2, 2, 8, 1.0)
+    cache = KVCache([layer], num_blocks=3, block_size=4, dtype=torch.float32, keys_as_columns=True)
+    assert cache.k[0].shape == (2, 3, 8, 4)
+    assert cache.v[0].shape == (2, 3, 4, 8)
+    assert cache.k[0].is_contiguous()
+    assert cache.k[0].data_ptr() == cache.kv[0].data_ptr()
 
 
 def test_bytes_per_token_count_keys_and_values_of_every_layer() -> None:

@@ -51,7 +51,7 @@ def test_every_auto_is_resolved_with_a_reason(dummy):
 
 def test_triton_in_the_interpreter_says_what_torch_says(dummy, monkeypatch):
     exact = {"path": str(dummy), "load_format": "dummy", "quantization": "none", "dtype": "float32"}
-    torch_engine, _ = _build(dummy, model=exact)
+    torch_engine, _ = _build(dummy, model=exact, device={"kernels": "torch", "num_threads": 1})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     triton_engine, model = _build(dummy, model=exact, device={"kernels": "triton", "num_threads": 1})
     assert model.settings["device.kernels"].value == "triton"
@@ -65,10 +65,13 @@ def test_triton_without_a_gpu_is_refused(dummy, monkeypatch):
 
 
 def test_the_fingerprint_changes_with_what_changes_numbers(dummy):
+    compiled, on_torch = ({"kernels": name, "num_threads": 1} for name in ("numba", "torch"))
+    int8 = {"path": str(dummy), "load_format": "dummy", "quantization": "int8"}
     prints = {
-        _build(dummy)[1].fingerprint,
-        _build(dummy, seed=1)[1].fingerprint,
-        _build(dummy, model={"path": str(dummy), "load_format": "dummy", "quantization": "int8"})[1].fingerprint,
+        _build(dummy, device=compiled)[1].fingerprint,
+        _build(dummy, device=on_torch)[1].fingerprint,
+        _build(dummy, device=on_torch, seed=1)[1].fingerprint,
+        _build(dummy, device=on_torch, model=int8)[1].fingerprint,
     }
-    assert len(prints) == 3
-    assert _build(dummy)[1].fingerprint in prints
+    assert len(prints) == 4
+    assert _build(dummy, device=compiled)[1].fingerprint in prints

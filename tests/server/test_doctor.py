@@ -3,16 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from engine.triton_parts import TRITON_PARTS, describe_triton_kernels
+from server.cli import main
 
 
-def doctor(*settings: str, kernels: str = "triton", **environment: str) -> subprocess.CompletedProcess[str]:
-    set_ = [f"--set={setting}" for setting in (f"device.kernels={kernels}", "device.name=cpu", *settings)]
-    command = [sys.executable, "-m", "server.cli", "doctor", *set_]
+def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
+    settings = ["--set", "device.kernels=triton", "--set", "device.name=cpu"]
+    command = [sys.executable, "-m", "server.cli", "doctor", *settings]
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
 
@@ -34,28 +36,40 @@ def test_doctor_refuses_triton_where_nothing_can_run_it() -> None:
     assert "no GPU" in result.stderr.splitlines()[-1]
 
 
-def parts_of(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("  ")]
-    return {line[2:24].strip(): line[24:].strip() for line in lines}
+Doctor = Callable[..., tuple[int, dict[str, str], str]]
 
 
-def test_doctor_tells_compiled_layers_from_torch_s() -> None:
-    compiled, torch_s = doctor(kernels="numba"), doctor(kernels="torch")
-    assert "int8, int4" in compiled.stdout
-    assert "int4" not in torch_s.stdout
-    ours, theirs = parts_of(compiled), parts_of(torch_s)
+@pytest.fixture
+def run_doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """The command in this process: its exit code, its table, and the last line of its complaints."""
+
+    def run(*settings: str) -> tuple[int, dict[str, str], str]:
+        code = main(["doctor", "--set=device.name=cpu", *(f"--set={setting}" for setting in settings)])
+        output = capsys.readouterr()
+        table = {line[:24].strip(): line[24:].strip() for line in output.out.splitlines()}
+        return code, table, output.err.rstrip("\n").rpartition("\n")[2]
+
+    return run
+
+
+def test_doctor_tells_compiled_layers_from_torch_s(run_doctor: Doctor) -> None:
+    (code, ours, _), (_, theirs, _) = run_doctor("device.kernels=numba"), run_doctor("device.kernels=torch")
+    assert code == 0
+    assert (ours["weight formats"], theirs["weight formats"]) == ("none, fp16, int8, int4", "none, fp16, int8")
     assert ours["linear layers"].startswith("compiled; weights as float16, or what is smaller")
     assert "same program" in ours["attention"]
     assert "torch" not in ours["attention"] + ours["linear layers"]
     assert "gathered blocks" in theirs["attention, decoding"]
+    assert run_doctor("device.kernels=numba", "model.quantization=int4")[1]["linear layers"].startswith(
+        "compiled; weights as 4 bits"
+    )
 
 
-def test_doctor_refuses_what_compiled_layers_cannot_do() -> None:
-    result = doctor("kv_cache.block_size=8", kernels="numba")
-    assert result.returncode == 2
-    assert 'block_size 8, no multiple of 16; set it to "auto" or "torch"' in result.stderr
-    assert "supported with torch kernels" in doctor("model.quantization=int4", kernels="torch").stderr
+def test_doctor_refuses_what_the_kernels_cannot_do(run_doctor: Doctor) -> None:
+    code, _, complaint = run_doctor("device.kernels=numba", "kv_cache.block_size=8")
+    assert code == 2
+    assert complaint.endswith('block_size 8, no multiple of 16; set it to "auto" or "torch"')
+    assert "supported with torch kernels" in run_doctor("device.kernels=torch", "model.quantization=int4")[2]
 
 
 def test_a_kernel_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:

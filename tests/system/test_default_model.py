@@ -1,5 +1,7 @@
 """The model that a newcomer meets: the engine's greedy text is transformers' own, token for token."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -29,9 +31,11 @@ PROMPTS = [
     "Who wrote Hamlet?",
 ]
 NUM_TOKENS = 24
+Section = dict[str, str]
 
 
-def make_reference() -> LlamaForCausalLM:
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
     """The same file's weights in transformers' own Llama."""
     header = read_gguf_header(ensure_model(report=lambda phase, detail: None))
     config = LlamaConfig(**gguf_config(header, implementation="own").to_dict())
@@ -43,12 +47,14 @@ def make_reference() -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def round_linears(model: LlamaForCausalLM) -> None:
+def with_rounded_linears(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """What float16 storage makes of the linear layers; the embedding, whose matrix the last one shares, stays exact."""
+    model = copy.deepcopy(model)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.copy_(module.weight.half().float())
+    return model
 
 
 def encode_prompts(tokenizer: Tokenizer) -> list[list[int]]:
@@ -64,13 +70,13 @@ def encode_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
 
 
-def generate(method: str, quantization: str) -> tuple[list[list[int]], list[list[int]]]:
+def generate(model: Section, *, kernels: str, method: str) -> tuple[list[list[int]], list[list[int]]]:
     """The engine's prompts and greedy outputs, all in one batch."""
     config = EngineConfig.model_validate(
         {
-            "model": {"dtype": "float32", "quantization": quantization},
+            "model": model,
             "speculation": {"method": method},
-            "device": {"num_threads": 1},
+            "device": {"name": "cpu", "kernels": kernels, "num_threads": 1},
             "kv_cache": {"memory": "4096tokens"},
         }
     )
@@ -96,19 +102,40 @@ def continuation(reference: LlamaForCausalLM, prompt: list[int], output: list[in
     return logits[len(prompt) - 1 :].argmax(-1).tolist()
 
 
+EXACT, HALF, DEFAULT = {"dtype": "float32", "quantization": "none"}, {"dtype": "float32", "quantization": "fp16"}, {}
+needs_fbgemm = pytest.mark.skipif(not has_float16_weights(), reason="no FBGEMM")
+
+
 @pytest.mark.parametrize(
-    ("quantization", "methods"),
+    ("kernels", "model", "methods"),
     [
-        ("none", ("none", "ngram")),
-        pytest.param("fp16", ("ngram",), marks=pytest.mark.skipif(not has_float16_weights(), reason="no FBGEMM")),
+        ("torch", EXACT, ("none", "ngram")),
+        pytest.param("torch", HALF, ("ngram",), marks=needs_fbgemm),
+        ("numba", EXACT, ("ngram",)),
+        ("numba", DEFAULT, ("none",)),  # the file's own four bits, and a float16 cache
     ],
 )
-def test_greedy_text_equals_transformers(quantization: str, methods: tuple[str, ...]) -> None:
-    reference = make_reference()
-    if quantization == "fp16":
-        round_linears(reference)
+def test_greedy_text_equals_transformers(
+    reference: LlamaForCausalLM, kernels: str, model: Section, methods: tuple[str, ...]
+) -> None:
+    if model == HALF:
+        reference = with_rounded_linears(reference)
     for method in methods:
-        prompts, outputs = generate(method, quantization)
+        prompts, outputs = generate(model, kernels=kernels, method=method)
         for text, prompt, output in zip(PROMPTS, prompts, outputs, strict=True):
             assert len(output) == NUM_TOKENS
             assert output == continuation(reference, prompt, output), (method, text)
+
+
+def test_the_default_keeps_its_matrices_in_the_bits_of_the_file(reference: LlamaForCausalLM) -> None:
+    from engine.linear_numba import pack_linear  # compiles
+    from kernels.numba.packing import unpack
+
+    blocks = reference.model.layers[0], reference.model.layers[-1]
+    matrices = [
+        module.weight.detach() for block in blocks for module in block.modules() if isinstance(module, nn.Linear)
+    ]
+    for weight in [*matrices, reference.lm_head.weight.detach()[:4096]]:
+        packed = pack_linear(weight, "fp16")
+        assert packed.format_name in ("int4", "int8")
+        assert torch.equal(unpack(packed), weight)

@@ -1,0 +1,284 @@
+"""Compiled layers against torch's, in every weight format, and their rows' independence of how they are computed."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from engine.attention import TorchAttention
+from engine.attention_numba import NumbaAttention, scratch_bytes
+from engine.kv_cache import KVCache
+from engine.linear import COMPILED_FORMATS
+from engine.linear_numba import PackedLinear, pack_linears
+from engine.model_runner import ModelRunner
+from engine.models.llama import Llama
+from engine.models.llama_numba import NumbaLlama
+from engine.models.registry import build_model
+from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
+from kernels.numba.packing import unpack
+from kernels.numba.team import Team
+
+BLOCK_SIZE = 16
+VOCAB_SIZE = 99
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+HALF_TURNED = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def sizes(**changes: object) -> dict[str, object]:
+    return {**SIZES, **changes}
+
+
+MODELS = {
+    "llama": LlamaConfig(**sizes()),
+    "llama with biases and tied embeddings": LlamaConfig(
+        **sizes(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=32)
+    ),
+    "llama with odd groups": LlamaConfig(**sizes(hidden_size=48, num_attention_heads=3, num_key_value_heads=1)),
+    "llama 3 rope": LlamaConfig(**sizes(rope_parameters=LLAMA3)),
+    "mistral with a window smaller than the prompt": MistralConfig(**sizes(sliding_window=9)),
+    "qwen2": Qwen2Config(**sizes()),
+    "qwen2 with some windowed layers": Qwen2Config(
+        **sizes(use_sliding_window=True, sliding_window=20, max_window_layers=1)
+    ),
+    "qwen3": Qwen3Config(**sizes(head_dim=32, tie_word_embeddings=True)),
+    "smollm3": SmolLM3Config(**sizes(no_rope_layer_interval=2)),
+    "phi3, half turned": Phi3Config(**sizes(rope_parameters=HALF_TURNED, tie_word_embeddings=False)),
+}
+# How far apart two orders of summing the same numbers may end, relative to the largest logit: 2^-24 some thirty times
+# over. The integer formats round each group of 32 activations to 2^-16 of its largest, in 13 products one after the
+# other; that is a sixtieth of what int8 makes of the weights, which the comparison leaves out.
+TOLERANCES = {"none": 4e-6, "fp16": 4e-6, "int8": 5e-4, "int4": 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Llama:
+    """With weights of a size that lets every part of it show in the logits."""
+    torch.manual_seed(0)
+    model = build_model(copy.deepcopy(config), dtype=dtype)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape) * (0.15 if parameter.ndim > 1 else 0.3)
+        parameter.data.copy_(noise + 1 if "norm" in name else noise)
+    assert isinstance(model, Llama)
+    assert model.why_not_compiled == ""
+    return model
+
+
+def compiled(model: Llama, format_name: str) -> Llama:
+    """A copy with packed matrices."""
+    packed = copy.deepcopy(model)
+    pack_linears(packed, format_name)
+    return packed
+
+
+def unpacked(packed: Llama) -> Llama:
+    """A copy for torch, with the very matrices that the compiled products multiply by."""
+    model = copy.deepcopy(packed).float()
+    places = [(parent, name) for parent in model.modules() for name, _ in parent.named_children()]
+    for parent, name in places:
+        child = getattr(parent, name)
+        if isinstance(child, PackedLinear):
+            linear = nn.Linear(child.matrix.depth, child.matrix.num_rows, bias=child.bias is not None)
+            linear.weight.data, linear.bias = unpack(child.matrix), child.bias
+            setattr(parent, name, linear)
+    return model.requires_grad_(False)
+
+
+def compiled_runner(packed: Llama, *, num_blocks: int = 40, num_threads: int = 1, dtype=torch.float32) -> ModelRunner:
+    layers = packed.attention_layers
+    cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, keys_as_columns=True)
+    team = Team(num_threads, scratch_bytes=scratch_bytes(layers))
+    attention = NumbaAttention(cache, team)
+    return ModelRunner(NumbaLlama(packed, attention, team), cache, attention, block_size=BLOCK_SIZE)
+
+
+def torch_runner(model: Llama, *, dtype: torch.dtype = torch.float32) -> ModelRunner:
+    cache = KVCache(model.attention_layers, num_blocks=40, block_size=BLOCK_SIZE, dtype=dtype)
+    return ModelRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(1)
+    return [[rng.randrange(2, VOCAB_SIZE) for _ in range(length)] for length in (150, 9, 33)]
+
+
+class Texts:
+    """Sequences whose tokens are known, of which a runner computes every row's logits in one way or another."""
+
+    def __init__(self, runner: ModelRunner, *, seed: int = 0) -> None:
+        self.runner, self.rng = runner, random.Random(seed)
+        self.free = self.rng.sample(range(1, 40), 39)
+        self.seqs = [self.sequence(str(i), ids) for i, ids in enumerate(prompts())]
+        self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # by sequence and position
+
+    def sequence(self, name: str, ids: list[int]) -> Sequence:
+        request = Request(request_id=name, prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
+        table = [self.free.pop() for _ in range(0, len(ids) + 8, BLOCK_SIZE)]  # room for drafts that are wrong
+        return Sequence(request=request, token_ids=ids, block_table=table)
+
+    @torch.inference_mode()
+    def run(self, batch: list[Scheduled]) -> list[Tensor]:
+        _, logits = self.runner.forward(batch)
+        return list(logits.clone().split([item.num_logits for item in batch]))
+
+    def whole(self) -> list[Tensor]:
+        """All in one step."""
+        return self.run(
+            [Scheduled(seq, seq.num_tokens, 0, samples=False, num_scored=seq.num_tokens) for seq in self.seqs]
+        )
+
+    def in_pieces(self) -> None:
+        """Random chunks, single tokens and chains of right drafts, in mixed batches; each starts over once."""
+        rng = self.rng
+        while unfinished := [seq for seq in self.seqs if seq.num_computed_tokens < seq.num_tokens]:
+            batch = [self.piece(seq) for seq in rng.sample(unfinished, rng.randint(1, len(unfinished)))]
+            for item, rows in zip(batch, self.run(batch), strict=True):
+                first = item.seq.num_computed_tokens
+                for position, row in enumerate(rows, start=first):
+                    self.logits[self.seqs.index(item.seq), position].append(row)
+                item.seq.num_computed_tokens += item.num_new_tokens
+            for seq in self.seqs:
+                if not seq.num_preemptions and seq.num_computed_tokens > seq.num_tokens // 2:
+                    self.preempt(seq)
+
+    def piece(self, seq: Sequence) -> Scheduled:
+        first = seq.num_computed_tokens
+        num_new = min(seq.num_tokens - first, self.rng.choice([1, 1, 3, 7, 60]))
+        num_drafts = self.rng.choice([0, num_new - 1]) if num_new < 8 else 0
+        seq.draft_token_ids = seq.token_ids[first + num_new - num_drafts : first + num_new]
+        seq.draft_parents = list(range(-1, num_drafts - 1))
+        return Scheduled(seq, num_new, num_drafts, samples=True, num_scored=num_new - num_drafts - 1)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Its blocks go to others, which is to say that it gets them in another order."""
+        seq.num_computed_tokens, seq.num_preemptions = 0, 1
+        self.rng.shuffle(seq.block_table)
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        assert a.shape == b.shape
+        assert b.std() > 1e-3
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("format_name", COMPILED_FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_layers_compute_what_torch_computes_with_the_same_matrices(name: str, format_name: str) -> None:
+    packed = compiled(make_model(MODELS[name]), format_name)
+    ours = Texts(compiled_runner(packed)).whole()
+    theirs = Texts(torch_runner(unpacked(packed))).whole()
+    assert_close(ours, theirs, TOLERANCES[format_name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_formats_lose_nothing_of_a_checkpoint(name: str) -> None:
+    """Which the test above would not see: it compares with whatever the packed matrices hold."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(MODELS[name], dtype)
+        theirs = Texts(torch_runner(copy.deepcopy(model).float())).whole()
+        assert_close(Texts(compiled_runner(compiled(model, "none"))).whole(), theirs, TOLERANCES["none"])
+
+
+@pytest.mark.parametrize(("format_name", "error"), [("fp16", 2e-3), ("int8", 3e-2), ("int4", 0.6)])
+def test_rounded_formats_stay_near_the_checkpoint(format_name: str, error: float) -> None:
+    model = make_model(MODELS["llama"])
+    theirs = torch.cat(Texts(torch_runner(model)).whole())
+    ours = torch.cat(Texts(compiled_runner(compiled(model, format_name))).whole())
+    assert 0 < (ours - theirs).square().mean() <= error**2 * theirs.square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_cache_rounds_keys_and_values_and_nothing_else(dtype: torch.dtype) -> None:
+    packed = compiled(make_model(MODELS["llama"]), "none")
+    ours = Texts(compiled_runner(packed, dtype=dtype)).whole()
+    theirs = Texts(torch_runner(unpacked(packed), dtype=dtype)).whole()
+    # a few keys and values lie so near the middle of two numbers that they are rounded to one here, to the other there
+    assert_close(ours, theirs, 2 * torch.finfo(dtype).eps)
+    exact = Texts(compiled_runner(packed)).whole()
+    assert not torch.equal(ours[0], exact[0])
+
+
+@pytest.mark.parametrize("format_name", COMPILED_FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_has_the_same_bits_however_it_is_computed(name: str, format_name: str) -> None:
+    packed = compiled(make_model(MODELS[name]), format_name)
+    whole = Texts(compiled_runner(packed)).whole()
+    for seed, num_threads in ((1, 1), (2, 3)):
+        texts = Texts(compiled_runner(packed, num_threads=num_threads, num_blocks=41), seed=seed)
+        texts.in_pieces()
+        assert len(texts.logits) == sum(len(ids) for ids in prompts())
+        for (index, position), rows in texts.logits.items():
+            assert all(torch.equal(row, whole[index][position]) for row in rows), (index, position)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window smaller than the prompt", "smollm3"])
+def test_accepted_drafts_of_a_tree_become_part_of_the_context(name: str) -> None:
+    packed = compiled(make_model(MODELS[name]), "none")
+    whole = Texts(compiled_runner(packed)).whole()
+    texts = Texts(compiled_runner(packed), seed=3)
+    for index, seq in enumerate(texts.seqs):
+        seq.num_computed_tokens = 0
+        while (left := seq.num_tokens - seq.num_computed_tokens) > 0:
+            first = seq.num_computed_tokens
+            if left < 5:
+                items, right = [Scheduled(seq, 1, 0, samples=True)], [0]
+            else:  # two right drafts, each after a wrong one, and a right one that follows the second
+                tokens = seq.token_ids[first + 1 : first + 4]
+                wrong = [(token + 1) % VOCAB_SIZE for token in tokens]
+                seq.draft_token_ids = [wrong[0], tokens[0], wrong[1], tokens[1], tokens[2]]
+                seq.draft_parents = [-1, -1, 1, 1, 3]
+                items, right = [Scheduled(seq, 6, 5, samples=True)], [0, 2, 4, 5]
+            [rows] = texts.run(items)
+            expected = whole[index][first : first + len(right)]
+            assert (rows[right] - expected).abs().max() <= TOLERANCES["none"] * expected.abs().max()
+            texts.runner.keep_accepted(items, [Sampled([], accepted=[row - 1 for row in right[1:]])])
+            seq.num_computed_tokens += len(right)
+
+
+def test_logits_are_of_the_rows_that_are_asked_for() -> None:
+    packed = compiled(make_model(MODELS["llama"]), "int8")
+    runner = compiled_runner(packed)
+    hidden = torch.randn(9, packed.hidden_size)
+    logits = runner.model.compute_logits(hidden).clone()
+    assert logits.shape == (9, VOCAB_SIZE)
+    assert logits.is_contiguous()
+    assert torch.equal(runner.model.compute_logits(hidden[::2]), logits[::2])
+    assert runner.model.compute_logits(hidden[:0]).shape == (0, VOCAB_SIZE)

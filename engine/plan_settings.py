@@ -13,6 +13,7 @@ from engine.messages import Setting
 
 if TYPE_CHECKING:
     from engine.machine import Machine
+    from engine.models.loader import ModelFacts
 
 _PANEL = 16  # tokens of a block, or a part of one, that compiled attention scores at once
 
@@ -23,9 +24,10 @@ _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
-# max_num_seqs and max_num_batched_tokens where nobody set them; on a CPU, the second is how long a prompt may hold up
-# the tokens of others: a quarter of a second on two cores, and half as many tokens are computed no slower
-_LIMITS = {"cpu": (32, 256), "cuda": (256, 8192)}
+_MAX_NUM_SEQS = {"cpu": 32, "cuda": 256}  # where nobody set them
+_GPU_BATCHED_TOKENS = 8192
+_CPU_BATCHED_TOKENS = (64, 512)  # least and most; fewer would leave too little beside 32 decoding sequences
+_CPU_STEP_FLOPS = 10e9  # of one thread: an eighth of a second with AVX2
 
 
 class SettingError(ValueError):
@@ -140,17 +142,28 @@ def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resol
     return Resolved(config.kv_cache.dtype, "config")
 
 
-def resolve_limits(config: EngineConfig, device: str) -> tuple[Resolved[int], Resolved[int]]:
-    """(max_num_seqs, max_num_batched_tokens). An auto gives way to the other where that one is set."""
+def resolve_limits(
+    config: EngineConfig, device: str, facts: ModelFacts, *, num_threads: int
+) -> tuple[Resolved[int], Resolved[int]]:
+    """(max_num_seqs, max_num_batched_tokens). An auto gives way to the other where that one is set.
+
+    On a CPU, a step with a prompt in it holds up the tokens of all
+    others, and so is kept to what its threads compute in about an eighth of a second: larger ones are no faster.
+    """
     seqs, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
-    default_seqs, default_tokens = _LIMITS[device]
+    default_seqs, default_tokens, reason = _MAX_NUM_SEQS[device], _GPU_BATCHED_TOKENS, f"for {device}"
+    if device == "cpu":
+        affordable = int(num_threads * _CPU_STEP_FLOPS / (2 * max(1, facts.num_linear_parameters)))
+        least, most = _CPU_BATCHED_TOKENS
+        default_tokens = min(most, max(least, affordable // 16 * 16))
+        reason = "so that a prompt delays other answers by little"
     if seqs == "auto":
         value = default_seqs if tokens == "auto" else min(default_seqs, tokens)
         max_num_seqs = Resolved(value, "default", f"for {device}")
     else:
         max_num_seqs = Resolved(seqs, "config")
     if tokens == "auto":
-        return max_num_seqs, Resolved(max(default_tokens, max_num_seqs.value), "default", f"for {device}")
+        return max_num_seqs, Resolved(max(default_tokens, max_num_seqs.value), "default", reason)
     if tokens < max_num_seqs.value:
         raise SettingError(
             f"scheduler.max_num_batched_tokens is {tokens}, but scheduler.max_num_seqs is {max_num_seqs.value}: each "

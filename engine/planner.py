@@ -93,7 +93,7 @@ def plan_memory(
     quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
     kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
-    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value)
+    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, num_threads=num_threads.value)
     num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
     sizer = Sizer(facts, config, machine, device.value, quantization.value, num_lookahead, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}

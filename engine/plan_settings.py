@@ -147,8 +147,8 @@ def resolve_limits(
 ) -> tuple[Resolved[int], Resolved[int]]:
     """(max_num_seqs, max_num_batched_tokens). An auto gives way to the other where that one is set.
 
-    On a CPU, a step with a prompt in it holds up the tokens of all
-    others, and so is kept to what its threads compute in about an eighth of a second: larger ones are no faster.
+    On a CPU, a step with a prompt in it holds up the tokens of all others, and so is kept to what its threads compute
+    in about an eighth of a second: larger ones are no faster.
     """
     seqs, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
     default_seqs, default_tokens, reason = _MAX_NUM_SEQS[device], _GPU_BATCHED_TOKENS, f"for {device}"

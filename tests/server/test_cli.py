@@ -259,7 +259,7 @@ def test_an_address_of_others_is_refused(host):
 
 
 def test_a_start_shows_its_phases_and_a_curl_that_works(tmp_path):
-    with serving(tmp_path, "counting?load=3", ready=False) as server:
+    with serving(tmp_path, "counting?load=8", ready=False) as server:
         wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503)
         assert httpx.get(server.url + "/livez").status_code == 200
         refused = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "a"})

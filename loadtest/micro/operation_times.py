@@ -56,7 +56,7 @@ class TeamClock:
         run = self._team.run
 
         def timed(program: Program) -> None:
-            cycles = torch.zeros(len(program.operations), dtype=torch.int64)
+            cycles = torch.zeros(1 + len(program.operations), dtype=torch.int64)
             start = time.perf_counter()
             run(program, cycles)
             end = time.perf_counter()
@@ -78,8 +78,8 @@ class TeamClock:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of a program. kinds: of its operations; cycles: of the processor's counter, at the end of each; start,
-    end: of the whole, in seconds"""
+    """One run of a program. kinds: of its operations; cycles: of the processor's counter, at the start and at the end
+    of each; start, end: of the whole, in seconds"""
 
     kinds: list[int]
     cycles: list[int]
@@ -87,13 +87,11 @@ class _Run:
     end: float
 
     def operation_seconds(self, seconds_per_cycle: float) -> list[tuple[str, float]]:
-        """The first operation has what the others leave of the whole: waking the threads is in it."""
         from kernels.numba.program import Operation  # compiles where it was not imported yet
 
         seconds = [(after - before) * seconds_per_cycle for before, after in pairwise(self.cycles)]
-        first = max(self.end - self.start - sum(seconds), 0.0)
         names = [Operation(kind).name.lower() for kind in self.kinds]
-        return list(zip(names, [first, *seconds], strict=True))
+        return list(zip(names, seconds, strict=True))
 
 
 # In this order; what no pattern matches is "norms and other". Operations that only make views or memory do no

@@ -23,6 +23,8 @@ from engine.proposers import build_proposer
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step_stats import ModelCost
 
+MIN_PROMPT_SHARE = 16  # compiled layers take hardly less time for each of fewer rows than for each of 80
+
 Report = Callable[[str, str], None]
 
 
@@ -116,6 +118,7 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
+        min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache)

@@ -17,17 +17,23 @@ from engine.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
+PROMPT_SHARE = 4  # prompt tokens for each sequence that decodes in the same step
 MAX_SCORED_ROWS = 256  # prompt rows of one request whose logits are held at once: at 150k tokens, 150 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
     """max_num_batched_tokens: the token budget of a step. headroom: output tokens per sequence for which room is kept
-    free when another is admitted."""
+    free when another is admitted.
+
+    min_prompt_share: prompt tokens that a step computes even while others decode; None: as many as the budget allows.
+    The more sequences decode, the more of them there are, so that many short answers still find their prompts computed.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    min_prompt_share: int | None = None
     num_lookahead_tokens: int = 0
     headroom: int = 64
 
@@ -43,7 +49,7 @@ class SchedulerLimits:
 class _Plan:
     """A step in the making."""
 
-    budget: int
+    budget: int  # tokens that are left
     items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
 
     def add(self, item: Scheduled) -> None:
@@ -114,7 +120,8 @@ class Scheduler:
         """Plans the next step.
 
         Sequences that lack a single token come first: theirs are the streams that somebody is reading. What is left
-        of the budget goes to those further behind, in order of service, and then to new ones.
+        of the budget, or as much of it as these streams can wait for, goes to those further behind, in order of
+        service, and then to new ones.
         """
         plan = _Plan(self.limits.max_num_batched_tokens)
         num_preemptions = self.num_preemptions
@@ -122,6 +129,8 @@ class Scheduler:
         for index, seq in enumerate(caught_up):
             num_after = len(caught_up) - index - 1  # each of them gets a token before this one's drafts do
             self._continue(seq, plan, max(plan.budget - num_after, 1))
+        if caught_up and self.limits.min_prompt_share is not None:
+            plan.budget = min(plan.budget, max(self.limits.min_prompt_share, PROMPT_SHARE * len(caught_up)))
         for seq in [seq for seq in self.running if not _is_caught_up(seq)]:
             self._continue(seq, plan, plan.budget)
         if self.num_preemptions == num_preemptions:

@@ -156,23 +156,29 @@ def make_world() -> Callable[..., World]:
         budget: int = 16,
         max_num_seqs: int = 8,
         max_model_len: int = 64,
+        min_prompt_share: int | None = None,
         seed: int = 0,
         **options: int | bool | None,
     ) -> World:
         kv = KVCacheManager(num_blocks, block_size, **options)
         limits = SchedulerLimits(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=max_model_len, headroom=8
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+            min_prompt_share=min_prompt_share,
+            headroom=8,
         )
         return World(Scheduler(kv, limits), random.Random(seed))
 
     return make
 
 
-@pytest.mark.parametrize("window", [None, 10])
-@pytest.mark.parametrize("num_blocks", [18, 40])
-def test_random_operations_keep_every_invariant(make_world, num_blocks, window):
+@pytest.mark.parametrize(
+    ("num_blocks", "window", "min_prompt_share"), [(18, None, 2), (18, 10, None), (40, None, None), (40, 10, 1)]
+)
+def test_random_operations_keep_every_invariant(make_world, num_blocks, window, min_prompt_share):
     """Add, step, abort and crash-replay in random order: 25,000 operations for each of four worlds."""
-    world = make_world(num_blocks=num_blocks, window=window, seed=num_blocks)
+    world = make_world(num_blocks=num_blocks, window=window, min_prompt_share=min_prompt_share, seed=num_blocks)
     rng, alive, requests, num_aborted = world.rng, set(), {}, 0
     for operation in range(25_000):
         kind = rng.random()
@@ -248,6 +254,21 @@ def test_decodes_run_in_every_step_while_a_long_prompt_is_read(make_world):
     for _ in range(20):
         assert [output.request_id for output in world.step()] == ["short"]
         assert sum(item.num_new_tokens for item in world.last_batch) == 8
+
+
+@pytest.mark.parametrize(("num_decoding", "share"), [(0, 40), (1, 6), (2, 8), (5, 20), (8, 32)])
+def test_prompts_get_a_share_that_grows_with_the_number_of_streams_that_wait_for_them(make_world, num_decoding, share):
+    world = make_world(num_blocks=200, budget=40, max_num_seqs=9, max_model_len=256, min_prompt_share=6)
+    world.with_drafts = False
+    for index in range(num_decoding):
+        world.add(_plain(f"stream {index}", [index % VOCAB_SIZE, index // VOCAB_SIZE], 40))
+    while any(seq.num_output_tokens == 0 for seq in world.scheduler.running) or len(world.scheduler.waiting):
+        world.step()
+    world.add(_plain("long", [2] * 150, 1))
+    for _ in range(3):
+        outputs = world.step()
+        assert len(outputs) == num_decoding  # each stream goes on
+        assert sum(item.num_new_tokens for item in world.last_batch) == num_decoding + share
 
 
 def test_lower_priority_numbers_start_first(make_world):

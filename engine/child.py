@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import os
 import re
@@ -81,7 +82,7 @@ class OutputTail(asyncio.Protocol):
 
 
 class EngineChild:
-    """One engine process. Use `spawn_child`; `end` must be awaited once, whatever happened before."""
+    """One engine process. Made by `LaunchedChild.attach`; `end` must be awaited once, whatever happened before."""
 
     def __init__(
         self,
@@ -177,9 +178,43 @@ class EngineChild:
         return None if error is None else str(error)
 
 
-async def spawn_child(
-    factory: str, on_message: Callable[[FromEngine], None], *, heartbeat_interval: float
-) -> EngineChild:
+@dataclass(slots=True)
+class LaunchedChild:
+    """An engine process that nobody hears yet. It is busy with its imports until it gets a Configure message."""
+
+    process: subprocess.Popen[bytes]
+    note: CrashNote
+    output_file: io.RawIOBase
+    socket: socket.socket
+    is_attached: bool = False
+
+    async def attach(self, on_message: Callable[[FromEngine], None]) -> EngineChild:
+        """Within the event loop of the server, once. What the process has said by now is heard first."""
+        assert not self.is_attached, "attached twice"
+        loop = asyncio.get_running_loop()
+        try:
+            output, tail = await loop.connect_read_pipe(OutputTail, self.output_file)
+            child = EngineChild(self.process, self.note, tail, output, on_message)
+            self.socket.setblocking(False)
+            await loop.create_unix_connection(lambda: child.connection, sock=self.socket)
+        except BaseException:
+            self.discard()
+            raise
+        self.is_attached = True  # from here on, all of it is released by the child's `end`
+        return child
+
+    def discard(self) -> None:
+        """Ends a process that is not wanted after all; nothing happens if it was attached."""
+        if self.is_attached:
+            return
+        self.process.kill()
+        self.process.wait()
+        self.note.close()
+        self.output_file.close()
+        self.socket.close()
+
+
+def launch_child(factory: str, *, heartbeat_interval: float) -> LaunchedChild:
     """Starts an engine process. Call on a thread that lives as long as the server: the kernel ends the child with it.
 
     The child gets a session of its own, so that Ctrl-C at the terminal reaches the server alone.
@@ -196,15 +231,8 @@ async def spawn_child(
         note = CrashNote(os.dup(note_fd))
         ours.callback(note.close)
         process = _launch((their_socket.fileno(), note_fd), write_fd, factory, heartbeat_interval)
-        ours.callback(process.wait)
-        ours.callback(process.kill)
-        loop = asyncio.get_running_loop()
-        output, tail = await loop.connect_read_pipe(OutputTail, output_file)
-        child = EngineChild(process, note, tail, output, on_message)
-        our_socket.setblocking(False)
-        await loop.create_unix_connection(lambda: child.connection, sock=our_socket)
-        ours.pop_all()  # from here on, all of it is released by `end`
-        return child
+        ours.pop_all()
+        return LaunchedChild(process, note, output_file, our_socket)
 
 
 def _launch(fds: tuple[int, int], output_fd: int, factory: str, heartbeat_interval: float) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
+from engine.child import LaunchedChild, launch_child
 from engine.config import EngineConfig
 from engine.dispatch import Dispatcher
 from engine.journal import EngineError
@@ -12,9 +13,14 @@ from engine.messages import Failed, ModelInfo
 from engine.supervisor import EngineObserver, EngineState, SupervisionLimits, Supervisor
 from engine.types import Request, StepOutput
 
-__all__ = ["EngineClient", "EngineError", "EngineObserver", "EngineState", "SupervisionLimits"]
+__all__ = ["EngineClient", "EngineError", "EngineObserver", "EngineState", "SupervisionLimits", "launch_engine"]
 
 FACTORY = "engine.build:build_engine"
+
+
+def launch_engine() -> LaunchedChild:
+    """Starts the engine process ahead of the client that it is for, so that its imports run beside the server's."""
+    return launch_child(FACTORY, heartbeat_interval=SupervisionLimits().heartbeat_interval)
 
 
 class EngineClient:
@@ -27,10 +33,17 @@ class EngineClient:
         *,
         limits: SupervisionLimits | None = None,
         factory: str = FACTORY,
+        first_child: LaunchedChild | None = None,
     ) -> None:
+        """first_child: of `launch_engine`"""
         self._dispatcher = Dispatcher(observer)
         self._supervisor = Supervisor(
-            config, observer, self._dispatcher, limits=limits or SupervisionLimits(), factory=factory
+            config,
+            observer,
+            self._dispatcher,
+            limits=limits or SupervisionLimits(),
+            factory=factory,
+            first_child=first_child,
         )
 
     async def start(self) -> None:

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import faulthandler
 import gc
-import importlib
 import importlib.util
 import logging
 import os
@@ -22,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from engine.config import EngineConfig
 from engine.crash_note import CrashNote
@@ -41,6 +40,7 @@ from engine.messages import (
     Step,
     ToEngine,
 )
+from engine.places import load_object
 from engine.types import Request, Scheduled, StepOutput, StepStats
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -156,15 +156,16 @@ class EngineLoop:
 
 def run(connection: Connection, note: CrashNote, *, factory: str, heartbeat_interval: float) -> int:
     """The life of the process after its set-up. Returns the exit code; every failure was told to the server."""
+    pulse = Pulse(connection, interval=heartbeat_interval)
     try:
+        build = load_factory(factory)  # seconds of imports: the server may still be busy with its own
         config = _receive_config(connection)
     except EOFError:  # the server ended before it said what to run
         return 0
     except Exception as error:
         return _fail(connection, describe_failure(error), error)
-    pulse = Pulse(connection, interval=heartbeat_interval)
     try:
-        engine, model = load_factory(factory)(config, lambda name, detail: connection.send(Phase(name, detail)))
+        engine, model = build(config, lambda name, detail: connection.send(Phase(name, detail)))
     except Exception as error:  # border: whatever went wrong becomes a message and an exit code
         return _fail(connection, describe_failure(error), error)
     engine.on_batch = note.write
@@ -193,8 +194,7 @@ def load_factory(name: str) -> EngineFactory:
     """Finds the function that builds the engine: "package.module:function" or "path/to/file.py:function"."""
     place, _, function = name.rpartition(":")
     if not place.endswith(".py"):
-        factory: EngineFactory = getattr(importlib.import_module(place), function)
-        return factory
+        return cast(EngineFactory, load_object(name))
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)
     assert spec is not None
     assert spec.loader is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from engine.child import Ending, EngineChild, spawn_child
+from engine.child import Ending, EngineChild, LaunchedChild, launch_child
 from engine.config import EngineConfig
 from engine.crash_report import CrashReport, Death, describe_death, installed_versions, write_crash_report
 from engine.messages import Configure, Failed, FromEngine, ModelInfo, Phase, Ready, Shutdown, Step, ToEngine
@@ -92,13 +92,16 @@ class Supervisor:
         *,
         limits: SupervisionLimits,
         factory: str,
+        first_child: LaunchedChild | None = None,
     ) -> None:
+        """first_child: a process of this factory, launched before there was an event loop."""
         # only the engine's own sections: the server's subclass of the config holds keys that must not cross
         self._config_json = config.model_dump_json(include=set(EngineConfig.model_fields))
         self._observer = observer
         self._listener = listener
         self._limits = limits
         self._factory = factory
+        self._launched = first_child
         self._child: EngineChild | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -149,8 +152,10 @@ class Supervisor:
 
     async def _live_once(self) -> bool:
         """Runs one process from its start to its end. Returns whether another is worth a try."""
-        child = await spawn_child(self._factory, self._take, heartbeat_interval=self._limits.heartbeat_interval)
-        self._child = child
+        launched, self._launched = self._launched, None
+        if launched is None:
+            launched = launch_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
+        self._child = child = await launched.attach(self._take)
         self._has_been_ready = False
         try:
             child.connection.closed.add_done_callback(lambda closed: self._wake.set())

@@ -8,11 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from pydantic import JsonValue
 
+from engine.client import EngineClient, launch_engine
 from engine.messages import EXIT_CODES
 from server.console import complain
 from server.settings import (
@@ -76,9 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(loaded: LoadedConfig) -> int:
-    from server.serve import serve
+    launched = launch_engine()  # its imports take seconds, and the server's run meanwhile
+    try:
+        from server.serve import serve
 
-    return serve(loaded)
+        return serve(loaded, make_engine=partial(EngineClient, first_child=launched))
+    finally:
+        launched.discard()
 
 
 def make_parser() -> Parser:

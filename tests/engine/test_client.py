@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
+from engine.child import launch_child
 from engine.client import EngineClient, EngineError, EngineState
 
 crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
@@ -49,6 +50,31 @@ async def test_a_request_made_before_the_engine_is_ready_waits_for_it() -> None:
     assert (client.state, client.phase) == (EngineState.READY, "ready")
     assert client.model is not None
     await client.stop()
+
+
+async def test_a_process_launched_ahead_is_the_first_that_runs_and_another_follows_it() -> None:
+    launched = launch_child(crossing.FACTORY, heartbeat_interval=0.2)
+    limits, request = crossing.QUICK, make_request("r")
+    client = EngineClient(
+        crossing.make_config(), crossing.Recorder(), limits=limits, factory=crossing.FACTORY, first_child=launched
+    )
+    await client.start()
+    assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+    assert client.pid == launched.process.pid
+    launched.discard()  # too late: it is the client's
+    os.kill(launched.process.pid, signal.SIGKILL)
+    await crossing.until(lambda: client.num_restarts == 1 and client.state is EngineState.READY)
+    assert client.pid != launched.process.pid
+    await client.stop()
+
+
+async def test_a_process_launched_ahead_imports_before_anybody_speaks_to_it_and_can_be_ended(tmp_path: Path) -> None:
+    place, imported = tmp_path / "slow.py", tmp_path / "imported"
+    place.write_text(f"from pathlib import Path\nPath({str(imported)!r}).touch()\ndef build(config, report): ...\n")
+    launched = launch_child(f"{place}:build", heartbeat_interval=0.2)
+    await crossing.until(imported.exists)
+    launched.discard()
+    assert not crossing.process_state(launched.process.pid)
 
 
 async def test_the_counters_follow_a_request_from_the_queue_to_its_end() -> None:

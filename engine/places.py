@@ -1,0 +1,12 @@
+"""Objects by the place where they are: "module:name", so that a module is imported only when it is wanted."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+
+def load_object(place: str) -> object:
+    """What "module:name" names, as the registries write it. ImportError or AttributeError where there is none."""
+    module, _, name = place.partition(":")
+    found: object = getattr(import_module(module), name)
+    return found

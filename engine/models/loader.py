@@ -22,6 +22,7 @@ from engine.models.generation_defaults import find_eos_token_ids, read_generatio
 from engine.models.gguf_file import gguf_config, gguf_weights
 from engine.models.gguf_header import read_gguf_header
 from engine.models.model import ExpertFacts, Model
+from engine.models.plain_config import read_plain_config
 from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.models.tokenizer import load_tokenizer_assets
@@ -115,7 +116,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
         _fill(model, source, dtype)
         digest = digest_weights(source)
     report("tokenizer", config.tokenizer or config.path)
-    tokenizer = _load_tokenizer(source, config, model.vocab_size)
+    tokenizer = _load_tokenizer(source, config, hf_config, model.vocab_size)
     generation = _read_generation_config(source)
     eos_token_ids = find_eos_token_ids(hf_config, generation, tokenizer)
     parameters = list(model.parameters())
@@ -137,6 +138,10 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
 def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
     if source.kind == "gguf":
         return gguf_config(read_gguf_header(source.path), implementation=config.implementation)
+    if config.implementation != "transformers":
+        plain = read_plain_config(source.path)
+        if plain is not None:
+            return plain
     from transformers import AutoConfig  # seconds: it imports the config of every family
 
     try:
@@ -171,15 +176,17 @@ def _fill(model: Model, source: ModelSource, dtype: torch.dtype) -> None:
 def _weights(source: ModelSource, dtype: torch.dtype, num_threads: int) -> Iterator[tuple[str, Tensor]]:
     if source.kind == "gguf":
         return gguf_weights(read_gguf_header(source.path), dtype, num_threads=num_threads)
-    return safetensors_weights(source, dtype)
+    return safetensors_weights(source)
 
 
-def _load_tokenizer(source: ModelSource, config: ModelConfig, vocab_size: int) -> TokenizerAssets:
+def _load_tokenizer(
+    source: ModelSource, config: ModelConfig, hf_config: PreTrainedConfig, vocab_size: int
+) -> TokenizerAssets:
     """Random weights speak any language: where a directory for them has no tokenizer, bytes are its tokens."""
     is_dummy = config.load_format == "dummy" and config.tokenizer is None and source.kind == "directory"
     if is_dummy and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         return byte_tokenizer(vocab_size)
-    return load_tokenizer_assets(source, config)
+    return load_tokenizer_assets(source, config, hf_config)
 
 
 def _read_generation_config(source: ModelSource) -> GenerationConfig | None:

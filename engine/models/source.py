@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -124,14 +123,13 @@ def _from_hub(config: ModelConfig, report: Report) -> Path:
         ) from error
 
 
-def safetensors_weights(source: ModelSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time; floats become `dtype`."""
+def safetensors_weights(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time, in the dtype of the file: views of its pages, which nothing reads until it must."""
     for file in source.weight_files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # no mapping
-                    weight: Tensor = tensors.get_tensor(name)
-                    yield name, weight.to(dtype) if weight.is_floating_point() else weight
+                    yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is cut short or damaged ({error}); download it again") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
@@ -17,17 +17,17 @@ from engine.models.source import ModelSource
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def load_tokenizer_assets(source: ModelSource, config: ModelConfig) -> TokenizerAssets:
+def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: PreTrainedConfig) -> TokenizerAssets:
     """The tokenizer of the model, or the one that `config.tokenizer` names; with `config.chat_template` if set.
 
-    ModelError where there is none, or none that works without Python code of its own.
+    hf_config: of the model. ModelError where there is none, or none that works without Python code of its own.
     """
     if config.tokenizer is not None:
         assets = hugging_face_tokenizer(config.tokenizer)
     elif source.kind == "gguf":
         assets = gguf_tokenizer(read_gguf_header(source.path))
     else:
-        assets = hugging_face_tokenizer(str(source.path))
+        assets = hugging_face_tokenizer(str(source.path), hf_config)
     if config.chat_template is None:
         return assets
     return TokenizerAssets(
@@ -38,12 +38,17 @@ def load_tokenizer_assets(source: ModelSource, config: ModelConfig) -> Tokenizer
     )
 
 
-def hugging_face_tokenizer(name: str) -> TokenizerAssets:
-    """The tokenizer of a directory or hub id. ModelError where transformers cannot make a fast one."""
-    from transformers import AutoTokenizer  # seconds: it imports the config of every family
+def hugging_face_tokenizer(name: str, hf_config: PreTrainedConfig | None = None) -> TokenizerAssets:
+    """The tokenizer of a directory or hub id. ModelError where transformers cannot make a fast one.
+
+    hf_config: of the model there. Without it transformers reads it again, and may import for seconds to do so.
+    """
+    from transformers import AutoTokenizer  # a second: it knows the names of every family
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, config=hf_config, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{name} has no tokenizer that can be loaded: {_first_line(error)}; name another in model.tokenizer"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import cast
 
 import torch
 
@@ -15,8 +17,9 @@ from engine.models.llama import Llama
 from engine.models.model import Model
 from engine.models.operations import load_operations
 from engine.one_token_runner import OneTokenRunner
+from engine.places import load_object
 from engine.planner import MemoryPlan
-from engine.sampler import SAMPLERS, Sampler
+from engine.sampler import SAMPLERS, TokenSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,8 @@ class BackEnd:
             from engine.attention_triton import TritonAttention
 
             return TritonAttention(cache, one_path=True)
-        module, _, attribute = ATTENTION_BACKENDS[self.plan.kernels].partition(":")
-        attention: AttentionBackend = getattr(import_module(module), attribute)(cache)
-        return attention
+        make = cast(Callable[[KVCache], AttentionBackend], load_object(ATTENTION_BACKENDS[self.plan.kernels]))
+        return make(cache)
 
     def make_runner(self, model: Model, cache: KVCache) -> ModelRunner:
         plan = self.plan
@@ -74,10 +76,9 @@ class BackEnd:
             return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
         return ModelRunner(model, cache, self.make_attention(cache), block_size=plan.block_size)
 
-    def make_sampler(self, vocab_size: int) -> Sampler:
-        module, _, attribute = SAMPLERS[self.plan.kernels].partition(":")
-        sampler: Sampler = getattr(import_module(module), attribute)(vocab_size)
-        return sampler
+    def make_sampler(self, vocab_size: int) -> TokenSampler:
+        make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
+        return make(vocab_size)
 
     @property
     def _fixes_rows(self) -> bool:

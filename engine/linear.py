@@ -5,15 +5,16 @@ What a format costs and gains is measured by `python -m loadtest.micro.linear`; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from engine.places import load_object
 from kernels.int8_linear import (
     SCRATCH_ELEMENTS,
     dequantize_int8,
@@ -29,8 +30,6 @@ FORMATS = {
     "fp16": "engine.linear:HalfFormat",
     "int8": "engine.linear:Int8Format",
 }
-
-
 COMPILED_FORMATS = {  # of `engine.linear_numba`, which is imported only where it runs
     "none": "bfloat16, float16 or float32, whichever holds every weight of a matrix as it is",
     "fp16": "float16, or what is smaller and holds every weight: bfloat16, or the int8 or int4 of a GGUF file",
@@ -42,9 +41,7 @@ COMPILED_FORMATS = {  # of `engine.linear_numba`, which is imported only where i
 class QuantFormat(Protocol[W]):
     """A way to store a weight matrix: W is what is stored."""
 
-    packs_with_one_thread: ClassVar[
-        bool
-    ]  # `quantize` is not parallel in itself, so several matrices may be packed at once
+    packs_with_one_thread: ClassVar[bool]  # `quantize` is not parallel in itself: several matrices are packed at once
 
     def accepts(self, weight: Tensor) -> bool:
         """Whether this matrix gains by it. A matrix that is not accepted stays as it is."""
@@ -88,8 +85,7 @@ def prepare_linears(model: nn.Module, format_name: str, *, num_threads: int = 1)
     """
     if format_name not in FORMATS:
         raise ValueError(f"model.quantization is {format_name!r}, but the formats are {', '.join(FORMATS)}")
-    module, _, name = FORMATS[format_name].partition(":")
-    quant_format: QuantFormat[object] = getattr(import_module(module), name)()
+    quant_format = cast(Callable[[], QuantFormat[object]], load_object(FORMATS[format_name]))()
     num_at_once = num_threads if quant_format.packs_with_one_thread else 1
     num_before = torch.get_num_threads()
     torch.set_num_threads(num_threads // num_at_once)

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, SIZES
 from kernels.numba.lanes import GROUP
-from kernels.numba.linear import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
-from kernels.numba.packing import SIZES, SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly
+from kernels.numba.packing import SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly
 
 
 class PackedLinear(nn.Module):

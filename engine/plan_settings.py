@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from engine.config import EngineConfig
 from engine.linear import COMPILED_FORMATS, FORMATS
 from engine.messages import Setting
+from kernels.panel import PANEL
 
 if TYPE_CHECKING:
     from engine.machine import Machine
     from engine.models.loader import ModelFacts
-
-_PANEL = 16  # tokens of a block, or a part of one, that compiled attention scores at once
 
 T = TypeVar("T", str, int)
 
@@ -88,8 +87,8 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
     why_not_compiled: of the model
     """
     wanted = config.device.kernels
-    if device == "cpu" and config.kv_cache.block_size % _PANEL and not why_not_compiled:
-        why_not_compiled = f"kv_cache.block_size {config.kv_cache.block_size}, no multiple of {_PANEL}"
+    if device == "cpu" and config.kv_cache.block_size % PANEL and not why_not_compiled:
+        why_not_compiled = f"kv_cache.block_size {config.kv_cache.block_size}, no multiple of {PANEL}"
     if wanted == "auto":
         if device == "cuda":
             return Resolved("triton", "default", "for cuda")
@@ -155,7 +154,7 @@ def resolve_limits(
     if device == "cpu":
         affordable = int(num_threads * _CPU_STEP_FLOPS / (2 * max(1, facts.num_linear_parameters)))
         least, most = _CPU_BATCHED_TOKENS
-        default_tokens = min(most, max(least, affordable // 16 * 16))
+        default_tokens = min(most, max(least, affordable // PANEL * PANEL))
         reason = "so that a prompt delays other answers by little"
     if seqs == "auto":
         value = default_seqs if tokens == "auto" else min(default_seqs, tokens)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
+
+from engine.places import load_object
 
 TRITON_PARTS = {
     "attention": "kernels.triton.attention:paged_attention",
@@ -38,14 +41,13 @@ def describe_triton_kernels(device: torch.device, dtype: torch.dtype) -> dict[st
 
 
 def _find(place: str) -> str:
-    module, _, name = place.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = cast(Callable[..., object], load_object(place))
     except (ImportError, AttributeError) as error:
         return f"MISSING, {error}"
     function = inspect.unwrap(getattr(found, "fn", found))  # of what triton.jit wraps
     file = Path(inspect.getfile(function))
-    return f"{name}, {'/'.join(file.parts[-3:])}"
+    return f"{place.partition(':')[2]}, {'/'.join(file.parts[-3:])}"
 
 
 def _provenance(device: torch.device) -> str:

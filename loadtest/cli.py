@@ -24,7 +24,8 @@ from loadtest.planning import cases_of, hosts_of, seed_of
 from loadtest.plot import html_page
 from loadtest.progress import TerminalProgress
 from loadtest.report import report
-from loadtest.session import Session, load, save
+from loadtest.result_files import save_result
+from loadtest.session import Session, load
 
 Result = TypeVar("Result")
 
@@ -108,12 +109,12 @@ def _show(session: Session, options: argparse.Namespace) -> None:
             return
         print(report(session.measurements[0]), f"\n  seed               {session.seed}", sep="")
         if options.json is not None:
-            save(session, options.json)
+            save_result(session, options.json)
         return
     print(terminal_table(session))
     moment = session.environment.date[:19].replace(":", "").replace("T", "-")
     path = Path(options.results) / f"{moment}-{options.name}.json"
-    save(session, path)
+    save_result(session, path)
     path.with_suffix(".html").write_text(html_page(session))
     print(f"\nwritten: {path} and {path.with_suffix('.html').name}")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from loadtest.environment import Environment
+from loadtest.result_files import load_result
 from loadtest.statistics import Figures
 
 
@@ -91,14 +90,6 @@ class Session:
         return [m for m in rounds if not m.is_disturbed] or rounds
 
 
-def save(session: Session, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(session), indent=1) + b"\n")
-
-
 def load(path: Path) -> Session:
     """Raises ValueError if the file is no session."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Session)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is no result of this load generator: {error}") from error
+    return load_result(path, Session, origin="this load generator")

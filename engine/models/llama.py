@@ -18,6 +18,7 @@ from engine.models.architecture import Architecture, read_architecture
 from engine.models.model import Model, check_weight_names
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
+from kernels.panel import PANEL
 
 
 def make_linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
@@ -30,9 +31,6 @@ def make_linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.d
     if bias:
         linear.bias = nn.Parameter(torch.empty(num_outputs, dtype=dtype), requires_grad=False)
     return linear
-
-
-PANEL = 16  # columns that compiled products compute at once
 
 
 class RMSNorm(nn.Module):

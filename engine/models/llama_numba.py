@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.attention_numba import KINDS, NumbaAttention
+from engine.attention_numba import NumbaAttention
 from engine.forward_batch import ForwardBatch
 from engine.linear_numba import PackedLinear
-from engine.models.llama import MLP, PANEL, Block, Llama
+from engine.models.llama import MLP, Block, Llama
 from engine.models.rope import RotaryEmbedding
-from kernels.numba.lanes import GROUP
-from kernels.numba.linear import BLOCK_ROWS, INT4, INT8
+from kernels.numba.formats import FORMAT_OF, INT4, INT8
+from kernels.numba.lanes import GROUP, LANES
+from kernels.numba.linear import BLOCK_ROWS
 from kernels.numba.packing import PackedMatrix
 from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.team import Program, Team, operation
@@ -43,7 +44,7 @@ class NumbaLlama:
             self._buffers = _Buffers(self._model, -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS)
             self._program = Program(self._operations(), attention.step)
         layer = self.attention_layers[0]
-        attention.cut_tiles(layer.num_heads // layer.num_kv_heads)
+        attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
         attention.set_rotations([rope(batch.positions, torch.float32) for rope in self._model.ropes])
         self._team.run(self._program)
         return self._buffers.normed[:num_rows]
@@ -64,19 +65,11 @@ class NumbaLlama:
         logits = self._head.logits[:num_rows]
         return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
 
-    def profile(self) -> list[tuple[str, float]]:
-        """Runs the layers of the last step again, which changes nothing, and tells the seconds of each operation."""
-        times: list[tuple[str, float]] = self._team.profile(self._program)
-        return times
-
     def _operations(self) -> list[list[int]]:
         model, buffers = self._model, self._buffers
         table = model.embed_tokens.weight
-        operations = [
-            operation(
-                Operation.GATHER, table.data_ptr(), KINDS[table.dtype], buffers.residual.data_ptr(), self.hidden_size
-            )
-        ]
+        where = (table.data_ptr(), FORMAT_OF[table.dtype], buffers.residual.data_ptr())
+        operations = [operation(Operation.GATHER, *where, self.hidden_size)]
         self._keeps = [table]
         for block in model.blocks():
             operations += self._block(block)
@@ -139,12 +132,13 @@ class NumbaLlama:
             values = self._floats(bias)
             operations.append(operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds)))
             adds = True
+        # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
         at_once = max(2, min(16, matrix.num_panels // (6 * self._team.num_threads) // 2 * 2))
         where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
         return [
             *operations,
             operation(
-                Operation.MULTIPLY, 0, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
+                Operation.MULTIPLY, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
                 int(adds),
             ),
         ]  # fmt: skip
@@ -184,7 +178,7 @@ class _HeadBuffers:
         self.matrix, self.num_rows = matrix, num_rows
         self.hidden = torch.empty(num_rows, matrix.depth)
         self.rounded = _Buffers.for_rounding(num_rows, matrix.depth)
-        self.logits = torch.empty(num_rows, matrix.num_panels * PANEL)
+        self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
 
 
 def _packed(linear: object) -> PackedMatrix:

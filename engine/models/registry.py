@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Literal, Protocol, cast
 
 import torch
@@ -10,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from engine.models.architecture import UnsupportedArchitectureError, check_is_causal_lm
 from engine.models.model import Model
+from engine.places import load_object
 
 MODELS = {  # config.model_type -> "module:Class"
     "llama": "engine.models.llama:Llama",  # SmolLM2 too
@@ -58,15 +58,10 @@ def _fallback(config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: in
     from transformers.initialization import no_init_weights  # seconds: it imports what only the fallback needs
 
     with no_init_weights():
-        return _class_at(FALLBACK).from_config(config, dtype=dtype, max_model_len=max_model_len)
+        return cast(ModelClass, load_object(FALLBACK)).from_config(config, dtype=dtype, max_model_len=max_model_len)
 
 
 def _own_class(config: PreTrainedConfig) -> ModelClass:
     if config.model_type not in MODELS:
         raise UnsupportedArchitectureError(f"{config.model_type} has no layers of our own; {', '.join(MODELS)} have")
-    return _class_at(MODELS[config.model_type])
-
-
-def _class_at(path: str) -> ModelClass:
-    module, _, name = path.partition(":")
-    return cast(ModelClass, getattr(importlib.import_module(module), name))
+    return cast(ModelClass, load_object(MODELS[config.model_type]))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol, cast
 
 from engine.config import SpeculationConfig
+from engine.places import load_object
 from engine.proposers.proposer import Proposer
 
 PROPOSERS = {  # speculation.method -> "module:Class"
@@ -22,5 +22,4 @@ def build_proposer(config: SpeculationConfig) -> Proposer:
     """The configured proposer. Raises ValueError for a method that is not there or settings that contradict."""
     if config.method not in PROPOSERS:
         raise ValueError(f"speculation.method is {config.method!r}, but must be one of {', '.join(PROPOSERS)}")
-    module, _, name = PROPOSERS[config.method].partition(":")
-    return cast(_ProposerClass, getattr(importlib.import_module(module), name)).from_config(config)
+    return cast(_ProposerClass, load_object(PROPOSERS[config.method])).from_config(config)

@@ -19,7 +19,8 @@ def _cache_directory() -> Path:
     Where none can be written, one that lasts as long as the process, so that each start compiles.
     """
     digest = hashlib.sha256(numba.__version__.encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    package = Path(__file__).parent
+    for source in (*sorted(package.glob("*.py")), package.parent / "panel.py"):
         digest.update(source.read_bytes())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = root / "peregrine" / "kernels" / digest.hexdigest()[:16]

@@ -11,12 +11,12 @@ import math
 import numpy as np
 from numba import njit, types
 
-from kernels.numba.elementwise import BFLOAT16, FLOAT32
+from kernels.numba.formats import BFLOAT16, FLOAT32
 from kernels.numba.lanes import LANES, exponentiate
 from kernels.numba.memory import flags, floats, integers
-from kernels.numba.tiles import MAX_ROWS, multiply_bfloat16, multiply_float16, multiply_float32
+from kernels.numba.tiles import multiply_bfloat16, multiply_float16, multiply_float32, rows_of_next_tile
 
-SPAN = 128  # keys scored at once; a multiple of every block size
+SPAN = 128  # keys scored at once; a multiple of LANES
 TILE_ROWS = 48  # (token, query head) rows of a unit, unless one token has more heads
 _UNSEEN = np.float32(-1e30)  # score of a key that the row may not see
 _LOWEST = np.float32(-1e29)  # largest score before there was any: e^(_UNSEEN - _LOWEST) is 0
@@ -29,8 +29,7 @@ def _multiply(kind, rows, x, ldx, w, w_stride, depth, out, ldo, adds):
     """One panel of 16 columns for any number of rows."""
     row = 0
     while row < rows:
-        remaining = rows - row
-        tile = -(-remaining // -(-remaining // MAX_ROWS))
+        tile = rows_of_next_tile(rows - row)
         source, target = x + row * ldx * 4, out + row * ldo * 4
         if kind == FLOAT32:
             multiply_float32((tile, 1, source, ldx, w, w_stride, 0, depth, target, ldo, adds))
@@ -54,7 +53,7 @@ def _copy_queries(qkv, target, first_token, num_tokens, group, first_head, row_f
 
 @njit
 def _hide(scores, start, low, high):
-    """Masks what a row does not see of the span that begins at key `start`: it sees keys low..high."""
+    """Masks what a row does not see of the span that begins at key `start`: it sees those from `low` to `high` - 1."""
     for key in range(SPAN):
         if start + key < low or start + key >= high:
             scores[key] = _UNSEEN
@@ -188,11 +187,12 @@ def attend_unit(
                 )  # fmt: skip
             first += depth
         start += SPAN
-    _write(out, sums, states, first_token, group, kv_head, num_heads, size, rows)
+    _write_means(out, sums, states, first_token, group, kv_head, num_heads, size, rows)
 
 
 @njit([types.void(*[types.int64] * 9)], cache=True)
-def _write(out, sums, states, first_token, group, kv_head, num_heads, size, rows):
+def _write_means(out, sums, states, first_token, group, kv_head, num_heads, size, rows):
+    """out = sums of weighted values / sums of weights"""
     for row in range(rows):
         token, head = row // group, row % group
         target = floats(out + ((first_token + token) * num_heads + kv_head * group + head) * size * 4, size)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
+from kernels.numba.formats import BFLOAT16, FLOAT32
 from kernels.numba.lanes import GROUP, LANES, round_groups, silu_and_multiply
 from kernels.numba.memory import (
     bfloat16_value,
@@ -21,14 +22,12 @@ from kernels.numba.memory import (
     words,
 )
 
-FLOAT32, BFLOAT16, FLOAT16 = range(3)  # how elements are stored
-
 # sums may be reordered, so that they are vectors; NaN and infinity stay what they are
-_REORDERED = {"reassoc", "contract", "nsz"}
+REORDERED = {"reassoc", "contract", "nsz"}
 _FUSED = {"contract"}
 
 
-@njit(fastmath=_REORDERED)
+@njit(fastmath=REORDERED)
 def _inverse_norm(x, size, eps):
     """1 / sqrt(mean of squares + eps)"""
     total = np.float32(0.0)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16
+from kernels.panel import PANEL
+
+LANES = PANEL  # a vector is one row of a panel
 GROUP = 32  # elements along the depth that share the scale of an integer format, as in GGUF's blocks
 STEPS = 32767.0  # of a 16-bit integer, on either side of zero
 
@@ -27,12 +28,11 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
     """A scalar in all lanes."""
     vector = ir.VectorType(scalar.type, LANES)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
-    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(INTS, [0] * LANES))
 
 
 def constant(value: float) -> ir.Constant:
-    """A number in all lanes. value: one that float32 holds, or as near as it comes"""
+    """A number, rounded to float32, in all lanes."""
     return ir.Constant(FLOATS, [value] * LANES)
 
 
@@ -44,14 +44,14 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int 
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
-def call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
-    """Calls one of LLVM's intrinsics."""
+def call_by_name(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Calls one of LLVM's intrinsics, or a function of the C library."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return call(builder, f"llvm.fma.v{LANES}f32", FLOATS, a, b, c)
+    return call_by_name(builder, f"llvm.fma.v{LANES}f32", FLOATS, a, b, c)
 
 
 def load_floats(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
@@ -71,14 +71,14 @@ def exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (coefficients of Cephes, Moshier 1992).
     """
     is_nothing = builder.fcmp_ordered("<", x, constant(-1e9))
-    low = builder.select(builder.fcmp_ordered("<", x, constant(_as_float32(-87.3))), constant(_as_float32(-87.3)), x)
+    low = builder.select(builder.fcmp_ordered("<", x, constant(-87.3)), constant(-87.3), x)
     x = builder.select(builder.fcmp_ordered(">", low, constant(88.0)), constant(88.0), low)
-    n = call(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(x, constant(_as_float32(1.44269504))))
+    n = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(x, constant(1.44269504)))
     r = fma(builder, n, constant(-0.693359375), x)
-    r = fma(builder, n, constant(_as_float32(2.12194440e-4)), r)
-    p = constant(_as_float32(1.9875691500e-4))
+    r = fma(builder, n, constant(2.12194440e-4), r)
+    p = constant(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = fma(builder, p, r, constant(_as_float32(coefficient)))
+        p = fma(builder, p, r, constant(coefficient))
     p = builder.fadd(fma(builder, p, builder.fmul(r, r), r), constant(1.0))
     # a NaN is no number to convert: it is in p already, whatever power of two it meets
     whole = builder.select(builder.fcmp_unordered("uno", x, x), constant(0.0), n)
@@ -86,10 +86,6 @@ def exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
         builder.add(builder.fptosi(whole, INTS), ir.Constant(INTS, [127] * LANES)), ir.Constant(INTS, [23] * LANES)
     )
     return builder.select(is_nothing, constant(0.0), builder.fmul(p, builder.bitcast(power, FLOATS)))
-
-
-def _as_float32(value: float) -> float:
-    return float(np.float32(value))
 
 
 class Loop:
@@ -145,12 +141,12 @@ def exponentiate(typing_context, scores, count, largest):  # type: ignore[no-unt
         weights = exponential(builder, builder.fsub(load_floats(builder, place, "float32"), peaks))
         store(builder, weights, place)
         (total,) = loop.close([builder.fadd(loop.values[0], weights)])
-        return call_reduction(builder, total)
+        return sum_lanes(builder, total)
 
     return types.float32(types.int64, types.int64, types.float32), generate
 
 
-def call_reduction(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """The sum of all lanes, halves first."""
     width = LANES
     while width > 1:
@@ -191,23 +187,23 @@ def round_groups(typing_context, x, out, scales, count):  # type: ignore[no-unty
         loop = Loop(builder, num_groups, [])
         start = builder.add(source, builder.mul(loop.index, I64(4 * GROUP)))
         halves = [load_floats(builder, builder.add(start, I64(4 * LANES * half)), "float32") for half in (0, 1)]
-        sizes = [call(builder, f"llvm.fabs.v{LANES}f32", FLOATS, half) for half in halves]
+        sizes = [call_by_name(builder, f"llvm.fabs.v{LANES}f32", FLOATS, half) for half in halves]
         largest = builder.select(builder.fcmp_ordered(">", sizes[0], sizes[1]), *sizes)
-        peak = call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
-        is_some = builder.fcmp_ordered(">", peak, ir.Constant(FLOAT, _as_float32(1e-30)))
+        peak = call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
+        is_some = builder.fcmp_ordered(">", peak, ir.Constant(FLOAT, 1e-30))
         steps = ir.Constant(FLOAT, STEPS)
         inverse = builder.select(is_some, builder.fdiv(steps, peak), ir.Constant(FLOAT, 0.0))
         inverses = splat(builder, inverse)
         total = ir.Constant(INTS, [0] * LANES)
         for half, values in enumerate(halves):
-            whole = call(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
+            whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
             integers = builder.fptosi(whole, INTS)
             total = builder.add(total, integers)
             place = builder.add(target, builder.mul(loop.index, I64(2 * GROUP)))
             words = builder.trunc(integers, ir.VectorType(I16, LANES))
             store(builder, words, builder.add(place, I64(2 * LANES * half)), 2)
-        summed = call(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
-        are_numbers = call(
+        summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        are_numbers = call_by_name(
             builder, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), builder.fcmp_ordered("ord", *halves)
         )  # neither the peak nor an integer would say that an element is none
         scale = builder.select(are_numbers, builder.fdiv(peak, steps), ir.Constant(FLOAT, math.nan))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from numba import njit, types
 
+from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
 from kernels.numba.lanes import GROUP, LANES
 from kernels.numba.tiles import (
-    MAX_ROWS,
     MAX_ROWS_OF_TWO_PANELS,
     multiply_bfloat16,
     multiply_float16,
@@ -14,10 +14,10 @@ from kernels.numba.tiles import (
     multiply_int4,
     multiply_int8,
     multiply_unpacked_int4,
+    rows_of_next_tile,
     unpack_int4,
 )
 
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)  # formats of a packed matrix; the first three as in `elementwise`
 BLOCK_ROWS = 96  # rows that stay in the second-level cache while all panels pass by
 MIN_ROWS_TO_UNPACK = 12  # that an int4 panel must meet for unpacking it once to pay; their tiles have 4 to 6 rows
 BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
@@ -87,9 +87,8 @@ def _multiply_panels(
             stride = panel_bytes(kind, depth)
             unpack_int4(w + panel * stride + panel_bytes(kind, start), scratch, count // 2)
         row = 0
-        while row < rows:  # tiles of about the same height
-            remaining = rows - row
-            tile = -(-remaining // -(-remaining // MAX_ROWS))
+        while row < rows:
+            tile = rows_of_next_tile(rows - row)
             _multiply(
                 kind, tile, panels, x + row * row_bytes, scales + row * scale_bytes, depth,
                 w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count, unpacked,

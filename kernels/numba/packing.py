@@ -11,20 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.numba.formats import BFLOAT16, DTYPES, FLOAT16, INT4, INT8, NAMES
 from kernels.numba.lanes import GROUP, LANES
 from kernels.numba.levels import read_int4, read_int8
-from kernels.numba.linear import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
 
-_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
-NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", FLOAT16: "float16", INT8: "int8", INT4: "int4"}
-SIZES = {FLOAT32: 4.0, BFLOAT16: 2.0, FLOAT16: 2.0, INT8: 1.0625, INT4: 0.625}  # bytes of an element, scales included
 SMALLEST_FIRST = (INT4, INT8, BFLOAT16, FLOAT16)
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """[num_rows, depth] in one of the formats of `kernels.numba.linear`."""
+    """[num_rows, depth] in one of the formats of `kernels.numba.formats`."""
 
     kind: int
     num_rows: int  # output features
@@ -53,7 +50,7 @@ def pack(weight: Tensor, kind: int) -> PackedMatrix:
     2^-11 of its smallest element, the offset, likewise.
     The integer formats need a depth that is a multiple of 32.
     """
-    if kind in _DTYPES:
+    if kind in DTYPES:
         return _pack_floats(weight, kind)
     padded = weight.float().view(weight.shape[0], -1, GROUP)
     if kind == INT8:
@@ -89,7 +86,7 @@ def pack_exactly(weight: Tensor, *, among: Sequence[int]) -> PackedMatrix | None
 
 def unpack(packed: PackedMatrix) -> Tensor:
     """The float32 matrix that the products multiply by: [num_rows, depth]."""
-    if packed.kind in _DTYPES:
+    if packed.kind in DTYPES:
         return packed.values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()
     groups = packed.depth // GROUP
     if packed.kind == INT8:
@@ -124,7 +121,7 @@ def _panels(values: Tensor) -> Tensor:
 
 
 def _pack_floats(weight: Tensor, kind: int) -> PackedMatrix:
-    values = _panels(weight.to(_DTYPES[kind])).transpose(1, 2).contiguous()
+    values = _panels(weight.to(DTYPES[kind])).transpose(1, 2).contiguous()
     return PackedMatrix(kind, weight.shape[0], weight.shape[1], values, torch.empty(0, dtype=torch.float16))
 
 

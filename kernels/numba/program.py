@@ -11,7 +11,6 @@ from enum import IntEnum
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.numba.attention import attend_unit
@@ -23,10 +22,12 @@ from kernels.numba.elementwise import (
     rotate_and_store_rows,
     silu_and_multiply_rows,
 )
+from kernels.numba.lanes import call_by_name
 from kernels.numba.linear import BLOCK_ROWS, multiply_unit
-from kernels.numba.memory import add_to_counter, floats, integers, read_counter
+from kernels.numba.memory import add_to_counter, floats, integers, read_counter, write_counter
 
 NUM_STEP_FIELDS = 16
+NUM_TILE_FIELDS = 6  # of a unit of attention, see `Step.TILES`
 NUM_FIELDS = 24  # integers of an operation; the last holds a float's bits or two
 LINE = 64  # bytes that two cores cannot write at the same time without waiting for each other
 
@@ -74,18 +75,13 @@ _ROWS_AT_ONCE = 8
 _SPINS_BEFORE_YIELD = 4096
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type) -> ir.Value:
-    """Calls a function without arguments, of LLVM or of the C library."""
-    return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name), [])
-
-
 @intrinsic
 def _pause(typing_context):  # type: ignore[no-untyped-def]
     """Tells the core that this is a wait."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         if platform.machine() in ("x86_64", "AMD64"):
-            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
+            call_by_name(builder, "llvm.x86.sse2.pause", ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -96,7 +92,7 @@ def _give_up_core(typing_context):  # type: ignore[no-untyped-def]
     """sched_yield(2)"""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        _call(builder, "sched_yield", ir.IntType(32))
+        call_by_name(builder, "sched_yield", ir.IntType(32))
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -107,7 +103,7 @@ def _cycles(typing_context):  # type: ignore[no-untyped-def]
     """The processor's cycle counter."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return _call(builder, "llvm.readcyclecounter", ir.IntType(64))
+        return call_by_name(builder, "llvm.readcyclecounter", ir.IntType(64))
 
     return types.int64(), generate
 
@@ -116,8 +112,7 @@ def _cycles(typing_context):  # type: ignore[no-untyped-def]
 def _count_units(op, step):
     kind, rows = op[0], step[_ROWS]
     if kind == _MULTIPLY:
-        rows = rows if op[1] == 0 else op[1]
-        return -(-rows // BLOCK_ROWS) * -(-op[8] // op[9])
+        return -(-rows // BLOCK_ROWS) * -(-op[7] // op[8])
     if kind == _ATTEND:
         return step[_NUM_TILES] * op[4]
     return -(-rows // _ROWS_AT_ONCE)
@@ -130,13 +125,11 @@ def _run_unit(unit, op, op_floats, step, scratch):
     first = unit * _ROWS_AT_ONCE
     last = min(first + _ROWS_AT_ONCE, rows)
     if kind == _MULTIPLY:
-        count = rows if op[1] == 0 else op[1]
         multiply_unit(
-            unit, op[2], op[3], op[4], count, op[5], op[6], op[7], op[8], op[9], op[10], op[11], op[12],
-            scratch,
+            unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch,
         )  # fmt: skip
     elif kind == _ATTEND:
-        kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * 48, 6)
+        kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
         attend_unit(
             op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
             tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS], tile[5], step[_TREE],
@@ -185,6 +178,13 @@ def _work(program, num_ops, step_address, control, scratch, times):
                 _give_up_core()
         if times != 0:
             integers(times, num_ops + 1)[index + 1] = _cycles()
+
+
+@njit("void(int64)", cache=True)
+def open_program(control):
+    """Lets the other threads join what the caller is about to run; they see all that it wrote before."""
+    write_counter(control + _OPEN, 1)
+    add_to_counter(control + _GENERATION, 1)
 
 
 @njit("int64(int64,int64,int64,int64,int64,int64)", nogil=True, cache=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, njit, types, uint32
 
+from kernels.numba.elementwise import REORDERED
+
 _FLOATS, _WORDS = types.Array(float32, 1, "C"), types.Array(uint32, 1, "C")
 _LOG2E = np.float32(1.4426950408889634)
 _SMALLEST_EXPONENT = np.float32(-126.0)  # below it, float32 loses its bits
-_REORDERED = {"reassoc", "contract", "nsz"}  # sums may be vectors
 
 
 @njit([types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS)], cache=True, nogil=True)
@@ -25,7 +26,7 @@ def start_race(gaps, words, first_key, second_key, time_of_gap, bits, times):
         times[i] = gaps[i] * time_of_gap + np.float32(np.float32(np.int32(x)).view(np.int32))
 
 
-@njit([types.float32(_FLOATS)], cache=True, nogil=True, fastmath=_REORDERED)
+@njit([types.float32(_FLOATS)], cache=True, nogil=True, fastmath=REORDERED)
 def sum_weights(gaps):
     """The sum of exp(-gap), to about 1e-6 of it. Infinite gaps weigh 1e-38."""
     total = np.float32(0.0)

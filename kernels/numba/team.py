@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.numba.program import LINE, NUM_FIELDS, Control, Operation, run
+from kernels.numba.program import LINE, NUM_FIELDS, Control, Operation, open_program, run
 
 _NUM_SPINS = 3000  # turns of some 30 ns: a follower stays awake between the two programs of a step, not between steps
 _MAX_OPERATIONS = 4096
-
-
-def aligned_zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Zeros at the beginning of a cache line."""
-    return torch.zeros(shape, dtype=dtype)
 
 
 def operation(kind: Operation, *fields: int, factors: tuple[float, float] = (0.0, 0.0)) -> list[int]:
@@ -38,6 +35,17 @@ class Program:
         self._keeps = tuple(keeps)  # whose addresses are in the operations
 
 
+@dataclass(frozen=True, slots=True)
+class ProgramTimes:
+    """One run of a program. cycles: of the processor's counter, before the first operation and after each; start, end:
+    of the whole, in seconds"""
+
+    operations: list[Operation]
+    cycles: list[int]
+    start: float
+    end: float
+
+
 class Team:
     """The calling thread and `num_threads - 1` others, which sleep while there is nothing to run.
 
@@ -46,39 +54,46 @@ class Team:
 
     def __init__(self, num_threads: int, *, scratch_bytes: int) -> None:
         self.num_threads = num_threads
-        self._control = aligned_zeros((Control.COUNTERS + 2 * _MAX_OPERATIONS) * LINE // 8)
-        self._shared = self._control.numpy()
-        self._counters = self._shared[Control.COUNTERS * LINE // 8 :]
-        self._call = aligned_zeros(3)
+        num_control = (Control.COUNTERS + 2 * _MAX_OPERATIONS) * LINE // 8
+        self._control = torch.zeros(num_control, dtype=torch.int64)  # torch's memory begins on a line
+        self._counters = self._control.numpy()[Control.COUNTERS * LINE // 8 :]
+        self._call = torch.zeros(3, dtype=torch.int64)
         self._scratch = [torch.zeros(scratch_bytes // 8 + 1, dtype=torch.int64) for _ in range(num_threads)]
         self._followers = [_Follower(self._control, self._call, scratch) for scratch in self._scratch[1:]]
+        self._timed: list[ProgramTimes] | None = None
         weakref.finalize(self, _stop, self._followers)
 
-    def run(self, program: Program, times: Tensor | None = None) -> None:
-        """Runs the program to its end. times: int64 [1 + num_ops], cycles at the start and after each operation."""
-        shared, num_ops = self._shared, len(program.operations)
+    def run(self, program: Program) -> None:
+        """Runs the program to its end."""
+        if self._timed is None:
+            self._run(program, 0)
+            return
+        cycles = torch.zeros(1 + len(program.operations), dtype=torch.int64)
+        start = time.perf_counter()
+        self._run(program, cycles.data_ptr())
+        end = time.perf_counter()
+        operations = [Operation(kind) for kind in program.operations[:, 0].tolist()]
+        self._timed.append(ProgramTimes(operations, cycles.tolist(), start, end))
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[list[ProgramTimes]]:
+        """Until it is left, each program that is run adds what it took to the list."""
+        assert self._timed is None, "one at a time"
+        self._timed = timed = []
+        try:
+            yield timed
+        finally:
+            self._timed = None
+
+    def _run(self, program: Program, times: int) -> None:
+        num_ops = len(program.operations)
         assert num_ops <= _MAX_OPERATIONS, f"a program of {num_ops} operations"
         self._counters[: num_ops * 2 * LINE // 8] = 0
         self._call.copy_(program.call)
-        shared[Control.OPEN * LINE // 8] = 1
-        shared[Control.GENERATION * LINE // 8] += 1
+        open_program(self._control.data_ptr())
         for follower in self._followers:
             follower.wake()
-        address = 0 if times is None else times.data_ptr()
-        run(self._call.data_ptr(), self._control.data_ptr(), self._scratch[0].data_ptr(), address, 0, 0)
-
-    def profile(self, program: Program) -> list[tuple[str, float]]:
-        """Runs the program and tells how many seconds each operation took, by name, in order."""
-        num_ops = len(program.operations)
-        cycles = torch.zeros(num_ops + 1, dtype=torch.int64)  # the first is that of the beginning
-        self.run(program, cycles)  # wakes the others, and warms the caches as a step before would have
-        before = time.perf_counter()
-        self.run(program, cycles)
-        total = time.perf_counter() - before
-        ends = cycles[1:].numpy() - cycles[0].numpy()
-        took = np.diff(ends, prepend=0) * (total / max(1, int(ends[-1])))
-        names = [Operation(kind).name.lower() for kind in program.operations[:, 0].tolist()]
-        return list(zip(names, took.tolist(), strict=True))
+        run(self._call.data_ptr(), self._control.data_ptr(), self._scratch[0].data_ptr(), times, 0, 0)
 
 
 class _Follower:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -30,6 +31,7 @@ from kernels.numba.lanes import (
     INTS,
     LANES,
     Loop,
+    call_by_name,
     define,
     fma,
     load,
@@ -38,7 +40,6 @@ from kernels.numba.lanes import (
     store,
 )
 
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_ROWS_OF_TWO_PANELS = 2
 MIN_ROWS_OF_UNPACKED = 4
 MAX_ROWS = 6  # 6 rows of two registers are 12 sums, which leaves AVX2's 16 registers 4 for operands
@@ -70,7 +71,7 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     x, ldx, w, w_stride, panel_stride, depth, out, ldo, adds = function.args
-    size = _SIZES[element]
+    size = 4 if element == "float32" else 2
     zero = ir.Constant(FLOATS, [0.0] * LANES)
     x_rows = [builder.add(x, builder.mul(ldx, I64(4 * row))) for row in range(rows)]
     w_panels = [builder.add(w, builder.mul(panel_stride, I64(size * panel))) for panel in range(panels)]
@@ -103,15 +104,13 @@ def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value
         )
         return builder.add(even, odd)
     name = "llvm.x86.avx512.pmaddw.d.512" if width == 32 else "llvm.x86.avx2.pmadd.wd"
-    part_in, part_out = ir.VectorType(I16, width), ir.VectorType(I32, width // 2)
-    kind = ir.FunctionType(part_out, [part_in, part_in])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    part = ir.VectorType(I32, width // 2)
     if width == 32:
-        return builder.call(function, [a, b])
+        return call_by_name(builder, name, part, a, b)
     halves = []
     for first in (0, 16):
         lanes = ir.Constant(ir.VectorType(I32, 16), list(range(first, first + 16)))
-        halves.append(builder.call(function, [builder.shuffle_vector(v, v, lanes) for v in (a, b)]))
+        halves.append(call_by_name(builder, name, part, *(builder.shuffle_vector(v, v, lanes) for v in (a, b))))
     return builder.shuffle_vector(halves[0], halves[1], ir.Constant(INTS, list(range(LANES))))
 
 
@@ -228,6 +227,12 @@ multiply_float16 = _dispatching(_float_tile, "float16", 9)
 multiply_int8 = _dispatching(_integer_tile, "int8", 12)
 multiply_int4 = _dispatching(_integer_tile, "int4", 12)
 multiply_unpacked_int4 = _dispatching(_integer_tile, "unpacked int4", 12, min_rows=MIN_ROWS_OF_UNPACKED)
+
+
+@njit(inline="always")
+def rows_of_next_tile(remaining):
+    """Rows of a tile where `remaining` are still to be multiplied, so that all are of about the same height."""
+    return -(-remaining // -(-remaining // MAX_ROWS))
 
 
 @intrinsic

@@ -6,6 +6,8 @@ import argparse
 import platform
 import secrets
 import shlex
+import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -14,8 +16,9 @@ from pathlib import Path
 
 from loadtest.environment import read_environment
 from loadtest.gpu import tables
-from loadtest.gpu.records import Check, SectionResult, Session, load, save
+from loadtest.gpu.records import Check, SectionResult, Session, Tuned, load
 from loadtest.gpu.sections import SECTIONS
+from loadtest.result_files import save_result
 
 ROOT = Path(__file__).resolve().parents[2]
 _TUNING = ("machine", "compile", "tune")
@@ -94,11 +97,19 @@ def _measure(options: argparse.Namespace, command: str) -> int:
     path = results / f"{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime())}-gpu.json"
 
     def keep(section: SectionResult) -> None:
-        session.sections.append(section)
-        save(session, path)
+        others = [other for other in session.sections if other.name != section.name]
+        session.sections[:] = [*others, section]
+        save_result(session, path)
+
+    def done(section: SectionResult) -> None:
+        keep(section)
+        for name in {record.table for record in section.records if isinstance(record, Tuned)}:
+            if settings.tables != results:  # a copy, for where only the results leave the machine
+                shutil.copy(settings.tables / name, results)
         print(tables.terminal_text(section), flush=True)
 
-    run_sections(settings, keep)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are ended on the way out
+    run_sections(settings, keep, done)
     print("\n".join(["", *tables.goal_lines(session), "", str(path)]))
     return 0 if _is_right(session) else 1
 

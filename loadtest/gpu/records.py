@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from loadtest.environment import Environment
+from loadtest.result_files import load_result
 
 
 class Ceilings(msgspec.Struct, frozen=True, tag=True):
@@ -62,7 +63,10 @@ class Timing(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tuned(msgspec.Struct, frozen=True, tag=True):
-    """The fastest tile shape of a kernel. Seconds per call, the geometric mean over its cases."""
+    """The fastest tile shape of a kernel. Seconds per call, the geometric mean over its cases.
+
+    table: the file that it was written to, in the folder of the tables
+    """
 
     kernel: str
     key: str
@@ -70,6 +74,7 @@ class Tuned(msgspec.Struct, frozen=True, tag=True):
     before: float
     after: float
     num_tried: int
+    table: str
 
 
 class Problem(msgspec.Struct, frozen=True, tag=True):
@@ -125,14 +130,6 @@ def read(path: Path) -> list[Record]:
     return [_decode_line(line) for line in lines]
 
 
-def save(session: Session, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(session), indent=1) + b"\n")
-
-
 def load(path: Path) -> Session:
     """Raises ValueError if the file is none of these."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Session)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is no result of python -m loadtest.gpu: {error}") from error
+    return load_result(path, Session, origin="python -m loadtest.gpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from kernels.numba.team import Program, Team
+    from kernels.numba.team import ProgramTimes, Team
 
 
 @dataclass(frozen=True)
@@ -52,46 +51,19 @@ class TeamClock:
         self._team = team
 
     def profile(self, forward: Callable[[], object], num_calls: int) -> list[tuple[str, float]]:
-        calls: list[list[_Run]] = []
-        run = self._team.run
-
-        def timed(program: Program) -> None:
-            cycles = torch.zeros(1 + len(program.operations), dtype=torch.int64)
-            start = time.perf_counter()
-            run(program, cycles)
-            end = time.perf_counter()
-            calls[-1].append(_Run(program.operations[:, 0].tolist(), cycles.tolist(), start, end))
-
-        self._team.run = timed
-        try:
-            for _ in range(num_calls):
-                calls.append([])
+        calls: list[list[ProgramTimes]] = []
+        for _ in range(num_calls):
+            with self._team.timing() as programs:
                 forward()
-        finally:
-            del self._team.run  # the method is there again
+            calls.append(programs)
         first, last = calls[0][0], calls[-1][-1]
         seconds_per_cycle = (last.end - first.end) / (last.cycles[-1] - first.cycles[-1])
-        calls.sort(key=lambda runs: sum(one.end - one.start for one in runs))
-        typical = calls[num_calls // 2]
-        return [time_of for one in typical for time_of in one.operation_seconds(seconds_per_cycle)]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run of a program. kinds: of its operations; cycles: of the processor's counter, at the start and at the end
-    of each; start, end: of the whole, in seconds"""
-
-    kinds: list[int]
-    cycles: list[int]
-    start: float
-    end: float
-
-    def operation_seconds(self, seconds_per_cycle: float) -> list[tuple[str, float]]:
-        from kernels.numba.program import Operation  # compiles where it was not imported yet
-
-        seconds = [(after - before) * seconds_per_cycle for before, after in pairwise(self.cycles)]
-        names = [Operation(kind).name.lower() for kind in self.kinds]
-        return list(zip(names, seconds, strict=True))
+        calls.sort(key=lambda programs: sum(program.end - program.start for program in programs))
+        return [
+            (operation.name.lower(), (after - before) * seconds_per_cycle)
+            for program in calls[num_calls // 2]
+            for operation, (before, after) in zip(program.operations, pairwise(program.cycles), strict=True)
+        ]
 
 
 # In this order; what no pattern matches is "norms and other". Operations that only make views or memory do no

@@ -17,11 +17,10 @@ from itertools import pairwise
 from math import log
 from pathlib import Path
 
-import msgspec
-
 from loadtest.environment import Environment, read_environment
 from loadtest.micro.measure import dated_path, parse_numbers
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, add_engine_options, build_steady
+from loadtest.result_files import load_result, save_result
 
 SHORT_CONTEXT = 128
 NUM_LONG = 8  # sequences beside the single one in the table over contexts
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     scaling = measure(options)
     path = dated_path(options.results, "scaling", scaling.environment)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(scaling), indent=1) + b"\n")
+    save_result(scaling, path)
     print(tables(scaling), f"\nwritten: {path}", sep="\n")
     return 0
 
@@ -82,10 +81,7 @@ def _points(steady: SteadyEngine, states: Sequence[State], num_steps: int) -> li
 
 def load(path: Path) -> Scaling:
     """Raises ValueError if the file is of something else."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Scaling)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is no result of loadtest.micro.scaling: {error}") from error
+    return load_result(path, Scaling, origin="loadtest.micro.scaling")
 
 
 def tables(scaling: Scaling) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 
 from engine.machine import measure_ceilings
@@ -33,6 +32,7 @@ from loadtest.micro.operation_times import (
 )
 from loadtest.micro.served_token import served_token_seconds
 from loadtest.micro.steady import State, SteadyEngine, StepTimes, add_engine_options, build_steady
+from loadtest.result_files import load_result, save_result
 
 CONTEXT = 128
 NUM_READ_BYTES = 128 << 20  # more than caches hold
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     profile = measure(options)
     path = dated_path(options.results, "step-profile", profile.environment)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    save_result(profile, path)
     path.with_suffix(".md").write_text(page(profile) + "\n")
     print(page(profile), f"\nwritten: {path} and {path.with_suffix('.md').name}", sep="\n")
     return 0
@@ -199,10 +199,7 @@ def _floor(times: StepTimes, steady: SteadyEngine, ceilings: Ceilings) -> Floor:
 
 def load(path: Path) -> StepProfile:
     """Raises ValueError if the file is of something else."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=StepProfile)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is no result of loadtest.micro.step_profile: {error}") from error
+    return load_result(path, StepProfile, origin="loadtest.micro.step_profile")
 
 
 def page(profile: StepProfile) -> str:

@@ -1,8 +1,13 @@
 """The CPU back end against the definition in float64, on the batches that an engine makes."""
 
+from __future__ import annotations
+
 import math
 import random
-from dataclasses import dataclass, replace
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -11,11 +16,12 @@ from torch import Tensor
 
 from engine.attention import AttentionLayer, TorchAttention
 from engine.attention_plan import MAX_GROUPED_QUERIES, rounded_context
-from engine.forward_batch import ForwardBatch, build_forward_batch
+from engine.forward_batch import build_forward_batch
 from engine.kv_cache import KVCache
-from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.attention import paged_attention
 
+batches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("attention_batches.py"))))
+Item, scheduled, released = batches.Item, batches.scheduled, batches.released
 NUM_BLOCKS = 160
 
 
@@ -23,25 +29,6 @@ NUM_BLOCKS = 160
 def _one_thread() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-
-
-@dataclass
-class Item:
-    """A sequence of a batch: tokens computed before, tokens of this step, and the drafts among them."""
-
-    num_computed: int
-    num_new: int
-    draft_parents: list[int]
-
-
-def scheduled(item: Item, block_table: list[int]) -> Scheduled:
-    num_drafts = len(item.draft_parents)
-    token_ids = [1] * (item.num_computed + item.num_new - num_drafts)
-    params = SamplingParams(seed=0, max_tokens=1)
-    seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
-    seq.draft_token_ids, seq.draft_parents = [1] * num_drafts, item.draft_parents
-    seq.num_computed_tokens, seq.block_table = item.num_computed, block_table
-    return Scheduled(seq, item.num_new, num_drafts, samples=True)
 
 
 class Case:
@@ -69,7 +56,7 @@ class Case:
             slots = torch.tensor(table)[position // self.block_size] * self.block_size + position % self.block_size
             cache.k[0].flatten(1, 2)[:, slots] = self.k[i][: item.num_computed].transpose(0, 1)
             cache.v[0].flatten(1, 2)[:, slots] = self.v[i][: item.num_computed].transpose(0, 1)
-            plan.append(scheduled(item, self.released(item, table)))
+            plan.append(scheduled(item, released(item, table, window=self.layer.window, block_size=self.block_size)))
         batch = build_forward_batch(plan, self.block_size, torch.device("cpu"))
         backend = TorchAttention(cache)
         backend.plan(batch)
@@ -77,34 +64,14 @@ class Case:
         q = torch.cat([self.q[i] for i in chosen]).transpose(0, 1).contiguous().transpose(0, 1)
         k, v = (torch.cat([x[i][-self.items[i].num_new :] for i in chosen]) for x in (self.k, self.v))
         out = backend(q, k, v, self.layer, batch)
-        return list(out.split([self.items[i].num_new for i in chosen])), self.oracle(q, cache, batch)
-
-    def released(self, item: Item, table: list[int]) -> list[int]:
-        """The block table after a sliding window freed the blocks that it left."""
-        if self.layer.window is None:
-            return table
-        num_free = max(0, item.num_computed - self.layer.window + 1) // self.block_size
-        return [0] * num_free + table[num_free:]
-
-    def oracle(self, q: Tensor, cache: KVCache, batch: ForwardBatch) -> Tensor:
-        layer = self.layer
-        k, v = cache.k[0].double(), cache.v[0].double()
-        return paged_attention(
-            q.double(), k, v, batch.block_tables, batch.query_starts, batch.seq_lens, layer.scale,
-            window=layer.window, soft_cap=layer.soft_cap, tree_mask=batch.tree_mask, positions=batch.positions,
-        )  # fmt: skip
+        return list(out.split([self.items[i].num_new for i in chosen])), batches.attend_in_float64(
+            q, cache.k[0], cache.v[0], self.layer, batch
+        )
 
 
 def random_item(rng: random.Random, *, trees: bool) -> Item:
     num_computed = rng.choice([0, rng.randrange(1, 20), rng.randrange(20, 150)])
-    kind = rng.choice(["decode", "decode", "drafts", "chunk"])
-    if kind == "decode":
-        return Item(num_computed, 1, [])
-    if kind == "chunk":
-        return Item(num_computed, rng.randrange(2, 3 * MAX_GROUPED_QUERIES), [])
-    num_drafts = rng.randrange(1, 7)
-    parents = [rng.randrange(-1, i) if trees else i - 1 for i in range(num_drafts)]
-    return Item(num_computed, num_drafts + rng.randrange(1, 3), parents)
+    return batches.random_item(rng, num_computed, most=3 * MAX_GROUPED_QUERIES, trees=trees)
 
 
 def random_layer(rng: random.Random) -> AttentionLayer:
@@ -134,14 +101,14 @@ def test_any_batch_equals_the_definition(seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_as_its_rounding(dtype: torch.dtype) -> None:
     layer = AttentionLayer(0, 6, 2, 64, 0.125)
-    items = [Item(100, 1, []), Item(30, 1, []), Item(0, 40, []), Item(50, 5, [-1, 0, 1, 2])]
+    items = [Item(100, 1), Item(30, 1), Item(0, 40), Item(50, 5, (-1, 0, 1, 2))]
     outputs, expected = Case(layer, items, block_size=16, dtype=dtype).run([0, 1, 2, 3])
     torch.testing.assert_close(torch.cat(outputs).double(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch() -> None:
     rng = random.Random(1)
-    items = [random_item(rng, trees=False) for _ in range(12)] + [Item(n, 1, []) for n in (3, 63, 64, 65, 140)]
+    items = [random_item(rng, trees=False) for _ in range(12)] + [Item(n, 1) for n in (3, 63, 64, 65, 140)]
     case = Case(AttentionLayer(0, 9, 3, 64, 0.125), items, block_size=16, dtype=torch.float32)
     alone = [case.run([i])[0][0] for i in range(len(items))]
     for shuffle in range(3):
@@ -152,7 +119,7 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_any_batch() -> None:
 
 
 def test_a_neighbour_that_is_not_a_number_stays_alone() -> None:
-    items = [Item(40, 1, []), Item(70, 1, []), Item(40, 3, []), Item(5, 30, [])]
+    items = [Item(40, 1), Item(70, 1), Item(40, 3), Item(5, 30)]
     case = Case(AttentionLayer(0, 4, 2, 32, 0.2), items, block_size=16, dtype=torch.float32)
     healthy = case.run([0, 1, 2, 3])[0]
     case.q[1].fill_(math.nan)
@@ -167,7 +134,7 @@ def test_a_neighbour_that_is_not_a_number_stays_alone() -> None:
 def test_a_cache_may_be_narrower_than_the_queries() -> None:
     layer = AttentionLayer(0, 4, 2, 32, 0.2)
     cache = KVCache([layer], num_blocks=4, block_size=16, dtype=torch.bfloat16)
-    batch = build_forward_batch([scheduled(Item(0, 20, []), [2, 1])], 16, torch.device("cpu"))
+    batch = build_forward_batch([scheduled(Item(0, 20), [2, 1])], 16, torch.device("cpu"))
     q, k, v = torch.randn(20, 4, 32), torch.randn(20, 2, 32), torch.randn(20, 2, 32)
     out = TorchAttention(cache)(q, k, v, layer, batch)
     expected = paged_attention(
@@ -183,7 +150,7 @@ def test_layers_with_different_heads_and_windows_share_a_step() -> None:
     cache = KVCache(layers, num_blocks=8, block_size=4, dtype=torch.float32)
     backend = TorchAttention(cache)
     for num_computed in (0, 20):  # the second step must not see the plan of the first
-        item = Item(num_computed, 20 if num_computed == 0 else 1, [])
+        item = Item(num_computed, 20 if num_computed == 0 else 1)
         batch = build_forward_batch([scheduled(item, [3, 1, 6, 2, 5, 4])], 4, torch.device("cpu"))
         backend.plan(batch)
         for layer in layers:

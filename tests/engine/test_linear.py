@@ -1,7 +1,6 @@
 """Formats of weight matrices against their definitions and their stated bounds."""
 
 import copy
-from importlib import import_module
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from engine.linear import (
     can_pack,
     prepare_linears,
 )
+from engine.places import load_object
 from kernels.int8_linear import dequantize_int8, int8_linear, int8_linear_few_rows, quantize_int8
 
 ROWS = (1, 2, 3, 7, 16, 17, 33)
@@ -30,8 +30,7 @@ def _seed() -> None:
 
 
 def make_format(name: str) -> QuantFormat[object]:
-    module, _, class_name = FORMATS[name].partition(":")
-    return getattr(import_module(module), class_name)()
+    return load_object(FORMATS[name])()
 
 
 @pytest.mark.parametrize("name", FORMATS)

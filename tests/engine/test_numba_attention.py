@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field, replace
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.attention import AttentionLayer
-from engine.attention_numba import NumbaAttention, scratch_bytes, why_not
+from engine.attention_numba import NumbaAttention, scratch_bytes
 from engine.forward_batch import ForwardBatch, build_forward_batch
 from engine.kv_cache import KVCache
-from engine.types import Request, SamplingParams, Scheduled, Sequence
-from kernels.attention import paged_attention
 from kernels.numba.attention import SPAN, TILE_ROWS
 from kernels.numba.team import Team
 
+batches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("attention_batches.py"))))
+Item, scheduled, released = batches.Item, batches.scheduled, batches.released
 LENGTHS = (0, 1, 15, 16, 17, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN - 1, 2 * SPAN, 333)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,29 +30,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _one_thread() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-
-
-@dataclass
-class Item:
-    """A sequence of a batch: tokens computed before, tokens of this step, and the drafts among them."""
-
-    num_computed: int
-    num_new: int
-    draft_parents: list[int] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_computed + self.num_new
-
-
-def scheduled(item: Item, block_table: list[int]) -> Scheduled:
-    num_drafts = len(item.draft_parents)
-    token_ids = [1] * (item.num_tokens - num_drafts)
-    params = SamplingParams(seed=0, max_tokens=1)
-    seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
-    seq.draft_token_ids, seq.draft_parents = [1] * num_drafts, item.draft_parents
-    seq.num_computed_tokens, seq.block_table = item.num_computed, block_table
-    return Scheduled(seq, item.num_new, num_drafts, samples=True)
 
 
 class Texts:
@@ -79,15 +59,9 @@ class Texts:
             cache[:, blocks, offsets] = x[:num_tokens].transpose(0, 1).to(cache.dtype)
 
     def batch(self, items: dict[int, Item]) -> ForwardBatch:
-        plan = [scheduled(item, self.released(item, self.tables[index])) for index, item in items.items()]
+        sizes = {"window": self.layer.window, "block_size": self.block_size}
+        plan = [scheduled(item, released(item, self.tables[index], **sizes)) for index, item in items.items()]
         return build_forward_batch(plan, self.block_size, torch.device("cpu"))
-
-    def released(self, item: Item, table: list[int]) -> list[int]:
-        """The block table after a sliding window freed the blocks that it left."""
-        if self.layer.window is None:
-            return table
-        num_free = max(0, item.num_computed - self.layer.window + 1) // self.block_size
-        return [0] * num_free + table[num_free:]
 
     def rows(self, items: dict[int, Item]) -> list[Tensor]:
         """This step's queries, keys and values."""
@@ -106,12 +80,8 @@ class Texts:
 
     def oracle(self, items: dict[int, Item]) -> Tensor:
         """From what is in the cache now."""
-        layer, batch = self.layer, self.batch(items)
-        k, v = (cache.double() for cache in rows_of(self.cache, 0))
-        return paged_attention(
-            self.rows(items)[0].double(), k, v, batch.block_tables, batch.query_starts, batch.seq_lens, layer.scale,
-            window=layer.window, soft_cap=layer.soft_cap, tree_mask=batch.tree_mask, positions=batch.positions,
-        )  # fmt: skip
+        q, _, _ = self.rows(items)
+        return batches.attend_in_float64(q, *rows_of(self.cache, 0), self.layer, self.batch(items))
 
 
 def rows_of(cache: KVCache, index: int) -> tuple[Tensor, Tensor]:
@@ -138,18 +108,6 @@ def random_layer(rng: random.Random) -> AttentionLayer:
     )
 
 
-def random_item(rng: random.Random, *, trees: bool) -> Item:
-    num_computed = rng.choice(LENGTHS)
-    kind = rng.choice(["decode", "drafts", "chunk"])
-    if kind == "decode":
-        return Item(num_computed, 1)
-    if kind == "chunk":
-        return Item(num_computed, rng.randrange(2, 80))
-    num_drafts = rng.randrange(1, 9)
-    parents = [rng.randrange(-1, i) if trees else i - 1 for i in range(num_drafts)]
-    return Item(num_computed, num_drafts + rng.randrange(1, 3), parents)
-
-
 def assert_close(outputs: list[Tensor], expected: Tensor) -> None:
     """What the torch back end is held to: sums in float32 of up to a few hundred weights."""
     torch.testing.assert_close(torch.cat(outputs).double(), expected, rtol=1e-4, atol=1e-5)
@@ -168,8 +126,9 @@ def check(
 @pytest.mark.parametrize("seed", range(60))
 def test_any_batch_equals_the_definition(seed: int) -> None:
     rng = random.Random(seed)
-    items = [random_item(rng, trees=seed % 2 == 0) for _ in range(rng.randrange(1, 7))]
-    block_size, dtype = rng.choice([16, 32, 64]), DTYPES[seed % 3]
+    num_items, trees = rng.randrange(1, 7), seed % 2 == 0
+    items = [batches.random_item(rng, rng.choice(LENGTHS), most=80, trees=trees) for _ in range(num_items)]
+    block_size, dtype = rng.choice([16, 32, 48, 64, 256]), DTYPES[seed % 3]
     check(random_layer(rng), items, block_size=block_size, dtype=dtype, num_threads=rng.choice([1, 3]))
 
 
@@ -177,7 +136,7 @@ def test_any_batch_equals_the_definition(seed: int) -> None:
 @pytest.mark.parametrize("window", [None, SPAN - 1, SPAN, SPAN + 1])
 def test_contexts_that_end_at_a_span_s_border(window: int | None, num_computed: int) -> None:
     layer = AttentionLayer(0, 4, 2, 64, 0.125, window=window)
-    items = [Item(num_computed, 1), Item(num_computed, 2), Item(num_computed, 4, [-1, 0, 1])]
+    items = [Item(num_computed, 1), Item(num_computed, 2), Item(num_computed, 4, (-1, 0, 1))]
     check(layer, items, block_size=32, dtype=torch.float16)
 
 
@@ -190,7 +149,7 @@ def test_a_whole_prompt_of_several_spans() -> None:
 def test_a_sibling_s_window_may_begin_before_that_of_the_draft_before_it() -> None:
     layer = AttentionLayer(0, TILE_ROWS // 2, 1, 16, 0.25, window=20)  # two tokens are a unit of work
     num_computed = SPAN + layer.window - 3  # where the windows of drafts 1 and 2 begin in different spans
-    check(layer, [Item(num_computed, 4, [-1, 0, -1])], block_size=16, dtype=torch.float32)
+    check(layer, [Item(num_computed, 4, (-1, 0, -1))], block_size=16, dtype=torch.float32)
 
 
 def random_steps(rng: random.Random, lengths: list[int], *, most: int) -> list[dict[int, Item]]:
@@ -201,7 +160,7 @@ def random_steps(rng: random.Random, lengths: list[int], *, most: int) -> list[d
         for i in rng.sample(unfinished, rng.randint(1, len(unfinished))):
             num_new = min(lengths[i] - done[i], rng.choice([1, rng.randint(2, 5), rng.randint(1, most)]))
             num_drafts = rng.randrange(num_new) if rng.random() < 0.5 else 0
-            step[i] = Item(done[i], num_new, list(range(-1, num_drafts - 1)))
+            step[i] = Item(done[i], num_new, tuple(range(-1, num_drafts - 1)))
             done[i] += num_new
         steps.append(step)
     return steps
@@ -227,7 +186,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_chunk(window: int | None, 
 
 @pytest.mark.parametrize("window", [None, 30])
 def test_a_neighbour_that_is_not_a_number_stays_alone(window: int | None) -> None:
-    items = dict(enumerate([Item(140, 1), Item(70, 1), Item(40, 3, [-1, 0]), Item(5, 130)]))
+    items = dict(enumerate([Item(140, 1), Item(70, 1), Item(40, 3, (-1, 0)), Item(5, 130)]))
     layer = AttentionLayer(0, 4, 2, 32, 0.2, window=window)
     texts = Texts(layer, [item.num_tokens for item in items.values()])
     for index, item in items.items():
@@ -267,16 +226,4 @@ def test_layers_with_different_windows_and_norms_share_a_step() -> None:
             q = torch.randn(item.num_new, layer.num_heads, layer.head_dim)
             k, v = torch.randn(2, item.num_new, layer.num_kv_heads, layer.head_dim)
             out = attention(q, k, v, layer, batch)
-            expected = paged_attention(
-                q, *rows_of(cache, layer.index), batch.block_tables, batch.query_starts, batch.seq_lens,
-                layer.scale, window=layer.window,
-            )  # fmt: skip
-            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_it_cannot_attend_to_is_said() -> None:
-    layers = [AttentionLayer(0, 4, 2, 32, 0.2), AttentionLayer(1, 4, 2, 24, 0.2)]
-    assert why_not(layers[:1], 16, torch.float16) == ""
-    assert "24" in why_not(layers, 16, torch.float16)
-    assert "8" in why_not(layers[:1], 8, torch.float16)
-    assert "float64" in why_not(layers[:1], 16, torch.float64)
+            assert_close([out], batches.attend_in_float64(q, *rows_of(cache, layer.index), layer, batch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from engine.models.llama_numba import NumbaLlama
 from engine.models.loader import read_model_facts
 from engine.plan_settings import SettingError
 from engine.planner import MemoryPlan, plan_memory
-from engine.types import Request, SamplingParams, TokenLogprobs
+from engine.types import Request, SamplingParams
 
 VOCAB_SIZE = 150
 SIZES = {
@@ -51,8 +50,6 @@ MODELS = {
     "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, architectures=["SmolLM3ForCausalLM"]),
 }
 Section = dict[str, object]
-Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]  # tokens, their log-probabilities, the prompt's
-Answers = dict[str, Answer]  # by request id
 
 
 @pytest.fixture
@@ -76,23 +73,6 @@ def build(path: Path, **sections: Section) -> tuple[Engine, ModelInfo]:
     return build_engine(make_config(path, **sections), lambda phase, detail: None)
 
 
-def run(engine: Engine, requests: list[Request], *, at_once: int = 100) -> Answers:
-    """Runs the requests, so many of them started in each step."""
-    answers: Answers = defaultdict(lambda: ([], [], []))
-    pending = list(requests)
-    while pending or engine.has_work:
-        for request in pending[:at_once]:
-            engine.add(request)
-        del pending[:at_once]
-        for output in engine.step()[0]:
-            assert output.error is None
-            tokens, logprobs, prompt_logprobs = answers[output.request_id]
-            tokens += output.token_ids
-            logprobs += output.logprobs or []
-            prompt_logprobs += output.prompt_logprobs or []
-    return dict(answers)
-
-
 def make_requests(*, greedy: bool = False) -> list[Request]:
     rng = random.Random(1)
     shared = [rng.randrange(VOCAB_SIZE) for _ in range(37)]
@@ -111,53 +91,49 @@ def make_requests(*, greedy: bool = False) -> list[Request]:
     return requests
 
 
-def tokens_of(answers: Answers) -> dict[str, list[int]]:
-    return {name: tokens for name, (tokens, _, _) in answers.items()}
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
+def test_greedy_tokens_are_those_of_torch(name: str, save, run) -> None:
     path, exact = save(MODELS[name]), {"dtype": "float32", "quantization": "none"}
     ours, model = build(path, model=exact)
     assert isinstance(ours.runner.model, NumbaLlama)
     assert model.settings["device.kernels"].value == "numba"
     theirs, _ = build(path, model=exact, device={"kernels": "torch"})
     assert not isinstance(theirs.runner.model, NumbaLlama)
-    answers, expected = (run(engine, make_requests(greedy=True)) for engine in (ours, theirs))
-    assert tokens_of(answers) == tokens_of(expected)
-    assert len({tuple(tokens) for tokens in tokens_of(answers).values()}) > 6  # they say different things
-    for request_id, (_, logprobs, _) in answers.items():
-        for a, b in zip(logprobs, expected[request_id][1], strict=True):
+    answered, expected = (run(engine, make_requests(greedy=True)) for engine in (ours, theirs))
+    assert answered.tokens == expected.tokens
+    assert len({tuple(tokens) for tokens in answered.tokens.values()}) > 6  # they say different things
+    for request_id, (_, logprobs, _) in answered.answers.items():
+        for a, b in zip(logprobs, expected.answers[request_id][1], strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("quantization", ["auto", *COMPILED_FORMATS])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quantization: str, save) -> None:
+def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quantization: str, save, run) -> None:
     path = save(MODELS[name])
     model = {"quantization": quantization}
     requests = make_requests()
     engine, _ = build(path, model=model, kv_cache={"prefix_caching": False})
-    alone: Answers = {}
+    alone = {}
     for request in requests:
-        alone |= run(engine, [request])
+        alone |= run(engine, [request]).answers
     warm, _ = build(path, model=model, device={"num_threads": 2})
-    assert run(warm, requests, at_once=2) == alone
-    assert run(warm, requests, at_once=5) == alone
+    assert run(warm, requests, at_once=2).answers == alone
+    assert run(warm, requests, at_once=5).answers == alone
     assert warm.scheduler.num_prefix_hits > 0
     chunked, _ = build(path, model=model, scheduler={"max_num_seqs": 6, "max_num_batched_tokens": 23})
-    assert run(chunked, requests) == alone
+    assert run(chunked, requests).answers == alone
     drafting, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
-    assert run(drafting, requests, at_once=3) == alone
+    assert run(drafting, requests, at_once=3).answers == alone
 
 
 @pytest.mark.parametrize("name", ["llama", "smollm3"])
-def test_a_request_is_the_same_after_preemption(name: str, save) -> None:
+def test_a_request_is_the_same_after_preemption(name: str, save, run) -> None:
     path = save(MODELS[name])
     requests = [longer(request) for request in make_requests()]
-    expected = run(build(path)[0], requests, at_once=1)
+    expected = run(build(path)[0], requests, at_once=1).answers
     tight, _ = build(path, model={"max_model_len": 160}, kv_cache={"memory": "208tokens"})
-    assert run(tight, requests) == expected
+    assert run(tight, requests).answers == expected
     assert tight.scheduler.num_preemptions > 0
 
 
@@ -230,10 +206,9 @@ def test_what_can_be_compiled_is_where_nothing_is_faster(name: str, save) -> Non
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_a_model_that_falls_back_to_torch_is_served(num_threads: int, save) -> None:
+def test_a_model_that_falls_back_to_torch_is_served(num_threads: int, save, run) -> None:
     device = {"kernels": "auto", "num_threads": num_threads}
     engine, model = build(save(MODELS["llama"]), device=device, kv_cache={"block_size": 8})
     assert model.settings["device.kernels"].value == "torch"
     assert not engine.runner.kv_cache.keys_as_columns
-    answers = run(engine, make_requests())
-    assert all(len(tokens) == 14 for tokens in tokens_of(answers).values())
+    assert all(len(tokens) == 14 for tokens in run(engine, make_requests()).tokens.values())

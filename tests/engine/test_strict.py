@@ -1,7 +1,6 @@
 """Strict determinism: the same request has the same tokens and the same bits of log-probabilities, whatever happens."""
 
 import random
-from collections import defaultdict
 
 import pytest
 import torch
@@ -37,8 +36,7 @@ MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=10, head_dim=10)),
 }
-Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]  # tokens, their log-probabilities, the prompt's
-Answers = dict[str, Answer]  # by request id
+Answers = dict[str, tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]]  # as `run` gives them
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -82,69 +80,48 @@ def _requests() -> list[Request]:
     return requests
 
 
-def _run(engine: Engine, requests: list[Request], *, at_once: int) -> tuple[Answers, int]:
-    """Runs the requests, so many of them started in each step. Returns the answers, and how many drafts were right."""
-    answers: Answers = defaultdict(lambda: ([], [], []))
-    num_accepted = 0
-    pending = list(requests)
-    while pending or engine.has_work:
-        for request in pending[:at_once]:
-            engine.add(request)
-        del pending[:at_once]
-        for output in engine.step()[0]:
-            assert output.error is None
-            tokens, logprobs, prompt_logprobs = answers[output.request_id]
-            tokens += output.token_ids
-            logprobs += output.logprobs or []
-            prompt_logprobs += output.prompt_logprobs or []
-            num_accepted += output.timing.num_accepted_drafts if output.finish_reason else 0
-    return dict(answers), num_accepted
-
-
 @pytest.fixture(scope="module")
-def alone(model: PreTrainedModel) -> Answers:
+def alone(run, model: PreTrainedModel) -> Answers:
     """Each request in an engine of its own."""
     answers: Answers = {}
     for request in _requests():
-        answers |= _run(_make_engine(model), [request], at_once=1)[0]
+        answers |= run(_make_engine(model), [request]).answers
     return answers
 
 
-def test_a_request_is_the_same_alone_and_in_a_batch(model: PreTrainedModel, alone: Answers) -> None:
-    assert _run(_make_engine(model, budget=400), _requests(), at_once=14)[0] == alone
+def test_a_request_is_the_same_alone_and_in_a_batch(run, model: PreTrainedModel, alone: Answers) -> None:
+    assert run(_make_engine(model, budget=400), _requests(), at_once=14).answers == alone
 
 
-def test_a_request_is_the_same_cold_and_warm(model: PreTrainedModel, alone: Answers) -> None:
+def test_a_request_is_the_same_cold_and_warm(run, model: PreTrainedModel, alone: Answers) -> None:
     engine = _make_engine(model)
-    assert _run(engine, _requests(), at_once=2)[0] == alone
-    assert _run(engine, _requests(), at_once=3)[0] == alone
+    assert run(engine, _requests(), at_once=2).answers == alone
+    assert run(engine, _requests(), at_once=3).answers == alone
     assert engine.scheduler.num_prefix_hits > 0
 
 
 @pytest.mark.parametrize("budget", [16, 17, 33])
-def test_a_request_is_the_same_in_any_chunks(model: PreTrainedModel, alone: Answers, budget: int) -> None:
+def test_a_request_is_the_same_in_any_chunks(run, model: PreTrainedModel, alone: Answers, budget: int) -> None:
     requests = _requests()
     random.Random(budget).shuffle(requests)
-    assert _run(_make_engine(model, budget=budget), requests, at_once=5)[0] == alone
+    assert run(_make_engine(model, budget=budget), requests, at_once=5).answers == alone
 
 
-def test_a_request_is_the_same_after_preemption(model: PreTrainedModel, alone: Answers) -> None:
+def test_a_request_is_the_same_after_preemption(run, model: PreTrainedModel, alone: Answers) -> None:
     has_window = model.config.model_type == "mistral"  # and gives blocks back
     engine = _make_engine(model, num_blocks=14 if has_window else 24)
-    assert _run(engine, _requests(), at_once=14)[0] == alone
+    assert run(engine, _requests(), at_once=14).answers == alone
     assert engine.scheduler.num_preemptions > 0
 
 
-def test_a_request_is_the_same_with_drafts(model: PreTrainedModel, alone: Answers) -> None:
-    answers, num_accepted = _run(_make_engine(model, drafts=True), _requests(), at_once=4)
-    assert answers == alone
-    assert num_accepted > 5
+def test_a_request_is_the_same_with_drafts(run, model: PreTrainedModel, alone: Answers) -> None:
+    answered = run(_make_engine(model, drafts=True), _requests(), at_once=4)
+    assert answered.answers == alone
+    assert answered.num_accepted_drafts > 5
 
 
-def test_without_it_the_last_bits_depend_on_the_company(model: PreTrainedModel, alone: Answers) -> None:
+def test_without_it_the_last_bits_depend_on_the_company(run, model: PreTrainedModel, alone: Answers) -> None:
     """Else the tests above would prove nothing. Tokens are the same in both modes."""
-    answers, _ = _run(_make_engine(model, drafts=True, budget=33, strict=False), _requests(), at_once=4)
-    assert answers != alone
-    assert {name: tokens for name, (tokens, _, _) in answers.items()} == {
-        name: tokens for name, (tokens, _, _) in alone.items()
-    }
+    answered = run(_make_engine(model, drafts=True, budget=33, strict=False), _requests(), at_once=4)
+    assert answered.answers != alone
+    assert answered.tokens == {name: tokens for name, (tokens, _, _) in alone.items()}

@@ -8,7 +8,8 @@ import pytest
 
 from loadtest.environment import read_environment
 from loadtest.markdown import markdown
-from loadtest.session import Measurement, Scenario, Server, Session, load, save
+from loadtest.result_files import save_result
+from loadtest.session import Measurement, Scenario, Server, Session, load
 from loadtest.statistics import Distribution, Figures
 
 DECODING = Scenario("concurrency 4", "128", "64", 4, None, 8, None)
@@ -116,5 +117,5 @@ def test_failures_and_disturbed_runs_are_said(session) -> None:
 
 
 def test_a_file_says_the_same_as_the_session_it_was_made_from(session, tmp_path) -> None:
-    save(session, tmp_path / "s.json")
+    save_result(session, tmp_path / "s.json")
     assert markdown(load(tmp_path / "s.json")) == markdown(session)

@@ -13,13 +13,12 @@ from torch import Tensor
 from kernels.activation import silu_and_mul
 from kernels.attention import store_kv
 from kernels.norm import rms_norm
-from kernels.numba.elementwise import BFLOAT16, FLOAT16, FLOAT32
+from kernels.numba.formats import DTYPES, FLOAT16
 from kernels.numba.lanes import GROUP, LANES, exponentiate
 from kernels.numba.program import Operation, Step
 from kernels.qkv import normalise_and_rotate
 from kernels.rope import rope_factors
 
-DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
 ROWS = (1, 7, 8, 9, 33)  # units are of eight rows
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the element
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_OF, INT4, INT8
 from kernels.numba.lanes import GROUP
-from kernels.numba.linear import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
 from kernels.numba.packing import SMALLEST_FIRST, fits_float16, pack, pack_exactly, unpack
 
 SHAPES = ((1, 32), (16, 64), (50, 96), (129, 576))
@@ -110,12 +110,11 @@ def test_groups_that_are_no_noise_are_given_back_too(block: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_checkpoints_stay_as_they_are(dtype: torch.dtype) -> None:
-    kind = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
     for shape in (*SHAPES, (40, 33)):  # 33: no groups
         weight = (torch.randn(shape) * torch.logspace(-3, 1, shape[1])).to(dtype).float()
         packed = pack_exactly(weight, among=SMALLEST_FIRST)
         assert packed is not None
-        assert packed.kind == kind
+        assert packed.kind == FORMAT_OF[dtype]
         assert torch.equal(unpack(packed), weight)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, NAMES
 from kernels.numba.lanes import GROUP, LANES
-from kernels.numba.linear import BFLOAT16, BLOCK_DEPTH, BLOCK_ROWS, FLOAT16, FLOAT32, INT4, INT8
-from kernels.numba.packing import NAMES, PackedMatrix, pack, unpack
+from kernels.numba.linear import BLOCK_DEPTH, BLOCK_ROWS
+from kernels.numba.packing import PackedMatrix, pack, unpack
 from kernels.numba.program import Operation
 
 KINDS = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
@@ -37,7 +38,7 @@ class Product:
             operations.append(self.op(Operation.QUANTISE, source, integers, scales, m.depth))
         where = (m.values, m.scales, m.num_panels, panels_at_once, out, out.shape[1], int(added_to is not None))
         multiplied = integers if m.kind in ROUNDED else source
-        operations.append(self.op(Operation.MULTIPLY, 0, m.kind, multiplied, scales, m.depth, *where))
+        operations.append(self.op(Operation.MULTIPLY, m.kind, multiplied, scales, m.depth, *where))
         self.execute(operations, num_rows=num_rows, num_threads=num_threads)
         return out
 
@@ -137,25 +138,3 @@ def test_float_formats_take_any_depth(execute, op, kind: int, depth: int) -> Non
     matrix = pack(torch.randn(2 * LANES, depth), kind)
     x = torch.randn(7, depth)
     assert_within_rounding(Product(execute, op, matrix)(x), x.double(), matrix)
-
-
-def test_an_operation_may_have_fewer_rows_than_the_step(execute, op) -> None:
-    matrix = pack(torch.randn(LANES, 32), FLOAT32)
-    x, out = torch.randn(10, 32), torch.full((10, LANES), torch.nan)
-    where = (matrix.values, matrix.scales, 1, 2, out, LANES, 0)
-    execute([op(Operation.MULTIPLY, 3, FLOAT32, x, 0, 32, *where)], num_rows=10)
-    assert_within_rounding(out[:3], x[:3].double(), matrix)
-    assert out[3:].isnan().all()
-
-
-@KINDS
-@pytest.mark.parametrize("outlier", [torch.nan, torch.inf, -torch.inf])
-def test_a_row_that_is_not_finite_says_so_and_spoils_no_other(execute, op, kind: int, outlier: float) -> None:
-    product = Product(execute, op, pack(torch.randn(2 * LANES, 96), kind))
-    x = torch.randn(14, 96)
-    healthy = product(x)
-    x[5, 40] = outlier
-    poisoned = product(x)
-    assert not poisoned[5].isfinite().any()
-    others = torch.arange(14) != 5
-    assert torch.equal(poisoned[others], healthy[others])

@@ -9,20 +9,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.numba.formats import FLOAT32, INT4
 from kernels.numba.lanes import GROUP
-from kernels.numba.linear import FLOAT32, INT4, SCRATCH_BYTES
+from kernels.numba.linear import SCRATCH_BYTES
 from kernels.numba.packing import pack
 from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.team import Program, Team
 
 ROOT = Path(__file__).parents[3]
 WIDTH = 96
+NAMES = ["NORMALISE", "QUANTISE", "MULTIPLY", "SILU_AND_MULTIPLY", "MULTIPLY"]  # of a turn of the chain
 MakeTeam = Callable[[int], Team]
 
 
@@ -43,11 +46,8 @@ class Chain:
         self.out = torch.empty(num_rows, WIDTH)
         normed, wide, narrow = torch.empty(num_rows, WIDTH), torch.empty(num_rows, width), torch.empty(num_rows, WIDTH)
         integers, scales = torch.empty(num_rows, WIDTH, dtype=torch.int16), torch.empty(num_rows, WIDTH // GROUP, 2)
-        up, down, weight = (
-            pack(torch.randn(width, WIDTH), INT4),
-            pack(torch.randn(WIDTH, WIDTH), FLOAT32),
-            torch.ones(WIDTH),
-        )
+        up, down = pack(torch.randn(width, WIDTH), INT4), pack(torch.randn(WIDTH, WIDTH), FLOAT32)
+        up_sizes, down_sizes, weight = (up.num_panels, 2), (down.num_panels, 2), torch.ones(WIDTH)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
         self.step[Step.ROWS] = num_rows
         operations = []
@@ -55,44 +55,16 @@ class Chain:
             operations += [
                 op(Operation.NORMALISE, self.out, weight, normed, WIDTH, factors=(1e-6, 0.0)),
                 op(Operation.QUANTISE, normed, integers, scales, WIDTH),
-                op(
-                    Operation.MULTIPLY,
-                    0,
-                    INT4,
-                    integers,
-                    scales,
-                    WIDTH,
-                    up.values,
-                    up.scales,
-                    up.num_panels,
-                    2,
-                    wide,
-                    width,
-                    0,
-                ),
+                op(Operation.MULTIPLY, INT4, integers, scales, WIDTH, up.values, up.scales, *up_sizes, wide, width, 0),
                 op(Operation.SILU_AND_MULTIPLY, wide, narrow, WIDTH),
-                op(
-                    Operation.MULTIPLY,
-                    0,
-                    FLOAT32,
-                    narrow,
-                    0,
-                    WIDTH,
-                    down.values,
-                    0,
-                    down.num_panels,
-                    2,
-                    self.out,
-                    WIDTH,
-                    1,
-                ),
+                op(Operation.MULTIPLY, FLOAT32, narrow, 0, WIDTH, down.values, 0, *down_sizes, self.out, WIDTH, 1),
             ]
         parts = (normed, wide, narrow, integers, scales, up.values, up.scales, down.values, weight)
         self.program = Program(operations, self.step, keeps=parts)
 
-    def run(self, team: Team, times: Tensor | None = None) -> Tensor:
+    def run(self, team: Team) -> Tensor:
         self.out.copy_(self.x)
-        team.run(self.program, times)
+        team.run(self.program)
         return self.out.clone()
 
 
@@ -149,16 +121,20 @@ def test_an_empty_program_and_one_of_no_rows_end(op, make_team: MakeTeam) -> Non
 
 def test_the_time_of_every_operation_is_noted(op, make_team: MakeTeam) -> None:
     chain = Chain(op, num_rows=8, num_turns=4)
-    team, num_operations = make_team(2), len(chain.program.operations)
-    times = torch.zeros(1 + num_operations, dtype=torch.int64)
+    team = make_team(2)
     expected = chain.run(team)
-    assert torch.equal(chain.run(team, times), expected)
-    assert times[0] > 0
-    assert (times.diff() > 0).all()
-    profile = team.profile(chain.program)
-    assert [name for name, _ in profile[:5]] == ["normalise", "quantise", "multiply", "silu_and_multiply", "multiply"]
-    assert len(profile) == num_operations
-    assert all(seconds > 0 for _, seconds in profile)
+    with team.timing() as programs:
+        for _ in range(3):
+            assert torch.equal(chain.run(team), expected)
+    chain.run(team)  # which nobody asked to time
+    assert len(programs) == 3
+    for program in programs:
+        assert [operation.name for operation in program.operations] == 4 * NAMES
+        assert len(program.cycles) == 1 + len(program.operations)
+        assert program.cycles[0] > 0
+        assert all(before < after for before, after in pairwise(program.cycles))
+        assert program.start < program.end
+    assert programs[0].cycles[-1] < programs[1].cycles[0]
 
 
 def test_threads_end_when_their_team_is_dropped(op, make_team: MakeTeam) -> None:

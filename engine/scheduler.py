@@ -17,7 +17,8 @@ from engine.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
-PROMPT_SHARE = 4  # prompt tokens for each sequence that decodes in the same step
+PROMPT_SHARE = 3  # prompt tokens for each sequence that decodes in the same step
+MAX_PROMPT_STEPS = 16  # beside others that decode, where the budget allows
 MAX_SCORED_ROWS = 256  # prompt rows of one request whose logits are held at once: at 150k tokens, 150 MB
 
 
@@ -27,7 +28,6 @@ class SchedulerLimits:
     free when another is admitted.
 
     min_prompt_share: prompt tokens that a step computes even while others decode; None: as many as the budget allows.
-    The more sequences decode, the more of them there are, so that many short answers still find their prompts computed.
     """
 
     max_num_seqs: int
@@ -129,9 +129,10 @@ class Scheduler:
         for index, seq in enumerate(caught_up):
             num_after = len(caught_up) - index - 1  # each of them gets a token before this one's drafts do
             self._continue(seq, plan, max(plan.budget - num_after, 1))
+        behind = [seq for seq in self.running if not _is_caught_up(seq)]
         if caught_up and self.limits.min_prompt_share is not None:
-            plan.budget = min(plan.budget, max(self.limits.min_prompt_share, PROMPT_SHARE * len(caught_up)))
-        for seq in [seq for seq in self.running if not _is_caught_up(seq)]:
+            plan.budget = min(plan.budget, self._prompt_share(len(caught_up), behind))
+        for seq in behind:
             self._continue(seq, plan, plan.budget)
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
@@ -168,6 +169,18 @@ class Scheduler:
         if lowered < self.limits.max_num_batched_tokens:
             self.limits = replace(self.limits, max_num_batched_tokens=lowered)
             logger.warning("steps have at most %d tokens from now on; set scheduler.max_num_batched_tokens", lowered)
+
+    def _prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
+        """Prompt tokens of a step that others decode in: each of their tokens waits for all of these.
+
+        A step takes about as long as it has tokens, so that few streams would stutter with each prompt that fills the
+        budget. The share grows with the streams, as many short answers need many prompts, and with the prompts, whose
+        first tokens must not wait for hundreds of steps.
+        """
+        assert self.limits.min_prompt_share is not None
+        read = behind or ([self.waiting.first] if len(self.waiting) else [])
+        longest = max((seq.num_tokens for seq in read), default=0)
+        return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
 
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now

@@ -256,16 +256,31 @@ def test_decodes_run_in_every_step_while_a_long_prompt_is_read(make_world):
         assert sum(item.num_new_tokens for item in world.last_batch) == 8
 
 
-@pytest.mark.parametrize(("num_decoding", "share"), [(0, 40), (1, 6), (2, 8), (5, 20), (8, 32)])
-def test_prompts_get_a_share_that_grows_with_the_number_of_streams_that_wait_for_them(make_world, num_decoding, share):
-    world = make_world(num_blocks=200, budget=40, max_num_seqs=9, max_model_len=256, min_prompt_share=6)
+@pytest.mark.parametrize(
+    ("num_decoding", "num_prompt_tokens", "share"),
+    [
+        (0, 90, 40),
+        (1, 90, 6),
+        (2, 90, 6),
+        (3, 90, 9),
+        (8, 90, 24),
+        (1, 160, 10),
+        (3, 160, 10),
+        (4, 160, 12),
+        (1, 990, 39),
+    ],
+)
+def test_prompts_get_a_share_that_grows_with_the_streams_beside_them_and_with_their_length(
+    make_world, num_decoding, num_prompt_tokens, share
+):
+    world = make_world(num_blocks=400, budget=40, max_num_seqs=9, max_model_len=1100, min_prompt_share=6)
     world.with_drafts = False
     for index in range(num_decoding):
         world.add(_plain(f"stream {index}", [index % VOCAB_SIZE, index // VOCAB_SIZE], 40))
     while any(seq.num_output_tokens == 0 for seq in world.scheduler.running) or len(world.scheduler.waiting):
         world.step()
-    world.add(_plain("long", [2] * 150, 1))
-    for _ in range(3):
+    world.add(_plain("long", [2] * num_prompt_tokens, 1))
+    for _ in range(2):
         outputs = world.step()
         assert len(outputs) == num_decoding  # each stream goes on
         assert sum(item.num_new_tokens for item in world.last_batch) == num_decoding + share

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engine.kv_cache import KVCache
 
 _Geometry = tuple[int, int, int]  # heads, key heads, head size
+ITEM_BYTES = 1 << 28  # for partial results of eager steps; what has more of them is done in passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class TritonAttention:
 
     workspace: memory for partial results, which grows as needed where none is given. graph_space: needed where steps
     are captured into CUDA graphs. one_path: prompt chunks go the way of decoding rows too, so that a row's result does
-    not depend on how many the step has of its sequence; that takes memory for partial results, of every row.
+    not depend on how many the step has of its sequence.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class TritonAttention:
                     num_kv_heads=layer.num_kv_heads,
                     config=config,
                     device=q.device,
+                    max_items=ITEM_BYTES // (4 * layer.num_heads * (layer.head_dim + 1)),
                 )
                 prepared = Prepared(plan, config, self.workspace, self._tree_words)
             else:

@@ -84,13 +84,18 @@ class CudaGraphDevice:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, work: Callable[[], Tensor]) -> Graph:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        before = torch.cuda.current_stream()
+        self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        before.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            output = work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                output = work()
+        except Exception:  # an invalid capture raises once more when it ends, and torch then stays on its stream
+            torch.cuda.set_stream(before)
+            raise
         return CudaGraph(graph, output)
 
 

@@ -75,6 +75,8 @@ class ModelRunner:
     def release_memory(self) -> None:
         """Gives back what is only kept for speed. Call it when a step ran out of memory, outside of the handler: the
         error holds what the step had allocated."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a graph may be running: the step before this one, or one ahead of it
         self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.triton.attention_plan import AttentionPlan, Workspace, plan_attention
+from kernels.triton.attention_plan import AttentionPlan, SplitPass, Workspace, plan_attention
 from kernels.triton.attention_prompt import prompt_kernel
 from kernels.triton.attention_split import joint_kernel, split_kernel
 from kernels.triton.compat import next_power_of_2
@@ -83,11 +83,11 @@ def paged_attention(
     plan = prepared.plan
     if len(plan.prompt_tiles):
         _start_prompts(call, prepared)
-    if len(plan.split_tiles):
-        values, sums = prepared.workspace.items(plan.num_items, q.shape[1], q.shape[2])
-        _start_splits(call, prepared, values, sums)
+    for part in plan.passes:
+        items = prepared.workspace.items(part.num_items, q.shape[1], q.shape[2])
+        _start_splits(call, prepared.config, part, items)
         if plan.has_joints:
-            _start_joints(call, prepared, values, sums)
+            _start_joints(call, prepared.config, part, items)
     return out
 
 
@@ -162,12 +162,12 @@ def _start_prompts(call: _Call, prepared: Prepared) -> None:
     )
 
 
-def _start_splits(call: _Call, prepared: Prepared, values: Tensor, sums: Tensor) -> None:
-    plan, config = prepared.plan, prepared.config
-    split_kernel[(len(plan.split_tiles), call.inputs[1].shape[0], plan.num_split_programs)](
+def _start_splits(call: _Call, config: AttentionConfig, part: SplitPass, items: tuple[Tensor, Tensor]) -> None:
+    values, sums = items
+    split_kernel[(len(part.tiles), call.inputs[1].shape[0], part.num_programs)](
         *call.pointers,
-        plan.split_tiles,
-        plan.item_starts,
+        part.tiles,
+        part.item_starts,
         values,
         sums,
         *call.numbers,
@@ -182,19 +182,19 @@ def _start_splits(call: _Call, prepared: Prepared, values: Tensor, sums: Tensor)
     )
 
 
-def _start_joints(call: _Call, prepared: Prepared, values: Tensor, sums: Tensor) -> None:
-    plan, config = prepared.plan, prepared.config
+def _start_joints(call: _Call, config: AttentionConfig, part: SplitPass, items: tuple[Tensor, Tensor]) -> None:
+    values, sums = items
     _, num_heads, head_dim = values.shape
     _, _, _, out, _, query_starts, seq_lens = call.inputs
-    joint_kernel[(len(plan.split_rows), num_heads)](
+    joint_kernel[(len(part.rows), num_heads)](
         values,
         sums,
         out,
         query_starts,
         seq_lens,
         call.pointers[-1],
-        plan.split_rows,
-        plan.item_starts,
+        part.rows,
+        part.item_starts,
         call.window or 0,
         *out.stride()[:2],
         NUM_HEADS=num_heads,

@@ -9,6 +9,7 @@ depends on nothing but the sequence, so that its neighbours never change a bit o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,18 @@ from kernels.triton.configs import AttentionConfig
 Ints = npt.NDArray[np.int64]
 
 MAX_SPLIT_PROGRAMS = 1024  # some eight per multiprocessor: more programs than that only wait
+MAX_ITEMS = 1 << 14  # of a pass: 270 MB at 32 heads of 128, and still thousands of programs
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPass:
+    """Some of the split tiles, whose items are in memory together. Those of the next pass take their place."""
+
+    tiles: Tensor  # [num_tiles, 2] int32: sequence, first of its queries
+    rows: Tensor  # [num_rows, 2] int32: sequence, query; all queries of the tiles
+    item_starts: Tensor  # [num_seqs] int32, first item of each sequence, counted from the pass's first
+    num_items: int
+    num_programs: int  # per tile and key head; pieces are dealt out to them in turn, so any number will do
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,42 +42,85 @@ class AttentionPlan:
     An *item* is what one query leaves of one piece of its context: a value and a log-sum-exp per head.
     """
 
-    split_tiles: Tensor  # [num_split_tiles, 2] int32: sequence, first of its queries
-    split_rows: Tensor  # [num_split_rows, 2] int32: sequence, query; all queries of the split tiles
     prompt_tiles: Tensor  # [num_prompt_tiles, 2] int32, those with the longest contexts first
-    item_starts: Tensor  # [num_seqs] int32, first item of each sequence
-    num_items: int
-    num_split_programs: int  # per tile and key head; pieces are dealt out to them in turn, so any number will do
+    passes: tuple[SplitPass, ...]  # none where all sequences go the prompt way
     has_joints: bool  # whether any context has more than one piece
 
 
 def plan_attention(
-    query_lens: Ints, seq_lens: Ints, *, group: int, config: AttentionConfig, device: torch.device, num_kv_heads: int
+    query_lens: Ints,
+    seq_lens: Ints,
+    *,
+    group: int,
+    config: AttentionConfig,
+    device: torch.device,
+    num_kv_heads: int,
+    max_items: int = MAX_ITEMS,
 ) -> AttentionPlan:
-    """query_lens, seq_lens: [num_seqs], new tokens and all tokens of each sequence; group: query heads per key head"""
+    """query_lens, seq_lens: [num_seqs], new tokens and all tokens of each sequence; group: query heads per key head
+
+    max_items: of a pass, unless a single tile has more
+    """
     assert group <= min(config.decode_rows, config.prompt_rows), f"{group} heads do not fit into a tile"
     is_split = query_lens <= config.max_split_queries
     num_pieces = -(-seq_lens // config.split_size)
-    num_items = np.where(is_split, query_lens * num_pieces, 0)
-    split_tiles = _tiles(np.where(is_split, query_lens, 0), config.decode_rows // group)
-    split_rows = _tiles(np.where(is_split, query_lens, 0), 1)
+    split_lens = np.where(is_split, query_lens, 0)
     prompt_tiles = _tiles(np.where(is_split, 0, query_lens), config.prompt_rows // group)
     contexts = (seq_lens - query_lens)[prompt_tiles[:, 0]] + prompt_tiles[:, 1]
-    prompt_tiles = prompt_tiles[np.argsort(-contexts, kind="stable")]
-    item_starts = np.cumsum(num_items) - num_items
+    cuts = _cut(split_lens, num_pieces, size=config.decode_rows // group, max_items=max_items)
+    parts = [prompt_tiles[np.argsort(-contexts, kind="stable")]]
+    for cut in cuts:
+        parts += [cut.tiles, cut.rows, cut.item_starts]
+    prompts, *others = _on_device(parts, device)
     most_pieces = int(num_pieces[is_split].max(initial=1))
-    parts = (split_tiles, split_rows, prompt_tiles, item_starts)
-    whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts]).astype(np.int32)).to(device)
-    tiles, rows, prompts, starts = whole.split([part.size for part in parts])
-    return AttentionPlan(
-        split_tiles=tiles.view(-1, 2),
-        split_rows=rows.view(-1, 2),
-        prompt_tiles=prompts.view(-1, 2),
-        item_starts=starts,
-        num_items=int(num_items.sum()),
-        num_split_programs=min(most_pieces, _programs_per_tile(len(split_tiles) * num_kv_heads)),
-        has_joints=most_pieces > 1,
-    )
+    passes = [
+        SplitPass(*others[i : i + 3], cut.num_items, _num_programs(len(cut.tiles) * num_kv_heads, most_pieces))
+        for i, cut in zip(range(0, len(others), 3), cuts, strict=True)
+    ]
+    return AttentionPlan(prompts, tuple(passes), has_joints=most_pieces > 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A pass on the host."""
+
+    tiles: Ints
+    rows: Ints
+    item_starts: Ints
+    num_items: int
+
+
+def _cut(query_lens: Ints, num_pieces: Ints, *, size: int, max_items: int) -> list[_Cut]:
+    """Deals the tiles out to passes, in order. size: queries of a tile"""
+    tiles, rows = _tiles(query_lens, size), _tiles(query_lens, 1)
+    num_rows = np.minimum(size, query_lens[tiles[:, 0]] - tiles[:, 1])
+    row_ends = np.concatenate(([0], np.cumsum(num_rows)))
+    item_ends = np.concatenate(([0], np.cumsum(num_rows * num_pieces[tiles[:, 0]])))  # items lie as their queries do
+    num_items = query_lens * num_pieces
+    item_starts = np.cumsum(num_items) - num_items
+    cuts, start = [], 0
+    while start < len(tiles):
+        first = item_ends[start]
+        end = max(start + 1, int(np.searchsorted(item_ends, first + max_items, side="right")) - 1)
+        chosen = rows[row_ends[start] : row_ends[end]]
+        cuts.append(_Cut(tiles[start:end], chosen, item_starts - first, int(item_ends[end] - first)))
+        start = end
+    return cuts
+
+
+def _on_device(parts: list[Ints], device: torch.device) -> list[Tensor]:
+    """The parts as int32, in one copy, which to a GPU is only queued: it does not wait for the step that is running.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel once more for addresses that are none.
+    """
+    starts = list(accumulate((part.size + -part.size % 4 for part in parts), initial=0))
+    numbers = np.zeros(starts[-1], dtype=np.int32)
+    for start, part in zip(starts, parts, strict=False):
+        numbers[start : start + part.size] = part.reshape(-1)
+    whole = torch.from_numpy(numbers)
+    if device.type != "cpu":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    return [whole[start : start + part.size].view(part.shape) for start, part in zip(starts, parts, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +147,9 @@ class OpenPlan:
         """
         pieces = (seq_lens + (self.split_size - 1)).div_(self.split_size, rounding_mode="floor")
         firsts = (pieces.cumsum(0) - pieces).mul_(self.rows_per_seq)
-        return AttentionPlan(
-            split_tiles=self.split_tiles,
-            split_rows=self.split_rows,
-            prompt_tiles=self.prompt_tiles,
-            item_starts=firsts.to(torch.int32),
-            num_items=self.num_items,
-            num_split_programs=self.num_split_programs,
-            has_joints=self.has_joints,
-        )
+        starts = firsts.to(torch.int32)
+        one = SplitPass(self.split_tiles, self.split_rows, starts, self.num_items, self.num_split_programs)
+        return AttentionPlan(self.prompt_tiles, (one,), self.has_joints)
 
 
 def plan_any_lengths(
@@ -125,13 +175,14 @@ def plan_any_lengths(
         rows_per_seq=rows_per_seq,
         split_size=config.split_size,
         num_items=num_items,
-        num_split_programs=min(most_pieces, _programs_per_tile(len(tiles) * num_kv_heads)),
+        num_split_programs=_num_programs(len(tiles) * num_kv_heads, most_pieces),
         has_joints=most_pieces > 1,
     )
 
 
-def _programs_per_tile(num_tiles: int) -> int:
-    return max(1, -(-MAX_SPLIT_PROGRAMS // max(1, num_tiles)))
+def _num_programs(num_tiles: int, most_pieces: int) -> int:
+    """Per tile: as many as keep the chip busy, and no more than there is work for."""
+    return min(most_pieces, max(1, -(-MAX_SPLIT_PROGRAMS // num_tiles)))
 
 
 def _tiles(query_lens: Ints, size: int) -> Ints:

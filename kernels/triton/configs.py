@@ -46,13 +46,21 @@ class MoeConfig:
 
 
 def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
-    """The measured config of this chip, or the default one. A tile must hold a group of query heads."""
-    config = AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), chip))
+    """The measured config of this chip, or the default one. A tile must hold a group of query heads.
+
+    What was measured with smaller tiles than the group needs might not fit into the chip with larger ones.
+    """
+    config, plain = (
+        AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), name))
+        for name in (chip, "default")
+    )
     rows = next_power_of_2(group)
     if rows > config.decode_rows:
-        config = replace(config, decode_rows=rows, decode_warps=max(config.decode_warps, rows // 16))
+        keys, stages, warps = plain.decode_keys, plain.decode_stages, max(plain.decode_warps, rows // 16)
+        config = replace(config, decode_rows=rows, decode_keys=keys, decode_stages=stages, decode_warps=warps)
     if rows > config.prompt_rows:
-        config = replace(config, prompt_rows=rows, prompt_warps=max(config.prompt_warps, rows // 16))
+        keys, stages, warps = plain.prompt_keys, plain.prompt_stages, max(plain.prompt_warps, rows // 16)
+        config = replace(config, prompt_rows=rows, prompt_keys=keys, prompt_stages=stages, prompt_warps=warps)
     return config
 
 

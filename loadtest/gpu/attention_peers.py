@@ -58,7 +58,8 @@ def flash(case: AttentionCase) -> Attend:
     return attend
 
 
-PEERS = {"SDPA": sdpa, "FlexAttention": flex, "FlashAttention-3": flash}
+PEERS = {"SDPA": sdpa, "FlashAttention-3": flash}
+COMPILED_PEERS = {"FlexAttention": flex}  # by torch's compiler, which takes ten seconds and more
 
 
 def _contiguous(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, bool]:

@@ -26,10 +26,9 @@ _TREE = [-1, 0, -1, 2, 2, 1]
 
 def jobs(context: Context) -> list[Job]:
     if context.is_rehearsal:
-        small = Heads(4, 2, 16)
-        cases: list[tuple[str, Heads, Lens]] = [("mixed", small, [(1, 20), (18, 30)])]
+        small, mix = Heads(2, 1, 16), [(1, 20), (17, 17)]
+        cases: list[tuple[str, Heads, Lens]] = [("mixed", small, mix)]
         drafts, dtypes, heads_of_variants = [(7, 20)], [torch.float32], small
-        mix: Lens = [(1, 20), (18, 30)]
     else:
         batches = {"decode": _DECODE, "prompts": _PROMPTS, "mixed": _MIX}
         cases = [(name, heads, lens) for heads in _HEADS for name, lens in batches.items()]

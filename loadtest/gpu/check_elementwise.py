@@ -33,8 +33,9 @@ def jobs(context: Context) -> list[Job]:
 
 def _norms(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     generator = context.generator(f"norm {dtype}")
-    for width in (48,) if context.is_rehearsal else (576, 1024, 4096, 5120):
-        x, residual = (3 * torch.randn(2, 37, width, device=context.device, generator=generator)).to(dtype)
+    num_rows, widths = (3, (48,)) if context.is_rehearsal else (37, (576, 1024, 4096, 5120))
+    for width in widths:
+        x, residual = (3 * torch.randn(2, num_rows, width, device=context.device, generator=generator)).to(dtype)
         weight = torch.randn(width, device=context.device, generator=generator).to(dtype)
         with poisoned_memory():
             alone = kernels.triton.norm.rms_norm(x, weight, 1e-5)
@@ -49,8 +50,9 @@ def _norms(context: Context, dtype: torch.dtype) -> Iterator[Record]:
 
 def _activations(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     generator = context.generator(f"activation {dtype}")
-    for size in (40,) if context.is_rehearsal else (1100, 14336):
-        gate_up = (4 * torch.randn(33, 2 * size, device=context.device, generator=generator)).to(dtype)
+    num_rows, sizes = (3, (40,)) if context.is_rehearsal else (33, (1100, 14336))
+    for size in sizes:
+        gate_up = (4 * torch.randn(num_rows, 2 * size, device=context.device, generator=generator)).to(dtype)
         for name in _ACTIVATIONS:
             with poisoned_memory():
                 found = getattr(kernels.triton.activation, name)(gate_up)
@@ -60,13 +62,16 @@ def _activations(context: Context, dtype: torch.dtype) -> Iterator[Record]:
 
 def _rotations(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     generator, device = context.generator(f"qkv {dtype}"), context.device
-    shapes = [(4, 2, 16, 16)] if context.is_rehearsal else [(32, 8, 128, 128), (16, 8, 128, 128), (32, 32, 80, 32)]
+    shapes = [(2, 1, 16, 16)] if context.is_rehearsal else [(32, 8, 128, 128), (16, 8, 128, 128), (32, 32, 80, 32)]
+    num_rows = 3 if context.is_rehearsal else 21
     for num_heads, num_kv_heads, head_dim, width in shapes:
         for has_norm in (False, True):
-            qkv = torch.randn(21, num_heads + 2 * num_kv_heads, head_dim, device=device, generator=generator).to(dtype)
-            angles = 9 * torch.randn(21, width // 2, device=device, generator=generator)
+            qkv = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim, device=device, generator=generator).to(
+                dtype
+            )
+            angles = 9 * torch.randn(num_rows, width // 2, device=device, generator=generator)
             cos, sin = rope_factors(angles)
-            slots = torch.randperm(64, device=device, generator=generator)[:21]
+            slots = torch.randperm(64, device=device, generator=generator)[:num_rows]
             weights = torch.randn(2, head_dim, device=device, generator=generator).to(dtype)
             q_weight, k_weight = (weights[0], weights[1]) if has_norm else (None, None)
             options = {"num_heads": num_heads, "q_weight": q_weight, "k_weight": k_weight}

@@ -46,7 +46,7 @@ def sampling_arguments(kind: str, num_rows: int, vocab_size: int, generator: tor
 
 
 def _sizes(context: Context) -> tuple[int, int]:
-    return (3, 150) if context.is_rehearsal else (24, 128256)
+    return (3, 40) if context.is_rehearsal else (24, 128256)
 
 
 def _sample(context: Context, kind: str) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""What every job of a run is told."""
+"""What every job of a run is told. torch is imported where it is used: who starts and watches workers needs none."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from loadtest.gpu.records import Ceilings, Record
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Context(msgspec.Struct, frozen=True):
@@ -24,6 +27,8 @@ class Context(msgspec.Struct, frozen=True):
 
     @property
     def device(self) -> torch.device:
+        import torch
+
         return torch.device("cpu" if self.is_rehearsal else "cuda")
 
     @property
@@ -32,6 +37,8 @@ class Context(msgspec.Struct, frozen=True):
 
     def generator(self, job: str) -> torch.Generator:
         """The same numbers for the same run and job, whichever process it is in."""
+        import torch
+
         number = int.from_bytes(job.encode(), "big") % 1_000_003
         return torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + number)
 

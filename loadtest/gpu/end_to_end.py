@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from loadtest.gpu.context import Context
 from loadtest.gpu.shapes import Load, Shape
@@ -75,5 +75,6 @@ def _pessimistic(context: Context, shape: Shape, case: Case, num_outputs: int) -
 
 def random_prompts(context: Context, shape: Shape, case: Case) -> list[list[int]]:
     """Different ones, so that no prefix is shared."""
-    generator = torch.Generator().manual_seed(context.seed + case.batch * 100_003 + case.length)
-    return torch.randint(0, shape.vocab_size, (case.batch, case.length), generator=generator).tolist()
+    generator = np.random.default_rng([context.seed, case.batch, case.length])
+    prompts: list[list[int]] = generator.integers(0, shape.vocab_size, (case.batch, case.length)).tolist()
+    return prompts

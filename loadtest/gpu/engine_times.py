@@ -11,6 +11,7 @@ from functools import partial
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.graph_runner import NUM_STEPS_BETWEEN, NUM_USES
 from engine.types import Request, SamplingParams
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.end_to_end import (
@@ -27,6 +28,9 @@ from loadtest.gpu.model_folder import model_folder
 from loadtest.gpu.records import Problem, Record, Timing
 from loadtest.gpu.shapes import Load, Shape, load_of
 from loadtest.gpu.transformers_times import time_transformers
+
+_WARM_UP = NUM_STEPS_BETWEEN + NUM_USES + 8  # outputs, after which a batch's graph is captured
+_SHORT = 40  # tokens of a prompt that only warms up
 
 
 def jobs(context: Context) -> list[Job]:
@@ -51,20 +55,30 @@ def _time_engine(context: Context, shape: Shape, load: Load, *, num_jobs_left: i
             settings["device"] = {"name": "cpu", "num_threads": 1, "kernels": "torch"}
         engine, info = build_engine(EngineConfig.model_validate(settings), lambda phase, detail: None)
     yield Timing(f"start, {shape.name}", time.perf_counter() - started)
+    warmed_up: set[int] = set()
     for case in cases_of(load):
         if case.batch * load.max_length > info.num_kv_tokens:
             yield Problem(f"{shape.name}, {case}", f"the KV cache holds {info.num_kv_tokens} tokens")
         elif not allowance.has_room_for(shape, case, load.num_outputs):
             yield Problem(f"{shape.name}, {case}", "left out for want of time")
         else:
+            if case.batch not in warmed_up:
+                warmed_up.add(case.batch)
+                _warm_up(context, engine, shape, case, max_length=load.max_length)
             yield from _time_case(context, engine, shape, case, num_outputs=load.num_outputs)
+
+
+def _warm_up(context: Context, engine: Engine, shape: Shape, case: Case, *, max_length: int) -> None:
+    """Kernels are compiled and graphs captured where first needed: not in what is timed."""
+    short = Case(case.batch, min(_SHORT, case.length))
+    _run(engine, random_prompts(context, shape, short), min(_WARM_UP, max_length - short.length))
 
 
 def _time_case(context: Context, engine: Engine, shape: Shape, case: Case, *, num_outputs: int) -> Iterator[Record]:
     prompts = random_prompts(context, shape, case)
     prefills = []
-    if case.batch == 1:  # kernels are compiled and graphs captured where first needed: not in what is timed
-        _run(engine, [prompt[::-1] for prompt in prompts], num_outputs)
+    if case.batch == 1:  # the first prompts of a length still warm up
+        _run(engine, [prompt[::-1] for prompt in prompts], 2)
         prefills = [_run(engine, [prompt[i:] + prompt[:i] for prompt in prompts], 2).prefill for i in (1, 2)]
     run = _run(engine, prompts, num_outputs + num_prefill_steps(case))
     floor = prefill_floor(context, shape, case)

@@ -22,12 +22,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Inside, new memory is NaN (or the largest integer), so that an element that nobody writes is noticed."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler: seconds
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 def name_of(dtype: torch.dtype) -> str:

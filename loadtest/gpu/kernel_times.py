@@ -8,4 +8,5 @@ from loadtest.gpu.context import Context, Job
 
 def jobs(context: Context) -> list[Job]:
     parts = (time_attention, time_elementwise, time_sampling, time_moe, time_linear)
-    return [job for part in parts for job in part.jobs(context)]
+    found = [job for part in parts for job in part.jobs(context)]
+    return [*found, *time_attention.late_jobs(context), *time_linear.late_jobs(context)]

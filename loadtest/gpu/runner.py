@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,9 @@ from loadtest.gpu.worker import MORE
 
 ROOT = Path(__file__).resolve().parents[2]
 _POLL = 0.05  # seconds
+_PAUSE = 0.5  # seconds between two looks at what a section has found so far
+
+Keep = Callable[[SectionResult], None]
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,44 @@ class Settings:
     tables: Path
 
 
-def run_sections(settings: Settings, done: Callable[[SectionResult], None]) -> None:
-    """Tells `done` of each section as soon as it is over. Nothing that a section does ends the run."""
+def run_sections(settings: Settings, keep: Keep, done: Keep) -> None:
+    """Nothing that a section does ends the run.
+
+    keep: gets what a running section has found so far, again and again; done: gets all of it, as soon as it is over
+    """
     end = time.monotonic() + 60 * settings.minutes
     ceilings: Ceilings | None = None
     for number, name in enumerate(settings.sections):
         left = sum(SECTIONS[later].share for later in settings.sections[number:])
         seconds = (end - time.monotonic()) * SECTIONS[name].share / left
-        start = time.monotonic()
-        found = run_section(SECTIONS[name], settings, seconds=seconds, ceilings=ceilings)
-        result = SectionResult(name, round(time.monotonic() - start, 1), found)
-        ceilings = next((record for record in result.records if isinstance(record, Ceilings)), ceilings)
-        done(result)
+        result = partial(_result, name, time.monotonic())
+        found = run_section(
+            SECTIONS[name],
+            settings,
+            seconds=seconds,
+            ceilings=ceilings,
+            tell=lambda found, result=result: keep(result(found)),
+        )
+        ceilings = next((record for record in found if isinstance(record, Ceilings)), ceilings)
+        done(result(found))
 
 
-def run_section(section: Section, settings: Settings, *, seconds: float, ceilings: Ceilings | None) -> list[Record]:
-    """What its jobs found in at most so many seconds, and what went wrong with those that found nothing."""
+def _result(name: str, start: float, found: list[Record]) -> SectionResult:
+    return SectionResult(name, round(time.monotonic() - start, 1), found)
+
+
+def run_section(
+    section: Section,
+    settings: Settings,
+    *,
+    seconds: float,
+    ceilings: Ceilings | None,
+    tell: Callable[[list[Record]], None] = lambda found: None,
+) -> list[Record]:
+    """What its jobs found in at most so many seconds, and what went wrong with those that found nothing.
+
+    tell: gets what there is so far, when something has come
+    """
     end = time.monotonic() + seconds
     context = Context(
         is_rehearsal=settings.is_rehearsal,
@@ -64,14 +90,27 @@ def run_section(section: Section, settings: Settings, *, seconds: float, ceiling
         path.write_bytes(msgspec.json.encode(context))
         workers = [_Worker(section, path, part, num_workers) for part in range(num_workers)]
         try:
-            at_work = workers
-            while at_work and time.monotonic() < end:
-                time.sleep(_POLL)
-                at_work = [worker for worker in at_work if worker.is_at_work()]
+            _watch(workers, end, tell)
         finally:
             for worker in workers:
                 worker.stop()
-        return [record for worker in workers for record in worker.found()]
+        return _found(workers)
+
+
+def _watch(workers: list[_Worker], end: float, tell: Callable[[list[Record]], None]) -> None:
+    at_work, told_at, num_told = workers, 0.0, 0
+    while at_work and time.monotonic() < end:
+        time.sleep(_POLL)
+        at_work = [worker for worker in at_work if worker.is_at_work()]
+        if time.monotonic() > told_at + _PAUSE:
+            found, told_at = _found(workers), time.monotonic()
+            if len(found) > num_told:
+                tell(found)
+                num_told = len(found)
+
+
+def _found(workers: list[_Worker]) -> list[Record]:
+    return [record for worker in workers for record in worker.found()]
 
 
 class _Worker:
@@ -81,10 +120,11 @@ class _Worker:
         self._section = section
         self._output = context.parent / f"{part}.jsonl"
         self._log = context.parent / f"{part}.log"
-        self._command = [sys.executable, "-m", "loadtest.gpu.worker", section.module]
-        self._command += ["fresh" if section.is_fresh else "shared", str(context), str(self._output)]
-        self._command += [str(part), str(num_parts)]
-        self._environment = worker_environment(is_rehearsal=read_context(context).is_rehearsal)
+        is_rehearsal = read_context(context).is_rehearsal
+        is_fresh = section.is_fresh and not is_rehearsal  # without a device there is none of its memory to free
+        self._command = [sys.executable, "-m", "loadtest.gpu.worker", section.module, "fresh" if is_fresh else "shared"]
+        self._command += [str(context), str(self._output), str(part), str(num_parts)]
+        self._environment = worker_environment(is_rehearsal=is_rehearsal, num_workers=num_parts)
         self._num_done = 0
         self._is_over = False
         self._heard_at = time.monotonic()
@@ -154,11 +194,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def worker_environment(*, is_rehearsal: bool) -> dict[str, str]:
-    """Fused multiply-adds are what the kernels were compiled and checked with."""
+def worker_environment(*, is_rehearsal: bool, num_workers: int) -> dict[str, str]:
+    """Fused multiply-adds are what the kernels were compiled and checked with. Processes at once share the cores."""
     environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if is_rehearsal:
         return environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    if num_workers > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_workers))
     return environment

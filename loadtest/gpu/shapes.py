@@ -77,44 +77,17 @@ class Shape:
 
 
 LLAMA_8B = Shape(
-    name="Llama-3.1-8B",
-    architecture="LlamaForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    ties_output=False,
-    rope_theta=500000.0,
-)
+    "Llama-3.1-8B", "LlamaForCausalLM", hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+    num_kv_heads=8, head_dim=128, vocab_size=128256, ties_output=False, rope_theta=500000.0,
+)  # fmt: skip
 QWEN_600M = Shape(
-    name="Qwen3-0.6B",
-    architecture="Qwen3ForCausalLM",
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    ties_output=True,
-    rope_theta=1000000.0,
-)
+    "Qwen3-0.6B", "Qwen3ForCausalLM", hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16,
+    num_kv_heads=8, head_dim=128, vocab_size=151936, ties_output=True, rope_theta=1000000.0,
+)  # fmt: skip
 TINY = Shape(
-    name="tiny",
-    architecture="LlamaForCausalLM",
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    vocab_size=300,
-    ties_output=False,
-    rope_theta=10000.0,
-)
+    "tiny", "LlamaForCausalLM", hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16, vocab_size=300, ties_output=False, rope_theta=10000.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from loadtest.gpu.context import Context, Job
+from loadtest.gpu.errors import relative_error
 from loadtest.gpu.machine import l2_bytes
 from loadtest.gpu.records import Problem, Record, Timing
 from loadtest.gpu.shapes import LLAMA_8B, TINY
@@ -33,10 +34,17 @@ def jobs(context: Context) -> list[Job]:
         for num_rows in rows if name != "logits" else rows[:3]:
             title = f"linear, {name}, {num_rows} rows"
             found.append(Job(title, partial(_time, context, title, size, num_rows)))
-    for num_rows in () if context.is_rehearsal else (1, 16):  # last: it tunes itself, for as long as it likes
-        title = f"linear in 4 bits, gate and up, {num_rows} rows"
-        found.append(Job(title, partial(_time_four_bits, context, title, sizes["gate and up"], num_rows)))
     return found
+
+
+def late_jobs(context: Context) -> list[Job]:
+    """With a peer that tunes itself, for as long as it likes."""
+    size = 2 * LLAMA_8B.intermediate_size, LLAMA_8B.hidden_size
+    return [
+        Job(title, partial(_time_four_bits, context, title, size, num_rows))
+        for num_rows in (() if context.is_rehearsal else (1, 16))
+        for title in [f"linear in 4 bits, gate and up, {num_rows} rows"]
+    ]
 
 
 def _time(context: Context, name: str, size: tuple[int, int], num_rows: int) -> Iterator[Record]:
@@ -68,10 +76,12 @@ def _time_four_bits(context: Context, name: str, size: tuple[int, int], num_rows
         packed = A16W4_HQQ_INT(device=device, dtype=torch.bfloat16)
         layers.append(packed.from_weights(levels.to(torch.uint8).view(size), scales, zeros))
     x = torch.empty(num_rows, size[1], dtype=torch.bfloat16, device=device).normal_(generator=generator)
-    works: dict[str, Work] = {
-        "": lambda index: F.linear(x, weights[index]),
-        "gemlite, 4-bit weights": lambda index: layers[index](x),
-    }
+    works: dict[str, Work] = {"": lambda index: F.linear(x, weights[index])}
+    error = relative_error(layers[0](x), F.linear(x, weights[0]))
+    if error <= _AGREEMENT:
+        works["gemlite, 4-bit weights"] = lambda index: layers[index](x)
+    else:
+        yield Problem(f"gemlite, {name}", f"it disagrees: relative error {error:.2g}")
     seconds = Stopwatch(device).compare(works, num_sets=count)
     floor = _floor(context, size, num_rows, bits=4.25)
     yield Timing(name, seconds.pop(""), floor, peers=seconds, note="torch's product in 16 bits, the floor of 4")

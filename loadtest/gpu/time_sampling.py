@@ -33,7 +33,7 @@ def jobs(context: Context) -> list[Job]:
 
 
 def _time_sampling(context: Context, name: str, kind: str, num_rows: int) -> Iterator[Record]:
-    vocab_size = 150 if context.is_rehearsal else _VOCAB_SIZE
+    vocab_size = 40 if context.is_rehearsal else _VOCAB_SIZE
     generator = context.generator(name)
     count = num_sets(4 * num_rows * vocab_size, l2_bytes(context.device))
     sets = [sampling_arguments(kind, num_rows, vocab_size, generator) for _ in range(count)]
@@ -47,7 +47,7 @@ def _time_sampling(context: Context, name: str, kind: str, num_rows: int) -> Ite
 
 
 def _time_scores(context: Context, name: str, num_rows: int) -> Iterator[Record]:
-    vocab_size = 150 if context.is_rehearsal else _VOCAB_SIZE
+    vocab_size = 40 if context.is_rehearsal else _VOCAB_SIZE
     generator, device = context.generator(name), context.device
     count = num_sets(4 * num_rows * vocab_size, l2_bytes(device))
     logits = torch.randn(count, num_rows, vocab_size, device=device, generator=generator)

@@ -27,13 +27,13 @@ _RESERVE = 0.25  # of the time of a tunable, for the finalists
 def jobs(context: Context) -> list[Job]:
     found = list(tunables(context))
     return [
-        Job(tunable.name, partial(_tune, context, tunable, share=1 / (len(found) - number)))
+        Job(tunable.name, partial(tune, context, tunable, share=1 / (len(found) - number)))
         for number, tunable in enumerate(found)
     ]
 
 
-def _tune(context: Context, tunable: Tunable, *, share: float) -> Iterator[Record]:
-    """share: of the time that is left."""
+def tune(context: Context, tunable: Tunable, *, share: float) -> Iterator[Record]:
+    """Writes the fastest config that is right. share: of the time that is left"""
     seconds_left = context.seconds_left
     stop_at = seconds_left * (1 - share * (1 - _RESERVE))
     loads = tunable.loads()
@@ -46,34 +46,43 @@ def _tune(context: Context, tunable: Tunable, *, share: float) -> Iterator[Recor
             scores[config] = _mean([watch.time(load.run(config), num_sets=load.num_sets) for load in loads])
         except IMPOSSIBLE:
             continue
-    finalists = sorted(scores, key=scores.__getitem__)[:_NUM_FINALISTS]
-    best, before, after = _final(context, tunable, loads, finalists)
-    error = tunable.check(best)
-    if not error <= tunable.bound:
-        yield Problem(tunable.name, f"the fastest config is wrong by {error:.2g} and was not written: {best}")
-        return
-    config = asdict(best)
-    for key in tunable.keys:
-        path = write_entry(context, tunable, key, {name: config[name] for name in tunable.axes})
-        yield Tuned(tunable.kernel, key, config, before, after, len(scores))
+    ranking, before = _rank(context, tunable, loads, sorted(scores, key=scores.__getitem__)[:_NUM_FINALISTS])
+    for best, after in ranking:
+        complaint = _complaint(tunable, best)
+        if complaint:
+            yield Problem(tunable.name, f"{complaint}, and was not written: {best}")
+            continue
+        config = asdict(best)
+        for key in tunable.keys:
+            path = write_entry(context, tunable, key, {name: config[name] for name in tunable.axes})
+            yield Tuned(tunable.kernel, key, config, before, after, len(scores), path.name)
+        break
     if len(scores) < len(tunable.configs()):
-        yield Problem(tunable.name, f"tried {len(scores)} of {len(tunable.configs())} configs for {path.name}")
+        yield Problem(tunable.name, f"tried {len(scores)} of {len(tunable.configs())} configs")
 
 
-def _final(
+def _rank(
     context: Context, tunable: Tunable, loads: list[Load], finalists: list[Config]
-) -> tuple[Config, float, float]:
-    """The best of the finalists and the base, timed in turns, with the base's time and its own."""
+) -> tuple[list[tuple[Config, float]], float]:
+    """The finalists and the base, timed in turns: the fastest first, down to the base; and the base's time."""
     contestants = list(dict.fromkeys([tunable.base, *finalists]))
     seconds: list[dict[str, float]] = []
     for load in loads:
         works = {str(number): load.run(config) for number, config in enumerate(contestants)}
         seconds.append(Stopwatch(context.device).compare(works, num_sets=load.num_sets))
     means = [_mean([case[str(number)] for case in seconds]) for number in range(len(contestants))]
-    best = min(range(len(means)), key=means.__getitem__)
-    if means[best] > _GAIN * means[0]:
-        best = 0
-    return contestants[best], means[0], means[best]
+    faster = [number for number in range(1, len(means)) if means[number] <= _GAIN * means[0]]
+    order = [*sorted(faster, key=means.__getitem__), 0]
+    return [(contestants[number], means[number]) for number in order], means[0]
+
+
+def _complaint(tunable: Tunable, config: Config) -> str:
+    """What is wrong with a config that was fast, or nothing."""
+    try:
+        error = tunable.check(config)
+    except IMPOSSIBLE as failure:  # it fits for what was timed and not for all that it would be used for
+        return f"a fast config is impossible elsewhere ({type(failure).__name__})"
+    return "" if error <= tunable.bound else f"a fast config is wrong by {error:.2g}"
 
 
 def _mean(values: list[float]) -> float:

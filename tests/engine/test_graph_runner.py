@@ -6,44 +6,34 @@ comes out of padding is not a number.
 
 import math
 import random
+import runpy
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig
 
 from engine.attention import AttentionLayer, TorchAttention
 from engine.block_tables import BlockTables
 from engine.engine import Engine
 from engine.forward_batch import ForwardBatch
-from engine.graph_runner import GraphLimits, GraphRunner, padded_sizes
+from engine.graph_runner import CudaGraphDevice, GraphLimits, GraphRunner, padded_sizes
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
 from engine.model_runner import ModelRunner
-from engine.models.registry import build_model
 from engine.proposers.ngram import NgramProposer
 from engine.proposers.none import NoProposer
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.attention import paged_attention, store_kv
 
-VOCAB_SIZE = 32
+llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_llamas.py")))
 BLOCK_SIZE = 4
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 128,
-}
-CONFIGS = {"full": LlamaConfig(**SIZES), "window": MistralConfig(**SIZES, sliding_window=10, head_dim=8)}
-COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
 
 
 class FakeGraph:
@@ -113,11 +103,8 @@ class Setup:
     """A tiny model with graphs, and without them where `device` is None."""
 
     def __init__(self, name: str, device: FakeGraphDevice | None, max_rows_per_seq: int = 1, **limits: int) -> None:
-        self.model = build_model(CONFIGS[name], dtype=torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in self.model.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-        self.window = getattr(CONFIGS[name], "sliding_window", None)
+        self.model = llamas.make_model(name)
+        self.window = llamas.window_of(name)
         self.cache = KVCache(self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, dtype=torch.float32)
         self.attention = DefinedAttention(self.cache)
         self.tables = BlockTables()
@@ -141,7 +128,7 @@ class Setup:
         limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
         scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, window=self.window), limits)
         proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
-        return Engine(self.runner, scheduler, Sampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+        return Engine(self.runner, scheduler, Sampler(llamas.VOCAB_SIZE), proposer, llamas.COST, overlap=overlap)
 
 
 def _run(engine: Engine, seed: int = 0) -> dict[str, list[int]]:
@@ -149,7 +136,7 @@ def _run(engine: Engine, seed: int = 0) -> dict[str, list[int]]:
     outputs: dict[str, list[int]] = defaultdict(list)
     requests = []
     for i in range(16):
-        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 30))]
+        prompt = [rng.randrange(llamas.VOCAB_SIZE) for _ in range(rng.randrange(1, 30))]
         params = SamplingParams(seed=i, max_tokens=rng.randrange(1, 30), temperature=rng.choice([0.0, 0.9]))
         requests.append(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
     while requests or engine.has_work:
@@ -163,7 +150,7 @@ def _run(engine: Engine, seed: int = 0) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "overlap", "drafts"])
-@pytest.mark.parametrize("model", CONFIGS)
+@pytest.mark.parametrize("model", llamas.CONFIGS)
 def test_replayed_steps_say_what_eager_ones_say(model: str, kind: str) -> None:
     device = FakeGraphDevice()
     setup = Setup(model, device, max_rows_per_seq=4 if kind == "drafts" else 1)
@@ -185,7 +172,7 @@ def test_sizes_leave_little_padding() -> None:
 
 
 def _scheduled(num_tokens: int, *, first_block: int, num_new: int = 1, num_drafts: int = 0) -> Scheduled:
-    token_ids = [(num_tokens + i) % VOCAB_SIZE for i in range(num_tokens)]
+    token_ids = [(num_tokens + i) % llamas.VOCAB_SIZE for i in range(num_tokens)]
     params = SamplingParams(seed=0, max_tokens=9)
     seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
     seq.num_computed_tokens = num_tokens - num_new
@@ -274,3 +261,53 @@ def test_graphs_are_given_up_when_memory_is_needed() -> None:
     setup.runner.release_memory()
     assert _forward(setup, _decode(2))
     assert device.num_rows == [2, 2]
+
+
+class FakeCapture:
+    """As torch.cuda.graph: after invalid work it raises when the capture ends, and leaves its stream current."""
+
+    def __init__(self, graph: object, *, pool: object, stream: str) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            raise RuntimeError("the capture is invalid")
+        torch.cuda.set_stream("main")
+
+
+class FakeStream(str):
+    def wait_stream(self, other: str) -> None:
+        assert {self, other} == {"main", "side"}
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [FakeStream("main")]
+    fakes = {
+        "Stream": lambda: FakeStream("side"),
+        "current_stream": lambda: current[-1],
+        "set_stream": lambda stream: current.append(FakeStream(stream)),
+        "stream": lambda stream: nullcontext(),
+        "graph_pool_handle": lambda: (0, 0),
+        "CUDAGraph": lambda: None,
+        "graph": FakeCapture,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    num_calls = 0
+
+    def work() -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:  # the first call only warms up
+            assert current[-1] == "side"
+            raise RuntimeError("this operation waits for the device")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError):
+        CudaGraphDevice().capture(work)
+    assert current[-1] == "main"
+    CudaGraphDevice().capture(work)
+    assert current[-1] == "main"

@@ -1,39 +1,27 @@
 """Steps that are launched before the last one's tokens are known: the same output, whatever happens in between."""
 
 import random
+import runpy
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
 
 from engine.attention import TorchAttention
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
 from engine.model_runner import ModelRunner
-from engine.models.model import Model
-from engine.models.registry import build_model
 from engine.proposers.ngram import NgramProposer
 from engine.proposers.none import NoProposer
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
 from engine.types import Request, SamplingParams, Scheduled, StepOutput
 
-VOCAB_SIZE = 32
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 128,
-}
-MODELS = {"full": LlamaConfig(**SIZES), "window": MistralConfig(**SIZES, sliding_window=10, head_dim=8)}
-COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
+llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_llamas.py")))
 BLOCK_SIZE = 4
 
 
@@ -48,21 +36,13 @@ class CountingRunner(ModelRunner):
         return super().forward(batch, newest)
 
 
-def _make_model(name: str) -> Model:
-    model = build_model(MODELS[name], dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    return model
-
-
 def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, budget: int = 48) -> Engine:
-    model = _make_model(name)
+    model = llamas.make_model(name)
     cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32)
-    kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=getattr(MODELS[name], "sliding_window", None))
+    kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=llamas.window_of(name))
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
     runner = CountingRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
-    return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), NoProposer(), COST, overlap=overlap)
+    return Engine(runner, Scheduler(kv, limits), Sampler(llamas.VOCAB_SIZE), NoProposer(), llamas.COST, overlap=overlap)
 
 
 def _random_params(rng: random.Random, seed: int) -> SamplingParams:
@@ -77,17 +57,17 @@ def _random_params(rng: random.Random, seed: int) -> SamplingParams:
         repetition_penalty=rng.choice([1.0] * 14 + [1.3]),
         logit_bias={3: 2.0} if rng.random() < 0.3 else {},
         bad_words=[[5, 6]] if rng.random() < 0.05 else [],
-        stop_token_ids=rng.sample(range(VOCAB_SIZE), rng.choice([0, 1, 3])),
+        stop_token_ids=rng.sample(range(llamas.VOCAB_SIZE), rng.choice([0, 1, 3])),
         logprobs=rng.choice([None, None, 2]),
         prompt_logprobs=rng.choice([None] * 5 + [1]),
     )
 
 
 def _random_requests(rng: random.Random, count: int) -> list[Request]:
-    shared = [rng.randrange(VOCAB_SIZE) for _ in range(13)]
+    shared = [rng.randrange(llamas.VOCAB_SIZE) for _ in range(13)]
     requests = []
     for i in range(count):
-        tail = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 20))]
+        tail = [rng.randrange(llamas.VOCAB_SIZE) for _ in range(rng.randrange(1, 20))]
         prompt = shared + tail if rng.random() < 0.4 else tail
         priority = rng.choice([0, 0, 0, 1])
         params = _random_params(rng, seed=i)
@@ -147,7 +127,7 @@ def test_a_random_workload_says_the_same_with_and_without_overlap(model, num_blo
 
 def _add(engine: Engine, request_id: str, **fields: object) -> None:
     params = SamplingParams(**{"seed": 0, "max_tokens": 10, "temperature": 0.0, **fields})
-    prompt = [(int(request_id) * 7 + i) % VOCAB_SIZE for i in range(5)]
+    prompt = [(int(request_id) * 7 + i) % llamas.VOCAB_SIZE for i in range(5)]
     engine.add(Request(request_id=request_id, prompt_token_ids=prompt, params=params))
 
 
@@ -249,7 +229,9 @@ class BrokenSampler(Sampler):
 
 def test_a_request_that_fails_while_steps_run_ahead_fails_alone():
     engine = _make_engine(overlap=True)
-    broken = Engine(engine.runner, engine.scheduler, BrokenSampler(VOCAB_SIZE), NoProposer(), COST, overlap=True)
+    broken = Engine(
+        engine.runner, engine.scheduler, BrokenSampler(llamas.VOCAB_SIZE), NoProposer(), llamas.COST, overlap=True
+    )
     expected = _make_engine(overlap=False)
     for each in (expected, broken):
         _add(each, "0")
@@ -267,7 +249,7 @@ def test_a_request_that_fails_while_steps_run_ahead_fails_alone():
 def test_a_model_that_gives_no_numbers_ends_in_an_error_while_steps_run_ahead():
     """The row that was launched ahead of the bad one computes with a token that was never sampled."""
     engine = _make_engine(overlap=True)
-    _add(engine, "0", logit_bias={token: float("-inf") for token in range(VOCAB_SIZE)})
+    _add(engine, "0", logit_bias={token: float("-inf") for token in range(llamas.VOCAB_SIZE)})
     _add(engine, "1")
     results = {}
     while engine.has_work:
@@ -281,4 +263,4 @@ def test_overlap_and_drafts_exclude_each_other():
     engine = _make_engine(overlap=False)
     proposer = NgramProposer(num_drafts=2, ngram_min=1, ngram_max=2)
     with pytest.raises(AssertionError):
-        Engine(engine.runner, engine.scheduler, engine.sampler, proposer, COST, overlap=True)
+        Engine(engine.runner, engine.scheduler, engine.sampler, proposer, llamas.COST, overlap=True)

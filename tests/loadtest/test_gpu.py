@@ -4,14 +4,29 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from loadtest.gpu import tables
 from loadtest.gpu.cli import main
 from loadtest.gpu.goals import GOALS
-from loadtest.gpu.records import Ceilings, Check, Problem, SectionResult, Session, Timing, Tuned, append, load, read
+from loadtest.gpu.records import (
+    Ceilings,
+    Check,
+    Problem,
+    Record,
+    SectionResult,
+    Session,
+    Timing,
+    Tuned,
+    append,
+    load,
+    read,
+)
 from loadtest.gpu.runner import Settings, run_section
 from loadtest.gpu.sections import SECTIONS, Section
 
@@ -79,7 +94,6 @@ def test_the_short_table_comes_last(rehearsal: tuple[Session, str, Path]) -> Non
 
 MISBEHAVING = """
 import os, time
-import torch
 from loadtest.gpu.context import Job
 from loadtest.gpu.records import Timing
 
@@ -124,9 +138,42 @@ def test_a_job_that_fails_dies_or_hangs_takes_no_other_along(settings: Settings)
     assert "nothing was heard" in problems["stuck"]
 
 
-def test_a_section_ends_in_time(settings: Settings) -> None:
-    found = run_section(Section("misbehaving", share=1, patience=1000), settings, seconds=12, ceilings=None)
+def test_a_section_ends_in_time_and_has_told_by_then_what_it_found(settings: Settings) -> None:
+    """So that a run that is killed leaves all that it had measured."""
+    told: list[list[Record]] = []
+    section = Section("misbehaving", share=1, patience=1000)
+    found = run_section(section, settings, seconds=8, ceilings=None, tell=told.append)
     assert found[-1] == Problem("stuck", "stopped: the section's time was over")
+    assert [record.name for record in found if isinstance(record, Timing)] == ["first", "before"]
+    assert told[-1] == found[:-1]
+
+
+def test_each_job_of_a_section_may_have_a_process_of_its_own(settings: Settings) -> None:
+    jobs = "from loadtest.gpu.context import Job\nfrom loadtest.gpu.records import Timing\nimport os\n"
+    jobs += "def jobs(context):\n    return [Job(n, lambda: iter([Timing(n, os.getpid())])) for n in 'abc']\n"
+    (settings.tables / "alone.py").write_text(jobs)
+    on_device = replace(settings, is_rehearsal=False)
+    found = run_section(Section("alone", share=1, is_fresh=True), on_device, seconds=60, ceilings=None)
+    assert len({record.seconds for record in found if isinstance(record, Timing)}) == 3
+    found = run_section(Section("alone", share=1), on_device, seconds=60, ceilings=None)
+    assert len({record.seconds for record in found if isinstance(record, Timing)}) == 1
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_is_told_to_end_leaves_what_it_measured_and_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loadtest.gpu", "--rehearse", "--sections", "machine,http"]
+    process = subprocess.Popen([*command, "--results", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*-gpu.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert workers
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    (path,) = tmp_path.glob("*.json")
+    assert isinstance(load(path).records[0], Ceilings)
 
 
 def test_a_section_that_cannot_even_begin_says_so(settings: Settings) -> None:

@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import lzma
+import re
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,15 +16,16 @@ import torch
 
 from engine.config import ModelConfig
 from engine.models.loader import read_model_facts
+from kernels.triton import configs
 from kernels.triton.configs import AttentionConfig
-from loadtest.gpu.candidates import tunables
+from loadtest.gpu.candidates import Load, Tunable, tunables
 from loadtest.gpu.context import Context
 from loadtest.gpu.errors import poisoned_memory, relative_error
 from loadtest.gpu.model_folder import model_folder
-from loadtest.gpu.records import Ceilings
+from loadtest.gpu.records import Ceilings, Problem, Tuned
 from loadtest.gpu.shapes import LLAMA_8B, QWEN_600M, TINY, Shape
-from loadtest.gpu.stopwatch import num_sets
-from loadtest.gpu.tune import write_entry
+from loadtest.gpu.stopwatch import Work, num_sets
+from loadtest.gpu.tune import tune, write_entry
 from loadtest.gpu.wheels import needed_packages, read_pins, write_flash_wheel
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +75,60 @@ def test_entries_of_a_table_are_complete_and_stay(tmp_path: Path) -> None:
     assert AttentionConfig(**entries["128 bfloat16"]).decode_warps == 8
     assert AttentionConfig(**entries["128 bfloat16"]).prompt_warps == 2
     assert AttentionConfig(**entries["64 bfloat16"]).prompt_keys == 128
+
+
+def test_a_config_that_is_fast_and_wrong_makes_room_for_the_next(tmp_path: Path) -> None:
+    """Or impossible, where a kernel needs a little more than in what was timed."""
+    context = Context(is_rehearsal=True, seed=0, deadline=time.time() + 60, ceilings=None, tables=str(tmp_path))
+    errors = {3: RuntimeError("out of shared memory"), 5: 0.5, 8: 1e-9}
+    seconds = {3: 0.0, 5: 0.0, 8: 0.15, 30: 0.8}
+
+    def work(config: AttentionConfig) -> Work:
+        return lambda _: time.sleep(seconds[config.decode_warps])
+
+    def check(config: AttentionConfig) -> float:
+        error = errors[config.decode_warps]
+        if isinstance(error, RuntimeError):
+            raise error
+        return error
+
+    tunable = Tunable(
+        kernel="attention",
+        keys=["128 bfloat16"],
+        base=AttentionConfig(decode_warps=30),
+        axes={"decode_warps": (3, 5, 8)},
+        loads=lambda: [Load(work, num_sets=1)],
+        check=check,
+        bound=1e-2,
+    )
+    found = list(tune(context, tunable, share=1.0))
+    assert [type(record) for record in found] == [Problem, Problem, Tuned]
+    complaints = "\n".join(sorted(record.text for record in found[:2]))
+    assert re.search("impossible elsewhere .RuntimeError.*\n.*wrong by 0.5", complaints)
+    table = json.loads((tmp_path / found[2].table).read_text())
+    assert table["kernels"]["attention"]["128 bfloat16"] == found[2].config
+    assert found[2].config["decode_warps"] == 8
+
+
+def test_a_group_larger_than_what_was_measured_gets_tiles_that_are_known_to_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = configs._FOLDER / "default.json"
+    (tmp_path / "default.json").write_text(default.read_text())
+    measured = AttentionConfig(decode_rows=16, decode_keys=128, decode_stages=7, prompt_rows=64, prompt_keys=128)
+    entry = {"provenance": "", "kernels": {"attention": {"128 bfloat16": asdict(measured)}}}
+    (tmp_path / "sm_90.json").write_text(json.dumps(entry))
+    monkeypatch.setattr(configs, "_FOLDER", tmp_path)
+    configs._table.cache_clear()
+    try:
+        assert configs.attention_config(128, 16, torch.bfloat16, chip="sm_90") == measured
+        larger = configs.attention_config(128, 48, torch.bfloat16, chip="sm_90")
+        assert (larger.decode_rows, larger.decode_keys, larger.decode_stages) == (64, 64, 5)
+        assert (larger.prompt_rows, larger.prompt_keys) == (64, 128)
+        largest = configs.attention_config(128, 100, torch.bfloat16, chip="sm_90")
+        assert (largest.prompt_rows, largest.prompt_keys) == (128, 64)
+    finally:
+        configs._table.cache_clear()
 
 
 def test_memory_that_nobody_writes_is_noticed() -> None:

@@ -2,8 +2,9 @@
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -190,11 +191,39 @@ def test_the_number_of_programs_never_changes_a_bit(device: torch.device) -> Non
         plan = plan_attention(
             case.starts.diff().numpy(), case.seq_lens.numpy(), group=2, num_kv_heads=2, config=SMALL, device=device
         )
-        fields = {name: getattr(plan, name) for name in plan.__slots__} | {"num_split_programs": num_programs}
-        prepared = Prepared(type(plan)(**fields), SMALL, Workspace(0, 0, device))
+        plan = replace(plan, passes=tuple(replace(one, num_programs=num_programs) for one in plan.passes))
+        prepared = Prepared(plan, SMALL, Workspace(0, 0, device))
         outs.append(paged_attention(*(x.to(device) for x in arguments), 0.2, prepared=prepared))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+def test_queries_whose_pieces_do_not_fit_into_memory_together_are_done_in_passes(device: torch.device) -> None:
+    """Where all rows go the split way, a long prompt has more of them than memory: the passes change no bit."""
+    case = Case([(1, 250), (20, 20), (8, 130), (7, 200)])
+    arguments = (case.q, case.kv[0], case.kv[1], case.tables, case.starts, case.seq_lens)
+    config = replace(SMALL, decode_rows=8)  # four queries per tile
+    outs, num_items = [], []
+    for max_items in (1, 30, 56):
+        plan = plan_attention(
+            case.starts.diff().numpy(), case.seq_lens.numpy(), group=2, num_kv_heads=2, config=config, device=device,
+            max_items=max_items,
+        )  # fmt: skip
+        prepared = Prepared(plan, config, Workspace(0, 0, device))
+        outs.append(paged_attention(*(x.to(device) for x in arguments), 0.2, prepared=prepared))
+        num_items.append([one.num_items for one in plan.passes])
+    assert num_items == [[4, 12, 12, 16, 12], [28, 28], [56]]
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[2])
+
+
+def test_every_part_of_a_plan_begins_where_triton_need_not_compile_anew(device: torch.device) -> None:
+    for lens in ([(1, 9)], [(1, 300), (3, 70), (20, 20)], [(30, 40), (30, 90), (30, 30), (5, 500)]):
+        query_lens, seq_lens = np.array(lens).T
+        plan = plan_attention(query_lens, seq_lens, group=2, num_kv_heads=2, config=SMALL, device=device, max_items=20)
+        parts = [plan.prompt_tiles, *(part for one in plan.passes for part in (one.tiles, one.rows, one.item_starts))]
+        first = min(part.data_ptr() for part in parts)
+        assert all((part.data_ptr() - first) % 16 == 0 for part in parts)
 
 
 def test_random_batches_attend_as_defined(device: torch.device) -> None:

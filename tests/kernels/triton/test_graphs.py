@@ -1,17 +1,17 @@
 """CUDA graphs over Triton's attention, replayed by a fake in the interpreter: one plan serves all lengths."""
 
+import copy
 import math
-import random
-from collections import defaultdict
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig
 
 from engine.attention_triton import TritonAttention, make_graph_space
 from engine.block_tables import BlockTables
@@ -24,30 +24,17 @@ from engine.kv_manager import KVCacheManager
 from engine.machine import read_machine
 from engine.model_runner import ModelRunner
 from engine.models.loader import read_model_facts
-from engine.models.registry import build_model
 from engine.planner import plan_memory
 from engine.proposers.ngram import NgramProposer
 from engine.proposers.none import NoProposer
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.triton.attention import Prepared, paged_attention
 from kernels.triton.attention_plan import Workspace, plan_any_lengths, plan_attention
 from kernels.triton.configs import AttentionConfig
 
-VOCAB_SIZE = 40
-SIZES = {
-    "hidden_size": 48,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 128,
-}
-CONFIGS = {"llama": LlamaConfig(**SIZES), "mistral": MistralConfig(**SIZES, sliding_window=9, head_dim=16)}
-COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
+llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "tiny_llamas.py")))
 SMALL = AttentionConfig(split_size=64, max_split_queries=8, decode_keys=32)
 
 
@@ -69,12 +56,7 @@ class FakeGraphDevice:
 
 def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None, *, num_drafts: int = 0) -> object:
     """The output tokens of a few requests, with graphs where there is something that makes them."""
-    config = CONFIGS[model_name]
-    model = build_model(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.to(device)
+    model = llamas.make_model(model_name).to(device)
     cache = KVCache(model.attention_layers, num_blocks=60, block_size=4, dtype=torch.float32, device=device)
     space = make_graph_space(model.attention_layers, torch.float32, device, max_context=60, num_bytes=1 << 16)
     attention, tables = TritonAttention(cache, graph_space=space), BlockTables()
@@ -87,23 +69,15 @@ def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None
         graphs = GraphRunner(model, attention, tables, limits=limits, graph_device=graph_device, device=device)
     runner = ModelRunner(model, cache, attention, block_size=4, tables=tables, graphs=graphs)
     limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=60, headroom=4)
-    kv = KVCacheManager(60, 4, window=getattr(config, "sliding_window", None))
+    kv = KVCacheManager(60, 4, window=llamas.window_of(model_name))
     proposer = NgramProposer(num_drafts=num_drafts, ngram_max=3, ngram_min=1) if num_drafts else NoProposer()
-    engine = Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer, COST, overlap=not num_drafts)
-    rng = random.Random(1)
-    for i, length in enumerate((3, 30, 9)):
-        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
-        params = SamplingParams(seed=i, max_tokens=5 + 2 * i, temperature=0.8 if i == 0 else 0.0)
-        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
-    outputs: dict[str, list[int]] = defaultdict(list)
-    while engine.has_work:
-        for output in engine.step()[0]:
-            assert output.error is None
-            outputs[output.request_id] += output.token_ids
-    return outputs
+    engine = Engine(
+        runner, Scheduler(kv, limits), Sampler(llamas.VOCAB_SIZE), proposer, llamas.COST, overlap=not num_drafts
+    )
+    return llamas.answer_three(engine)
 
 
-@pytest.mark.parametrize(("model", "num_drafts"), [("llama", 0), ("mistral", 3)])
+@pytest.mark.parametrize(("model", "num_drafts"), [("full", 0), ("window", 3)])
 def test_the_engine_says_the_same_with_graphs(device: torch.device, model: str, num_drafts: int) -> None:
     fake = FakeGraphDevice()
     assert _run(model, device, fake, num_drafts=num_drafts) == _run(model, device, None, num_drafts=num_drafts)
@@ -111,7 +85,7 @@ def test_the_engine_says_the_same_with_graphs(device: torch.device, model: str, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
-@pytest.mark.parametrize(("model", "num_drafts"), [("llama", 0), ("mistral", 3)])
+@pytest.mark.parametrize(("model", "num_drafts"), [("full", 0), ("window", 3)])
 def test_the_engine_says_the_same_with_real_graphs(device: torch.device, model: str, num_drafts: int) -> None:
     graphs = CudaGraphDevice()
     assert _run(model, device, graphs, num_drafts=num_drafts) == _run(model, device, None, num_drafts=num_drafts)
@@ -157,7 +131,7 @@ def test_a_plan_for_any_lengths_changes_no_bit(device: torch.device, lens: list[
 
 def test_contexts_that_need_more_room_than_there_is_are_refused() -> None:
     cpu = torch.device("cpu")
-    model = build_model(CONFIGS["llama"], dtype=torch.float32)
+    model = llamas.make_model("full")
     item_bytes = 4 * 3 * (16 + 1)  # a value and a sum of each head
     space = make_graph_space(model.attention_layers, torch.float32, cpu, max_context=2000, num_bytes=12 * item_bytes)
     cache = KVCache(model.attention_layers, num_blocks=4, block_size=4, dtype=torch.float32)
@@ -171,8 +145,9 @@ def test_contexts_that_need_more_room_than_there_is_are_refused() -> None:
 
 
 def test_a_gpu_s_runner_has_graphs_for_what_the_plan_allows(device: torch.device, tmp_path: Path) -> None:
-    CONFIGS["llama"].architectures = ["LlamaForCausalLM"]
-    CONFIGS["llama"].save_pretrained(tmp_path)
+    hf_config = copy.copy(llamas.CONFIGS["full"])
+    hf_config.architectures = ["LlamaForCausalLM"]
+    hf_config.save_pretrained(tmp_path)
     sections = {
         "model": {"path": str(tmp_path), "load_format": "dummy", "dtype": "float32"},
         "scheduler": {"max_num_seqs": 3},
@@ -181,10 +156,7 @@ def test_a_gpu_s_runner_has_graphs_for_what_the_plan_allows(device: torch.device
     config = EngineConfig.model_validate(sections)
     gpu = replace(read_machine(), device="cuda", total_bytes=2**32, available_bytes=2**32)
     plan = replace(plan_memory(read_model_facts(config.model), config, gpu), device=str(device), num_blocks=30)
-    model = build_model(CONFIGS["llama"], dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)
-    model.to(device)
+    model = llamas.make_model("full").to(device)
     cache = KVCache(model.attention_layers, num_blocks=30, block_size=16, dtype=torch.float32, device=device)
     fake = FakeGraphDevice()
     runner = make_gpu_runner(model, cache, plan, fake)

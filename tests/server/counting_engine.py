@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from urllib.parse import parse_qs
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -68,7 +69,8 @@ class CountingEngine:
 def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[CountingEngine, ModelInfo]:
     options = {name: values[0] for name, values in parse_qs(config.model.path.partition("?")[2]).items()}
     report("weights", "none at all")
-    time.sleep(float(options.get("load", "0")))
+    while "load_until" in options and not Path(options["load_until"]).exists():
+        time.sleep(0.02)
     if options.get("fail") == "crash":
         os._exit(9)
     if "fail" in options:

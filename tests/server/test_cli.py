@@ -259,12 +259,14 @@ def test_an_address_of_others_is_refused(host):
 
 
 def test_a_start_shows_its_phases_and_a_curl_that_works(tmp_path):
-    with serving(tmp_path, "counting?load=8", ready=False) as server:
+    loaded = tmp_path / "loaded"
+    with serving(tmp_path, f"counting?load_until={loaded}", ready=False) as server:
         wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503)
         assert httpx.get(server.url + "/livez").status_code == 200
         refused = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "a"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "starting")
         assert int(refused.headers["retry-after"]) >= 1
+        loaded.touch()
         server.wait_until_ready()
         wait_for(lambda: "curl" in server.log.read_text())
         text = server.log.read_text()
@@ -344,7 +346,7 @@ def test_times_are_counted_from_the_begin_of_the_process():
 
 
 def test_sigterm_during_the_start_ends_it(tmp_path):
-    with serving(tmp_path, "counting?load=60", ready=False) as server:
+    with serving(tmp_path, "counting?load_until=never", ready=False) as server:
         wait_for(lambda: httpx.get(server.url + "/livez").status_code == 200)
         server.send(signal.SIGTERM)
         assert server.end() == 0

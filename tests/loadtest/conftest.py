@@ -68,8 +68,9 @@ class ScriptedServer:
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopped.wait()
-        server.close()
-        await asyncio.sleep(0.01)  # connections that were just accepted become tasks
+        for _ in range(5):  # turns of the loop: who has just connected is accepted, gets a transport, then a task
+            await asyncio.sleep(0)
+        server.close()  # a connection between its acceptance and its transport would stay open for ever
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -81,8 +82,10 @@ class ScriptedServer:
         try:
             while await self._answer(reader, writer):
                 pass
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+        except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except asyncio.CancelledError:
+            writer.transport.abort()  # not even a client that reads nothing keeps it open
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):

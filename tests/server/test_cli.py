@@ -92,7 +92,7 @@ def serving(tmp_path: Path, *arguments: str, ready: bool = True) -> Iterator[Run
         port = probe.getsockname()[1]
     log = tmp_path / "log"
     with log.open("w") as stream:
-        command = [*COUNTING, "--port", str(port), "--served-model-name", "tiny", *arguments]
+        command = [*COUNTING, *arguments, "--port", str(port), "--served-model-name", "tiny"]
         process = subprocess.Popen(command, stdout=stream, stderr=stream, text=True, cwd=ROOT, env=environment())
     running = Running(process, f"http://127.0.0.1:{port}", log)
     try:

@@ -186,32 +186,22 @@ class LaunchedChild:
     note: CrashNote
     output_file: io.RawIOBase
     socket: socket.socket
-    is_attached: bool = False
+    owned: contextlib.ExitStack  # all of these, until `attach` passes them on
 
     async def attach(self, on_message: Callable[[FromEngine], None]) -> EngineChild:
         """Within the event loop of the server, once. What the process has said by now is heard first."""
-        assert not self.is_attached, "attached twice"
         loop = asyncio.get_running_loop()
-        try:
+        with self.owned:
             output, tail = await loop.connect_read_pipe(OutputTail, self.output_file)
             child = EngineChild(self.process, self.note, tail, output, on_message)
             self.socket.setblocking(False)
             await loop.create_unix_connection(lambda: child.connection, sock=self.socket)
-        except BaseException:
-            self.discard()
-            raise
-        self.is_attached = True  # from here on, all of it is released by the child's `end`
+            self.owned.pop_all()  # from here on, all of it is released by the child's `end`
         return child
 
     def discard(self) -> None:
         """Ends a process that is not wanted after all; nothing happens if it was attached."""
-        if self.is_attached:
-            return
-        self.process.kill()
-        self.process.wait()
-        self.note.close()
-        self.output_file.close()
-        self.socket.close()
+        self.owned.close()
 
 
 def launch_child(factory: str, *, heartbeat_interval: float) -> LaunchedChild:
@@ -231,8 +221,9 @@ def launch_child(factory: str, *, heartbeat_interval: float) -> LaunchedChild:
         note = CrashNote(os.dup(note_fd))
         ours.callback(note.close)
         process = _launch((their_socket.fileno(), note_fd), write_fd, factory, heartbeat_interval)
-        ours.pop_all()
-        return LaunchedChild(process, note, output_file, our_socket)
+        ours.callback(process.wait)
+        ours.callback(process.kill)
+        return LaunchedChild(process, note, output_file, our_socket, ours.pop_all())
 
 
 def _launch(fds: tuple[int, int], output_fd: int, factory: str, heartbeat_interval: float) -> subprocess.Popen[bytes]:

@@ -75,7 +75,8 @@ class SchedulerConfig(Section):
         default="auto", description="requests that run at once"
     )
     max_num_batched_tokens: Annotated[CountOrAuto, Flag("--max-num-batched-tokens")] = Field(
-        default="auto", description="token budget of one step"
+        default="auto",
+        description="token budget of one step; with compiled CPU kernels prompts get less beside decoding requests",
     )
 
 
@@ -85,7 +86,7 @@ class KVCacheConfig(Section):
     )
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(default=16, description="tokens per block")
     dtype: Annotated[Literal["auto"] | str, Flag("--kv-cache-dtype")] = Field(
-        default="auto", description="auto: the model's dtype"
+        default="auto", description="auto: the model's dtype; float16 with compiled CPU kernels"
     )
     prefix_caching: Annotated[bool, Flag("--enable-prefix-caching")] = Field(
         default=True, description="reuse the KV cache of equal prefixes"

@@ -50,21 +50,21 @@ def read_plain_config(directory: Path) -> PreTrainedConfig | None:
 
 
 def _is_plain(fields: Fields) -> bool:
-    needed = _FAMILY_FIELDS.get(str(fields.get("model_type")))
-    if needed is None or any(name not in fields for name in needed):
+    family, kinds = str(fields.get("model_type")), fields.get("layer_types", ["full_attention"])
+    if family not in _FAMILY_FIELDS or any(name not in fields for name in _FAMILY_FIELDS[family]):
         return False
-    kinds = fields.get("layer_types")
+    if fields.get("use_sliding_window", False) is not False or (family == "llama" and "sliding_window" in fields):
+        return False
+    if kinds is not None and not (isinstance(kinds, list) and kinds and all(k == "full_attention" for k in kinds)):
+        return False
+    if fields.get("quantization_config") or fields.get("auto_map"):
+        return False
     return (
         all(type(fields.get(name)) is int for name in _COUNTS)
+        and type(fields.get("head_dim", 1)) is int
         and type(fields.get("tie_word_embeddings")) is bool
         and type(fields.get("rms_norm_eps")) is float
         and fields.get("hidden_act") == "silu"
-        and fields.get("use_sliding_window", False) is False
-        and (kinds is None or (isinstance(kinds, list) and set(kinds) == {"full_attention"}))
-        and (fields["model_type"] == "mistral" or "sliding_window" not in fields or "use_sliding_window" in fields)
-        and type(fields.get("head_dim", 1)) is int
-        and not fields.get("quantization_config")
-        and not fields.get("auto_map")
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from engine.client import EngineClient, launch_engine
 from engine.messages import EXIT_CODES
-from server.console import complain
+from server.complain import complain
 from server.settings import (
     ConfigError,
     Layer,

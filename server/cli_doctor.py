@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engine.messages import EXIT_CODES
-from server.console import complain
+from server.complain import complain
 from server.settings import LoadedConfig
 from server.version import VERSION
 

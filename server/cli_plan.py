@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.messages import EXIT_CODES
-from server.console import complain
+from server.complain import complain
 from server.settings import LoadedConfig
 
 DOES_NOT_FIT = 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -126,9 +125,3 @@ def process_begun_at() -> float:
         return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
     except (OSError, AttributeError):  # not Linux
         return time.monotonic()
-
-
-def complain(message: str) -> None:
-    """The last line of a command that failed: one line, whatever is in it."""
-    sys.stdout.flush()
-    print("peregrine: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -21,7 +21,8 @@ import uvicorn
 from engine.client import EngineClient
 from engine.messages import EXIT_CODES
 from server.app import MakeEngine, create_app
-from server.console import Console, complain, process_begun_at
+from server.complain import complain
+from server.console import Console, process_begun_at
 from server.http_protocol import HttpProtocol
 from server.settings import LoadedConfig
 from server.state import ServerState

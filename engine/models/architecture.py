@@ -7,13 +7,15 @@ in another, and moved between releases. What is read here is explicit from then 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from transformers import PreTrainedConfig
 
 from engine.attention import AttentionLayer
 from engine.models.rope import Rope, default_rope, scaled_rope
+
+if TYPE_CHECKING:
+    from engine.models.checkpoint_config import CheckpointConfig
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -52,7 +54,7 @@ class Architecture:
     has_merged_weights: bool = False  # the checkpoint holds qkv_proj and gate_up_proj
 
 
-def read_architecture(config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Architecture:
+def read_architecture(config: CheckpointConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Architecture:
     """The facts of a Llama-like config, served with contexts of `max_model_len` tokens (None: as trained).
 
     What a family has by its name alone, and no field says, its variant adds. Raises UnsupportedArchitectureError where
@@ -81,7 +83,7 @@ def read_architecture(config: PreTrainedConfig, *, dtype: torch.dtype, max_model
     )
 
 
-def check_is_causal_lm(config: PreTrainedConfig) -> None:
+def check_is_causal_lm(config: CheckpointConfig) -> None:
     """Raises ValueError for checkpoints that are no plain next-token model, or whose weights are quantised."""
     names = config.architectures or []
     if names and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
@@ -97,7 +99,7 @@ def check_is_causal_lm(config: PreTrainedConfig) -> None:
         )
 
 
-def read_trained_context(config: PreTrainedConfig) -> int:
+def read_trained_context(config: CheckpointConfig) -> int:
     """Longest context the model was made for, in tokens: max_position_embeddings, or what stands for it."""
     for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         length = getattr(config, field, None)
@@ -106,7 +108,7 @@ def read_trained_context(config: PreTrainedConfig) -> int:
     raise ValueError(f"{config.model_type}'s config names no longest context; set model.max_model_len")
 
 
-def length_where_rope_changes(config: PreTrainedConfig) -> int | None:
+def length_where_rope_changes(config: CheckpointConfig) -> int | None:
     """The context length beyond which transformers computes other rotations for the whole batch, or None."""
     lengths = []
     for rope in _rope_parameters(config).values():
@@ -117,7 +119,7 @@ def length_where_rope_changes(config: PreTrainedConfig) -> int | None:
     return min(lengths, default=None)
 
 
-def check_attention_layers(config: PreTrainedConfig, layers: list[AttentionLayer]) -> None:
+def check_attention_layers(config: CheckpointConfig, layers: list[AttentionLayer]) -> None:
     """Raises ValueError unless the layers that attend are all that the config has, each with its window.
 
     A layer of another kind, or one whose window is only in transformers' masks, would otherwise be silently wrong.
@@ -144,7 +146,7 @@ def _check_kinds(kinds: list[str], problem: str) -> None:
         raise UnsupportedArchitectureError(f"{problem}its layers have {', '.join(sorted(unknown))}")
 
 
-def _attention_layers(config: PreTrainedConfig) -> tuple[AttentionLayer, ...]:
+def _attention_layers(config: CheckpointConfig) -> tuple[AttentionLayer, ...]:
     num_heads = _number(config, "num_attention_heads")
     num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
     head_dim = int(getattr(config, "head_dim", None) or _number(config, "hidden_size") // num_heads)
@@ -156,7 +158,7 @@ def _attention_layers(config: PreTrainedConfig) -> tuple[AttentionLayer, ...]:
     )
 
 
-def _windows(config: PreTrainedConfig) -> list[int | None]:
+def _windows(config: CheckpointConfig) -> list[int | None]:
     """Each layer's sliding window. Without `layer_types`, a window is every layer's (Mistral, Phi-3)."""
     num_layers = _number(config, "num_hidden_layers")
     window: int | None = getattr(config, "sliding_window", None)
@@ -167,7 +169,7 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds[:num_layers]]
 
 
-def _mixtures(config: PreTrainedConfig) -> tuple[Mixture | None, ...]:
+def _mixtures(config: CheckpointConfig) -> tuple[Mixture | None, ...]:
     """Each layer's experts; empty for the families that have none."""
     if getattr(config, "num_experts_per_tok", None) is None:
         return ()
@@ -191,7 +193,7 @@ def _mixtures(config: PreTrainedConfig) -> tuple[Mixture | None, ...]:
 
 
 def _ropes(
-    config: PreTrainedConfig, head_dim: int, max_model_len: int
+    config: CheckpointConfig, head_dim: int, max_model_len: int
 ) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
     """The distinct rotations, and which one each layer has."""
     parameters = _rope_parameters(config)
@@ -212,7 +214,7 @@ def _ropes(
 
 
 def _read_rope(
-    config: PreTrainedConfig,
+    config: CheckpointConfig,
     parameters: dict[str, object],
     head_dim: int,
     *,
@@ -226,7 +228,7 @@ def _read_rope(
     return default_rope(float(cast(float, parameters["rope_theta"])), int(head_dim * fraction))
 
 
-def _rope_parameters(config: PreTrainedConfig) -> dict[str | None, dict[str, object]]:
+def _rope_parameters(config: CheckpointConfig) -> dict[str | None, dict[str, object]]:
     """`config.rope_parameters` by layer type; a single set of parameters stands under None."""
     parameters: dict[str, object] = getattr(config, "rope_parameters", None) or {}
     nested: dict[str | None, dict[str, object]] = {k: v for k, v in parameters.items() if isinstance(v, dict)}
@@ -235,16 +237,16 @@ def _rope_parameters(config: PreTrainedConfig) -> dict[str | None, dict[str, obj
     return {None: parameters}
 
 
-def _number(config: PreTrainedConfig, field: str) -> int:
+def _number(config: CheckpointConfig, field: str) -> int:
     value = getattr(config, field, None)
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{config.model_type}'s config has {field} = {value!r}; it must be a positive number")
     return value
 
 
-def _flag(config: PreTrainedConfig, field: str) -> bool:
+def _flag(config: CheckpointConfig, field: str) -> bool:
     return bool(getattr(config, field, False))
 
 
-def _text(config: PreTrainedConfig, field: str) -> str:
+def _text(config: CheckpointConfig, field: str) -> str:
     return str(getattr(config, field, ""))

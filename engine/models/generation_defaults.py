@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tokenizers import Tokenizer
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.configuration_utils import GenerationConfig
 
 from engine.messages import TokenizerAssets
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from engine.models.checkpoint_config import CheckpointConfig
 
 _END_OF_TEXT = ("<|endoftext|>",)
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")
@@ -14,7 +19,7 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def find_eos_token_ids(
-    config: PreTrainedConfig, generation: GenerationConfig | None, tokenizer: TokenizerAssets
+    config: CheckpointConfig, generation: GenerationConfig | None, tokenizer: TokenizerAssets
 ) -> list[int]:
     """Ids of the generation config, the config and the tokenizer, and of the turn's end in the chat template."""
     backend = Tokenizer.from_str(tokenizer.tokenizer_json)

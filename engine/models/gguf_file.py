@@ -7,17 +7,21 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.configuration_utils import PreTrainedConfig
 
+from engine.models.checkpoint_config import BareConfig
 from engine.models.errors import ModelError
 from engine.models.gguf_config import config_fields
 from engine.models.gguf_dequantize import dequantize
 from engine.models.gguf_header import GGUFHeader, TensorInfo
 from engine.models.registry import MODELS
+
+if TYPE_CHECKING:
+    from engine.models.checkpoint_config import CheckpointConfig
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -49,22 +53,14 @@ _MAX_AHEAD = 4  # tensors
 _ROPE_FREQS = "rope_freqs.weight"  # read for the config, no weight of the model
 
 
-def gguf_config(header: GGUFHeader, *, implementation: str = "auto") -> PreTrainedConfig:
-    """The config of the model in the file. ModelError where the family is not supported.
+def gguf_config(header: GGUFHeader, *, implementation: str = "auto") -> CheckpointConfig:
+    """The config of the model in the file: bare fields for our own layers, its family's class for transformers'.
 
-    For our own layers a plain PreTrainedConfig carries all fields: importing a family's own config class takes three
-    seconds, and only transformers' layers need it.
+    ModelError where the family is not supported.
     """
     freqs = _read_rope_freqs(header) if _ROPE_FREQS in header.tensors else None
-    fields = config_fields(header, freqs)
-    model_type = str(fields["model_type"])
-    if implementation != "transformers" and model_type in MODELS:
-        return PreTrainedConfig(**fields)
-    from transformers import AutoConfig  # seconds, see above
-
-    del fields["model_type"]
-    config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
-    return config
+    config = BareConfig(**config_fields(header, freqs))
+    return config if implementation != "transformers" and config.model_type in MODELS else config.of_family()
 
 
 def gguf_weights(header: GGUFHeader, dtype: torch.dtype, *, num_threads: int = 1) -> Iterator[tuple[str, Tensor]]:

@@ -6,11 +6,11 @@ Llama 2 and 3, Mistral, Qwen2 and Qwen3, SmolLM2 and SmolLM3, Phi-3 differ in fa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from engine.attention import AttentionBackend, HeadNorms, Rotation
 from engine.forward_batch import ForwardBatch
@@ -19,6 +19,9 @@ from engine.models.model import Model, check_weight_names
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
 from kernels.panel import PANEL
+
+if TYPE_CHECKING:
+    from engine.models.checkpoint_config import CheckpointConfig
 
 
 def make_linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
@@ -120,7 +123,7 @@ class Llama(Model):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Llama:
+    def from_config(cls, config: CheckpointConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Llama:
         return cls(cls.adapt(read_architecture(config, dtype=dtype, max_model_len=max_model_len)))
 
     @staticmethod

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.configuration_utils import GenerationConfig
 
 from engine.attention import AttentionLayer
 from engine.config import ModelConfig
@@ -20,12 +19,16 @@ from engine.models.dummy import byte_tokenizer, fill_with_random_weights
 from engine.models.errors import ModelError
 from engine.models.generation_defaults import find_eos_token_ids, read_generation_defaults
 from engine.models.gguf_file import gguf_config, gguf_weights
-from engine.models.gguf_header import read_gguf_header
 from engine.models.model import ExpertFacts, Model
 from engine.models.plain_config import read_plain_config
 from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.models.tokenizer import load_tokenizer_assets
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from engine.models.checkpoint_config import CheckpointConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -135,9 +138,9 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
     )
 
 
-def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
+def _read_config(source: ModelSource, config: ModelConfig) -> CheckpointConfig:
     if source.kind == "gguf":
-        return gguf_config(read_gguf_header(source.path), implementation=config.implementation)
+        return gguf_config(source.gguf_header, implementation=config.implementation)
     if config.implementation != "transformers":
         plain = read_plain_config(source.path)
         if plain is not None:
@@ -145,13 +148,13 @@ def _read_config(source: ModelSource, config: ModelConfig) -> PreTrainedConfig:
     from transformers import AutoConfig  # seconds: it imports the config of every family
 
     try:
-        hf_config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        hf_config: CheckpointConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{source.path}/config.json cannot be used: {error}") from error
     return hf_config
 
 
-def _build(source: ModelSource, hf_config: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype) -> Model:
+def _build(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig, dtype: torch.dtype) -> Model:
     max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
     try:
         return build_model(hf_config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len)
@@ -175,12 +178,12 @@ def _fill(model: Model, source: ModelSource, dtype: torch.dtype) -> None:
 
 def _weights(source: ModelSource, dtype: torch.dtype, num_threads: int) -> Iterator[tuple[str, Tensor]]:
     if source.kind == "gguf":
-        return gguf_weights(read_gguf_header(source.path), dtype, num_threads=num_threads)
+        return gguf_weights(source.gguf_header, dtype, num_threads=num_threads)
     return safetensors_weights(source)
 
 
 def _load_tokenizer(
-    source: ModelSource, config: ModelConfig, hf_config: PreTrainedConfig, vocab_size: int
+    source: ModelSource, config: ModelConfig, hf_config: CheckpointConfig, vocab_size: int
 ) -> TokenizerAssets:
     """Random weights speak any language: where a directory for them has no tokenizer, bytes are its tokens."""
     is_dummy = config.load_format == "dummy" and config.tokenizer is None and source.kind == "directory"
@@ -192,6 +195,8 @@ def _load_tokenizer(
 def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
     if source.kind == "gguf" or not (source.path / "generation_config.json").is_file():
         return None
+    from transformers import GenerationConfig  # a second
+
     try:
         generation: GenerationConfig = GenerationConfig.from_pretrained(source.path)
     except (OSError, ValueError, TypeError) as error:
@@ -199,7 +204,7 @@ def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
     return generation
 
 
-def _trained_context(source: ModelSource, hf_config: PreTrainedConfig, config: ModelConfig) -> int:
+def _trained_context(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig) -> int:
     try:
         return read_trained_context(hf_config.get_text_config())
     except ValueError as error:
@@ -208,5 +213,5 @@ def _trained_context(source: ModelSource, hf_config: PreTrainedConfig, config: M
         raise ModelError(f"{source.path}: {error}") from error
 
 
-def _architecture(hf_config: PreTrainedConfig) -> str:
+def _architecture(hf_config: CheckpointConfig) -> str:
     return hf_config.architectures[0] if hf_config.architectures else str(hf_config.model_type)

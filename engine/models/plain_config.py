@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+from engine.models.checkpoint_config import BareConfig
 
 Fields = dict[str, object]
 
@@ -31,7 +31,7 @@ _FAMILY_FIELDS = {  # by model_type: what else its class would fill in
 _ROPE_TYPES = ("default", "llama3")
 
 
-def read_plain_config(directory: Path) -> PreTrainedConfig | None:
+def read_plain_config(directory: Path) -> BareConfig | None:
     """The config in `directory`, or None where transformers must read it. Never raises for a file's content."""
     try:
         fields: object = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def read_plain_config(directory: Path) -> PreTrainedConfig | None:
         fields["sliding_window"] = None  # the class drops a window that `use_sliding_window` turns off
     left_out = ("rope_theta", "rope_scaling", "layer_types", "_name_or_path")
     kept = {name: value for name, value in fields.items() if name not in left_out}
-    return PreTrainedConfig(**kept | {"rope_parameters": rope, "name_or_path": str(directory)})
+    return BareConfig(**kept | {"rope_parameters": rope, "name_or_path": str(directory)})
 
 
 def _is_plain(fields: Fields) -> bool:

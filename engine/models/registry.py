@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
-from transformers import PreTrainedConfig
 
 from engine.models.architecture import UnsupportedArchitectureError, check_is_causal_lm
+from engine.models.checkpoint_config import BareConfig
 from engine.models.model import Model
 from engine.places import load_object
+
+if TYPE_CHECKING:
+    from engine.models.checkpoint_config import CheckpointConfig
 
 MODELS = {  # config.model_type -> "module:Class"
     "llama": "engine.models.llama:Llama",  # SmolLM2 too
@@ -27,11 +30,11 @@ FALLBACK = "engine.models.transformers_fallback:TransformersModel"
 
 
 class ModelClass(Protocol):
-    def from_config(self, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Model: ...
+    def from_config(self, config: CheckpointConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Model: ...
 
 
 def build_model(
-    config: PreTrainedConfig,
+    config: CheckpointConfig,
     *,
     dtype: torch.dtype,
     implementation: Literal["auto", "own", "transformers"] = "auto",
@@ -54,14 +57,16 @@ def build_model(
         return _fallback(config, dtype=dtype, max_model_len=max_model_len)
 
 
-def _fallback(config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Model:
+def _fallback(config: CheckpointConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Model:
     from transformers.initialization import no_init_weights  # seconds: it imports what only the fallback needs
 
+    if isinstance(config, BareConfig):
+        config = config.of_family()
     with no_init_weights():
         return cast(ModelClass, load_object(FALLBACK)).from_config(config, dtype=dtype, max_model_len=max_model_len)
 
 
-def _own_class(config: PreTrainedConfig) -> ModelClass:
+def _own_class(config: CheckpointConfig) -> ModelClass:
     if config.model_type not in MODELS:
         raise UnsupportedArchitectureError(f"{config.model_type} has no layers of our own; {', '.join(MODELS)} have")
     return cast(ModelClass, load_object(MODELS[config.model_type]))

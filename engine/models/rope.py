@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from engine.models.checkpoint_config import BareConfig
 from kernels.rope import rope_factors
+
+if TYPE_CHECKING:
+    from engine.models.checkpoint_config import CheckpointConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,16 @@ def default_rope(theta: float, rotary_dim: int) -> Rope:
     return Rope(tuple(frequencies.tolist()))
 
 
-def scaled_rope(config: PreTrainedConfig, rope_type: str, *, layer_type: str | None, max_model_len: int) -> Rope:
+def scaled_rope(config: CheckpointConfig, rope_type: str, *, layer_type: str | None, max_model_len: int) -> Rope:
     """The frequencies of a scaling (linear, dynamic, yarn, longrope, llama3, ...) for contexts of `max_model_len`.
 
     Scalings that depend on the length of the text (dynamic, longrope) are held at the longest one served: were they to
     follow each text, its cached keys would change their meaning as it grows.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # a second, which most models do not need
+
+    if isinstance(config, BareConfig):
+        config = config.for_transformers()
     if rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope_type {rope_type!r} is unknown; known are default, {', '.join(ROPE_INIT_FUNCTIONS)}")
     init = ROPE_INIT_FUNCTIONS[rope_type]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
+from engine.models.checkpoint_config import BareConfig
 from engine.models.errors import ModelError
-from engine.models.gguf_header import read_gguf_header
 from engine.models.gguf_tokenizer import gguf_tokenizer
 from engine.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from engine.models.checkpoint_config import CheckpointConfig
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: PreTrainedConfig) -> TokenizerAssets:
+def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: CheckpointConfig) -> TokenizerAssets:
     """The tokenizer of the model, or the one that `config.tokenizer` names; with `config.chat_template` if set.
 
     hf_config: of the model. ModelError where there is none, or none that works without Python code of its own.
@@ -25,7 +30,7 @@ def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: P
     if config.tokenizer is not None:
         assets = hugging_face_tokenizer(config.tokenizer)
     elif source.kind == "gguf":
-        assets = gguf_tokenizer(read_gguf_header(source.path))
+        assets = gguf_tokenizer(source.gguf_header)
     else:
         assets = hugging_face_tokenizer(str(source.path), hf_config)
     if config.chat_template is None:
@@ -38,13 +43,15 @@ def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: P
     )
 
 
-def hugging_face_tokenizer(name: str, hf_config: PreTrainedConfig | None = None) -> TokenizerAssets:
+def hugging_face_tokenizer(name: str, hf_config: CheckpointConfig | None = None) -> TokenizerAssets:
     """The tokenizer of a directory or hub id. ModelError where transformers cannot make a fast one.
 
     hf_config: of the model there. Without it transformers reads it again, and may import for seconds to do so.
     """
     from transformers import AutoTokenizer  # a second: it knows the names of every family
 
+    if isinstance(hf_config, BareConfig):
+        hf_config = hf_config.for_transformers()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, config=hf_config, trust_remote_code=False

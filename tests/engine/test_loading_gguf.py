@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -33,7 +35,9 @@ from engine.models.gguf_file import gguf_config, gguf_weights
 from engine.models.gguf_header import read_gguf_header
 from engine.models.gguf_tokenizer import gguf_tokenizer
 from engine.models.loader import load_model
+from engine.models.registry import build_model
 
+ROOT = Path(__file__).parents[2]
 torch.set_num_threads(1)
 
 NAMES = {
@@ -223,6 +227,26 @@ def test_weights_come_back_within_the_bound_of_their_format(tmp_path: Path, arch
         expected = getattr(model.config, field, None)
         assert expected is None or getattr(read, field) == pytest.approx(expected), field
     assert read.rope_parameters == pytest.approx(ROPE)
+
+
+def test_our_own_layers_are_loaded_without_transformers(tiny_file: Path) -> None:
+    """Importing it takes a second of the start."""
+    code = f"""
+import sys, torch, engine.build
+from engine.config import ModelConfig
+from engine.models.loader import load_model
+load_model(ModelConfig(path={str(tiny_file)!r}), dtype=torch.float32, seed=0)
+print("transformers" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == "False\n"
+
+
+def test_bare_fields_become_their_family_for_transformers_layers(tiny_file: Path) -> None:
+    header = read_gguf_header(tiny_file)
+    model = build_model(gguf_config(header), dtype=torch.float32, implementation="transformers")
+    assert type(model.head.config) is LlamaConfig
+    model.load_weights(gguf_weights(header, torch.float32))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

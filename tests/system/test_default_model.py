@@ -38,7 +38,7 @@ Section = dict[str, str]
 def reference() -> LlamaForCausalLM:
     """The same file's weights in transformers' own Llama."""
     header = read_gguf_header(ensure_model(report=lambda phase, detail: None))
-    config = LlamaConfig(**gguf_config(header, implementation="own").to_dict())
+    config = LlamaConfig(**vars(gguf_config(header, implementation="own")))
     model = LlamaForCausalLM(config).eval()
     weights = dict(gguf_weights(header, torch.float32))
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])

@@ -122,13 +122,15 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache)
-    experts = plan.facts.experts
-    num_used = plan.facts.num_linear_parameters + int(experts.share * experts.num_parameters)
+    facts, experts = plan.facts, plan.facts.experts
+    output_size = facts.vocab_size * facts.hidden_size
+    num_in_layers = facts.num_linear_parameters - (0 if facts.ties_output else output_size)
     cost = ModelCost(
         weight_bytes=plan.linear_bytes,
         expert_bytes=experts.num_parameters * plan.dtype.itemsize,
         expert_share=experts.share,
-        flops_per_token=2 * (num_used + loaded.vocab_size * model.hidden_size),
+        flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
+        flops_per_logits=2 * output_size,
         kv_bytes_per_token=plan.kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )

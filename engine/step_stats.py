@@ -27,15 +27,17 @@ class StepClock:
 class ModelCost:
     """What a step must at least read and compute.
 
-    weight_bytes: read once per step; flops_per_token: two per parameter of the matrix products that a token takes
-    part in; kv_bytes_per_token: of all layers; attention_flops_per_pair: for one query token and one token of its
-    context; expert_bytes: of all experts, of which a token is sent to `expert_share`.
+    weight_bytes: read once per step; flops_per_token: two per parameter of the layers' matrix products that a token
+    takes part in; flops_per_logits: of the output layer, for one row; kv_bytes_per_token: of all layers;
+    attention_flops_per_pair: for one query token and one token of its context; expert_bytes: of all experts, of which a
+    token is sent to `expert_share`.
     """
 
     weight_bytes: int
     flops_per_token: int
     kv_bytes_per_token: int
     attention_flops_per_pair: int
+    flops_per_logits: int = 0
     expert_bytes: int = 0
     expert_share: float = 0.0
 
@@ -55,7 +57,9 @@ class ModelCost:
         num_pairs = sum(
             item.num_new_tokens * (item.seq.num_computed_tokens + (item.num_new_tokens + 1) // 2) for item in batch
         )
-        return num_tokens * self.flops_per_token + num_pairs * self.attention_flops_per_pair
+        num_logits = sum(item.num_logits for item in batch)
+        per_row = num_tokens * self.flops_per_token + num_logits * self.flops_per_logits
+        return per_row + num_pairs * self.attention_flops_per_pair
 
 
 class StepRecorder:

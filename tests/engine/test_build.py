@@ -75,3 +75,16 @@ def test_the_fingerprint_changes_with_what_changes_numbers(dummy):
     }
     assert len(prints) == 4
     assert _build(dummy, device=compiled)[1].fingerprint in prints
+
+
+@pytest.mark.parametrize("ties_output", [True, False])
+def test_the_output_layer_is_counted_for_rows_that_have_logits(dummy, ties_output):
+    config = LlamaConfig.from_pretrained(dummy)
+    config.tie_word_embeddings = ties_output
+    config.save_pretrained(dummy)
+    engine, _ = _build(dummy)
+    engine.add(Request(request_id="r", prompt_token_ids=[1] * 19, params=SamplingParams(seed=0, max_tokens=2)))
+    layers = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64)
+    in_layers = 19 * 2 * layers
+    attention = 19 * 10 * (2 * 4 * 2 * 16)  # on average, a token attends to ten
+    assert engine.step()[2].flops == in_layers + attention + 2 * 300 * 32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.attention import normalise_rotate_and_attend
 from engine.forward_batch import ForwardBatch
-from kernels.numba.attention import SCRATCH_FLOATS_PER_ROW, TILE_ROWS
+from kernels.numba.attention import SCRATCH_FLOATS, SCRATCH_FLOATS_PER_ROW, TILE_ROWS
 from kernels.numba.formats import FORMAT_OF
 from kernels.numba.lanes import LANES
 from kernels.numba.linear import SCRATCH_BYTES
@@ -145,6 +145,7 @@ def scratch_bytes(layers: list[AttentionLayer]) -> int:
 
     def of_layer(layer: AttentionLayer) -> int:
         group = layer.num_heads // layer.num_kv_heads
-        return tokens_of_tile(group) * group * (2 * layer.head_dim + int(SCRATCH_FLOATS_PER_ROW)) * 4
+        num_rows = tokens_of_tile(group) * group
+        return 4 * (int(SCRATCH_FLOATS) + num_rows * (2 * layer.head_dim + int(SCRATCH_FLOATS_PER_ROW)))
 
     return max(int(SCRATCH_BYTES), *map(of_layer, layers))

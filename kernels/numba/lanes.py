@@ -146,6 +146,21 @@ def exponentiate(typing_context, scores, count, largest):  # type: ignore[no-unt
     return types.float32(types.int64, types.int64, types.float32), generate
 
 
+@intrinsic
+def largest_of(typing_context, scores, count, floor):  # type: ignore[no-untyped-def]
+    """The largest of `floor` and float32 [16 * count] at an address, whatever is no number left out."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        address, num_vectors, least = arguments
+        loop = Loop(builder, num_vectors, [splat(builder, least)])
+        values = load_floats(builder, builder.add(address, builder.mul(loop.index, I64(4 * LANES))), "float32")
+        is_larger = builder.fcmp_ordered(">", values, loop.values[0])
+        (largest,) = loop.close([builder.select(is_larger, values, loop.values[0])])
+        return call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
+
+    return types.float32(types.int64, types.int64, types.float32), generate
+
+
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """The sum of all lanes, halves first."""
     width = LANES

@@ -41,6 +41,7 @@ from kernels.numba.lanes import (
 )
 
 MAX_ROWS_OF_TWO_PANELS = 2
+PARTS_AHEAD = 2  # of 1 to 4 KB each
 MIN_ROWS_OF_UNPACKED = 4
 MAX_ROWS = 6  # 6 rows of two registers are 12 sums, which leaves AVX2's 16 registers 4 for operands
 
@@ -87,6 +88,65 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
             sums.append(fma(builder, broadcast, weights[panel], loop.values[row * panels + panel]))
     sums = loop.close(sums)
     _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    builder.ret_void()
+    return function
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Asks for the line of an address, which need not be one of ours."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
+
+def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.Function:
+    """(x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo): the tile of one panel that lies in parts.
+
+    parts: addresses of them, and of PARTS_AHEAD more. Lines are asked for so far in advance: parts begin anywhere in
+    memory, and no processor guesses where. Element i of column c of a part is i * w_stride + c after `offset` bytes.
+    scores: each part is 16 columns of out = x @ part, all of one depth. Else each is 16 elements of the depth, `depth`
+    in all, and out += x @ parts; the first `skipped` elements, fewer than 16, are not looked at.
+    """
+    function, is_new = define(module, f"paged_tile_{rows}_{element}_{'scores' if scores else 'sums'}", 10)
+    if not is_new:
+        return function
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo = function.args
+    size = 4 if element == "float32" else 2
+    zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * rows
+    step = builder.mul(w_stride, I64(size))
+    outer = Loop(builder, num_parts, [] if scores else zeros)
+    place = builder.add(parts, builder.shl(outer.index, I64(3)))
+    part, following = (
+        builder.add(load(builder, builder.add(place, I64(8 * ahead)), I64, 8), offset) for ahead in (0, PARTS_AHEAD)
+    )
+    if scores:
+        first, begin, count = I64(0), I64(0), depth
+    else:
+        first = builder.mul(outer.index, I64(LANES))
+        begin = builder.select(builder.icmp_signed("==", outer.index, I64(0)), skipped, I64(0))
+        left = builder.sub(depth, first)
+        end = builder.select(builder.icmp_signed("<", left, I64(LANES)), left, I64(LANES))
+        count = builder.sub(end, begin)
+    x_rows = [
+        builder.add(x, builder.shl(builder.add(builder.mul(ldx, I64(row)), first), I64(2))) for row in range(rows)
+    ]
+    inner = Loop(builder, count, zeros if scores else outer.values)
+    index = builder.add(inner.index, begin)
+    distance = builder.mul(index, step)
+    _prefetch(builder, builder.add(following, distance))
+    weights = load_floats(builder, builder.add(part, distance), element)
+    sums = []
+    for row in range(rows):
+        scalar = load(builder, builder.add(x_rows[row], builder.shl(index, I64(2))), FLOAT, 4)
+        sums.append(fma(builder, splat(builder, scalar), weights, inner.values[row]))
+    sums = inner.close(sums)
+    if scores:
+        target = builder.add(out, builder.mul(outer.index, I64(4 * LANES)))
+        _write_sums(builder, [[total] for total in sums], target, ldo, I64(0))
+        outer.close([])
+    else:
+        sums = outer.close(sums)
+        _write_sums(builder, [[total] for total in sums], out, ldo, I64(1))
     builder.ret_void()
     return function
 
@@ -221,6 +281,36 @@ def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: 
     return tile
 
 
+def _dispatching_rows(element: str, *, scores: bool) -> Callable[..., None]:
+    """An intrinsic (rows, *arguments) that calls the paged tile of so many rows, 1..MAX_ROWS."""
+
+    @intrinsic
+    def tile(typing_context, arguments):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            (packed,) = values
+            rows, *rest = cgutils.unpack_tuple(builder, packed, 11)
+            end = builder.append_basic_block("tiled")
+            switch = builder.switch(rows, end)
+            for num_rows in range(1, MAX_ROWS + 1):
+                block = builder.append_basic_block("tile")
+                switch.add_case(I64(num_rows), block)
+                builder.position_at_end(block)
+                builder.call(_paged_tile(builder.module, num_rows, element, scores), rest)
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(arguments), generate
+
+    return tile
+
+
+score_float32, score_bfloat16, score_float16 = (
+    _dispatching_rows(element, scores=True) for element in ("float32", "bfloat16", "float16")
+)
+weigh_float32, weigh_bfloat16, weigh_float16 = (
+    _dispatching_rows(element, scores=False) for element in ("float32", "bfloat16", "float16")
+)
 multiply_float32 = _dispatching(_float_tile, "float32", 9)
 multiply_bfloat16 = _dispatching(_float_tile, "bfloat16", 9)
 multiply_float16 = _dispatching(_float_tile, "float16", 9)

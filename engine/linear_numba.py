@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from engine.huge_pages import HugePages
 from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, SIZES
 from kernels.numba.lanes import GROUP
 from kernels.numba.packing import SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly
@@ -33,9 +35,12 @@ def pack_linears(model: nn.Module, format_name: str, *, num_threads: int = 1) ->
         if type(child) is nn.Linear
     ]
 
+    memory = HugePages()
+
     def exchange(place: tuple[nn.Module, str, Tensor | None]) -> PackedMatrix:
         parent, name, bias = place
         matrix = pack_linear(getattr(parent, name).weight.detach(), format_name, is_output=name == "lm_head")
+        matrix = replace(matrix, values=memory.keep(matrix.values))
         setattr(parent, name, PackedLinear(matrix, bias))
         return matrix
 

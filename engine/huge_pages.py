@@ -1,0 +1,44 @@
+"""Memory for weights in pages of 2 MiB: what each step reads from front to end crosses 500 times fewer pages."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+import torch
+from torch import Tensor
+
+_CHUNK = 32 << 20  # bytes that are asked for at once, whole huge pages; the last one stays half empty
+_LINE = 64
+
+
+class HugePages:
+    """Copies tensors to such memory, where the kernel gives it on request (madvise(2), MADV_HUGEPAGE); on any threads.
+
+    Nothing is freed before all tensors of a chunk are.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy."""
+        copy = self._take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor)
+
+    def _take(self, num_bytes: int) -> Tensor:
+        with self._lock:
+            if self._used + num_bytes > len(self._chunk):
+                self._chunk, self._used = _allocate(max(num_bytes, _CHUNK)), 0
+            taken = self._chunk[self._used : self._used + num_bytes]
+            self._used += -(-num_bytes // _LINE) * _LINE
+        return taken
+
+
+def _allocate(num_bytes: int) -> Tensor:
+    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -36,10 +36,9 @@ async def _measure(options: argparse.Namespace, batches: list[int], context: int
     peer = Peer("server", Target(f"http://127.0.0.1:{port}"))
     launch = Launch(_command(options, port, max(batches)), Exchange([LOWEST_ID] * 4, 1), PATIENCE)
     host = LaunchingHost(peer, launch, seed=0)
-    num_outputs = max(context // 2, 2)
-    workload = Workload(
-        FixedLength(context - num_outputs // 2), FixedLength(num_outputs), 0, token_ids=(LOWEST_ID, HIGHEST_ID)
-    )
+    num_prompt = max(context // 8, 1)  # few, and many outputs: all streams run beside one another for most of the time
+    num_outputs = max(2 * (context - num_prompt), 2)
+    workload = Workload(FixedLength(num_prompt), FixedLength(num_outputs), 0, token_ids=(LOWEST_ID, HIGHEST_ID))
     seconds: dict[int, float] = {}
     try:
         await host.begin()

@@ -72,7 +72,7 @@ def test_a_state_that_does_not_fit_says_so(build, state: State) -> None:
 
 
 def test_scaling_writes_what_its_tables_are_made_from(options, tmp_path, capsys) -> None:
-    grid = ["--batches", "1,8", "--contexts", "64,200", "--waiting", "0,20", "--steps", "3"]
+    grid = ["--batches", "1,8", "--contexts", "64,200", "--waiting", "0,20", "--steps", "3", "--rounds", "2"]
     assert scaling.main([*options, *grid]) == 0
     printed = capsys.readouterr().out
     (file,) = tmp_path.glob("*-scaling.json")
@@ -92,7 +92,7 @@ def test_growth_is_the_steepest_power_between_neighbours() -> None:
         return [scaling.Point(state, StepTimes(seconds, parts, 0, 0)) for state, seconds in pairs]
 
     result = scaling.Scaling(
-        read_environment(), {}, 1,
+        read_environment(), {}, 1, 1,
         over_batch=points([(State(1, 9), 1.0), (State(2, 9), 1.0), (State(4, 9), 4.0)]),
         over_context=points([(State(1, 10), 1.0), (State(1, 20), 2.0), (State(8, 10), 5.0), (State(8, 40), 10.0)]),
         over_waiting=points([(State(4, 9, 0), 1.0), (State(4, 9, 10), 3.0), (State(4, 9, 1000), 3.0)]),

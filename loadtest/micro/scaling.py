@@ -3,8 +3,8 @@
 Milliseconds of `Engine.step` against the number of running sequences, the length of their contexts, and the number of
 waiting requests, with the share of each part. Contexts are real: prompts are computed first, which takes most of the
 time, and sets the grid: 64 sequences of 128 tokens, 8 of up to 2,048, one of up to 8,192. With the default model on two
-cores three rounds take about twelve minutes; run it on a quiet machine. Writes DATE-scaling.json into loadtest/results and prints the
-tables for the README; `--table FILE` prints them again.
+cores three rounds take about ten minutes; run it on a quiet machine. Writes DATE-scaling.json into loadtest/results
+and prints the tables for the README; `--table FILE` prints them again.
 """
 
 from __future__ import annotations

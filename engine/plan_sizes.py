@@ -66,18 +66,19 @@ class Demand:
         return self.kv_per_token + self.read_per_token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizer:
     """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts.
 
-    `quantization` is the one that "auto" became. measured_workspace: the bytes that a largest step took, where one was
-    run; without it they are estimated.
+    device, kernels, quantization: what "auto" became. measured_workspace: the bytes that a largest step took, where one
+    was run; without it they are estimated.
     """
 
     facts: ModelFacts
     config: EngineConfig
     machine: Machine
     device: str
+    kernels: str
     quantization: str
     num_lookahead: int
     measured_workspace: int | None = None
@@ -102,13 +103,18 @@ class Sizer:
             workspace=estimated if self.measured_workspace is None else self.measured_workspace,
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
             kv_per_token=kv_per_token,
-            read_per_token=0 if self._has_triton else -(-2 * kv_per_token // len(facts.attention_layers)),
+            read_per_token=0 if self._reads_in_place else -(-2 * kv_per_token // len(facts.attention_layers)),
         )
 
     @property
     def _has_triton(self) -> bool:
-        """Whose attention reads the cache where it lies, and can be captured."""
-        return self.device == "cuda" and self.config.device.kernels != "torch"
+        """Whose steps can be captured."""
+        return self.device == "cuda" and self.kernels == "triton"
+
+    @property
+    def _reads_in_place(self) -> bool:
+        """Whether attention reads the cache where it lies."""
+        return self._has_triton or self.kernels == "numba"
 
     def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
         """size: bytes of an activation"""

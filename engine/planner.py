@@ -95,7 +95,16 @@ def plan_memory(
     num_threads = resolve_num_threads(config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, num_threads=num_threads.value)
     num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(facts, config, machine, device.value, quantization.value, num_lookahead, measured_workspace)
+    sizer = Sizer(
+        facts=facts,
+        config=config,
+        machine=machine,
+        device=device.value,
+        kernels=kernels.value,
+        quantization=quantization.value,
+        num_lookahead=num_lookahead,
+        measured_workspace=measured_workspace,
+    )
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)

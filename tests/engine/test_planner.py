@@ -354,3 +354,15 @@ def test_graphs_have_memory_of_their_own_on_a_gpu() -> None:
     for other in (plan(make_machine()), plan(make_machine(2**32, device="cuda"), device={"kernels": "torch"})):
         assert other.graphs.total == 0
         assert "CUDA graphs" not in render_plan(other)
+
+
+def test_only_attention_that_gathers_the_cache_needs_memory_to_read_it() -> None:
+    same: Section = {"dtype": "float32", "quantization": "none"}
+    tokens = {}
+    for kernels in ("torch", "numba"):
+        made = plan(make_machine(2**26), COMPILED, model=same, device={"kernels": kernels}, kv_cache={"memory": "0.01"})
+        tokens[kernels] = made.num_kv_tokens
+        left = int(0.01 * 2**32) - made.weight_bytes - made.workspace_bytes
+        per_token = KV_BYTES + (-(-2 * KV_BYTES // NUM_LAYERS) if kernels == "torch" else 0)
+        assert made.num_kv_tokens == left // per_token // 16 * 16
+    assert tokens["numba"] > tokens["torch"]

@@ -66,7 +66,7 @@ class Demand:
         return self.kv_per_token + self.read_per_token
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Sizer:
     """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts.
 

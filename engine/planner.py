@@ -95,20 +95,12 @@ def plan_memory(
     num_threads = resolve_num_threads(config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, num_threads=num_threads.value)
     num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(
-        facts=facts,
-        config=config,
-        machine=machine,
-        device=device.value,
-        kernels=kernels.value,
-        quantization=quantization.value,
-        num_lookahead=num_lookahead,
-        measured_workspace=measured_workspace,
-    )
+    chosen = device.value, kernels.value, quantization.value
+    sizer = Sizer(facts, config, machine, *chosen, num_lookahead, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
-    num_blocks = num_tokens.value // config.kv_cache.block_size
+    num_blocks = num_tokens.value // sizer.block_size
     max_model_len = sizer.length(demand, num_blocks)
     resolved = {"max_model_len": max_model_len.value, "dtype": dtype.value, "quantization": quantization.value}
     return MemoryPlan(
@@ -124,7 +116,7 @@ def plan_memory(
         workspace_bytes=demand.workspace,
         graphs=demand.graphs,
         kv_bytes_per_token=demand.kv_per_token,
-        block_size=config.kv_cache.block_size,
+        block_size=sizer.block_size,
         num_blocks=num_blocks,
         num_lookahead_tokens=num_lookahead,
         dtype=DTYPES[dtype.value],
@@ -141,9 +133,7 @@ def plan_memory(
             "model.max_model_len": max_model_len.setting,
             "scheduler.max_num_seqs": max_num_seqs.setting,
             "scheduler.max_num_batched_tokens": max_num_batched_tokens.setting,
-            "kv_cache.memory": Setting(
-                f"{num_blocks * config.kv_cache.block_size}tokens", num_tokens.source, num_tokens.reason
-            ),
+            "kv_cache.memory": Setting(f"{num_blocks * sizer.block_size}tokens", num_tokens.source, num_tokens.reason),
             "kv_cache.dtype": kv_dtype.setting,
         },
     )

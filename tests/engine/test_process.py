@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ class Child:
         self.note = CrashNote(os.dup(note_fd))
         self.socket = ours
         self.frames = FrameSocket(ours, from_engine_decoder())
+        self.received: deque[FromEngine] = deque()
         command = [sys.executable, "-m", "engine.process", str(theirs.fileno()), str(note_fd)]
         command += [str(parent or os.getpid()), "--factory", crossing.FACTORY, "--heartbeat-interval", "0.05"]
         self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(), note_fd), cwd=ROOT, stderr=subprocess.PIPE)
@@ -62,13 +64,14 @@ class Child:
         return next(message for message in self.messages() if isinstance(message, kind))
 
     def messages(self) -> Iterator[FromEngine]:
-        """All until the end of the socket."""
+        """All until the end of the socket. Those that came together with the last one taken are the next ones."""
         while True:
+            while self.received:
+                yield self.received.popleft()
             try:
-                received = self.frames.receive(wait=True)
+                self.received.extend(self.frames.receive(wait=True))
             except EOFError:
                 return
-            yield from received
 
     def close(self) -> None:
         self.process.kill()

@@ -7,15 +7,13 @@ in another, and moved between releases. What is read here is explicit from then 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch
 
 from engine.attention import AttentionLayer
+from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.rope import Rope, default_rope, scaled_rope
-
-if TYPE_CHECKING:
-    from engine.models.checkpoint_config import CheckpointConfig
 
 
 class UnsupportedArchitectureError(ValueError):

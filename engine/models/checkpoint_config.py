@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    CheckpointConfig: TypeAlias = PreTrainedConfig | "BareConfig"
+CheckpointConfig: TypeAlias = "PreTrainedConfig | BareConfig"
 
 
 class BareConfig(SimpleNamespace):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from engine.messages import TokenizerAssets
+from engine.models.checkpoint_config import CheckpointConfig
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
-
-    from engine.models.checkpoint_config import CheckpointConfig
 
 _END_OF_TEXT = ("<|endoftext|>",)
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>")

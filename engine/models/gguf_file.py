@@ -7,21 +7,17 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.models.checkpoint_config import BareConfig
+from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.errors import ModelError
 from engine.models.gguf_config import config_fields
 from engine.models.gguf_dequantize import dequantize
 from engine.models.gguf_header import GGUFHeader, TensorInfo
 from engine.models.registry import MODELS
-
-if TYPE_CHECKING:
-    from engine.models.checkpoint_config import CheckpointConfig
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {

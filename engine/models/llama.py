@@ -6,7 +6,6 @@ Llama 2 and 3, Mistral, Qwen2 and Qwen3, SmolLM2 and SmolLM3, Phi-3 differ in fa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 from engine.attention import AttentionBackend, HeadNorms, Rotation
 from engine.forward_batch import ForwardBatch
 from engine.models.architecture import Architecture, read_architecture
+from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.model import Model, check_weight_names
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
 from kernels.panel import PANEL
-
-if TYPE_CHECKING:
-    from engine.models.checkpoint_config import CheckpointConfig
 
 
 def make_linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:

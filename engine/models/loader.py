@@ -14,6 +14,7 @@ from engine.attention import AttentionLayer
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
 from engine.models.architecture import read_trained_context
+from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.default_model import Report
 from engine.models.dummy import byte_tokenizer, fill_with_random_weights
 from engine.models.errors import ModelError
@@ -27,8 +28,6 @@ from engine.models.tokenizer import load_tokenizer_assets
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
-
-    from engine.models.checkpoint_config import CheckpointConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

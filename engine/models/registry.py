@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 
 from engine.models.architecture import UnsupportedArchitectureError, check_is_causal_lm
-from engine.models.checkpoint_config import BareConfig
+from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.model import Model
 from engine.places import load_object
-
-if TYPE_CHECKING:
-    from engine.models.checkpoint_config import CheckpointConfig
 
 MODELS = {  # config.model_type -> "module:Class"
     "llama": "engine.models.llama:Llama",  # SmolLM2 too

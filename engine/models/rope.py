@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from engine.models.checkpoint_config import BareConfig
+from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from kernels.rope import rope_factors
-
-if TYPE_CHECKING:
-    from engine.models.checkpoint_config import CheckpointConfig
 
 
 @dataclass(frozen=True, slots=True)

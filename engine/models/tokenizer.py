@@ -9,15 +9,13 @@ from tokenizers import Tokenizer
 
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
-from engine.models.checkpoint_config import BareConfig
+from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.errors import ModelError
 from engine.models.gguf_tokenizer import gguf_tokenizer
 from engine.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from engine.models.checkpoint_config import CheckpointConfig
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 

@@ -1,0 +1,160 @@
+"""What does the host do in a step of a GPU? `python -m loadtest.micro.host_step [--save]`
+
+Microseconds of `Engine.step` with everything that a GPU's engine has but the GPU: the scheduler, graphs, the sampler,
+steps that are launched ahead. Graphs and the sampling kernel are replaced by ones that do nothing, and copies to the
+device are copies on the host; so what a real device adds is its own time per launch and copy, some 5 us each.
+"decode": every sequence decodes one token, and the next step is launched before this one's tokens are known.
+"3 drafts": every sequence verifies three drafts, all of which are wrong.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from engine.block_tables import BlockTables
+from engine.engine import Engine
+from engine.forward_batch import ForwardBatch
+from engine.graph_runner import GraphLimits, GraphRunner
+from engine.kv_cache import KVCache
+from engine.kv_manager import KVCacheManager
+from engine.model_runner import ModelRunner
+from engine.proposers.none import NoProposer
+from engine.sampler_triton import TritonSampler
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.step_stats import ModelCost
+from engine.types import Request, SamplingParams, Scheduled
+from loadtest.micro.measure import Row, parse_arguments, report
+from loadtest.micro.steady import PARTS
+
+BLOCK_SIZE = 16
+VOCAB_SIZE = 128
+NUM_DRAFTS = 3
+NUM_WARMUP_STEPS, NUM_STEPS = 50, 200
+SIZES = [(1, 1024), (8, 1024), (64, 1024), (64, 4096), (256, 1024)]  # sequences, context
+COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
+TOKEN = 1  # what every row samples
+
+
+class NoModel:
+    """Computes nothing. Is its own attention."""
+
+    attention_layers = ()
+
+    def __init__(self, max_num_rows: int) -> None:
+        self._hidden, self._logits = torch.zeros(max_num_rows, 1), torch.zeros(max_num_rows, VOCAB_SIZE)
+
+    def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
+        return self._hidden[: len(batch.input_ids)]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self._logits[: len(hidden)]
+
+    def plan(self, batch: ForwardBatch) -> None:
+        pass
+
+    def plan_any_lengths(self, batch: ForwardBatch, rows_per_seq: int) -> None:
+        pass
+
+    def has_room(self, seq_lens: object, rows_per_seq: int) -> bool:
+        return True
+
+
+class NoGraph:
+    def __init__(self, output: Tensor) -> None:
+        self._output = output
+
+    def replay(self) -> Tensor:
+        return self._output
+
+
+class NoGraphDevice:
+    def capture(self, work: Callable[[], Tensor]) -> NoGraph:
+        return NoGraph(work())
+
+
+class WrongDrafts:
+    num_lookahead_tokens = NUM_DRAFTS
+
+    def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
+        for item in batch:
+            item.seq.draft_token_ids, item.seq.draft_parents = [TOKEN + 1] * NUM_DRAFTS, list(range(-1, NUM_DRAFTS - 1))
+
+
+def _sample_nothing(logits: Tensor, *arguments: Tensor) -> Tensor:
+    return torch.full((len(logits),), TOKEN)
+
+
+def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
+    proposer = WrongDrafts() if has_drafts else NoProposer()
+    num_lookahead, max_model_len = proposer.num_lookahead_tokens, context + 2 * (NUM_WARMUP_STEPS + NUM_STEPS)
+    model, tables = NoModel(max(1024, num_seqs * (1 + num_lookahead))), BlockTables()
+    limits = GraphLimits(
+        max_num_seqs=num_seqs,
+        max_rows_per_seq=1 + num_lookahead,
+        max_num_blocks=-(-max_model_len // BLOCK_SIZE) + 1,
+        block_size=BLOCK_SIZE,
+        num_uses=0,
+        num_steps_between=0,
+    )
+    graphs = GraphRunner(
+        model, model, tables, limits=limits, graph_device=NoGraphDevice(), device=torch.device("cpu")
+    )  # fmt: skip
+    cache = KVCache((), num_blocks=1, block_size=BLOCK_SIZE, dtype=torch.float32)
+    cache.kv = [torch.zeros(1)]  # which says where the cache is
+    runner = ModelRunner(model, cache, model, block_size=BLOCK_SIZE, tables=tables, graphs=graphs)
+    num_blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 2
+    scheduler = Scheduler(
+        KVCacheManager(num_blocks, BLOCK_SIZE),
+        SchedulerLimits(
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=max(1024, num_seqs * (1 + num_lookahead)),
+            max_model_len=max_model_len,
+            num_lookahead_tokens=num_lookahead,
+        ),
+    )
+    return Engine(runner, scheduler, TritonSampler(VOCAB_SIZE), proposer, COST, overlap=not has_drafts)
+
+
+def measure(num_seqs: int, context: int, *, has_drafts: bool) -> Row:
+    """Medians of a step and of its parts, in microseconds."""
+    with patch("engine.sampler_triton.sample_tokens", _sample_nothing):
+        engine = make_engine(num_seqs, context, has_drafts=has_drafts)
+        for number in range(num_seqs):
+            params = SamplingParams(seed=number, max_tokens=2 * (NUM_WARMUP_STEPS + NUM_STEPS), temperature=0.7)
+            prompt = [number % VOCAB_SIZE] * context
+            engine.add(Request(request_id=f"request-{number}", prompt_token_ids=prompt, params=params))
+        while len(engine.scheduler.waiting) or any(seq.num_output_tokens == 0 for seq in engine.scheduler.running):
+            engine.step()
+        for _ in range(NUM_WARMUP_STEPS):
+            engine.step()
+        gc.collect()
+        gc.freeze()  # as the engine process does
+        seconds: defaultdict[str, list[float]] = defaultdict(list)
+        for _ in range(NUM_STEPS):
+            start = time.perf_counter()
+            _, _, stats = engine.step()
+            seconds["whole"].append(time.perf_counter() - start)
+            for part in PARTS:
+                seconds[part].append(getattr(stats, part))
+        gc.unfreeze()
+    kind = f"{NUM_DRAFTS} drafts" if has_drafts else "decode"
+    microseconds = {f"{name} us": 1e6 * statistics.median(values) for name, values in seconds.items()}
+    return {"step": kind, "seqs": num_seqs, "context": context, **microseconds}
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__ or "")
+    rows = [measure(*size, has_drafts=has_drafts) for has_drafts in (False, True) for size in SIZES]
+    report("host-step", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ steps (`HostStaging`), and go to the device in one copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -48,7 +49,10 @@ class ForwardBatch:
 
 @dataclass(slots=True, frozen=True)
 class BatchNumbers:
-    """The same on the host. `input_ids` holds anything where a token is not known there yet."""
+    """The same on the host. `input_ids` holds anything where a token is not known there yet.
+
+    Whoever changes `block_tables` makes another one of these: that is how a device that has them knows.
+    """
 
     input_ids: Ints
     positions: Ints
@@ -67,6 +71,27 @@ class BatchNumbers:
             self.input_ids, self.positions, self.slots, self.query_starts, self.seq_lens,
             self.logits_rows, self.block_tables,
         )  # fmt: skip
+
+
+@dataclass(slots=True, frozen=True)
+class Ahead:
+    """A step that is launched before the host knows its tokens. Every item decodes one.
+
+    numbers: any input ids; tokens: the input ids, [num_items] int64, on the device. A negative one, where no token
+    could be chosen, counts as 0
+    """
+
+    numbers: BatchNumbers
+    tokens: Tensor
+
+    def row(self, index: int) -> Ahead:
+        """A step of one of the items alone."""
+        numbers, rows = self.numbers, slice(index, index + 1)
+        parts = (numbers.input_ids, numbers.positions, numbers.slots, numbers.seq_lens, numbers.block_tables)
+        input_ids, positions, slots, seq_lens, block_tables = (part[rows] for part in parts)
+        starts, first = np.arange(2), np.zeros(1, dtype=np.int64)
+        alone = BatchNumbers(input_ids, positions, slots, starts, seq_lens, block_tables, first, None)
+        return Ahead(alone, self.tokens[rows])
 
 
 def gather_numbers(batch: list[Scheduled], block_size: int, tables: BlockTables) -> BatchNumbers:
@@ -132,7 +157,7 @@ class HostStaging:
         self.device = device
         self._blocks = [_StagingBlock(device), _StagingBlock(device)]
 
-    def write(self, parts: tuple[Ints, ...]) -> Tensor:
+    def write(self, parts: Listing[Ints]) -> Tensor:
         """All parts in one tensor on the host, where `places` says. Valid until the next write but one. [end] int64"""
         self._blocks.reverse()
         return self._blocks[0].write(parts)
@@ -150,7 +175,7 @@ class _StagingBlock:
         self._numbers: Ints = self._memory.numpy()
         self._read = torch.cuda.Event() if self._is_pinned else None  # type: ignore[no-untyped-call]
 
-    def write(self, parts: tuple[Ints, ...]) -> Tensor:
+    def write(self, parts: Listing[Ints]) -> Tensor:
         starts = places([part.size for part in parts])
         size = starts[-1]
         if self._read is not None:
@@ -177,14 +202,13 @@ class BatchBuilder:
         self._staging = HostStaging(device)
         self._memory = torch.empty(0, dtype=torch.int64, device=device)
 
-    def build(self, batch: list[Scheduled], newest: Tensor | None = None) -> ForwardBatch:
-        """newest: [len(batch)] int64, on the device: the input token of each item, of which each has one. Without it,
-        the tokens are those of the sequences."""
-        numbers = gather_numbers(batch, self.block_size, self._tables)
+    def build(self, batch: list[Scheduled], ahead: Ahead | None = None) -> ForwardBatch:
+        """Without `ahead`, the tokens are those of the sequences, and so are their lengths."""
+        numbers = gather_numbers(batch, self.block_size, self._tables) if ahead is None else ahead.numbers
         input_ids, positions, slots, query_starts, seq_lens, logits_rows, block_tables = self._on_device(numbers.parts)
-        if newest is not None:
-            assert len(newest) == len(input_ids), f"{len(newest)} newest tokens for {len(input_ids)} rows"
-            input_ids = newest
+        if ahead is not None:
+            assert len(ahead.tokens) == len(input_ids), f"{len(ahead.tokens)} tokens for {len(input_ids)} rows"
+            input_ids = ahead.tokens.clamp_min(0)
         mask = numbers.tree_mask
         return ForwardBatch(
             input_ids=input_ids,

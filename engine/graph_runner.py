@@ -14,6 +14,7 @@ and steps go on as they did.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend
 from engine.block_tables import BlockTables
-from engine.forward_batch import ForwardBatch, gather_numbers
+from engine.forward_batch import Ahead, ForwardBatch, gather_numbers
 from engine.models.model import Model
 from engine.static_batch import GraphSize, StaticBatch
 from engine.types import Scheduled
@@ -140,24 +141,24 @@ class GraphRunner:
         self._static = StaticBatch(
             limits.max_num_rows, max_num_seqs=limits.max_num_seqs, max_num_blocks=limits.max_num_blocks, device=device
         )
-        self._sizes = np.array(padded_sizes(limits.max_num_rows), dtype=np.int64)
+        self._sizes = padded_sizes(limits.max_num_rows)
         self._graphs: OrderedDict[GraphSize, Graph] = OrderedDict()  # the one used last comes last
         self._num_uses: Counter[GraphSize] = Counter()  # of sizes without a graph
         self._num_steps = limits.num_steps_between  # eager ones since the last capture
         self._can_capture = True
 
-    def forward(self, batch: list[Scheduled], newest: Tensor | None) -> Tensor | None:
+    def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
         """The hidden states of the batch's rows, [num_tokens, hidden_size], valid until the next call.
 
-        None where no graph covers the step: it then has to run eagerly. newest: as `BatchBuilder.build` has it
+        None where no graph covers the step: it then has to run eagerly.
         """
-        size = self._size_of(batch)
+        size = self._size_of(batch) if ahead is None else self._padded(len(batch), 1, len(batch))
         if size is None or not (size in self._graphs or self._should_capture(size)):
             return None
-        numbers = gather_numbers(batch, self._limits.block_size, self._tables)
+        numbers = gather_numbers(batch, self._limits.block_size, self._tables) if ahead is None else ahead.numbers
         if numbers.tree_mask is not None or not self._attention.has_room(numbers.seq_lens, size.rows_per_seq):
             return None
-        self._static.fill(numbers, size, newest)
+        self._static.fill(numbers, size, None if ahead is None else ahead.tokens)
         graph = self._graphs.get(size) or self._capture(size)
         if graph is None:
             return None
@@ -176,10 +177,14 @@ class GraphRunner:
                 return None
             num_rows += num_new_tokens
             longest = max(longest, num_new_tokens)
+        return self._padded(num_rows, longest, len(batch))
+
+    def _padded(self, num_rows: int, longest: int, num_seqs: int) -> GraphSize | None:
+        """longest: rows of a sequence"""
         limits = self._limits
-        if num_rows > limits.max_num_rows or longest > limits.max_rows_per_seq or len(batch) > limits.max_num_seqs:
+        if num_rows > limits.max_num_rows or longest > limits.max_rows_per_seq or num_seqs > limits.max_num_seqs:
             return None
-        padded = int(self._sizes[np.searchsorted(self._sizes, num_rows)])
+        padded = self._sizes[bisect_left(self._sizes, num_rows)]
         return GraphSize(padded, min(padded, limits.max_num_seqs), 1 if longest == 1 else limits.max_rows_per_seq)
 
     def _should_capture(self, size: GraphSize) -> bool:

@@ -82,8 +82,8 @@ class KVCacheManager:
 
     def commit(self, seq: Sequence) -> None:
         """Offers the sequence's full, verified blocks to other sequences, and frees what its window left behind."""
-        num_full = min(seq.num_computed_tokens, seq.num_tokens) // self.block_size
-        if self.prefix_caching and num_full > seq.num_committed_blocks:
+        num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
+        if num_full > seq.num_committed_blocks and self.prefix_caching:
             hashes = self.hashes(seq)
             for i in range(max(seq.num_committed_blocks, seq.num_released_blocks), num_full):
                 self.pool.cache(seq.block_table[i], hashes[i])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend
 from engine.block_tables import BlockTables
-from engine.forward_batch import BatchBuilder, ForwardBatch
+from engine.forward_batch import Ahead, BatchBuilder, ForwardBatch
 from engine.kv_cache import KVCache
 from engine.models.model import Decoder
 from engine.types import Sampled, Scheduled
@@ -18,7 +18,7 @@ from engine.types import Sampled, Scheduled
 class DecodeGraphs(Protocol):
     """Steps that were recorded once and are replayed since: `engine.graph_runner` has them."""
 
-    def forward(self, batch: list[Scheduled], newest: Tensor | None) -> Tensor | None:
+    def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
         """The hidden states of all rows of the batch, valid until the next call; None where it must run eagerly."""
         ...
 
@@ -30,7 +30,7 @@ class DecodeGraphs(Protocol):
 class NoGraphs:
     """Every step runs eagerly."""
 
-    def forward(self, batch: list[Scheduled], newest: Tensor | None) -> Tensor | None:
+    def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
         return None
 
     def clear(self) -> None:
@@ -56,18 +56,19 @@ class ModelRunner:
         self.block_size = block_size
         self.device = kv_cache.kv[0].device
         self.graphs = graphs or NoGraphs()
-        self._builder = BatchBuilder(block_size, self.device, tables or BlockTables())
+        self.tables = tables or BlockTables()
+        self._builder = BatchBuilder(block_size, self.device, self.tables)
 
-    def forward(self, batch: list[Scheduled], newest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
         """Runs the step. Returns (hidden states, logits), `num_logits` rows per item.
 
-        newest: [len(batch)] int64, the input token of every item where the host does not know it yet; each has one
+        ahead: where the host does not know the input tokens yet
         hidden states: [sum of num_logits, hidden_size], valid until the next call
         logits: [sum of num_logits, vocab_size], float32
         """
-        hidden = self.graphs.forward(batch, newest)
+        hidden = self.graphs.forward(batch, ahead)
         if hidden is None:
-            tensors = self._builder.build(batch, newest)
+            tensors = self._builder.build(batch, ahead)
             self.attention.plan(tensors)
             hidden = self._wanted_rows(self.model.forward(tensors, self.attention), tensors)
         return hidden, self.model.compute_logits(hidden)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.forward_batch import ForwardBatch
+from engine.forward_batch import Ahead, ForwardBatch
 from engine.model_runner import ModelRunner
 from engine.types import Scheduled, Sequence
 
@@ -19,15 +19,14 @@ from engine.types import Scheduled, Sequence
 class OneTokenRunner(ModelRunner):
     """The model runner, but for the shape in which tokens meet the model."""
 
-    def forward(self, batch: list[Scheduled], newest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
         """As `ModelRunner` has it."""
         hidden: list[Tensor] = []
         logits: list[Tensor] = []
         for row, item in enumerate(batch):
             first_wanted = item.num_new_tokens - item.num_logits
-            for i, token in enumerate(_one_by_one(item)):
-                tensors = self._builder.build([token], None if newest is None else newest[row : row + 1])
-                one = self._forward_one(tensors)
+            for i, token in enumerate([item] if ahead is not None else _one_by_one(item)):
+                one = self._forward_one(self._builder.build([token], None if ahead is None else ahead.row(row)))
                 if i >= first_wanted:
                     hidden.append(one)
                     logits.append(self.model.compute_logits(one))

@@ -17,17 +17,16 @@ from __future__ import annotations
 import numpy as np
 
 from engine.candidates import Floats
-from engine.sampled_rows import SampledRow, next_position
+from engine.sampled_rows import SampledRow
 from engine.token_history import TokenHistory
 from engine.types import SamplingParams, Scheduled
 
 _LARGEST = np.finfo(np.float32).max
 
 
-def edits_logits(item: Scheduled) -> bool:
-    """Whether a request may change any logit in this step."""
-    params = item.seq.params
-    return edits_every_step(params) or params.min_tokens > next_position(item) - item.seq.num_prompt_tokens
+def edits_logits(row: SampledRow) -> bool:
+    """Whether the row's request may change any of its logits."""
+    return edits_every_step(row.params) or row.params.min_tokens > row.num_output_tokens
 
 
 def edits_every_step(params: SamplingParams) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.acceptance import NO_TOKEN, NOT_FINITE, accept
+from engine.candidates import Ints
 from engine.logprobs import LogprobQuery, read_logprobs
 from engine.sampled_rows import next_position
 from engine.types import Sampled, Scheduled, TokenLogprobs
@@ -57,26 +58,32 @@ class Pending:
 
     Made by `launch` of a sampler. What `finish` needs of the sequences was noted then, so they may move on in between;
     only drafts must stay until they are accepted.
+
+    tokens: the token of each sampled row, on the device of the logits, item after item: of each the root, then one row
+    per draft. [num_sampled_rows] int64; NO_TOKEN or NOT_FINITE, which are negative, where none can be chosen
     """
 
     def __init__(
-        self, batch: list[Scheduled], tokens: Tensor, queries: list[LogprobQuery], answers: Tensor | None
+        self,
+        batch: list[Scheduled],
+        tokens: Tensor,
+        queries: list[LogprobQuery],
+        answers: Tensor | None,
+        positions: Ints | None = None,
     ) -> None:
-        """tokens: [num_sampled_rows] int64, NO_TOKEN or NOT_FINITE where none can be chosen; answers: those of
-        `ask_logprobs` to the queries, None where there are no queries"""
-        self._batch, self._tokens, self._queries = batch, tokens, queries
-        self._positions = [next_position(item) for item in batch]
+        """answers: those of `ask_logprobs` to the queries, None where there are no queries; positions: as `launch` of
+        `engine.sampler.TokenSampler` takes them"""
+        self.tokens = tokens
+        self._batch, self._queries = batch, queries
+        self._decodes = positions is not None  # a token per item
+        self._positions = [next_position(item) for item in batch] if positions is None else positions.tolist()
         self._copy = HostCopy(tokens, answers)
-
-    @property
-    def tokens(self) -> Tensor:
-        """The token of each sampled row, on the device of the logits, item after item: of each the root, then one row
-        per draft. [num_sampled_rows] int64; 0 where none can be chosen, so that they may be fed to the model."""
-        return self._tokens.clamp_min(0)
 
     def finish(self) -> list[Sampled]:
         """Waits for the tokens, and decides: accepted drafts, errors, log-probabilities. One `Sampled` per item."""
         sampled, answers = self._copy.read()
+        if self._decodes and answers is None and min(sampled) >= 0:
+            return [Sampled([token]) for token in sampled]
         logprobs = iter(()) if answers is None else read_logprobs(answers, self._queries)
         results: list[Sampled] = []
         first = 0

@@ -14,8 +14,6 @@ How much this gains is not measured yet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import Protocol
@@ -24,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.candidates import Ints
+from engine.decode_run import DecodeRun, make_room
+from engine.forward_batch import Ahead
 from engine.model_runner import ModelRunner
 from engine.penalties import needs_token_history
 from engine.pending import Pending
@@ -38,45 +39,47 @@ logger = logging.getLogger(__name__)
 class LaunchingSampler(Protocol):
     """What the engine asks of a sampler."""
 
-    def launch(self, logits: Tensor, batch: list[Scheduled]) -> Pending:
-        """Queues what decides the items' tokens. logits: [sum of num_logits, vocab_size] float32, left as they are"""
+    def launch(self, logits: Tensor, batch: list[Scheduled], positions: Ints | None = None) -> Pending:
+        """As `engine.sampler.TokenSampler` says."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A step on the device that the scheduler has not planned yet. rows: of each sequence, in the batch's order"""
+    """A step on the device that the scheduler has not planned yet, and the run that it is a step of."""
 
     pending: Pending
-    rows: dict[Sequence, int]
+    run: DecodeRun
 
-    def row_of(self, item: Scheduled) -> int | None:
-        """Where an item of the plan is computed; None if it is not. A sequence here lacks one token, and no other."""
-        row = self.rows.get(item.seq)
-        assert row is None or (item.num_new_tokens == 1 and not item.num_drafts), "it was not computed for this"
-        return row
+    def rows(self) -> dict[Sequence, int]:
+        return {seq: row for row, seq in enumerate(self.run.seqs)}
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
     """A planned step on the device: the part that was launched ahead, and what was launched for the rest of the plan.
 
-    sources: of each item of the plan, the part that computes it and its row there. A part has one row per item.
+    sources: of each item of the plan, the part that computes it and its row there. A part has one row per item. None:
+    all are computed by one part, in the plan's order
+    run: where the plan is a step of a run, that run
     """
 
     parts: list[Pending]
-    sources: list[tuple[int, int]]
+    sources: list[tuple[int, int]] | None = None
+    run: DecodeRun | None = None
 
     def tokens(self) -> Tensor:
         """What was sampled for the items, all of which sample one token. [num_items] int64, on the device"""
         tokens = [part.tokens for part in self.parts]
+        if self.sources is None:
+            return tokens[0]
         starts = list(accumulate(map(len, tokens), initial=0))
         return _select(torch.cat(tokens), [starts[part] + row for part, row in self.sources])
 
     def finish(self) -> list[Sampled]:
         """Waits. One `Sampled` per item."""
         results = [part.finish() for part in self.parts]
-        return [results[part][row] for part, row in self.sources]
+        return results[0] if self.sources is None else [results[part][row] for part, row in self.sources]
 
 
 class RunAhead:
@@ -95,7 +98,7 @@ class RunAhead:
         """Launches what of the plan is not under way yet, then the step that comes after it, and waits for the plan's
         tokens. One `Sampled` per item."""
         launched = self._complete(batch)
-        if not self._has_failed and self._is_next_known(batch):
+        if not self._has_failed:
             self._flight = self._launch_next(batch, launched)
         clock.lap("forward")
         sampled = launched.finish()
@@ -104,35 +107,51 @@ class RunAhead:
 
     def _complete(self, batch: list[Scheduled]) -> Launched:
         flight, self._flight = self._flight, None
-        rows = [None if flight is None else flight.row_of(item) for item in batch]
+        if flight is None:
+            return Launched([self._launch(batch)])
+        if flight.run.is_of(batch):
+            return Launched([flight.pending], run=flight.run)
+        known = flight.rows()
+        rows = [known.get(item.seq) for item in batch]
         missing = [item for item, row in zip(batch, rows, strict=True) if row is None]
-        if flight is None or len(missing) == len(batch):
-            return Launched([self._launch(batch)], [(0, row) for row in range(len(batch))])
+        if len(missing) == len(batch):
+            return Launched([self._launch(batch)])
+        for item, row in zip(batch, rows, strict=True):
+            assert row is None or (item.num_new_tokens == 1 and not item.num_drafts), "it was not computed for this"
         if not missing:
             return Launched([flight.pending], [(0, row) for row in rows if row is not None])
         places = count()
         sources = [(1, next(places)) if row is None else (0, row) for row in rows]
         return Launched([flight.pending, self._launch(missing)], sources)
 
-    def _launch(self, batch: list[Scheduled], newest: Tensor | None = None) -> Pending:
-        _, logits = self._runner.forward(batch, newest)
-        return self._sampler.launch(logits, batch)
+    def _launch(self, batch: list[Scheduled]) -> Pending:
+        return self._sampler.launch(self._runner.forward(batch)[1], batch)
 
     def _launch_next(self, batch: list[Scheduled], launched: Launched) -> Flight | None:
-        going_on = [row for row, item in enumerate(batch) if not self._ends(item)]
-        followed = [batch[row] for row in going_on]
-        if not followed or not self._allocate(followed):
-            return None
+        run = launched.run
         try:
-            newest = _select(launched.tokens(), going_on)
-            items = [Scheduled(item.seq, 1, 0, samples=True) for item in followed]
-            with _one_token_further(followed):
-                pending = self._launch(items, newest)
+            if run is not None and len(batch) == len(self._scheduler.running) and run.advance():
+                return self._fly(run, launched.tokens())
+            if not self._is_next_known(batch):
+                return None
+            going_on = [row for row, item in enumerate(batch) if not self._ends(item)]
+            run = self._start_run([batch[row].seq for row in going_on])
+            return None if run is None else self._fly(run, _select(launched.tokens(), going_on))
         except Exception:  # a step too early is no request's fault; it runs in its time, and fails there if it must
             logger.exception("a step could not be launched ahead; every step waits for the one before it from now on")
             self._has_failed = True
             return None
-        return Flight(pending, {item.seq: row for row, item in enumerate(items)})
+
+    def _start_run(self, seqs: list[Sequence]) -> DecodeRun | None:
+        scheduler = self._scheduler
+        if not seqs or not make_room(seqs, scheduler.kv):
+            return None
+        limits = scheduler.limits
+        return DecodeRun(seqs, kv=scheduler.kv, tables=self._runner.tables, max_model_len=limits.max_model_len)
+
+    def _fly(self, run: DecodeRun, tokens: Tensor) -> Flight:
+        _, logits = self._runner.forward(run.items, Ahead(run.numbers, tokens))
+        return Flight(self._sampler.launch(logits, run.items, run.sampled_positions), run)
 
     def _is_next_known(self, batch: list[Scheduled]) -> bool:
         """Whether each running sequence will decode one token, chosen without regard to the text before it.
@@ -154,30 +173,6 @@ class RunAhead:
         return seq.num_output_tokens + 1 >= seq.params.max_tokens or (
             seq.num_tokens + 1 >= self._scheduler.limits.max_model_len
         )
-
-    def _allocate(self, followed: list[Scheduled]) -> bool:
-        """A place for one token more of each: those that the scheduler would give them, or none at all."""
-        kv = self._scheduler.kv
-        num_needed = sum(kv.num_blocks_for(item.seq.num_tokens + 1) > len(item.seq.block_table) for item in followed)
-        if num_needed > kv.pool.num_free:
-            return False
-        for item in followed:
-            kv.allocate(item.seq, item.seq.num_tokens + 1)
-        return True
-
-
-@contextmanager
-def _one_token_further(batch: list[Scheduled]) -> Iterator[None]:
-    """Shows the sequences as they will be after the step. What their newest token is must not be asked."""
-    for item in batch:
-        item.seq.num_computed_tokens += item.num_new_tokens
-        item.seq.token_ids.append(0)
-    try:
-        yield
-    finally:
-        for item in batch:
-            item.seq.num_computed_tokens -= item.num_new_tokens
-            item.seq.token_ids.pop()
 
 
 def _select(tokens: Tensor, rows: list[int]) -> Tensor:

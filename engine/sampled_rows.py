@@ -13,15 +13,11 @@ class SampledRow(NamedTuple):
     item: Scheduled
     logits_row: int  # its place in the step's logits
     path: list[int]  # the draft tokens between the verified tokens and this row, from the root down
+    position: int  # the index in its sequence that the row's token will have
 
     @property
     def params(self) -> SamplingParams:
         return self.item.seq.params
-
-    @property
-    def position(self) -> int:
-        """The index in its sequence that the row's token will have."""
-        return next_position(self.item) + len(self.path)
 
     @property
     def num_output_tokens(self) -> int:
@@ -36,17 +32,26 @@ def next_position(item: Scheduled) -> int:
     return item.seq.num_computed_tokens + item.num_new_tokens - item.num_drafts
 
 
-def sampled_rows(batch: list[Scheduled]) -> list[SampledRow]:
-    """The sampled rows, item after item: the last of each item's logits."""
+def sampled_rows(batch: list[Scheduled], positions: list[int] | None = None) -> list[SampledRow]:
+    """The sampled rows, item after item: the last of each item's logits.
+
+    positions: of the row of each item, where every item has one and the sequences do not show it yet
+    """
+    if positions is not None:
+        return [
+            SampledRow(item, i, [], position) for i, (item, position) in enumerate(zip(batch, positions, strict=True))
+        ]
     rows: list[SampledRow] = []
     first = 0
     for item in batch:
         first += item.num_scored
         if item.samples:
-            rows.append(SampledRow(item, first, []))
+            position = next_position(item)
+            rows.append(SampledRow(item, first, [], position))
             first += 1
             if item.num_drafts:
-                rows += [SampledRow(item, first + i, path) for i, path in enumerate(_draft_paths(item))]
+                paths = enumerate(_draft_paths(item))
+                rows += [SampledRow(item, first + i, path, position + len(path)) for i, path in paths]
                 first += item.num_drafts
     return rows
 

@@ -58,12 +58,15 @@ class TokenSampler(Protocol):
         """Decides the tokens of every item, one `Sampled` each, and waits for them."""
         ...
 
-    def launch(self, logits: Tensor, batch: list[Scheduled]) -> Pending:
+    def launch(self, logits: Tensor, batch: list[Scheduled], positions: Ints | None = None) -> Pending:
         """Queues all that decides the tokens of every item. The logits stay as they are.
 
         logits: [sum of num_logits, vocab_size] float32. A request for which nothing can be sampled gets an error of
-        its own; no request can make this raise. The newest tokens of the sequences may themselves be pending, but for
-        items that `engine.penalties.needs_token_history`, and for items with drafts.
+        its own; no request can make this raise.
+
+        positions: [len(batch)] where each item's token goes, if the sequences do not show it yet, because their newest
+        tokens are pending themselves. Each item then decodes one token, has one logits row, and does not need its
+        text (`engine.penalties.needs_token_history`).
         """
         ...
 
@@ -80,12 +83,12 @@ class Sampler:
         """As `TokenSampler` says."""
         return self.launch(logits, batch).finish()
 
-    def launch(self, logits: Tensor, batch: list[Scheduled]) -> Pending:
+    def launch(self, logits: Tensor, batch: list[Scheduled], positions: Ints | None = None) -> Pending:
         """As `TokenSampler` says; waits for the logits, where they are computed elsewhere."""
         num_rows = sum([item.num_logits for item in batch])
         assert logits.shape == (num_rows, self.vocab_size), f"{tuple(logits.shape)} logits for {num_rows} rows"
         host: Floats = logits.cpu().numpy()
-        rows = sampled_rows(batch)
+        rows = sampled_rows(batch, None if positions is None else positions.tolist())
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are dealt with where they matter
             tokens = self._sample(host, rows)
             queries = logprob_queries(batch)
@@ -94,7 +97,7 @@ class Sampler:
                 after = scored_tokens(batch)
                 after[[row.logits_row for row in rows]] = tokens.clip(0)
                 answers = ask_logprobs(host, after, queries)
-        return Pending(batch, torch.from_numpy(tokens).to(logits.device), queries, answers)
+        return Pending(batch, torch.from_numpy(tokens).to(logits.device), queries, answers, positions)
 
     def _sample(self, logits: Floats, rows: Listing[SampledRow]) -> Ints:
         """One token per sampled row, NO_TOKEN or NOT_FINITE where none can be chosen. [num_sampled_rows]"""
@@ -107,7 +110,7 @@ class Sampler:
             if not np.isfinite(values[tokens[i]]):
                 tokens[i] = NOT_FINITE
                 continue
-            if edits_logits(row.item):
+            if edits_logits(row):
                 values = self._edited(values, row)
                 tokens[i] = values.argmax()
                 if not np.isfinite(values[tokens[i]]):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.acceptance import NOT_FINITE
@@ -43,48 +44,65 @@ class TritonSampler:
         self.vocab_size = vocab_size
         self._counts = TokenCounts(vocab_size)
         self._columns: _Columns | None = None
+        self._plain_batch: list[Scheduled] | None = None  # of the last step, if it asked for no log-probabilities
 
     def __call__(self, logits: Tensor, batch: list[Scheduled]) -> list[Sampled]:
         """As `engine.sampler.TokenSampler` says."""
         return self.launch(logits, batch).finish()
 
     @torch.inference_mode()
-    def launch(self, logits: Tensor, batch: list[Scheduled]) -> Pending:
+    def launch(self, logits: Tensor, batch: list[Scheduled], positions: Ints | None = None) -> Pending:
         """As `engine.sampler.TokenSampler` says."""
+        if positions is not None and self._is_as_before(batch, positions):
+            assert logits.shape == (len(batch), self.vocab_size), f"{tuple(logits.shape)} logits for {len(batch)} rows"
+            tokens = self._sample_unedited(logits, positions)
+            return Pending(batch, tokens, [], None, positions)
         num_rows = sum([item.num_logits for item in batch])
         assert logits.shape == (num_rows, self.vocab_size), f"{tuple(logits.shape)} logits for {num_rows} rows"
-        rows = sampled_rows(batch)
+        rows = sampled_rows(batch, None if positions is None else positions.tolist())
         places = None  # of the sampled rows: all rows
         if len(rows) < num_rows:
             places = to_device(np.array([row.logits_row for row in rows], dtype=np.int64), logits.device)
         tokens = self._sample(logits if places is None else logits.index_select(0, places), rows)
         queries = logprob_queries(batch)
+        self._plain_batch = None if queries else batch
         answers = None
         if queries:
             after = tokens.clamp_min(0)
             if places is not None:
                 after = to_device(scored_tokens(batch), logits.device).index_copy_(0, places, after)
             answers = _ask_logprobs(logits, after, queries)
-        return Pending(batch, tokens, queries, answers)
+        return Pending(batch, tokens, queries, answers, positions)
+
+    def _is_as_before(self, batch: list[Scheduled], positions: Ints) -> bool:
+        """Whether the step is of the same items as the last one, none of which asks for more than a token now."""
+        columns = self._columns
+        return columns is not None and batch is self._plain_batch and not columns.edit_logits(positions)
+
+    def _sample_unedited(self, logits: Tensor, positions: Ints) -> Tensor:
+        """One token per row, NOT_FINITE where the largest of its logits is not. [num_rows] int64"""
+        assert self._columns is not None
+        tokens: Tensor = sample_tokens(logits, *self._columns.at(positions), none=NOT_FINITE)
+        return tokens
 
     def _sample(self, logits: Tensor, rows: list[SampledRow]) -> Tensor:
         """One token per row, NO_TOKEN or NOT_FINITE where none can be chosen. [num_rows] int64"""
         if not rows:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         seqs = [row.item.seq for row in rows]
-        if self._columns is None or seqs != self._columns.seqs:  # else only positions have changed
-            self._columns = _Columns(seqs, self.vocab_size, self._columns)
         positions = np.array([row.position for row in rows], dtype=np.int64)
-        arguments = self._columns.at(positions, logits.device)
+        if self._columns is None or seqs != self._columns.seqs:  # else only positions have changed
+            self._columns = _Columns(
+                seqs, positions, logits.device, vocab_size=self.vocab_size, before=self._columns
+            )  # fmt: skip
         if not self._columns.edit_logits(positions):
-            tokens: Tensor = sample_tokens(logits, *arguments)
-            return tokens.masked_fill_(tokens < 0, NOT_FINITE)
+            return self._sample_unedited(logits, positions)
         is_finite = logits.amax(-1).isfinite()
         edited = logits.clone()
         if any(is_penalised(row.params) for row in rows):
             self._penalise(edited, rows)
         bias_and_ban_rows(edited, rows)
-        tokens = sample_tokens(edited, *arguments)
+        tokens: Tensor = sample_tokens(edited, *self._columns.at(positions))
         return tokens.masked_fill_(~is_finite, NOT_FINITE)
 
     def _penalise(self, logits: Tensor, rows: list[SampledRow]) -> None:
@@ -103,18 +121,21 @@ class TritonSampler:
 
 
 class _Columns:
-    """What the kernel needs to know of each row. Only the noise keys change from step to step.
+    """What the kernel needs to know of each row, on the device. Only the noise keys change from step to step.
 
-    All of it lies in one array of 8-byte words, four a row, so that it is one copy:
+    It goes there as one array of 8-byte words, four a row, so that it is one copy:
 
         [ top_ps | top_ks | keys, two 32-bit words | temperatures, then max_gaps, float32 ]
 
     Each is filled up to four rows: Triton compiles a kernel once more for addresses that are no multiples of 16 bytes.
     """
 
-    def __init__(self, seqs: list[Sequence], vocab_size: int, before: _Columns | None) -> None:
+    def __init__(
+        self, seqs: list[Sequence], positions: Ints, device: torch.device, *, vocab_size: int, before: _Columns | None
+    ) -> None:
         """seqs: the sequence of each row; before: the columns of the step before, with most of the same sequences"""
         self.seqs = seqs
+        self._device = device
         self._known: dict[Sequence, _Facts] = {}
         known = {} if before is None else before._known
         for seq in seqs:
@@ -123,56 +144,62 @@ class _Columns:
         facts = [self._known[seq] for seq in seqs]
         numbers = np.array([one.numbers for one in facts], dtype=np.float64).T
         self._seeds = np.array([one.seed for one in facts], dtype=np.uint64)
-        self._words = np.zeros((4, len(seqs) + -len(seqs) % 4), dtype=np.int64)
-        self._words[0, : len(seqs)] = numbers[0].copy().view(np.int64)
-        self._words[1, : len(seqs)] = numbers[1]
-        self._words[3].view(np.float32).reshape(2, -1)[:, : len(seqs)] = numbers[2:4]
-        self._edits_before = numbers[4]
-        self._first: Ints | None = None  # positions of the first of the keys
-        self._keys: Ints | None = None  # [_STEPS_AHEAD, num_rows], once the sequences have stayed for a step
+        self._edits_before: NDArray[np.float64] | None = numbers[4] if numbers[4].any() else None
+        num_rows = len(seqs)
+        words = np.zeros((4, num_rows + -num_rows % 4), dtype=np.int64)
+        words[0, :num_rows] = numbers[0].copy().view(np.int64)
+        words[1, :num_rows] = numbers[1]
+        words[2, :num_rows] = _pack(noise_keys(self._seeds, positions))
+        words[3].view(np.float32).reshape(2, -1)[:, :num_rows] = numbers[2:4]
+        there = to_device(words, device)
+        top_ps, self._top_ks = there[:2, :num_rows].unbind()
+        self._top_ps = top_ps.view(torch.float64)
+        self._temperatures, self._max_gaps = there[3].view(torch.float32).view(2, -1)[:, :num_rows].unbind()
+        self._first = positions  # of the first of the keys
+        self._keys = self._as_keys(there[2:3])  # of one step, and once the sequences have stayed, of _STEPS_AHEAD
 
-    def at(self, positions: Ints, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def at(self, positions: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Temperatures, keys, max_gaps, top_ks and top_ps as `sample_tokens` takes them. positions: [num_rows]"""
-        num_rows = len(positions)
-        self._words[2, :num_rows] = self._keys_at(positions)
-        words = to_device(self._words, device)
-        top_ps, top_ks, keys = words[:3, :num_rows].unbind()
-        temperatures, max_gaps = words[3].view(torch.float32).view(2, -1)[:, :num_rows].unbind()
-        return temperatures, keys.view(torch.int32).view(-1, 2), max_gaps, top_ks, top_ps.view(torch.float64)
+        return self._temperatures, self._keys_at(positions), self._max_gaps, self._top_ks, self._top_ps
 
     def edit_logits(self, positions: Ints) -> bool:
         """Whether any row's request changes any logit in this step."""
-        return bool((positions < self._edits_before).any())
+        return self._edits_before is not None and bool((positions < self._edits_before).any())
 
-    def _keys_at(self, positions: Ints) -> Ints:
-        """A row's two key words in one number. [num_rows]"""
-        if self._first is None:
-            self._first = positions
-            return _pack(noise_keys(self._seeds, positions))
+    def _keys_at(self, positions: Ints) -> Tensor:
         steps = positions - self._first
         step = int(steps[0])
-        if self._keys is not None and 0 <= step < _STEPS_AHEAD and (steps == step).all():
-            keys: Ints = self._keys[step]
-            return keys
-        if any(seq.draft_token_ids for seq in self.seqs):  # whose next positions nobody knows
-            return _pack(noise_keys(self._seeds, positions))
-        ahead = (positions + np.arange(_STEPS_AHEAD)[:, None]).reshape(-1)
-        self._first = positions
-        self._keys = _pack(noise_keys(np.tile(self._seeds, _STEPS_AHEAD), ahead)).reshape(_STEPS_AHEAD, -1)
-        return self._keys_at(positions)
+        if 0 <= step < len(self._keys) and (steps == step).all():
+            return self._keys[step]
+        # Where there are drafts, nobody knows the next positions.
+        num_steps = 1 if any(seq.draft_token_ids for seq in self.seqs) else _STEPS_AHEAD
+        num_rows = len(positions)
+        ahead = (positions + np.arange(num_steps)[:, None]).reshape(-1)
+        keys = np.zeros((num_steps, num_rows + -num_rows % 4), dtype=np.int64)
+        keys[:, :num_rows] = _pack(noise_keys(np.tile(self._seeds, num_steps), ahead)).reshape(num_steps, -1)
+        self._first, self._keys = positions, self._as_keys(to_device(keys, self._device))
+        return self._keys[0]
+
+    def _as_keys(self, words: Tensor) -> tuple[Tensor, ...]:
+        """Of each step [num_rows, 2] int32. words: [num_steps, num_rows, filled up] int64"""
+        return words.view(torch.int32).view(len(words), -1, 2)[:, : len(self.seqs)].unbind()
 
 
 class _Facts(NamedTuple):
     """What the kernel needs to know of a sequence, and never changes."""
 
     seed: int
-    numbers: tuple[float, float, float, float, float]  # top_p, top_k, temperature, max_gap, position of the last edit
+    numbers: tuple[float, float, float, float, float]  # top_p, top_k, temperature, max_gap, edits before position
 
 
 def _read_facts(seq: Sequence, vocab_size: int) -> _Facts:
     params, limits = seq.params, limits_of(seq.params, vocab_size)
     temperature = params.temperature if params.temperature >= GREEDY_BELOW else 0.0
-    edits_before = math.inf if edits_every_step(params) else seq.num_prompt_tokens + params.min_tokens
+    edits_before = 0.0
+    if edits_every_step(params):
+        edits_before = math.inf
+    elif params.min_tokens:
+        edits_before = float(seq.num_prompt_tokens + params.min_tokens)
     numbers = limits.top_p, limits.top_k, temperature, float(limits.max_gap), edits_before
     return _Facts(params.seed & _SEED, numbers)
 

@@ -125,11 +125,11 @@ class Scheduler:
         """
         plan = _Plan(self.limits.max_num_batched_tokens)
         num_preemptions = self.num_preemptions
-        caught_up = [seq for seq in self.running if _is_caught_up(seq)]
-        for index, seq in enumerate(caught_up):
-            num_after = len(caught_up) - index - 1  # each of them gets a token before this one's drafts do
-            self._continue(seq, plan, max(plan.budget - num_after, 1))
-        behind = [seq for seq in self.running if not _is_caught_up(seq)]
+        caught_up: list[Sequence] = []
+        behind: list[Sequence] = []
+        for seq in self.running:
+            (caught_up if len(seq.token_ids) - seq.num_computed_tokens == 1 else behind).append(seq)
+        self._continue_streams(caught_up, plan)
         if caught_up and self.limits.min_prompt_share is not None:
             plan.budget = min(plan.budget, self._prompt_share(len(caught_up), behind))
         for seq in behind:
@@ -143,15 +143,16 @@ class Scheduler:
         now, outputs = time.monotonic(), []
         for item, result in zip(batch, sampled, strict=True):
             seq = item.seq
+            if item.num_drafts:
+                seq.num_drafts += item.num_drafts
+                seq.num_accepted_drafts += len(result.accepted)
+                seq.draft_token_ids, seq.draft_parents = [], []
             seq.num_computed_tokens += item.num_new_tokens - item.num_drafts + len(result.accepted)
             seq.num_scored_tokens += item.num_scored
-            seq.num_prefill_chunks += seq.first_token_at is None
-            seq.num_drafts += item.num_drafts
-            seq.num_accepted_drafts += len(result.accepted)
-            seq.draft_token_ids, seq.draft_parents = [], []
             token_ids = self._append(seq, result.token_ids)
-            if token_ids and seq.first_token_at is None:
-                seq.first_token_at = now
+            if seq.first_token_at is None:
+                seq.num_prefill_chunks += 1
+                seq.first_token_at = now if token_ids else None
             if result.error is not None:
                 seq.finish_reason = "error"  # what this step wrote into the cache may be wrong: it is not committed
             else:
@@ -181,6 +182,19 @@ class Scheduler:
         read = behind or ([self.waiting.first] if len(self.waiting) else [])
         longest = max((seq.num_tokens for seq in read), default=0)
         return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
+
+    def _continue_streams(self, caught_up: list[Sequence], plan: _Plan) -> None:
+        """A token each, or one and its drafts. Most have no drafts, and a place for the token already."""
+        num_after, size, num_lookahead = len(caught_up), self.kv.block_size, self.limits.num_lookahead_tokens
+        for seq in caught_up:
+            num_after -= 1  # each of them gets a token before this one's drafts do
+            num_tokens = seq.num_computed_tokens + 1 + num_lookahead
+            is_plain = not seq.draft_token_ids and seq.request.params.prompt_logprobs is None
+            if is_plain and num_tokens <= len(seq.block_table) * size and plan.budget:
+                plan.items[seq.arrival] = Scheduled(seq, 1, 0, True)
+                plan.budget -= 1
+            else:
+                self._continue(seq, plan, max(plan.budget - num_after, 1))
 
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
@@ -270,8 +284,6 @@ class Scheduler:
     def _fit(self, seq: Sequence, budget: int) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count."""
         params, computed = seq.request.params, seq.num_computed_tokens
-        if not seq.draft_token_ids and params.prompt_logprobs is None and _is_caught_up(seq):  # most of them
-            return Scheduled(seq, 1, 0, samples=True)
         num_verified = min(seq.num_tokens - computed, budget)
         if needs_prompt_scores(seq):
             return self._fit_scored(seq, num_verified)
@@ -304,15 +316,17 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """Appends tokens up to the first that ends the sequence; returns those that count."""
-        params, num_prompt = seq.request.params, seq.num_prompt_tokens
+        params, num_tokens = seq.request.params, len(seq.token_ids)
+        num_prompt = len(seq.request.prompt_token_ids)
+        last = min(num_prompt + params.max_tokens, self.limits.max_model_len)
         for i, token_id in enumerate(token_ids):
             seq.token_ids.append(token_id)
-            num_tokens = len(seq.token_ids)
+            num_tokens += 1
             if token_id in params.stop_token_ids and num_tokens - num_prompt > params.min_tokens:
                 seq.finish_reason, seq.stop_token_id = "stop", token_id
-            elif num_tokens - num_prompt >= params.max_tokens or num_tokens >= self.limits.max_model_len:
+                return token_ids[: i + 1]
+            if num_tokens >= last:
                 seq.finish_reason = "length"
-            if seq.finish_reason:
                 return token_ids[: i + 1]
         return token_ids
 

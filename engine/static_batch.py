@@ -37,6 +37,7 @@ class StaticBatch:
         self._landing = torch.zeros(num_numbers + max_num_seqs * max_width, dtype=torch.int64, device=device)
         self._tables = torch.zeros(max_num_seqs, max_width, dtype=torch.int64, device=device)
         self._staging = HostStaging(device)
+        self._tables_of: BatchNumbers | None = None  # whose tables are there
         self._padding = {value: np.full(max_num_rows + 1, value, dtype=np.int64) for value in (0, NO_SLOT)}
 
     def view(self, size: GraphSize) -> ForwardBatch:
@@ -58,28 +59,33 @@ class StaticBatch:
             seq_lens_list=[0] * size.num_seqs,
         )
 
-    def fill(self, numbers: BatchNumbers, size: GraphSize, newest: Tensor | None) -> None:
-        """Copies a step's numbers to where the graph of this size reads them. newest: as `BatchBuilder.build` has it"""
+    def fill(self, numbers: BatchNumbers, size: GraphSize, tokens: Tensor | None = None) -> None:
+        """Copies a step's numbers to where the graph of this size reads them. tokens: as in `Ahead`"""
         num_rows, num_seqs = len(numbers.input_ids), len(numbers.seq_lens)
-        tables = numbers.block_tables
-        last_start = np.full(size.num_seqs - num_seqs, num_rows, dtype=np.int64)
-        padded = (
+        starts = numbers.query_starts
+        if size.num_seqs > num_seqs:
+            starts = np.concatenate((starts, np.full(size.num_seqs - num_seqs, num_rows, dtype=np.int64)))
+        padded = [
             self._pad(numbers.input_ids, size.num_rows, 0),
             self._pad(numbers.positions, size.num_rows, 0),
             self._pad(numbers.slots, size.num_rows, NO_SLOT),
-            np.concatenate((numbers.query_starts, last_start)),
+            starts,
             self._pad(numbers.seq_lens, size.num_seqs, 0),
-            tables,
-        )
-        self._staging.copy_to(self._landing, self._staging.write(padded))
-        first = places(_sizes(size))[-1]
-        landed = self._landing[first : first + tables.size].view(tables.shape)
-        self._tables[:num_seqs, : tables.shape[1]].copy_(landed)
-        if newest is not None:
-            self._landing[:num_rows].copy_(newest)
+        ]
+        if numbers is self._tables_of:
+            self._staging.copy_to(self._landing, self._staging.write(padded))
+        else:
+            tables = numbers.block_tables
+            self._staging.copy_to(self._landing, self._staging.write([*padded, tables]))
+            first = places(_sizes(size))[-1]
+            landed = self._landing[first : first + tables.size].view(tables.shape)
+            self._tables[:num_seqs, : tables.shape[1]].copy_(landed)
+            self._tables_of = numbers
+        if tokens is not None:
+            torch.clamp_min(tokens, 0, out=self._landing[:num_rows])
 
     def _pad(self, part: Ints, size: int, value: int) -> Ints:
-        return np.concatenate((part, self._padding[value][: size - len(part)]))
+        return part if len(part) == size else np.concatenate((part, self._padding[value][: size - len(part)]))
 
 
 def _sizes(size: GraphSize) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.scheduler import Scheduler
 from engine.types import Sampled, Scheduled, StepStats
@@ -21,6 +22,32 @@ class StepClock:
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
+
+
+class StepWork(NamedTuple):
+    """num_kv_tokens: that are in the cache when the step is over; num_pairs: of a new token and one that it sees;
+    drafts: of the sequences that have any"""
+
+    num_tokens: int
+    num_logits: int
+    num_kv_tokens: int
+    num_pairs: int
+    drafts: list[int]
+
+
+def count_work(batch: list[Scheduled]) -> StepWork:
+    """What the step computes; to be asked before it changes the sequences."""
+    num_tokens = num_logits = num_kv_tokens = num_pairs = 0
+    drafts: list[int] = []
+    for item in batch:
+        num_new_tokens, computed = item.num_new_tokens, item.seq.num_computed_tokens
+        num_tokens += num_new_tokens
+        num_kv_tokens += computed + num_new_tokens
+        num_pairs += num_new_tokens * (computed + (num_new_tokens + 1) // 2)
+        num_logits += item.num_scored + item.samples
+        if item.num_drafts:
+            drafts.append(item.num_drafts)
+    return StepWork(num_tokens, num_logits + sum(drafts), num_kv_tokens, num_pairs, drafts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,25 +68,16 @@ class ModelCost:
     expert_bytes: int = 0
     expert_share: float = 0.0
 
-    def bytes_moved(self, batch: list[Scheduled]) -> int:
-        if not batch:
+    def bytes_moved(self, work: StepWork) -> int:
+        if not work.num_tokens:
             return 0
-        num_kv_tokens = sum(item.seq.num_computed_tokens + item.num_new_tokens for item in batch)
-        return self.weight_bytes + num_kv_tokens * self.kv_bytes_per_token + self._read_of_experts(batch)
+        # Of the experts, what is read on average where tokens choose alike: each leaves out 1 - `expert_share`.
+        experts = int(self.expert_bytes * (1 - (1 - self.expert_share) ** work.num_tokens))
+        return self.weight_bytes + work.num_kv_tokens * self.kv_bytes_per_token + experts
 
-    def _read_of_experts(self, batch: list[Scheduled]) -> int:
-        """What is read of them on average where tokens choose alike: each leaves out 1 - `expert_share`."""
-        num_tokens = sum(item.num_new_tokens for item in batch)
-        return int(self.expert_bytes * (1 - (1 - self.expert_share) ** num_tokens))
-
-    def flops(self, batch: list[Scheduled]) -> int:
-        num_tokens = sum(item.num_new_tokens for item in batch)
-        num_pairs = sum(
-            item.num_new_tokens * (item.seq.num_computed_tokens + (item.num_new_tokens + 1) // 2) for item in batch
-        )
-        num_logits = sum(item.num_logits for item in batch)
-        per_row = num_tokens * self.flops_per_token + num_logits * self.flops_per_logits
-        return per_row + num_pairs * self.attention_flops_per_pair
+    def flops(self, work: StepWork) -> int:
+        per_row = work.num_tokens * self.flops_per_token + work.num_logits * self.flops_per_logits
+        return per_row + work.num_pairs * self.attention_flops_per_pair
 
 
 class StepRecorder:
@@ -72,19 +90,17 @@ class StepRecorder:
 
     def plan(self, batch: list[Scheduled]) -> None:
         """Notes what the step is going to do; the sequences' progress changes afterwards."""
-        self._bytes_moved, self._flops = self._cost.bytes_moved(batch), self._cost.flops(batch)
-        self._num_tokens, self._num_seqs = sum(item.num_new_tokens for item in batch), len(batch)
-        self._num_drafts = [item.num_drafts for item in batch if item.num_drafts]
+        self._work, self._num_seqs = count_work(batch), len(batch)
 
     def stats(self, sampled: list[Sampled]) -> StepStats:
         pool = self._scheduler.kv.pool
         preemptions, queries, hits = (
             after - before for after, before in zip(_counters(self._scheduler), self._before, strict=True)
         )
-        num_accepted = [len(result.accepted) for result in sampled]
-        seconds = self.clock.seconds
+        work, seconds = self._work, self.clock.seconds
+        num_accepted = [len(result.accepted) for result in sampled] if work.drafts else []
         return StepStats(
-            num_tokens=self._num_tokens,
+            num_tokens=work.num_tokens,
             num_seqs=self._num_seqs,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -99,13 +115,13 @@ class StepRecorder:
             num_preemptions=preemptions,
             num_prefix_queries=queries,
             num_prefix_hits=hits,
-            num_drafts=len(self._num_drafts),
-            num_draft_tokens=sum(self._num_drafts),
+            num_drafts=len(work.drafts),
+            num_draft_tokens=sum(work.drafts),
             accepted_by_position=[
                 sum(n > depth for n in num_accepted) for depth in range(max(num_accepted, default=0))
             ],
-            bytes_moved=self._bytes_moved,
-            flops=self._flops,
+            bytes_moved=self._cost.bytes_moved(work),
+            flops=self._cost.flops(work),
         )
 
 

@@ -20,9 +20,16 @@ _WORD = (1 << 32) - 1
 
 
 def sample_tokens(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, max_gaps: Tensor, top_ks: Tensor, top_ps: Tensor
+    logits: Tensor,
+    temperatures: Tensor,
+    keys: Tensor,
+    max_gaps: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    *,
+    none: int = NO_TOKEN,
 ) -> Tensor:
-    """One token per row. [num_rows] int64; the lowest id among equals; NO_TOKEN where the largest is not finite.
+    """One token per row. [num_rows] int64; the lowest id among equals; `none` where the largest is not finite.
 
     logits: [num_rows, vocab_size] float32; keys: [num_rows, 2] int32
     temperatures: [num_rows] float32; max_gaps: [num_rows] float32, infinity is off
@@ -33,7 +40,7 @@ def sample_tokens(
     scores = token_noise(keys, logits.shape[1]) - gaps
     scores = scores.masked_fill(~is_kept(gaps, max_gaps, top_ks, top_ps), -torch.inf)
     tokens = torch.where(temperatures < GREEDY_BELOW, logits.argmax(-1), scores.argmax(-1))
-    return tokens.masked_fill(~peaks[:, 0].isfinite(), NO_TOKEN)
+    return tokens.masked_fill(~peaks[:, 0].isfinite(), none)
 
 
 def is_kept(gaps: Tensor, max_gaps: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:

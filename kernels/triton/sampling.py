@@ -12,16 +12,22 @@ from kernels.triton.compat import next_power_of_2
 from kernels.triton.truncation import gap_bits, gap_of, read_gaps, truncate
 
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
-_NO_TOKEN = tl.constexpr(NO_TOKEN)
 _TWO_31 = tl.constexpr(2147483648.0)
 _SLACK = tl.constexpr(1.0001)  # far more than the rounding of noise and scores, in float32
 _TOKENS_AT_ONCE = 2048
 
 
 def sample_tokens(
-    logits: Tensor, temperatures: Tensor, keys: Tensor, max_gaps: Tensor, top_ks: Tensor, top_ps: Tensor
+    logits: Tensor,
+    temperatures: Tensor,
+    keys: Tensor,
+    max_gaps: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    *,
+    none: int = NO_TOKEN,
 ) -> Tensor:
-    """One token per row. [num_rows] int64; the lowest id among equals; NO_TOKEN where the largest is not finite.
+    """One token per row. [num_rows] int64; the lowest id among equals; `none` where the largest is not finite.
 
     The same tokens as the definition in `kernels.sampling`: the noise has the same bits, and what is kept is decided
     by exact sums.
@@ -49,6 +55,7 @@ def sample_tokens(
             tokens,
             vocab_size,
             logits.stride(0),
+            none,
             TOKENS=min(_TOKENS_AT_ONCE, next_power_of_2(vocab_size)),
             num_warps=16,
         )
@@ -90,6 +97,7 @@ def sample_kernel(
     tokens_ptr,
     vocab_size,
     stride_row,
+    none,
     TOKENS: tl.constexpr,
 ):
     # grid: [num_rows]; one program reads its row a few dozen times, from the second-level cache but for the first
@@ -109,7 +117,7 @@ def sample_kernel(
     peak = tl.max(peaks, 0)
     is_usable = (tl.max(has_nan, 0) == 0) & (peak > float("-inf")) & (peak < float("inf"))
     if not is_usable:
-        tl.store(tokens_ptr + row, _NO_TOKEN)
+        tl.store(tokens_ptr + row, none)
         return
     if temperature < _GREEDY_BELOW:
         tl.store(tokens_ptr + row, tl.min(tl.where(peaks == peak, firsts, vocab_size), 0).to(tl.int64))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from engine.block_tables import WIDTH_STEP, BlockTables
-from engine.forward_batch import BatchBuilder, HostStaging, build_forward_batch, gather_numbers, places
+from engine.forward_batch import Ahead, BatchBuilder, HostStaging, build_forward_batch, gather_numbers, places
 from engine.kv_manager import KVCacheManager
 from engine.static_batch import NO_SLOT, GraphSize, StaticBatch
 from engine.types import Request, SamplingParams, Scheduled, Sequence
@@ -104,9 +104,15 @@ def test_the_newest_tokens_may_come_from_the_device() -> None:
     for block, seq in enumerate(seqs, start=1):
         seq.num_computed_tokens, seq.block_table = seq.num_tokens - 1, [block]
     batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
-    made = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch, torch.tensor([30, 40]))
-    assert made.input_ids.tolist() == [30, 40]
+    ahead = Ahead(gather_numbers(batch, BLOCK_SIZE, BlockTables()), torch.tensor([30, -1]))
+    made = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch, ahead)
+    assert made.input_ids.tolist() == [30, 0]  # for the second, none could be chosen
     assert made.positions.tolist() == [2, 1]
+    alone = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch[:1], ahead.row(0))
+    expected = build_forward_batch(batch[:1], BLOCK_SIZE, CPU)
+    for name in ("positions", "slots", "query_starts", "seq_lens", "block_tables", "logits_rows"):
+        assert torch.equal(getattr(alone, name), getattr(expected, name))
+    assert alone.input_ids.tolist() == [30]
 
 
 def test_what_is_on_its_way_is_not_written_over() -> None:

@@ -29,7 +29,7 @@ from engine.models.moe import Gate
 from engine.models.registry import build_model
 from engine.models.transformers_fallback import TransformersModel
 from engine.planner import plan_memory, render_plan
-from engine.step_stats import ModelCost
+from engine.step_stats import ModelCost, count_work
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 HIDDEN, EXPERT, NUM_EXPERTS, TOP_K = 32, 24, 5, 2
@@ -165,8 +165,8 @@ def test_a_step_reads_the_experts_that_its_tokens_are_likely_to_choose() -> None
     )
     request = Request(request_id="r", prompt_token_ids=[1] * 90, params=SamplingParams(seed=0, max_tokens=1))
     batches = {n: [Scheduled(Sequence(request, [1] * 90), n, 0, samples=False, num_scored=0)] for n in (1, 2, 90)}
-    assert {n: cost.bytes_moved(batch) for n, batch in batches.items()} == {1: 260, 2: 447, 90: 1009}
-    assert cost.bytes_moved([]) == 0
+    assert {n: cost.bytes_moved(count_work(batch)) for n, batch in batches.items()} == {1: 260, 2: 447, 90: 1009}
+    assert cost.bytes_moved(count_work([])) == 0
 
 
 def test_what_our_own_experts_do_not_do_is_left_to_transformers() -> None:

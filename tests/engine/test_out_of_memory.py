@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from engine.attention import TorchAttention
 from engine.engine import Engine
+from engine.forward_batch import Ahead
 from engine.halving import halve_chunks
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
@@ -42,11 +43,11 @@ class SmallMemoryRunner(ModelRunner):
     max_num_rows = 1000
     num_releases = 0
 
-    def forward(self, batch: list[Scheduled], newest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
         num_rows = sum(item.num_new_tokens for item in batch)
         if num_rows > self.max_num_rows or any(item.seq.token_ids[-1] == BIG for item in batch):
             raise torch.OutOfMemoryError("no memory left")
-        return super().forward(batch, newest)
+        return super().forward(batch, ahead)
 
     def release_memory(self) -> None:
         self.num_releases += 1

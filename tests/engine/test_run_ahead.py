@@ -30,10 +30,10 @@ class CountingRunner(ModelRunner):
 
     num_passes = num_ahead = 0
 
-    def forward(self, batch, newest=None):
+    def forward(self, batch, ahead=None):
         self.num_passes += 1
-        self.num_ahead += newest is not None
-        return super().forward(batch, newest)
+        self.num_ahead += ahead is not None
+        return super().forward(batch, ahead)
 
 
 def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, budget: int = 48) -> Engine:
@@ -201,10 +201,10 @@ def test_nothing_is_launched_ahead_where_memory_is_short():
 
 
 class FailingAheadRunner(CountingRunner):
-    def forward(self, batch, newest=None):
-        if newest is not None:
+    def forward(self, batch, ahead=None):
+        if ahead is not None:
             raise RuntimeError("not today")
-        return super().forward(batch, newest)
+        return super().forward(batch, ahead)
 
 
 def test_a_launch_that_fails_is_given_up_and_harms_no_request(caplog):
@@ -221,10 +221,12 @@ def test_a_launch_that_fails_is_given_up_and_harms_no_request(caplog):
 class BrokenSampler(Sampler):
     """Fails for a request once it has said three tokens, whether it is asked ahead of time or not."""
 
-    def launch(self, logits, batch: list[Scheduled]):
-        if any(item.seq.request.request_id == "1" and item.seq.num_output_tokens >= 3 for item in batch):
-            raise RuntimeError("broken")
-        return super().launch(logits, batch)
+    def launch(self, logits, batch: list[Scheduled], positions=None):
+        for item, position in zip(batch, [None] * len(batch) if positions is None else positions, strict=True):
+            num_tokens = item.seq.num_tokens if position is None else position
+            if item.seq.request.request_id == "1" and num_tokens - item.seq.num_prompt_tokens >= 3:
+                raise RuntimeError("broken")
+        return super().launch(logits, batch, positions)
 
 
 def test_a_request_that_fails_while_steps_run_ahead_fails_alone():

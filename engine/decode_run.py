@@ -25,14 +25,13 @@ class DecodeRun:
     numbers: of the step; its arrays change with each step. The input ids are not known
     """
 
-    def __init__(self, seqs: list[Sequence], *, kv: KVCacheManager, tables: BlockTables, max_model_len: int) -> None:
+    def __init__(self, seqs: list[Sequence], *, kv: KVCacheManager, tables: BlockTables) -> None:
         """The sequences have a place for their next token."""
         self.seqs = seqs
         self.items = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
         self._kv = kv
         # A step is the last one that is launched ahead where its token may be the last of a sequence.
-        ends = (min(seq.num_prompt_tokens + seq.params.max_tokens, max_model_len) - seq.num_tokens for seq in seqs)
-        self._num_left = min(ends) - 2
+        self._num_left = min(seq.max_num_tokens - seq.num_tokens for seq in seqs) - 2
         self._num_steps = 0
         self._beginning: defaultdict[int, list[int]] = defaultdict(list)
         rows = np.arange(len(seqs))

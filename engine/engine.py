@@ -76,8 +76,8 @@ class Engine:
             return [], [], recorder.stats([])
         self.on_batch(batch)
         hidden, sampled = self._compute(batch, recorder.clock)
-        recorder.plan(batch)
-        self.runner.keep_accepted(batch, sampled)
+        if recorder.plan(batch).drafts:
+            self.runner.keep_accepted(batch, sampled)
         outputs = self.scheduler.update(batch, sampled)
         recorder.clock.lap("update")
         self._propose(batch, sampled, hidden)

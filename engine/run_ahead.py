@@ -146,8 +146,7 @@ class RunAhead:
         scheduler = self._scheduler
         if not seqs or not make_room(seqs, scheduler.kv):
             return None
-        limits = scheduler.limits
-        return DecodeRun(seqs, kv=scheduler.kv, tables=self._runner.tables, max_model_len=limits.max_model_len)
+        return DecodeRun(seqs, kv=scheduler.kv, tables=self._runner.tables)
 
     def _fly(self, run: DecodeRun, tokens: Tensor) -> Flight:
         _, logits = self._runner.forward(run.items, Ahead(run.numbers, tokens))
@@ -167,12 +166,10 @@ class RunAhead:
             and all(item.samples and not item.num_drafts and not needs_token_history(item) for item in batch)
         )
 
-    def _ends(self, item: Scheduled) -> bool:
+    @staticmethod
+    def _ends(item: Scheduled) -> bool:
         """Whether the token that is being sampled is the sequence's last, whatever it is."""
-        seq = item.seq
-        return seq.num_output_tokens + 1 >= seq.params.max_tokens or (
-            seq.num_tokens + 1 >= self._scheduler.limits.max_model_len
-        )
+        return item.seq.num_tokens + 1 >= item.seq.max_num_tokens
 
 
 def _select(tokens: Tensor, rows: list[int]) -> Tensor:

@@ -101,6 +101,7 @@ class Scheduler:
                 f"prompt has {seq.num_tokens} tokens, but max_model_len is {self.limits.max_model_len} and at least "
                 "one token must be generated; shorten it or raise model.max_model_len"
             )
+        seq.max_num_tokens = min(seq.num_prompt_tokens + seq.params.max_tokens, self.limits.max_model_len)
         seq.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._by_id[request_id] = seq
@@ -143,11 +144,12 @@ class Scheduler:
         now, outputs = time.monotonic(), []
         for item, result in zip(batch, sampled, strict=True):
             seq = item.seq
+            seq.num_computed_tokens += item.num_new_tokens
             if item.num_drafts:
+                seq.num_computed_tokens += len(result.accepted) - item.num_drafts
                 seq.num_drafts += item.num_drafts
                 seq.num_accepted_drafts += len(result.accepted)
                 seq.draft_token_ids, seq.draft_parents = [], []
-            seq.num_computed_tokens += item.num_new_tokens - item.num_drafts + len(result.accepted)
             seq.num_scored_tokens += item.num_scored
             token_ids = self._append(seq, result.token_ids)
             if seq.first_token_at is None:
@@ -155,7 +157,7 @@ class Scheduler:
                 seq.first_token_at = now if token_ids else None
             if result.error is not None:
                 seq.finish_reason = "error"  # what this step wrote into the cache may be wrong: it is not committed
-            else:
+            elif self.kv.has_to_commit(seq):
                 self.kv.commit(seq)
             if token_ids or result.prompt_logprobs or seq.finish_reason:
                 outputs.append(_output(seq, token_ids, result, now))
@@ -273,22 +275,22 @@ class Scheduler:
 
     def _reserved_tokens(self, seq: Sequence) -> int:
         """Tokens that the sequence must be able to hold before another is admitted."""
-        limits, params = self.limits, seq.params
+        limits = self.limits
         headroom = limits.headroom << min(seq.num_preemptions, 20)
-        end = min(seq.num_tokens + headroom, seq.num_prompt_tokens + params.max_tokens, limits.max_model_len)
+        end = min(seq.num_tokens + headroom, seq.max_num_tokens)
         if self.kv.window is not None:  # blocks behind the window are free again; those in it and a chunk are not
             released = seq.num_released_blocks * self.kv.block_size
             end = min(end, released + self.kv.window + limits.max_num_batched_tokens + 2 * self.kv.block_size)
-        return min(end, limits.max_model_len) + limits.num_lookahead_tokens
+        return end + limits.num_lookahead_tokens
 
     def _fit(self, seq: Sequence, budget: int) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count."""
-        params, computed = seq.request.params, seq.num_computed_tokens
+        computed = seq.num_computed_tokens
         num_verified = min(seq.num_tokens - computed, budget)
         if needs_prompt_scores(seq):
             return self._fit_scored(seq, num_verified)
         samples = computed + num_verified == seq.num_tokens
-        num_left = min(params.max_tokens - seq.num_output_tokens, self.limits.max_model_len - seq.num_tokens)
+        num_left = seq.max_num_tokens - seq.num_tokens
         num_drafts = min(len(seq.draft_token_ids), budget - num_verified, num_left - 1) if samples else 0
         return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
 
@@ -316,16 +318,13 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """Appends tokens up to the first that ends the sequence; returns those that count."""
-        params, num_tokens = seq.request.params, len(seq.token_ids)
-        num_prompt = len(seq.request.prompt_token_ids)
-        last = min(num_prompt + params.max_tokens, self.limits.max_model_len)
+        params, known = seq.request.params, seq.token_ids
         for i, token_id in enumerate(token_ids):
-            seq.token_ids.append(token_id)
-            num_tokens += 1
-            if token_id in params.stop_token_ids and num_tokens - num_prompt > params.min_tokens:
+            known.append(token_id)
+            if token_id in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
                 seq.finish_reason, seq.stop_token_id = "stop", token_id
                 return token_ids[: i + 1]
-            if num_tokens >= last:
+            if len(known) >= seq.max_num_tokens:
                 seq.finish_reason = "length"
                 return token_ids[: i + 1]
         return token_ids
@@ -344,6 +343,13 @@ def _is_caught_up(seq: Sequence) -> bool:
 
 
 def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
+    if not seq.finish_reason and result.logprobs is None and result.prompt_logprobs is None:  # most of them
+        return StepOutput(
+            request_id=seq.request.request_id,
+            token_ids=token_ids,
+            num_cached_tokens=seq.num_cached_tokens,
+            timing=_timing(seq, now),
+        )
     return StepOutput(
         request_id=seq.request.request_id,
         token_ids=token_ids,

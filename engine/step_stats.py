@@ -88,9 +88,10 @@ class StepRecorder:
         self._scheduler, self._cost = scheduler, cost
         self._before = _counters(scheduler)
 
-    def plan(self, batch: list[Scheduled]) -> None:
+    def plan(self, batch: list[Scheduled]) -> StepWork:
         """Notes what the step is going to do; the sequences' progress changes afterwards."""
         self._work, self._num_seqs = count_work(batch), len(batch)
+        return self._work
 
     def stats(self, sampled: list[Sampled]) -> StepStats:
         pool = self._scheduler.kv.pool

@@ -21,6 +21,7 @@ def _sequence(num_tokens: int, kv: KVCacheManager, max_tokens: int = 1000) -> Se
     prompt = list(range(num_tokens))
     seq = Sequence(Request(request_id="a", prompt_token_ids=prompt, params=params), list(prompt))
     seq.num_computed_tokens = num_tokens - 1
+    seq.max_num_tokens = min(num_tokens + max_tokens, MAX_MODEL_LEN)
     assert kv.allocate(seq, num_tokens)
     return seq
 
@@ -35,7 +36,7 @@ def _go_on(seqs: list[Sequence], kv: KVCacheManager) -> None:
 
 def _start(seqs: list[Sequence], kv: KVCacheManager) -> DecodeRun:
     assert make_room(seqs, kv)
-    return DecodeRun(seqs, kv=kv, tables=BlockTables(), max_model_len=MAX_MODEL_LEN)
+    return DecodeRun(seqs, kv=kv, tables=BlockTables())
 
 
 @pytest.mark.parametrize("window", [None, 6])

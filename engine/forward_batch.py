@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -139,7 +140,8 @@ def gather_numbers(batch: list[Scheduled], block_size: int, tables: BlockTables)
 _CHAIN = list(range(-1, 4096))  # the parents of drafts that follow each other
 
 
-def places(sizes: list[int]) -> list[int]:
+@lru_cache(maxsize=256)
+def places(sizes: tuple[int, ...]) -> list[int]:
     """Where parts of so many numbers begin when they lie one behind the other, and where the last ends.
 
     At even numbers, 16 bytes: Triton compiles a kernel once more for pointers that are not.
@@ -176,7 +178,7 @@ class _StagingBlock:
         self._read = torch.cuda.Event() if self._is_pinned else None  # type: ignore[no-untyped-call]
 
     def write(self, parts: Listing[Ints]) -> Tensor:
-        starts = places([part.size for part in parts])
+        starts = places(tuple([part.size for part in parts]))
         size = starts[-1]
         if self._read is not None:
             self._read.synchronize()  # the device may still be reading what was here before
@@ -230,7 +232,7 @@ class BatchBuilder:
         if self._memory.numel() < len(numbers):
             self._memory = torch.empty(len(numbers) * 3 // 2, dtype=torch.int64, device=self.device)
         self._staging.copy_to(self._memory, numbers)
-        starts = places([part.size for part in parts])
+        starts = places(tuple([part.size for part in parts]))
         return [
             self._memory[start : start + part.size].view(part.shape) for start, part in zip(starts, parts, strict=False)
         ]

@@ -34,7 +34,8 @@ from kernels.triton.token_scores import penalise, score_tokens
 _SEED = (1 << 64) - 1
 _ROWS_PER_PASS = 64  # bounds the scratch memory of finding the most likely tokens: 100 MB at 150k tokens
 _TOKEN_BITS = 32
-_STEPS_AHEAD = 16  # whose keys are made at once: most of the work for one step is Python's
+_KEYS_AT_ONCE = 1024  # of all rows, for at least _MIN_STEPS steps: most of the work for a few keys is Python's
+_MIN_STEPS = 16
 
 
 class TritonSampler:
@@ -156,7 +157,7 @@ class _Columns:
         self._top_ps = top_ps.view(torch.float64)
         self._temperatures, self._max_gaps = there[3].view(torch.float32).view(2, -1)[:, :num_rows].unbind()
         self._first = positions  # of the first of the keys
-        self._keys = self._as_keys(there[2:3])  # of one step, and once the sequences have stayed, of _STEPS_AHEAD
+        self._keys = self._as_keys(there[2:3])  # of one step, and once the sequences have stayed, of many
 
     def at(self, positions: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Temperatures, keys, max_gaps, top_ks and top_ps as `sample_tokens` takes them. positions: [num_rows]"""
@@ -172,8 +173,10 @@ class _Columns:
         if 0 <= step < len(self._keys) and (steps == step).all():
             return self._keys[step]
         # Where there are drafts, nobody knows the next positions.
-        num_steps = 1 if any(seq.draft_token_ids for seq in self.seqs) else _STEPS_AHEAD
         num_rows = len(positions)
+        num_steps = max(_MIN_STEPS, _KEYS_AT_ONCE // num_rows)
+        if any(seq.draft_token_ids for seq in self.seqs):
+            num_steps = 1
         ahead = (positions + np.arange(num_steps)[:, None]).reshape(-1)
         keys = np.zeros((num_steps, num_rows + -num_rows % 4), dtype=np.int64)
         keys[:, :num_rows] = _pack(noise_keys(np.tile(self._seeds, num_steps), ahead)).reshape(num_steps, -1)

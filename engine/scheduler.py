@@ -160,7 +160,7 @@ class Scheduler:
             elif self.kv.has_to_commit(seq):
                 self.kv.commit(seq)
             if token_ids or result.prompt_logprobs or seq.finish_reason:
-                outputs.append(_output(seq, token_ids, result, now))
+                outputs.append(_output(item, token_ids, result, now))
             if seq.finish_reason:
                 self.running.remove(seq)
                 self._forget(seq)
@@ -342,14 +342,11 @@ def _is_caught_up(seq: Sequence) -> bool:
     return len(seq.token_ids) - seq.num_computed_tokens == 1
 
 
-def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
-    if not seq.finish_reason and result.logprobs is None and result.prompt_logprobs is None:  # most of them
-        return StepOutput(
-            request_id=seq.request.request_id,
-            token_ids=token_ids,
-            num_cached_tokens=seq.num_cached_tokens,
-            timing=_timing(seq, now),
-        )
+def _output(item: Scheduled, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
+    seq = item.seq
+    if token_ids and item.num_new_tokens == 1 and seq.first_token_at != now and seq.finish_reason is None:
+        # A token in the middle of an answer: most outputs are that, and say no more than they must.
+        return StepOutput(request_id=seq.request.request_id, token_ids=token_ids, logprobs=result.logprobs)
     return StepOutput(
         request_id=seq.request.request_id,
         token_ids=token_ids,

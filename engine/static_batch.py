@@ -88,6 +88,6 @@ class StaticBatch:
         return part if len(part) == size else np.concatenate((part, self._padding[value][: size - len(part)]))
 
 
-def _sizes(size: GraphSize) -> list[int]:
+def _sizes(size: GraphSize) -> tuple[int, ...]:
     """Of input ids, positions, slots, query starts and lengths."""
-    return [size.num_rows, size.num_rows, size.num_rows, size.num_seqs + 1, size.num_seqs]
+    return size.num_rows, size.num_rows, size.num_rows, size.num_seqs + 1, size.num_seqs

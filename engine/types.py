@@ -80,8 +80,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop_token_id: int | None = None  # which stop token ended it; it is the last of `token_ids`
     logprobs: list[TokenLogprobs] | None = None  # one per token id, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored, in order
-    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    timing: RequestTiming | None = None  # up to here
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; not where only a token more is said
+    timing: RequestTiming | None = None  # up to here; not where only a token more is said
     error: str | None = None  # with finish reason "error"
 
 

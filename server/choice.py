@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
 from server.detokenizer import Detokenizer, TextOptions
 from server.prompts import Prompt
@@ -59,7 +61,8 @@ class ChoiceReader:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self._num_multiple_tokens = 0  # tokens that came on top of the first of their step: drafts that were right
-        self.timing: RequestTiming | None = None
+        self._told_timing: RequestTiming | None = None  # the engine's last word on it
+        self._has_engine_ended = False
         self.finish_reason: FinishReason | None = None
         self.started_at = time.monotonic()
         self.ended_at = self.started_at
@@ -71,7 +74,8 @@ class ChoiceReader:
     def take(self, output: StepOutput) -> Delta | None:
         """The next delta, if the output completes one. After a finish reason, leave the engine's stream."""
         assert output.finish_reason != "error"
-        self.timing = output.timing or self.timing
+        self._told_timing = output.timing or self._told_timing
+        self._has_engine_ended = output.finish_reason is not None
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         delta = self._next
         delta.prompt_logprobs += output.prompt_logprobs or []
@@ -91,16 +95,26 @@ class ChoiceReader:
         return delta
 
     @property
+    def timing(self) -> RequestTiming | None:
+        """Where the time went, if the engine got to tell. It worked on after its last word on that where the choice was
+        left before its end: for so long as seen from here."""
+        told = self._told_timing
+        if told is None or self._has_engine_ended:
+            return told
+        end = max(self.ended_at, self.last_tokens_at or self.ended_at)
+        decode = end - self.started_at - told.queued - told.prefill
+        return msgspec.structs.replace(told, decode=max(told.decode, decode))
+
+    @property
     def num_accepted_drafts(self) -> int:
-        return self.timing.num_accepted_drafts if self.timing is not None else self._num_multiple_tokens
+        told = self._told_timing
+        return told.num_accepted_drafts if told is not None else self._num_multiple_tokens
 
     def seconds_in_engine(self) -> tuple[float, float, float]:
         """Queued, prefill and decode; of a choice that was left before the engine told, as seen from here."""
-        if self.timing is not None:
-            queued, prefill, decode = self.timing.queued, self.timing.prefill, self.timing.decode
-            if self.finish_reason == "timeout":  # the engine worked on after its last word
-                decode = max(decode, self.ended_at - self.started_at - queued - prefill)
-            return queued, prefill, decode
+        timing = self.timing
+        if timing is not None:
+            return timing.queued, timing.prefill, timing.decode
         first_tokens_at = self.first_tokens_at or self.ended_at
         return 0.0, first_tokens_at - self.started_at, self.ended_at - first_tokens_at
 

@@ -124,7 +124,7 @@ def test_what_is_on_its_way_is_not_written_over() -> None:
 
 
 def test_parts_begin_at_multiples_of_sixteen_bytes() -> None:
-    assert places([1, 2, 3, 4]) == [0, 2, 4, 8, 12]
+    assert places((1, 2, 3, 4)) == [0, 2, 4, 8, 12]
     staging = HostStaging(CPU)
     parts = (np.array([5]), np.array([6, 7, 8]), np.array([[9, 10], [11, 12]]))
     whole = staging.write(parts)

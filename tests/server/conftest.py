@@ -97,6 +97,7 @@ class FakeEngine:
         self.script: Callable[[Request], list[int]] = self.invent
         self.step_size = 1  # tokens per output
         self.first_delay = self.delay = 0.0  # seconds before the first and before each further output
+        self.first_timing: RequestTiming | None = None  # told with the first token
         self.fail_after: int | None = None  # outputs, then the request fails
         self.failure_kind: str | None = None  # an EngineError of this kind; None: an output that says so
         self.requests: list[Request] = []
@@ -156,7 +157,7 @@ class FakeEngine:
                 stop_token_id=chunk[-1] if is_stop else None,
                 logprobs=None if params.logprobs is None else [self.logprobs(t, params.logprobs) for t in chunk],
                 num_cached_tokens=self.num_cached_tokens,
-                timing=self.timing(len(tokens)) if is_last else None,
+                timing=self.timing(len(tokens)) if is_last else self.first_timing if start == 0 else None,
             )
 
     def logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:

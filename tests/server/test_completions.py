@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from engine.types import RequestTiming
+
 PATH = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "hello", "seed": 1}
 
@@ -232,6 +234,13 @@ async def test_timing_of_a_choice_that_a_stop_string_ended_is_what_the_server_sa
     assert timing["prefill"] >= 0.019
     assert timing["decode"] >= 0.009
     assert timing["server"] >= 0
+    world.engine.first_timing = RequestTiming(
+        queued=0.004, prefill=0.015, decode=0.0, num_prefill_chunks=2, num_preemptions=0, num_drafts=0,
+        num_accepted_drafts=0,
+    )  # fmt: skip
+    timing = (await ask(client, timing=True, stop="of"))["timing"]
+    assert (timing["queued"], timing["prefill"], timing["prefill_chunks"]) == (0.004, 0.015, 2)
+    assert timing["decode"] >= 0.009
 
 
 async def test_an_answer_without_text_still_ends(world, client, tools) -> None:

@@ -168,9 +168,8 @@ class _Columns:
         return self._edits_before is not None and bool((positions < self._edits_before).any())
 
     def _keys_at(self, positions: Ints) -> Tensor:
-        steps = positions - self._first
-        step = int(steps[0])
-        if 0 <= step < len(self._keys) and (steps == step).all():
+        step = int(positions[0] - self._first[0])
+        if 0 <= step < len(self._keys) and np.array_equal(self._first + step, positions):
             return self._keys[step]
         # Where there are drafts, nobody knows the next positions.
         num_rows = len(positions)

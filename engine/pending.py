@@ -88,9 +88,11 @@ class Pending:
         results: list[Sampled] = []
         first = 0
         for item, position in zip(self._batch, self._positions, strict=True):
-            if answers is None and item.samples and not item.num_drafts and sampled[first] >= 0:  # most of them
-                results.append(Sampled([sampled[first]]))
-                first += 1
+            if answers is None and item.samples and sampled[first] >= 0:  # most of them
+                accepted = accept(sampled, item, first) if item.num_drafts else []
+                tokens = [sampled[first], *[sampled[first + 1 + draft] for draft in accepted]]
+                results.append(Sampled(tokens, accepted))
+                first += 1 + item.num_drafts
                 continue
             end = first + item.num_sampled_rows
             results.append(_result(item, position, sampled[first:end], logprobs))

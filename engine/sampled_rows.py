@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.types import SamplingParams, Scheduled
+import numpy as np
+
+from engine.candidates import Ints
+from engine.types import SamplingParams, Scheduled, Sequence
 
 
 class SampledRow(NamedTuple):
@@ -32,15 +35,39 @@ def next_position(item: Scheduled) -> int:
     return item.seq.num_computed_tokens + item.num_new_tokens - item.num_drafts
 
 
-def sampled_rows(batch: list[Scheduled], positions: list[int] | None = None) -> list[SampledRow]:
+def sampled_places(batch: list[Scheduled], positions: Ints | None = None) -> tuple[list[Sequence], Ints]:
+    """The sequence and the position of each of `sampled_rows`, [num_rows], for those who need no more.
+
+    positions: as `sampled_rows` has it
+    """
+    if positions is not None:
+        return [item.seq for item in batch], positions
+    seqs: list[Sequence] = []
+    places: list[int] = []
+    for item in batch:
+        if not item.samples:
+            continue
+        seq, num_drafts = item.seq, item.num_drafts
+        position = seq.num_computed_tokens + item.num_new_tokens - num_drafts
+        seqs.append(seq)
+        places.append(position)
+        if num_drafts:
+            seqs += [seq] * num_drafts
+            depths: list[int] = []
+            for parent in seq.draft_parents[:num_drafts]:
+                depths.append(1 if parent < 0 else depths[parent] + 1)
+            places += [position + depth for depth in depths]
+    return seqs, np.array(places, dtype=np.int64)
+
+
+def sampled_rows(batch: list[Scheduled], positions: Ints | None = None) -> list[SampledRow]:
     """The sampled rows, item after item: the last of each item's logits.
 
     positions: of the row of each item, where every item has one and the sequences do not show it yet
     """
     if positions is not None:
-        return [
-            SampledRow(item, i, [], position) for i, (item, position) in enumerate(zip(batch, positions, strict=True))
-        ]
+        numbered = enumerate(zip(batch, positions.tolist(), strict=True))
+        return [SampledRow(item, number, [], position) for number, (item, position) in numbered]
     rows: list[SampledRow] = []
     first = 0
     for item in batch:

@@ -88,7 +88,7 @@ class Sampler:
         num_rows = sum([item.num_logits for item in batch])
         assert logits.shape == (num_rows, self.vocab_size), f"{tuple(logits.shape)} logits for {num_rows} rows"
         host: Floats = logits.cpu().numpy()
-        rows = sampled_rows(batch, None if positions is None else positions.tolist())
+        rows = sampled_rows(batch, positions)
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are dealt with where they matter
             tokens = self._sample(host, rows)
             queries = logprob_queries(batch)

@@ -186,15 +186,18 @@ class Scheduler:
         return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
 
     def _continue_streams(self, caught_up: list[Sequence], plan: _Plan) -> None:
-        """A token each, or one and its drafts. Most have no drafts, and a place for the token already."""
+        """A token each, or one and its drafts. Most have a place for them already."""
         num_after, size, num_lookahead = len(caught_up), self.kv.block_size, self.limits.num_lookahead_tokens
         for seq in caught_up:
             num_after -= 1  # each of them gets a token before this one's drafts do
-            num_tokens = seq.num_computed_tokens + 1 + num_lookahead
-            is_plain = not seq.draft_token_ids and seq.request.params.prompt_logprobs is None
+            num_drafts = len(seq.draft_token_ids)
+            if num_drafts:
+                num_drafts = min(num_drafts, seq.max_num_tokens - len(seq.token_ids) - 1, plan.budget - num_after - 1)
+            num_tokens = len(seq.token_ids) + max(num_drafts, 0) + num_lookahead
+            is_plain = num_drafts >= 0 and seq.request.params.prompt_logprobs is None
             if is_plain and num_tokens <= len(seq.block_table) * size and plan.budget:
-                plan.items[seq.arrival] = Scheduled(seq, 1, 0, True)
-                plan.budget -= 1
+                plan.items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
+                plan.budget -= 1 + num_drafts
             else:
                 self._continue(seq, plan, max(plan.budget - num_after, 1))
 

@@ -1,7 +1,9 @@
-"""Min-p, top-k and top-p on the device: a search for the gap where a row is cut, instead of a sort.
+"""Min-p, top-k and top-p on the device: where a row is cut, found without a sort.
 
-Floats that are not negative are ordered as their bits are, so the cut is found among integers: every pass over the row
-sums what lies below three thresholds and leaves a quarter of the range. Sums are of integers, and exact.
+Floats that are not negative are ordered as their bits are, so the cut is an integer. A histogram over their leading
+bits says in which bin it lies; the tokens up to there are collected, and a search among them finds the cut itself: each
+pass sums what lies below three thresholds and leaves a quarter of the range. Sums are of integers, and exact, so
+neither the order of atomic additions nor that of the collected tokens changes anything.
 """
 
 from __future__ import annotations
@@ -9,6 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NUM_BINS = tl.constexpr(256)
+_BIN_BITS = tl.constexpr(19)  # leaves sixteen bins between a power of two and the next
+_FIRST_BIN = tl.constexpr(0x3C800000 >> 19)  # of the gap 2^-6; smaller ones are in bin 0 too
+_FAR_BITS = tl.constexpr(0x41800000)  # of the gap 16; what lies there is counted in the last bin, all together
 _WEIGHT_UNIT = tl.constexpr(1099511627776.0)  # 2^40
 _ROUNDER = tl.constexpr(4503599627370496.0)  # 2^52: adding it leaves no fraction
 _INFINITE_BITS = tl.constexpr(0x7F800000)
@@ -18,13 +24,6 @@ _INFINITE_BITS = tl.constexpr(0x7F800000)
 def gap_of(logits, peak, temperature):
     """Divided as IEEE 754 says, or the tokens would not be those of a CPU."""
     return tl.div_rn(peak - logits, temperature)
-
-
-@triton.jit
-def read_gaps(row_ptr, tokens, vocab_size, peak, temperature):
-    """The gaps of tokens; infinity for ids past the vocabulary."""
-    logits = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf"))
-    return gap_of(logits, peak, temperature + tl.zeros_like(logits))
 
 
 @triton.jit
@@ -40,9 +39,73 @@ def weights_of(gaps):
 
 
 @triton.jit
+def bins_of(bits):
+    bins = tl.maximum((bits >> _BIN_BITS) - _FIRST_BIN, 0)
+    return tl.where(bits < _FAR_BITS, bins, NUM_BINS - 1)
+
+
+@triton.jit
+def before_bin(bin):
+    """The highest bits below those of the bin."""
+    start = tl.where(bin == NUM_BINS - 1, _FAR_BITS, (bin + _FIRST_BIN) << _BIN_BITS)
+    return tl.where(bin == 0, -1, start - 1)
+
+
+@triton.jit
+def add_to_histogram(counts_ptr, weights_ptr, gaps, is_left, has_top_p):
+    """Adds the tokens of a tile that min-p leaves to the bins of their row."""
+    bits = gap_bits(gaps)
+    bins = bins_of(bits)
+    is_near = is_left & (bits < _FAR_BITS)
+    is_far = is_left & (bits >= _FAR_BITS)
+    tl.atomic_add(counts_ptr + bins, 1, mask=is_near)
+    tl.atomic_add(counts_ptr + NUM_BINS - 1, tl.sum(is_far.to(tl.int32), 0))
+    if has_top_p:
+        weights = weights_of(gaps)
+        tl.atomic_add(weights_ptr + bins, weights, mask=is_near)
+        tl.atomic_add(weights_ptr + NUM_BINS - 1, tl.sum(tl.where(is_far, weights, 0), 0))
+
+
+@triton.jit
+def limit_of(total, top_p):
+    """The weight that the tokens before a kept one must not have reached."""
+    return tl.maximum(tl.ceil(total.to(tl.float64) * top_p).to(tl.int64), 1)
+
+
+@triton.jit
+def read_bins(counts_ptr, weights_ptr, top_k, top_p):
+    """What the histogram of a row tells: whether top-k cuts anything off, the weight of all tokens, the bin that the
+    last collected token is in, and how many tokens, or how much weight, lie before that bin."""
+    bins = tl.arange(0, NUM_BINS)
+    counts = tl.load(counts_ptr + bins).to(tl.int64)
+    weights = tl.load(weights_ptr + bins)
+    has_top_k = tl.sum(counts, 0) > top_k
+    total = tl.sum(weights, 0)
+    target = tl.where(has_top_k, top_k, limit_of(total, top_p))
+    values = tl.where(has_top_k, counts, weights)
+    last_bin = tl.sum((tl.cumsum(values, 0) < target).to(tl.int32), 0)
+    last_bin = tl.where(has_top_k | (top_p < 1.0), last_bin, NUM_BINS - 1)
+    before = tl.sum(tl.where(bins < last_bin, values, 0), 0)
+    return has_top_k, total, last_bin, before
+
+
+@triton.jit
+def read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS: tl.constexpr):
+    """Tokens of a row, one after the other or as a list has them, and their gaps: infinity past the last of `num`."""
+    places = start + tl.arange(0, TOKENS)
+    is_token = places < num
+    listed = tl.load(list_ptr + places, mask=places < tl.where(is_list, num, 0), other=0)
+    tokens = tl.where(is_list, listed, places)
+    logits = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
+    return tokens, is_token, gap_of(logits, peak, temperature + tl.zeros_like(logits))
+
+
+@triton.jit
 def sums_up_to(
     row_ptr,
-    vocab_size,
+    list_ptr,
+    is_list,
+    num,
     peak,
     temperature,
     low,
@@ -56,11 +119,10 @@ def sums_up_to(
     to_first = tl.zeros([TOKENS], tl.int64)
     to_second = tl.zeros([TOKENS], tl.int64)
     to_third = tl.zeros([TOKENS], tl.int64)
-    for start in range(0, vocab_size, TOKENS):
-        tokens = start + tl.arange(0, TOKENS)
-        gaps = read_gaps(row_ptr, tokens, vocab_size, peak, temperature)
+    for start in range(0, num, TOKENS):
+        _, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS)
         bits = gap_bits(gaps)
-        is_inside = (bits > low) & (bits <= third) & (tokens < vocab_size)
+        is_inside = (bits > low) & (bits <= third) & is_token
         if tl.max(is_inside.to(tl.int32), 0) > 0:  # exponentials in float64 are dear
             values = weights_of(gaps) if BY_WEIGHT else tl.full([TOKENS], 1, tl.int64)
             values = tl.where(is_inside, values, 0)
@@ -71,18 +133,31 @@ def sums_up_to(
 
 
 @triton.jit
-def search(row_ptr, vocab_size, peak, temperature, high, target, BY_WEIGHT: tl.constexpr, TOKENS: tl.constexpr):
-    """The lowest bits up to which tokens reach the target, and what the tokens below them have. They do reach it by
-    `high`."""
-    low = tl.full([], -1, tl.int32)
-    below = tl.full([], 0, tl.int64)
+def search(
+    row_ptr,
+    list_ptr,
+    is_list,
+    num,
+    peak,
+    temperature,
+    low,
+    high,
+    below,
+    target,
+    BY_WEIGHT: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The lowest bits up to which tokens reach the target, and what the tokens below them have.
+
+    Those up to `low` have `below`, which is less than the target; those up to `high` reach it.
+    """
     while high - low > 1:
         quarter = (high - low + 3) // 4
         first = low + quarter
         second = tl.minimum(first + quarter, high)
         third = tl.minimum(second + quarter, high)
         to_first, to_second, to_third = sums_up_to(
-            row_ptr, vocab_size, peak, temperature, low, first, second, third, BY_WEIGHT, TOKENS
+            row_ptr, list_ptr, is_list, num, peak, temperature, low, first, second, third, BY_WEIGHT, TOKENS
         )
         if below + to_first >= target:
             high = first
@@ -101,47 +176,80 @@ def search(row_ptr, vocab_size, peak, temperature, high, target, BY_WEIGHT: tl.c
 
 
 @triton.jit
-def last_of_level(row_ptr, vocab_size, peak, temperature, cut, num_level, TOKENS: tl.constexpr):
-    """The id of the num_level-th of the tokens at the cut."""
-    num_seen = tl.full([], 0, tl.int64)
-    last = tl.full([], -1, tl.int32)
-    for start in range(0, vocab_size, TOKENS):
-        tokens = start + tl.arange(0, TOKENS)
-        is_level = gap_bits(read_gaps(row_ptr, tokens, vocab_size, peak, temperature)) == cut
-        is_level = is_level & (tokens < vocab_size)
-        if tl.max(is_level.to(tl.int32), 0) > 0:
-            rank = num_seen + tl.cumsum(is_level.to(tl.int32), 0)
-            is_kept = is_level & (rank <= num_level)
-            last = tl.maximum(last, tl.max(tl.where(is_kept, tokens, -1), 0))
-            num_seen += tl.sum(is_level.to(tl.int32), 0)
-    return last
+def last_of_level(row_ptr, list_ptr, is_list, num, vocab_size, peak, temperature, cut, num_kept, TOKENS: tl.constexpr):
+    """Of the tokens at the cut, the num_kept-th lowest id; the highest id of all where there are no more than those."""
+    low = tl.full([], -1, tl.int32)
+    high = tl.full([], 0, tl.int32) + vocab_size - 1
+    middle = high  # how many are there at all? Mostly one
+    while high - low > 1:
+        num_found = tl.full([], 0, tl.int64)
+        for start in range(0, num, TOKENS):
+            tokens, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS)
+            is_level = is_token & (gap_bits(gaps) == cut) & (tokens <= middle)
+            num_found += tl.sum(is_level.to(tl.int32), 0)
+        if num_found <= num_kept and middle == vocab_size - 1:
+            low = high  # all of them
+        elif num_found >= num_kept:
+            high = middle
+        else:
+            low = middle
+        middle = (low + high) // 2
+    return high
 
 
 @triton.jit
-def truncate(row_ptr, vocab_size, peak, temperature, max_gap, top_k, top_p, TOKENS: tl.constexpr):
-    """The bits where the row is cut, and the last token id that is kept at the cut."""
+def truncate(
+    row_ptr,
+    list_ptr,
+    is_list,
+    num,
+    vocab_size,
+    peak,
+    temperature,
+    max_gap,
+    top_k,
+    top_p,
+    counts_ptr,
+    weights_ptr,
+    TOKENS: tl.constexpr,
+):
+    """The bits where the row is cut, and the last token id that is kept at the cut.
+
+    The row has been added to its histogram; the tokens are all that lie up to the bin that `read_bins` names, or more.
+    """
+    has_top_k, total, last_bin, before = read_bins(counts_ptr, weights_ptr, top_k, top_p)
     cut = gap_bits(max_gap)
-    num_level = tl.full([], 1, tl.int64) << 40  # all of them
-    is_cut = tl.full([], 0, tl.int32)
-    if top_k < vocab_size:
-        _, _, num_left = sums_up_to(row_ptr, vocab_size, peak, temperature, -1, cut, cut, cut, False, TOKENS)
-        if num_left > top_k:
-            cut, num_below = search(row_ptr, vocab_size, peak, temperature, cut, top_k, False, TOKENS)
-            num_level = top_k - num_below
-            is_cut = tl.full([], 1, tl.int32)
+    num_level = tl.full([], 1, tl.int64) << 40  # of the tokens at the cut: all of them
+    low = before_bin(last_bin)
+    end = tl.minimum(before_bin(tl.minimum(last_bin + 1, NUM_BINS - 1)), cut)
+    high = tl.where(last_bin == NUM_BINS - 1, cut, end)
+    if has_top_k:
+        cut, below = search(row_ptr, list_ptr, is_list, num, peak, temperature, low, high, before, top_k, False, TOKENS)
+        num_level = top_k - below
+        low = tl.full([], -1, tl.int32)
+        high = cut
+        before = tl.full([], 0, tl.int64)
     if top_p < 1.0:
-        # what min-p and top-k left, less what top-k cut off at its level
-        _, below, total = sums_up_to(row_ptr, vocab_size, peak, temperature, -1, -1, cut - 1, cut, True, TOKENS)
-        level_weight = tl.maximum(weights_of((cut + tl.zeros([1], tl.int32)).to(tl.float32, bitcast=True)), 1)
-        total = tl.where(is_cut > 0, tl.minimum(total, below + num_level * tl.max(level_weight, 0)), total)
-        limit = tl.maximum(tl.ceil(total.to(tl.float64) * top_p).to(tl.int64), 1)
+        if has_top_k:  # what is left, less what was cut off at its level
+            _, below, total = sums_up_to(
+                row_ptr, list_ptr, is_list, num, peak, temperature, -1, -1, cut - 1, cut, True, TOKENS
+            )
+            total = tl.minimum(total, below + num_level * weight_at(cut))
+        limit = limit_of(total, top_p)
         old_cut = cut
-        cut, below = search(row_ptr, vocab_size, peak, temperature, cut, limit, True, TOKENS)
-        level_weight = tl.maximum(weights_of((cut + tl.zeros([1], tl.int32)).to(tl.float32, bitcast=True)), 1)
-        num_needed = tl.cdiv(limit - below, tl.max(level_weight, 0))
+        cut, below = search(row_ptr, list_ptr, is_list, num, peak, temperature, low, high, before, limit, True, TOKENS)
+        num_needed = tl.cdiv(limit - below, weight_at(cut))
         num_level = tl.where(cut == old_cut, tl.minimum(num_level, num_needed), num_needed)
-        is_cut = tl.full([], 1, tl.int32)
     last_level = tl.full([], 0x7FFFFFFF, tl.int32)
-    if is_cut > 0:
-        last_level = last_of_level(row_ptr, vocab_size, peak, temperature, cut, num_level, TOKENS)
+    if has_top_k | (top_p < 1.0):
+        last_level = last_of_level(
+            row_ptr, list_ptr, is_list, num, vocab_size, peak, temperature, cut, num_level, TOKENS
+        )
     return cut, last_level
+
+
+@triton.jit
+def weight_at(bits):
+    """Of a token whose gap has these bits; at least 1, as somebody divides by it."""
+    weights = weights_of((bits + tl.zeros([1], tl.int32)).to(tl.float32, bitcast=True))
+    return tl.maximum(tl.max(weights, 0), 1)

@@ -160,11 +160,16 @@ def test_a_gpu_s_memory_is_planned_and_not_exceeded(tmp_path: Path) -> None:
 
 
 def test_a_step_that_finds_no_memory_is_run_in_smaller_ones(tmp_path: Path) -> None:
-    sections = _sections(tmp_path)
-    requests = [_request(number, 20, 2, prompt_logprobs=0) for number in range(4)]
-    expected = _answers(_engine({**sections, "device": {"name": "cpu", "kernels": "torch"}}), requests)
+    sections = _sections(tmp_path, scheduler={"max_num_seqs": 4, "max_num_batched_tokens": 40})
+    requests = [_request(number, 40, 1, prompt_logprobs=0) for number in range(2)]
     with simulated_gpu() as gpu:
         engine = _engine(sections)
-        gpu.total_bytes = gpu.used_bytes + 20_000  # less than a step of 24 tokens takes
+        torch.cuda.reset_peak_memory_stats()
+        num_before = gpu.used_bytes
+        expected = _answers(engine, requests)
+        num_needed = gpu.peak_bytes - num_before
+    with simulated_gpu() as gpu:
+        engine = _engine(sections)
+        gpu.total_bytes = gpu.used_bytes + num_needed * 3 // 4
         _check_same(_answers(engine, requests), expected)
-        assert engine.scheduler.limits.max_num_batched_tokens < 24
+        assert engine.scheduler.limits.max_num_batched_tokens < 40

@@ -130,7 +130,7 @@ def test_parts_begin_at_multiples_of_sixteen_bytes() -> None:
     whole = staging.write(parts)
     target = torch.zeros(20, dtype=torch.int64)
     staging.copy_to(target, whole)
-    for start, part in zip(places([part.size for part in parts]), parts, strict=False):
+    for start, part in zip(places(tuple(part.size for part in parts)), parts, strict=False):
         assert target[start : start + part.size].tolist() == part.ravel().tolist()
 
 

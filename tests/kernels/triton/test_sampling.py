@@ -16,7 +16,7 @@ from kernels.sampling import NO_TOKEN, is_kept, token_noise
 from kernels.sampling import sample_tokens as definition
 from kernels.triton import sampling
 from kernels.triton.sampling import sample_tokens
-from kernels.triton.truncation import truncate
+from kernels.triton.truncation import NUM_BINS, add_to_histogram, gap_bits, truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should
 VOCAB_SIZE = 150
@@ -92,8 +92,20 @@ def test_untruncated_rows(device: torch.device) -> None:
     ],
     ids=["min_p", "top_k", "top_p", "all"],
 )
-def test_truncated_rows(device: torch.device, rows: list[Row]) -> None:
+@pytest.mark.parametrize("max_collected", [8192, 5])
+def test_truncated_rows(
+    device: torch.device, rows: list[Row], max_collected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether what may be kept fits into the list of it, or whole rows have to be searched."""
+    monkeypatch.setattr(sampling, "_MAX_COLLECTED", max_collected)
     check(device, 2 * torch.randn(3, VOCAB_SIZE), rows)
+
+
+def test_rows_are_cut_far_below_their_best_token_too(device: torch.device) -> None:
+    """Where the histogram has a single bin for all that lies there."""
+    logits = torch.cat((torch.zeros(3, 1), torch.full((3, VOCAB_SIZE - 1), -17.0)), dim=1)
+    logits[:, 1:] -= torch.rand(3, VOCAB_SIZE - 1)
+    check(device, logits, [Row(top_p=0.9999999), Row(top_k=30), Row(0.9, top_k=90, top_p=0.9999995)])
 
 
 def test_of_equal_logits_the_lowest_ids_are_kept(device: torch.device) -> None:
@@ -121,16 +133,31 @@ def test_greedy_rows_and_unusable_rows(device: torch.device) -> None:
 
 
 @triton.jit
-def truncate_kernel(logits_ptr, peaks_ptr, max_gaps_ptr, top_ks_ptr, top_ps_ptr, cuts_ptr, vocab_size):
+def truncate_kernel(
+    logits_ptr, peaks_ptr, max_gaps_ptr, top_ks_ptr, top_ps_ptr, cuts_ptr, counts_ptr, weights_ptr, vocab_size
+):
     row = tl.program_id(0)
+    row_ptr = logits_ptr + row * vocab_size
+    counts_row, weights_row = counts_ptr + row * NUM_BINS, weights_ptr + row * NUM_BINS
+    tokens = tl.arange(0, 64)
+    is_token = tokens < vocab_size
+    gaps = tl.load(peaks_ptr + row) - tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
+    is_left = is_token & (gap_bits(gaps) <= gap_bits(tl.load(max_gaps_ptr + row)))
+    top_p = tl.load(top_ps_ptr + row)
+    add_to_histogram(counts_row, weights_row, gaps, is_left, top_p < 1.0)
     cut, last_level = truncate(
-        logits_ptr + row * vocab_size,
+        row_ptr,
+        counts_row,  # no list of tokens
+        False,
+        vocab_size,
         vocab_size,
         tl.load(peaks_ptr + row),
         1.0,
         tl.load(max_gaps_ptr + row),
         tl.load(top_ks_ptr + row),
-        tl.load(top_ps_ptr + row),
+        top_p,
+        counts_row,
+        weights_row,
         32,
     )
     tl.store(cuts_ptr + 2 * row, cut)
@@ -146,7 +173,9 @@ def test_the_cut_keeps_the_tokens_that_sorting_keeps(device: torch.device) -> No
     top_ps = torch.where(torch.rand(num_rows) < 0.7, torch.rand(num_rows, dtype=torch.float64), 1.0)
     cuts = torch.empty(num_rows, 2, dtype=torch.int32, device=device)
     arguments = (logits, logits.amax(-1), max_gaps, top_ks, top_ps)
-    truncate_kernel[(num_rows,)](*(x.to(device) for x in arguments), cuts, vocab_size)
+    counts, weights = (torch.zeros(num_rows, NUM_BINS.value, dtype=dtype) for dtype in (torch.int32, torch.int64))
+    others = (cuts, counts.to(device), weights.to(device), vocab_size)
+    truncate_kernel[(num_rows,)](*(x.to(device) for x in arguments), *others)
     gaps = logits.amax(-1, keepdim=True) - logits
     cut, last_level = cuts.cpu().split(1, dim=1)
     bits = (gaps + 0.0).view(torch.int32)

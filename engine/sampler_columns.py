@@ -26,6 +26,8 @@ _MIN_STEPS = 16
 class Columns:
     """The columns of the rows of certain sequences. Only the noise keys change from step to step.
 
+    is_random, is_truncated: as `sample_tokens` has them
+
     All goes to the device as one array of 8-byte words, four a row, so that it is one copy:
 
         [ top_ps | top_ks | keys, two 32-bit words | temperatures, then max_gaps, float32 ]
@@ -56,6 +58,9 @@ class Columns:
             self._draft_keys = kept if is_kept else _DraftKeys([one.seed for one in self._known.values()])
             places = {seq: place for place, seq in enumerate(self._known)}
             self._places = np.array([places[seq] for seq in seqs], dtype=np.int64)
+        is_random = numbers[2] > 0.0
+        self.is_random = bool(is_random.any())
+        self.is_truncated = bool((is_random & ((numbers[0] < 1.0) | (numbers[1] < vocab_size))).any())
         num_rows = len(seqs)
         words = np.zeros((4, num_rows + -num_rows % 4), dtype=np.int64)
         words[0, :num_rows] = numbers[0].copy().view(np.int64)

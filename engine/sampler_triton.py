@@ -81,7 +81,14 @@ class TritonSampler:
     def _sample_unedited(self, logits: Tensor, positions: Ints) -> Tensor:
         """One token per row, NOT_FINITE where the largest of its logits is not. [num_rows] int64"""
         assert self._columns is not None
-        tokens: Tensor = sample_tokens(logits, *self._columns.at(positions), none=NOT_FINITE)
+        columns = self._columns
+        tokens: Tensor = sample_tokens(
+            logits,
+            *columns.at(positions),
+            none=NOT_FINITE,
+            is_random=columns.is_random,
+            is_truncated=columns.is_truncated,
+        )
         return tokens
 
     def _sample(

@@ -28,13 +28,18 @@ def sample_tokens(
     top_ps: Tensor,
     *,
     none: int = NO_TOKEN,
+    is_random: bool = True,
+    is_truncated: bool = True,
 ) -> Tensor:
     """One token per row. [num_rows] int64; the lowest id among equals; `none` where the largest is not finite.
 
     logits: [num_rows, vocab_size] float32; keys: [num_rows, 2] int32
     temperatures: [num_rows] float32; max_gaps: [num_rows] float32, infinity is off
     top_ks: [num_rows] int64, the vocabulary's size is off; top_ps: [num_rows] float64, 1 is off
+    is_random: False where no row has a temperature, is_truncated: where none that has one has top-k or top-p, either:
+    nothing is spared here
     """
+    assert is_random or not bool((temperatures >= GREEDY_BELOW).any()), "a row has a temperature"
     peaks = logits.amax(-1, keepdim=True)
     gaps = (peaks + 0.0 - logits) / temperatures.clamp_min(GREEDY_BELOW)[:, None]
     scores = token_noise(keys, logits.shape[1]) - gaps

@@ -43,6 +43,8 @@ def sample_tokens(
     top_ps: Tensor,
     *,
     none: int = NO_TOKEN,
+    is_random: bool = True,
+    is_truncated: bool = True,
 ) -> Tensor:
     """One token per row. [num_rows] int64; the lowest id among equals; `none` where the largest is not finite.
 
@@ -52,6 +54,8 @@ def sample_tokens(
     logits: [num_rows, vocab_size] float32; keys: [num_rows, 2] int32
     temperatures: [num_rows] float32; max_gaps: [num_rows] float32, infinity is off
     top_ks: [num_rows] int64, the vocabulary's size is off; top_ps: [num_rows] float64, 1 is off
+    is_random: False where no row has a temperature, is_truncated: where none that has one has top-k or top-p, either:
+    that spares launches
     """
     num_rows, vocab_size = logits.shape
     assert logits.dtype == torch.float32, f"{logits.dtype} logits"
@@ -77,11 +81,13 @@ def sample_tokens(
     sizes = {"TOKENS": chunk, "CHUNKS": next_power_of_2(num_chunks), "num_warps": 8}
     grid = (num_rows, num_chunks)
     peaks_kernel[grid](*row, peaks, firsts, counts, weights, TOKENS=chunk, num_warps=8)
-    histogram_kernel[grid](*row, *columns, peaks, counts, weights, **sizes)
-    chunk_kernel[grid](
-        *row, *columns, keys.contiguous(), peaks, counts, weights, collected, scores, winners,
-        MAX_COLLECTED=max_collected, **sizes,
-    )  # fmt: skip
+    if is_random and is_truncated:
+        histogram_kernel[grid](*row, *columns, peaks, counts, weights, **sizes)
+    if is_random:
+        chunk_kernel[grid](
+            *row, *columns, keys.contiguous(), peaks, counts, weights, collected, scores, winners,
+            MAX_COLLECTED=max_collected, **sizes,
+        )  # fmt: skip
     join_kernel[(num_rows,)](
         *row, *columns, keys.contiguous(), peaks, firsts, counts, weights, collected, scores, winners, tokens, none,
         MAX_COLLECTED=max_collected, **sizes,
@@ -201,24 +207,26 @@ def histogram_kernel(
 def best_of(tokens, gaps, is_kept, first_key, second_key, vocab_size):
     """The best score of the kept tokens of a tile, and the lowest token that has it; minus infinity without any.
 
-    The noise of a token never exceeds -log(v), so only tokens whose race v * exp(gap) is about the smallest can have
-    the best score: the others are spared the logarithms in float64.
+    A score is at most -log(v * exp(gap)), because noise never exceeds -log(v). So the tokens are scored in the order of
+    these products, with the logarithms in float64 that are spared the others, until no other can reach the best: after
+    one or two, mostly.
     """
-    noise = noise_bits(tokens, first_key, second_key)
-    races = (noise.to(tl.float32) + 0.5) * tl.exp(gaps)
+    races = (noise_bits(tokens, first_key, second_key).to(tl.float32) + 0.5) * tl.exp(gaps)
     races = tl.where(is_kept, races, float("inf"))
-    runner = tl.min(tl.where(races == tl.min(races, 0), tokens, vocab_size), 0)
-    is_runner = tokens == runner
-    runner_gap = tl.max(tl.where(is_runner, gaps, float("-inf")), 0)
-    reached = gumbel(noise_bits(runner, first_key, second_key)) - runner_gap
-    is_close = is_kept & (races <= tl.exp(-reached) * (_SLACK * _TWO_31))
-    score = float("-inf")
-    winner = vocab_size
-    if tl.max(is_kept.to(tl.int32), 0) > 0:
-        scores = tl.where(is_close, gumbel(noise) - gaps, float("-inf"))
-        score = tl.max(scores, 0)
-        winner = tl.min(tl.where(is_close & (scores == score), tokens, vocab_size), 0)
-    return score, winner
+    least = tl.min(races, 0)
+    bound = least
+    best = tl.full([], float("-inf"), tl.float32)
+    winner = tl.full([], 0, tl.int32) + vocab_size
+    while (least <= bound) & (least < float("inf")):
+        token = tl.min(tl.where(races == least, tokens, vocab_size), 0)
+        gap = tl.max(tl.where(tokens == token, gaps, float("-inf")), 0)
+        score = gumbel(noise_bits(token, first_key, second_key)) - gap
+        winner = tl.where(score > best, token, tl.where(score == best, tl.minimum(winner, token), winner))
+        best = tl.maximum(best, score)
+        bound = tl.exp(-best) * (_SLACK * _TWO_31)
+        races = tl.where(tokens == token, float("inf"), races)
+        least = tl.min(races, 0)
+    return best, winner
 
 
 @triton.jit

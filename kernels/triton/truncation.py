@@ -91,13 +91,13 @@ def read_bins(counts_ptr, weights_ptr, top_k, top_p):
 
 @triton.jit
 def read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS: tl.constexpr):
-    """Tokens of a row, one after the other or as a list has them, and their gaps: infinity past the last of `num`."""
+    """Tokens of a row, one after the other or as a list has them, and their gaps. Past the last of `num`: token -1."""
     places = start + tl.arange(0, TOKENS)
     is_token = places < num
     listed = tl.load(list_ptr + places, mask=places < tl.where(is_list, num, 0), other=0)
     tokens = tl.where(is_list, listed, places)
     logits = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
-    return tokens, is_token, gap_of(logits, peak, temperature + tl.zeros_like(logits))
+    return tl.where(is_token, tokens, -1), is_token, gap_of(logits, peak, temperature + tl.zeros_like(logits))
 
 
 @triton.jit

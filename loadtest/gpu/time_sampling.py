@@ -37,8 +37,9 @@ def _time_sampling(context: Context, name: str, kind: str, num_rows: int) -> Ite
     generator = context.generator(name)
     count = num_sets(4 * num_rows * vocab_size, l2_bytes(context.device))
     sets = [sampling_arguments(kind, num_rows, vocab_size, generator) for _ in range(count)]
+    spared = {"is_random": kind != "greedy", "is_truncated": kind not in ("greedy", "plain")}  # as the engine knows
     works: dict[str, Work] = {
-        "": lambda index: sample_tokens(*sets[index]),
+        "": lambda index: sample_tokens(*sets[index], **spared),
         "torch, by sorting": lambda index: kernels.sampling.sample_tokens(*sets[index]),
     }
     seconds = Stopwatch(context.device, num_rounds=5).compare(works, num_sets=count)

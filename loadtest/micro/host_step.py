@@ -89,7 +89,7 @@ class WrongDrafts:
             item.seq.draft_token_ids, item.seq.draft_parents = [TOKEN + 1] * NUM_DRAFTS, list(range(-1, NUM_DRAFTS - 1))
 
 
-def _sample_nothing(logits: Tensor, *arguments: Tensor, none: int) -> Tensor:
+def _sample_nothing(logits: Tensor, *arguments: Tensor, **settings: int) -> Tensor:
     return torch.full((len(logits),), TOKEN)
 
 

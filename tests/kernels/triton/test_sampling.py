@@ -65,7 +65,9 @@ def engine_s_tokens(logits: Tensor, rows: list[Row]) -> list[int]:
 def check(device: torch.device, logits: Tensor, rows: list[Row]) -> list[int]:
     """Samples on the device, and compares with the definition and the engine. Returns the tokens."""
     arguments = arguments_of(logits, rows)
-    found = sample_tokens(*(x.to(device) for x in arguments)).tolist()
+    random = [row for row in rows if row.temperature]
+    known = {"is_random": bool(random), "is_truncated": any(row.top_k or row.top_p < 1.0 for row in random)}
+    found = sample_tokens(*(x.to(device) for x in arguments), **known).tolist()
     assert found == definition(*arguments).tolist()
     assert found == engine_s_tokens(logits, rows)
     return found
@@ -101,6 +103,13 @@ def test_truncated_rows(
     check(device, 2 * torch.randn(3, VOCAB_SIZE), rows)
 
 
+def test_the_first_token_is_sampled_like_any_other(device: torch.device) -> None:
+    """Where a list is filled up with its id."""
+    logits = torch.randn(6, VOCAB_SIZE)
+    logits[:, 0] += 3.0
+    assert 0 in check(device, logits, [Row(1.0, top_k=5)] * 5 + [Row(2.0, top_p=0.5)])
+
+
 def test_rows_are_cut_far_below_their_best_token_too(device: torch.device) -> None:
     """Where the histogram has a single bin for all that lies there."""
     logits = torch.cat((torch.zeros(3, 1), torch.full((3, VOCAB_SIZE - 1), -17.0)), dim=1)
@@ -111,6 +120,13 @@ def test_rows_are_cut_far_below_their_best_token_too(device: torch.device) -> No
 def test_of_equal_logits_the_lowest_ids_are_kept(device: torch.device) -> None:
     logits = torch.randint(0, 3, (4, VOCAB_SIZE)).float()
     check(device, logits, [Row(top_k=7), Row(top_p=0.2), Row(9.0, top_k=70, top_p=0.6), Row(1.0, 0.4, 70, 0.9)])
+
+
+def test_rows_of_each_kind_beside_each_other(device: torch.device) -> None:
+    logits = 2 * torch.randn(5, VOCAB_SIZE)
+    check(device, logits, [Row(0.0), Row(), Row(top_k=5), Row(0.0, top_p=0.5), Row(top_p=0.5)])
+    check(device, logits, [Row(0.0), Row(), Row(0.0, top_k=5), Row(2.0), Row(0.5, min_p=0.2)])
+    check(device, logits, [Row(0.0), Row(0.0, top_p=0.5), Row(0.0), Row(0.0), Row(0.0)])
 
 
 def test_hidden_tokens_are_never_sampled(device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from loadtest.environment import read_environment
-from loadtest.micro import scaling, step_profile
+from loadtest.micro import host_step, scaling, step_profile
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
 
@@ -169,3 +169,16 @@ def test_a_file_of_something_else_is_refused(tmp_path) -> None:
     for load in (scaling.load, step_profile.load):
         with pytest.raises(ValueError, match="no result"):
             load(file)
+
+
+@pytest.mark.parametrize("has_drafts", [False, True])
+def test_the_host_s_part_of_a_gpu_s_step_is_measured_without_one(
+    monkeypatch: pytest.MonkeyPatch, *, has_drafts: bool
+) -> None:
+    monkeypatch.setattr(host_step, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(host_step, "NUM_STEPS", 3)
+    row = host_step.measure(3, 40, has_drafts=has_drafts)
+    assert (row["step"], row["seqs"], row["context"]) == ("3 drafts" if has_drafts else "decode", 3, 40)
+    parts = [row[f"{part} us"] for part in PARTS]
+    assert min(parts) > 0
+    assert row["whole us"] > max(parts)

@@ -49,15 +49,14 @@ class Columns:
         facts = [self._known[seq] for seq in seqs]
         numbers = np.array([one.numbers for one in facts], dtype=np.float64).T
         self._edits_before: NDArray[np.float64] | None = numbers[4] if numbers[4].any() else None
-        self._has_drafts = len(self._known) < len(seqs)
         self._seeds = np.array([one.seed for one in facts], dtype=np.uint64)
-        self._draft_keys: _DraftKeys | None = None
-        if self._has_drafts:
-            kept = None if before is None else before._draft_keys
-            is_kept = kept is not None and before is not None and list(before._known) == list(self._known)
-            self._draft_keys = kept if is_kept else _DraftKeys([one.seed for one in self._known.values()])
-            places = {seq: place for place, seq in enumerate(self._known)}
-            self._places = np.array([places[seq] for seq in seqs], dtype=np.int64)
+        self._draft_keys: _DraftKeys | None = None  # of sequences that have or had drafts
+        if before is not None and list(before._known) == list(self._known):
+            self._draft_keys = before._draft_keys
+        if self._draft_keys is None and len(self._known) < len(seqs):
+            self._draft_keys = _DraftKeys([one.seed for one in self._known.values()])
+        places = {seq: place for place, seq in enumerate(self._known)}
+        self._places = np.array([places[seq] for seq in seqs], dtype=np.int64)
         is_random = numbers[2] > 0.0
         self.is_random = bool(is_random.any())
         self.is_truncated = bool((is_random & ((numbers[0] < 1.0) | (numbers[1] < vocab_size))).any())
@@ -87,7 +86,7 @@ class Columns:
         if 0 <= step < len(self._keys) and np.array_equal(self._first + step, positions):
             return self._keys[step]
         num_rows = len(positions)
-        if self._has_drafts:  # nobody knows which of them will be right, and so where the next step is
+        if self._draft_keys is not None:  # nobody knows which of them will be right, and so where the next step is
             host = self._host_keys(positions)[None]
         else:
             num_steps = max(_MIN_STEPS, _KEYS_AT_ONCE // num_rows)

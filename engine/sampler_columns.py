@@ -19,8 +19,8 @@ from engine.truncation import limits_of
 from engine.types import Sequence
 
 _SEED = (1 << 64) - 1
-_KEYS_AT_ONCE = 1024  # of all rows, for at least _MIN_STEPS steps: most of the work for a few keys is Python's
-_MIN_STEPS = 16
+_KEYS_AT_ONCE = 8192  # of all rows: a key of a thousand costs three times what one of so many does
+_MIN_STEPS, _MAX_STEPS = 16, 256  # that they are for
 
 
 class Columns:
@@ -89,7 +89,7 @@ class Columns:
         if self._draft_keys is not None:  # nobody knows which of them will be right, and so where the next step is
             host = self._host_keys(positions)[None]
         else:
-            num_steps = max(_MIN_STEPS, _KEYS_AT_ONCE // num_rows)
+            num_steps = _num_steps(num_rows)
             ahead = (positions + np.arange(num_steps)[:, None]).reshape(-1)
             host = _pack(noise_keys(np.tile(self._seeds, num_steps), ahead)).reshape(num_steps, -1)
         filled_up = np.zeros((len(host), num_rows + -num_rows % 4), dtype=np.int64)
@@ -107,12 +107,16 @@ class Columns:
         return words.view(torch.int32).view(len(words), -1, 2)[:, : len(self.seqs)].unbind()
 
 
+def _num_steps(num_rows: int) -> int:
+    return min(max(_MIN_STEPS, _KEYS_AT_ONCE // num_rows), _MAX_STEPS)
+
+
 class _DraftKeys:
     """Noise keys of sequences that move by different numbers of tokens, made for many positions of each at once."""
 
     def __init__(self, seeds: list[int]) -> None:
         self._seeds: Words64 = np.array(seeds, dtype=np.uint64)
-        self._num_positions = max(4 * _MIN_STEPS, _KEYS_AT_ONCE // len(seeds))
+        self._num_positions = 4 * _num_steps(4 * len(seeds))
         self._first: Ints | None = None  # [num_seqs] position of each one's first key
         self._keys: Ints = np.zeros((len(seeds), 0), dtype=np.int64)
 

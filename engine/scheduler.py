@@ -188,18 +188,21 @@ class Scheduler:
     def _continue_streams(self, caught_up: list[Sequence], plan: _Plan) -> None:
         """A token each, or one and its drafts. Most have a place for them already."""
         num_after, size, num_lookahead = len(caught_up), self.kv.block_size, self.limits.num_lookahead_tokens
+        items, budget = plan.items, plan.budget
         for seq in caught_up:
             num_after -= 1  # each of them gets a token before this one's drafts do
-            num_drafts = len(seq.draft_token_ids)
+            num_tokens, num_drafts = len(seq.token_ids), len(seq.draft_token_ids)
             if num_drafts:
-                num_drafts = min(num_drafts, seq.max_num_tokens - len(seq.token_ids) - 1, plan.budget - num_after - 1)
-            num_tokens = len(seq.token_ids) + max(num_drafts, 0) + num_lookahead
-            is_plain = num_drafts >= 0 and seq.request.params.prompt_logprobs is None
-            if is_plain and num_tokens <= len(seq.block_table) * size and plan.budget:
-                plan.items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
-                plan.budget -= 1 + num_drafts
+                num_drafts = min(num_drafts, seq.max_num_tokens - num_tokens - 1, budget - num_after - 1)
+            has_place = num_tokens + num_drafts + num_lookahead <= len(seq.block_table) * size
+            if has_place and num_drafts >= 0 and budget > num_drafts and seq.request.params.prompt_logprobs is None:
+                items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
+                budget -= 1 + num_drafts
             else:
-                self._continue(seq, plan, max(plan.budget - num_after, 1))
+                plan.budget = budget
+                self._continue(seq, plan, max(budget - num_after, 1))
+                budget = plan.budget
+        plan.budget = budget
 
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now

@@ -80,10 +80,6 @@ class KVCacheManager:
         seq.block_table.extend(self.pool.allocate() for _ in range(num_needed))
         return True
 
-    def has_to_commit(self, seq: Sequence) -> bool:
-        """Whether `commit` would change anything, as far as can be told at once."""
-        return self.window is not None or seq.num_computed_tokens // self.block_size > seq.num_committed_blocks
-
     def commit(self, seq: Sequence) -> None:
         """Offers the sequence's full, verified blocks to other sequences, and frees what its window left behind."""
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size

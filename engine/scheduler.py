@@ -144,11 +144,15 @@ class Scheduler:
         now, outputs = time.monotonic(), []
         for item, result in zip(batch, sampled, strict=True):
             seq = item.seq
+            if item.num_new_tokens == 1 and self._goes_on(seq, result):  # most of them
+                outputs.append(_one_more(seq, result))
+                continue
             seq.num_computed_tokens += item.num_new_tokens
             if item.num_drafts:
                 seq.num_computed_tokens += len(result.accepted) - item.num_drafts
                 seq.num_drafts += item.num_drafts
                 seq.num_accepted_drafts += len(result.accepted)
+            if seq.draft_token_ids:  # those too that had no place in the step: they follow another token
                 seq.draft_token_ids, seq.draft_parents = [], []
             seq.num_scored_tokens += item.num_scored
             token_ids = self._append(seq, result.token_ids)
@@ -157,10 +161,10 @@ class Scheduler:
                 seq.first_token_at = now if token_ids else None
             if result.error is not None:
                 seq.finish_reason = "error"  # what this step wrote into the cache may be wrong: it is not committed
-            elif self.kv.has_to_commit(seq):
+            else:
                 self.kv.commit(seq)
             if token_ids or result.prompt_logprobs or seq.finish_reason:
-                outputs.append(_output(item, token_ids, result, now))
+                outputs.append(_output(seq, token_ids, result, now))
             if seq.finish_reason:
                 self.running.remove(seq)
                 self._forget(seq)
@@ -322,6 +326,20 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.push(seq)
 
+    def _goes_on(self, seq: Sequence, result: Sampled) -> bool:
+        """Commits the token of a step of one token in the middle of an answer. False, and nothing has changed, if the
+        step was more than that: the first token, the last one, an error, a prompt's."""
+        token_ids, known = result.token_ids, seq.token_ids
+        if not token_ids or seq.first_token_at is None or result.prompt_logprobs is not None or seq.draft_token_ids:
+            return False
+        if len(known) + 1 >= seq.max_num_tokens or token_ids[0] in seq.request.params.stop_token_ids:
+            return False
+        known.append(token_ids[0])
+        seq.num_computed_tokens += 1
+        if seq.num_computed_tokens % self.kv.block_size == 0 or self.kv.window is not None:
+            self.kv.commit(seq)
+        return True
+
     def _append(self, seq: Sequence, token_ids: list[int]) -> list[int]:
         """Appends tokens up to the first that ends the sequence; returns those that count."""
         params, known = seq.request.params, seq.token_ids
@@ -348,11 +366,14 @@ def _is_caught_up(seq: Sequence) -> bool:
     return len(seq.token_ids) - seq.num_computed_tokens == 1
 
 
-def _output(item: Scheduled, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
-    seq = item.seq
-    if token_ids and item.num_new_tokens == 1 and seq.first_token_at != now and seq.finish_reason is None:
-        # A token in the middle of an answer: most outputs are that, and say no more than they must.
-        return StepOutput(request_id=seq.request.request_id, token_ids=token_ids, logprobs=result.logprobs)
+def _one_more(seq: Sequence, result: Sampled) -> StepOutput:
+    """A token in the middle of an answer, with no more than must be said of it."""
+    if result.logprobs is None:
+        return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids)
+    return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids, logprobs=result.logprobs)
+
+
+def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
     return StepOutput(
         request_id=seq.request.request_id,
         token_ids=token_ids,

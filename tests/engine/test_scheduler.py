@@ -329,3 +329,29 @@ def test_a_failed_request_leaves_nothing_in_the_prefix_cache(make_world):
     assert seq.finish_reason == "error"
     assert not world.kv.pool.hash_of
     assert world.kv.pool.num_owned == 0
+
+
+def test_drafts_that_had_no_place_in_a_step_are_dropped_with_it(make_world):
+    """They were guesses of what follows a token that is not the newest any more."""
+    world = make_world(budget=8)
+    world.with_drafts = False
+    seqs = [world.add(_plain(f"r{i}", [i], 9)) for i in range(6)]
+    world.step()
+    for seq in seqs:
+        seq.draft_token_ids, seq.draft_parents = [4, 4], [-1, 0]
+    world.step()
+    assert sorted(item.num_drafts for item in world.last_batch) == [0, 0, 0, 0, 0, 2]
+    assert all(not seq.draft_token_ids and not seq.draft_parents for seq in seqs)
+
+
+def test_a_token_in_the_middle_of_an_answer_says_no_more_than_it_must(make_world):
+    world = make_world()
+    world.with_drafts = False
+    world.add(_plain("r", [1, 2, 3], 4))
+    first, *middle, last = [output for _ in range(4) for output in world.step()]
+    assert first.timing.num_prefill_chunks == last.timing.num_prefill_chunks == 1
+    assert last.finish_reason == "length"
+    assert [msgspec.structs.asdict(output) for output in middle] == [
+        msgspec.structs.asdict(StepOutput(request_id="r", token_ids=output.token_ids)) for output in middle
+    ]
+    assert len(middle) == 2

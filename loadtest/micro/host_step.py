@@ -37,7 +37,7 @@ from loadtest.micro.steady import PARTS
 BLOCK_SIZE = 16
 VOCAB_SIZE = 128
 NUM_DRAFTS = 3
-NUM_WARMUP_STEPS, NUM_ROUNDS, NUM_STEPS = 20, 7, 30
+NUM_WARMUP_STEPS, NUM_ROUNDS, NUM_STEPS = 20, 60, 30
 MAX_TOKENS = 2 * (NUM_WARMUP_STEPS + NUM_ROUNDS * NUM_STEPS)  # of an answer, so that none ends
 SIZES = [(1, 1024), (8, 1024), (64, 1024), (64, 4096), (256, 1024)]  # sequences, context
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)

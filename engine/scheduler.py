@@ -12,7 +12,8 @@ from bisect import insort
 from dataclasses import dataclass, field, replace
 
 from engine.kv_manager import KVCacheManager, needs_prompt_scores
-from engine.types import RequestTiming, Sampled, Scheduled, Sequence, StepOutput
+from engine.step_outputs import one_more_token, output_of
+from engine.types import Sampled, Scheduled, Sequence, StepOutput
 from engine.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Scheduler:
         for item, result in zip(batch, sampled, strict=True):
             seq = item.seq
             if item.num_new_tokens == 1 and self._goes_on(seq, result):  # most of them
-                outputs.append(_one_more(seq, result))
+                outputs.append(one_more_token(seq, result))
                 continue
             seq.num_computed_tokens += item.num_new_tokens
             if item.num_drafts:
@@ -164,7 +165,7 @@ class Scheduler:
             else:
                 self.kv.commit(seq)
             if token_ids or result.prompt_logprobs or seq.finish_reason:
-                outputs.append(_output(seq, token_ids, result, now))
+                outputs.append(output_of(seq, token_ids, result, now))
             if seq.finish_reason:
                 self.running.remove(seq)
                 self._forget(seq)
@@ -364,38 +365,3 @@ def _service_order(seq: Sequence) -> tuple[int, int]:
 
 def _is_caught_up(seq: Sequence) -> bool:
     return len(seq.token_ids) - seq.num_computed_tokens == 1
-
-
-def _one_more(seq: Sequence, result: Sampled) -> StepOutput:
-    """A token in the middle of an answer, with no more than must be said of it."""
-    if result.logprobs is None:
-        return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids)
-    return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids, logprobs=result.logprobs)
-
-
-def _output(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
-    return StepOutput(
-        request_id=seq.request.request_id,
-        token_ids=token_ids,
-        finish_reason=seq.finish_reason,
-        stop_token_id=seq.stop_token_id,
-        logprobs=result.logprobs[: len(token_ids)] if result.logprobs is not None else None,
-        prompt_logprobs=result.prompt_logprobs,
-        num_cached_tokens=seq.num_cached_tokens,
-        timing=_timing(seq, now),
-        error=result.error,
-    )
-
-
-def _timing(seq: Sequence, now: float) -> RequestTiming:
-    scheduled_at = now if seq.first_scheduled_at is None else seq.first_scheduled_at
-    first_token_at = now if seq.first_token_at is None else seq.first_token_at
-    return RequestTiming(
-        queued=scheduled_at - seq.added_at,
-        prefill=first_token_at - scheduled_at,
-        decode=now - first_token_at,
-        num_prefill_chunks=seq.num_prefill_chunks,
-        num_preemptions=seq.num_preemptions,
-        num_drafts=seq.num_drafts,
-        num_accepted_drafts=seq.num_accepted_drafts,
-    )

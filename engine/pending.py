@@ -88,14 +88,13 @@ class Pending:
         results: list[Sampled] = []
         first = 0
         for item, position in zip(self._batch, self._positions, strict=True):
-            if answers is None and item.samples and sampled[first] >= 0:  # most of them
-                accepted = accept(sampled, item, first) if item.num_drafts else []
-                tokens = [sampled[first], *[sampled[first + 1 + draft] for draft in accepted]]
-                results.append(Sampled(tokens, accepted))
-                first += 1 + item.num_drafts
-                continue
             end = first + item.num_sampled_rows
-            results.append(_result(item, position, sampled[first:end], logprobs))
+            rows = sampled[first:end]
+            if answers is None and rows and rows[0] >= 0:  # most of them
+                accepted = accept(rows, item) if item.num_drafts else []
+                results.append(Sampled([rows[0], *[rows[1 + draft] for draft in accepted]], accepted))
+            else:
+                results.append(_result(item, position, rows, logprobs))
             first = end
         return results
 

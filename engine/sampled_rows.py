@@ -48,7 +48,7 @@ def sampled_places(batch: list[Scheduled], positions: Ints | None = None) -> tup
         if not item.samples:
             continue
         seq, num_drafts = item.seq, item.num_drafts
-        position = seq.num_computed_tokens + item.num_new_tokens - num_drafts
+        position = next_position(item)
         seqs.append(seq)
         places.append(position)
         if num_drafts:
@@ -65,21 +65,16 @@ def sampled_rows(batch: list[Scheduled], positions: Ints | None = None) -> list[
 
     positions: of the row of each item, where every item has one and the sequences do not show it yet
     """
-    if positions is not None:
-        numbered = enumerate(zip(batch, positions.tolist(), strict=True))
-        return [SampledRow(item, number, [], position) for number, (item, position) in numbered]
+    _, of_rows = sampled_places(batch, positions)
+    places = iter(of_rows.tolist())
     rows: list[SampledRow] = []
     first = 0
     for item in batch:
         first += item.num_scored
         if item.samples:
-            position = next_position(item)
-            rows.append(SampledRow(item, first, [], position))
-            first += 1
-            if item.num_drafts:
-                paths = enumerate(_draft_paths(item))
-                rows += [SampledRow(item, first + i, path, position + len(path)) for i, path in paths]
-                first += item.num_drafts
+            paths = [[], *_draft_paths(item)]
+            rows += [SampledRow(item, first + i, path, next(places)) for i, path in enumerate(paths)]
+            first += len(paths)
     return rows
 
 

@@ -55,8 +55,9 @@ class Columns:
             self._draft_keys = before._draft_keys
         if self._draft_keys is None and len(self._known) < len(seqs):
             self._draft_keys = _DraftKeys([one.seed for one in self._known.values()])
-        places = {seq: place for place, seq in enumerate(self._known)}
-        self._places = np.array([places[seq] for seq in seqs], dtype=np.int64)
+        if self._draft_keys is not None:
+            places = {seq: place for place, seq in enumerate(self._known)}
+            self._places = np.array([places[seq] for seq in seqs], dtype=np.int64)
         is_random = numbers[2] > 0.0
         self.is_random = bool(is_random.any())
         self.is_truncated = bool((is_random & ((numbers[0] < 1.0) | (numbers[1] < vocab_size))).any())

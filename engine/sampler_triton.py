@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.acceptance import NOT_FINITE
+from engine.acceptance import NO_TOKEN, NOT_FINITE
 from engine.candidates import Ints
 from engine.logit_edits import bias_and_ban_rows
 from engine.logprobs import LogprobQuery, logprob_queries, scored_tokens
@@ -50,7 +50,7 @@ class TritonSampler:
         """As `engine.sampler.TokenSampler` says."""
         if positions is not None and self._is_as_before(batch, positions):
             assert logits.shape == (len(batch), self.vocab_size), f"{tuple(logits.shape)} logits for {len(batch)} rows"
-            tokens = self._sample_unedited(logits, positions)
+            tokens = self._sample_by_columns(logits, positions, none=NOT_FINITE)
             return Pending(batch, tokens, [], None, positions)
         self._plain_batch = None
         seqs, row_positions = sampled_places(batch, positions)
@@ -78,14 +78,14 @@ class TritonSampler:
         columns = self._columns
         return columns is not None and batch is self._plain_batch and not columns.edit_logits(positions)
 
-    def _sample_unedited(self, logits: Tensor, positions: Ints) -> Tensor:
-        """One token per row, NOT_FINITE where the largest of its logits is not. [num_rows] int64"""
-        assert self._columns is not None
+    def _sample_by_columns(self, logits: Tensor, positions: Ints, *, none: int) -> Tensor:
+        """One token per row of the columns, `none` where the largest of its logits is not finite. [num_rows] int64"""
         columns = self._columns
+        assert columns is not None
         tokens: Tensor = sample_tokens(
             logits,
             *columns.at(positions),
-            none=NOT_FINITE,
+            none=none,
             is_random=columns.is_random,
             is_truncated=columns.is_truncated,
         )
@@ -103,14 +103,14 @@ class TritonSampler:
         if self._columns is None or seqs != self._columns.seqs:  # else only positions have changed
             self._columns = Columns(seqs, positions, logits.device, vocab_size=self.vocab_size, before=self._columns)
         if not self._columns.edit_logits(positions):
-            return self._sample_unedited(logits, positions)
+            return self._sample_by_columns(logits, positions, none=NOT_FINITE)
         rows = read_rows()
         is_finite = logits.amax(-1).isfinite()
         edited = logits.clone()
         if any(is_penalised(row.params) for row in rows):
             self._penalise(edited, rows)
         bias_and_ban_rows(edited, rows)
-        tokens: Tensor = sample_tokens(edited, *self._columns.at(positions))
+        tokens = self._sample_by_columns(edited, positions, none=NO_TOKEN)
         return tokens.masked_fill_(~is_finite, NOT_FINITE)
 
     def _penalise(self, logits: Tensor, rows: list[SampledRow]) -> None:

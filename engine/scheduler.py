@@ -130,7 +130,7 @@ class Scheduler:
         caught_up: list[Sequence] = []
         behind: list[Sequence] = []
         for seq in self.running:
-            (caught_up if len(seq.token_ids) - seq.num_computed_tokens == 1 else behind).append(seq)
+            (caught_up if _is_caught_up(seq) else behind).append(seq)
         self._continue_streams(caught_up, plan)
         if caught_up and self.limits.min_prompt_share is not None:
             plan.budget = min(plan.budget, self._prompt_share(len(caught_up), behind))
@@ -198,7 +198,7 @@ class Scheduler:
             num_after -= 1  # each of them gets a token before this one's drafts do
             num_tokens, num_drafts = len(seq.token_ids), len(seq.draft_token_ids)
             if num_drafts:
-                num_drafts = min(num_drafts, seq.max_num_tokens - num_tokens - 1, budget - num_after - 1)
+                num_drafts = _num_verified_drafts(seq, budget - num_after - 1)
             has_place = num_tokens + num_drafts + num_lookahead <= len(seq.block_table) * size
             if has_place and num_drafts >= 0 and budget > num_drafts and seq.request.params.prompt_logprobs is None:
                 items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
@@ -301,8 +301,7 @@ class Scheduler:
         if needs_prompt_scores(seq):
             return self._fit_scored(seq, num_verified)
         samples = computed + num_verified == seq.num_tokens
-        num_left = seq.max_num_tokens - seq.num_tokens
-        num_drafts = min(len(seq.draft_token_ids), budget - num_verified, num_left - 1) if samples else 0
+        num_drafts = _num_verified_drafts(seq, budget - num_verified) if samples else 0
         return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
 
     def _fit_scored(self, seq: Sequence, num_new_tokens: int) -> Scheduled:
@@ -361,6 +360,11 @@ class Scheduler:
 
 def _service_order(seq: Sequence) -> tuple[int, int]:
     return seq.request.priority, seq.arrival
+
+
+def _num_verified_drafts(seq: Sequence, budget: int) -> int:
+    """So many of its drafts may still count, where the budget has so many tokens for them."""
+    return min(len(seq.draft_token_ids), budget, seq.max_num_tokens - seq.num_tokens - 1)
 
 
 def _is_caught_up(seq: Sequence) -> bool:

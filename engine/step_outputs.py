@@ -7,8 +7,6 @@ from engine.types import RequestTiming, Sampled, Sequence, StepOutput
 
 def one_more_token(seq: Sequence, result: Sampled) -> StepOutput:
     """A token in the middle of an answer, with no more than must be said of it."""
-    if result.logprobs is None:
-        return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids)
     return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids, logprobs=result.logprobs)
 
 

@@ -10,9 +10,6 @@ device are copies on the host; so what a real device adds is its own time per la
 from __future__ import annotations
 
 import gc
-import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -32,7 +29,7 @@ from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step_stats import ModelCost
 from engine.types import Request, SamplingParams, Scheduled
 from loadtest.micro.measure import Row, parse_arguments, report
-from loadtest.micro.steady import PARTS
+from loadtest.micro.steady import PARTS, medians, timed_step
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 128
@@ -138,22 +135,12 @@ def measure(num_seqs: int, context: int, *, has_drafts: bool) -> Row:
             engine.step()
         gc.collect()
         gc.freeze()  # as the engine process does
-        times = min((_round(engine) for _ in range(NUM_ROUNDS)), key=lambda times: times["whole"])
+        rounds = [medians([timed_step(engine) for _ in range(NUM_STEPS)]) for _ in range(NUM_ROUNDS)]
         gc.unfreeze()
+    times = min(rounds, key=lambda times: times.whole)
     kind = f"{NUM_DRAFTS} drafts" if has_drafts else "decode"
-    return {"step": kind, "seqs": num_seqs, "context": context} | {f"{k} us": 1e6 * v for k, v in times.items()}
-
-
-def _round(engine: Engine) -> dict[str, float]:
-    """Medians of a step and of its parts, in seconds."""
-    seconds: defaultdict[str, list[float]] = defaultdict(list)
-    for _ in range(NUM_STEPS):
-        start = time.perf_counter()
-        _, _, stats = engine.step()
-        seconds["whole"].append(time.perf_counter() - start)
-        for part in PARTS:
-            seconds[part].append(getattr(stats, part))
-    return {part: statistics.median(values) for part, values in seconds.items()}
+    row: Row = {"step": kind, "seqs": num_seqs, "context": context, "whole us": 1e6 * times.whole}
+    return row | {f"{part} us": 1e6 * times.parts[part] for part in PARTS}
 
 
 def main() -> None:

@@ -155,7 +155,7 @@ def test_any_number_of_rows_is_sampled_by_the_same_compiled_kernel(
     """Triton compiles one more for addresses that are no multiples of 16 bytes: for a second, while requests wait."""
     addresses: list[int] = []
 
-    def record(*arguments: torch.Tensor) -> torch.Tensor:
+    def record(*arguments: torch.Tensor, **settings: int) -> torch.Tensor:
         addresses.extend(argument.data_ptr() for argument in arguments)
         return torch.zeros(num_rows, dtype=torch.int64, device=device)
 

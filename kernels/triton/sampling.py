@@ -168,6 +168,16 @@ def read_peak(peaks_ptr, row, num_chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def read_chunk(row_ptr, chunk, vocab_size, peak, temperature, max_gap, TOKENS: tl.constexpr):
+    """The tokens of a chunk, their gaps, and which of them min-p leaves."""
+    tokens = chunk * TOKENS + tl.arange(0, TOKENS)
+    is_token = tokens < vocab_size
+    logits = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
+    gaps = gap_of(logits, peak, temperature + tl.zeros_like(logits))
+    return tokens, gaps, is_token & (gap_bits(gaps) <= gap_bits(max_gap))
+
+
+@triton.jit
 def histogram_kernel(
     logits_ptr,
     vocab_size,
@@ -193,11 +203,9 @@ def histogram_kernel(
     peak, is_usable = read_peak(peaks_ptr, row, num_chunks, CHUNKS)
     if not is_usable:
         return
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    is_token = tokens < vocab_size
-    logits = tl.load(logits_ptr + row * stride_row + tokens, mask=is_token, other=float("-inf"))
-    gaps = gap_of(logits, peak, temperature + tl.zeros_like(logits))
-    is_left = is_token & (gap_bits(gaps) <= gap_bits(tl.load(max_gaps_ptr + row)))
+    max_gap = tl.load(max_gaps_ptr + row)
+    row_ptr = logits_ptr + row * stride_row
+    _, gaps, is_left = read_chunk(row_ptr, tl.program_id(1), vocab_size, peak, temperature, max_gap, TOKENS)
     add_to_histogram(
         counts_ptr + row * _COUNTS_STRIDE, weights_ptr + row * NUM_BINS, gaps, is_left, top_p < 1.0
     )  # fmt: skip
@@ -260,12 +268,9 @@ def chunk_kernel(
     peak, is_usable = read_peak(peaks_ptr, row, num_chunks, CHUNKS)
     if not is_usable:
         return
-    tokens = chunk * TOKENS + tl.arange(0, TOKENS)
-    is_token = tokens < vocab_size
-    logits = tl.load(logits_ptr + row * stride_row + tokens, mask=is_token, other=float("-inf"))
-    gaps = gap_of(logits, peak, temperature + tl.zeros_like(logits))
-    bits = gap_bits(gaps)
-    is_left = is_token & (bits <= gap_bits(tl.load(max_gaps_ptr + row)))
+    max_gap = tl.load(max_gaps_ptr + row)
+    row_ptr = logits_ptr + row * stride_row
+    tokens, gaps, is_left = read_chunk(row_ptr, chunk, vocab_size, peak, temperature, max_gap, TOKENS)
     top_k = tl.load(top_ks_ptr + row).to(tl.int64)
     top_p = tl.load(top_ps_ptr + row)
     if (top_k >= vocab_size) & (top_p >= 1.0):
@@ -276,7 +281,7 @@ def chunk_kernel(
     else:
         counts_row = counts_ptr + row * _COUNTS_STRIDE
         _, _, last_bin, _ = read_bins(counts_row, weights_ptr + row * NUM_BINS, top_k, top_p)
-        is_wanted = (is_left & (bins_of(bits) <= last_bin)).to(tl.int32)
+        is_wanted = (is_left & (bins_of(gap_bits(gaps)) <= last_bin)).to(tl.int32)
         num_wanted = tl.sum(is_wanted, 0)
         if num_wanted > 0:
             first = tl.atomic_add(counts_row + NUM_BINS, num_wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +22,10 @@ class Flag:
 
 
 class Section(BaseModel):
+    """A group of settings. Those that only operators turn are kept out of configs/default.yaml, which stays short."""
+
+    for_operators: ClassVar[bool] = False
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
 
 

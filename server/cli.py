@@ -96,7 +96,8 @@ def make_parser() -> Parser:
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog="All settings are in configs/default.yaml; those without a flag are set by --set or --config.",
+            epilog="All settings are in configs/default.yaml and docs/operator-settings.md; "
+            "those without a flag are set by --set or --config.",
             allow_abbrev=False,
         )
         command.add_argument("model", nargs="?", metavar="MODEL", help=all_settings()["model.path"].description)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class Setting:
 
     name: str
     info: FieldInfo
+    for_operators: bool = False  # on a page of its own, not in configs/default.yaml
 
     @property
     def flag(self) -> Flag | None:
@@ -66,7 +69,7 @@ def all_settings() -> dict[str, Setting]:
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
             for key, field in section.model_fields.items():
-                settings[f"{name}.{key}"] = Setting(f"{name}.{key}", field)
+                settings[f"{name}.{key}"] = Setting(f"{name}.{key}", field, section.for_operators)
         else:
             settings[name] = Setting(name, info)
     return settings
@@ -82,10 +85,15 @@ def value_of(config: Config, name: str) -> JsonValue:
 
 
 def default_yaml() -> str:
-    """Every setting with its default, as the file configs/default.yaml, which a test compares with this."""
-    lines = ["# Every setting, with its default. Made by: python -m server.settings > configs/default.yaml"]
+    """The file configs/default.yaml, which a test compares with this: every setting that is not for operators only."""
+    lines = [
+        "# Every setting, with its default; docs/operator-settings.md has those that only operators turn.",
+        "# Made by: python -m server.settings > configs/default.yaml",
+    ]
     section = ""
     for name, setting in all_settings().items():
+        if setting.for_operators:
+            continue
         group, _, key = name.rpartition(".")
         indent = "  " if group else ""
         if group != section:
@@ -93,12 +101,40 @@ def default_yaml() -> str:
             section = group
         flag = setting.flag
         shown = f" [{flag.name}{f' key {flag.key}' if flag.key else ''}]" if flag is not None else ""
-        value = yaml.safe_dump(setting.default, default_flow_style=True, width=120).removesuffix("...\n").strip()
+        value = _as_yaml(setting.default)
         lines += textwrap.wrap(
             f"{setting.description}{shown}", 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
         )
         lines.append(f"{indent}{key}: {value}")
     return "\n".join(lines) + "\n"
+
+
+def operators_page() -> str:
+    """The file docs/operator-settings.md, which a test compares with this: sections that only operators turn."""
+    lines = [
+        "# Settings for operators",
+        "",
+        "Limits and times that a deployment may have to change, beside those in `configs/default.yaml`. They are set in "
+        "the same ways: in a YAML file (`--config`) or one by one (`--set limits.max_n=16`).",
+        "",
+        "Made by: `python -m server.settings operators > docs/operator-settings.md`",
+    ]
+    section = ""
+    for name, setting in all_settings().items():
+        if not setting.for_operators:
+            continue
+        group = name.partition(".")[0]
+        if group != section:
+            description = inspect.getdoc(Config.model_fields[group].annotation) or ""
+            lines += ["", f"## {group}", "", description, "", "| setting | default | meaning |", "|---|---|---|"]
+            section = group
+        flag = f" (`{setting.flag.name}`)" if setting.flag is not None else ""
+        lines.append(f"| `{name}`{flag} | `{_as_yaml(setting.default)}` | {setting.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _as_yaml(value: JsonValue) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=120).removesuffix("...\n").strip()
 
 
 def read_file(path: Path) -> Layer:
@@ -193,7 +229,7 @@ def _known(name: str, *, source: str) -> str:
     near_key = [by_key[key] for key in difflib.get_close_matches(last, by_key, n=1, cutoff=0.6)]
     sections = difflib.get_close_matches(name, {setting.split(".")[0] for setting in settings}, n=1)
     guess = (near or near_key or [f"{section}:" for section in sections] or [""])[0]
-    hint = f"did you mean {guess}?" if guess else "configs/default.yaml has all settings"
+    hint = f"did you mean {guess}?" if guess else "configs/default.yaml and docs/operator-settings.md have all settings"
     raise ConfigError(f"{source}: there is no setting {name!r}; {hint}")
 
 
@@ -222,4 +258,4 @@ def _join(reasons: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(default_yaml(), end="")
+    print(operators_page() if sys.argv[1:] == ["operators"] else default_yaml(), end="")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.config import MAX_SETTINGS, Config
+from server.config import MAX_DEFAULT_SETTINGS, Config
 from server.settings import (
     ConfigError,
     Layer,
@@ -16,6 +16,7 @@ from server.settings import (
     default_yaml,
     flatten,
     load_config,
+    operators_page,
     read_assignments,
     read_environment,
     read_file,
@@ -26,19 +27,27 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_there_are_few_settings():
-    assert 20 < len(all_settings()) <= MAX_SETTINGS == 40
+    everybody = [setting for setting in all_settings().values() if not setting.for_operators]
+    assert 20 < len(everybody) <= MAX_DEFAULT_SETTINGS == 40
 
 
 def test_every_setting_is_described():
     assert all(len(setting.description) > 10 for setting in all_settings().values())
 
 
-def test_the_default_file_has_every_setting_with_its_default():
+def test_the_default_file_has_every_setting_with_its_default_but_those_for_operators():
     path = CONFIGS / "default.yaml"
     assert path.read_text() == default_yaml(), "run: python -m server.settings > configs/default.yaml"
     layer = read_file(path)
-    assert list(layer.values) == list(all_settings())
+    assert list(layer.values) == [name for name, setting in all_settings().items() if not setting.for_operators]
     assert load_config([layer]).config == Config()
+
+
+def test_the_operators_page_has_every_setting_that_is_theirs():
+    path = CONFIGS.parent / "docs" / "operator-settings.md"
+    assert path.read_text() == operators_page(), "run: python -m server.settings operators > docs/operator-settings.md"
+    named = re.findall(r"^\| `([a-z_.]+)`", path.read_text(), re.MULTILINE)
+    assert named == [name for name, setting in all_settings().items() if setting.for_operators]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -85,7 +94,7 @@ def test_a_misspelt_setting_is_answered_with_the_right_one():
     [
         ("max_num_seqs=4", "did you mean scheduler.max_num_seqs?"),
         ("serverr.port=4", "did you mean server.port?"),
-        ("sampling.zzz=4", "configs/default.yaml has all settings"),
+        ("sampling.zzz=4", "configs/default.yaml and docs/operator-settings.md have all settings"),
         ("server=4", "there is no setting 'server'"),
         ("server.port", "write --set server.port=VALUE"),
         ("server.port=[", "--set server.port: line 1: not valid YAML"),

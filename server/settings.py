@@ -114,8 +114,8 @@ def operators_page() -> str:
     lines = [
         "# Settings for operators",
         "",
-        "Limits and times that a deployment may have to change, beside those in `configs/default.yaml`. They are set in "
-        "the same ways: in a YAML file (`--config`) or one by one (`--set limits.max_n=16`).",
+        "Limits and times that a deployment may have to change, beside those in `configs/default.yaml`. They are set "
+        "in the same ways: in a YAML file (`--config`) or one by one (`--set limits.max_n=16`).",
         "",
         "Made by: `python -m server.settings operators > docs/operator-settings.md`",
     ]

@@ -1,7 +1,7 @@
 # The server for an NVIDIA GPU:
 #   docker build --tag peregrine .
 #   docker run --gpus all --publish 8000:8000 --volume peregrine:/cache peregrine serve MODEL --host 0.0.0.0
-# For a CPU (with an index of torch's CPU builds in PIP_EXTRA_INDEX_URL the image is some gigabytes smaller):
+# For a CPU, with torch's CPU build where its index can be reached:
 #   docker build --tag peregrine-cpu --build-arg BASE=ubuntu:24.04 --build-arg EXTRAS= .
 ARG BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
 FROM ${BASE}
@@ -26,10 +26,13 @@ ENV PATH=/opt/peregrine/.venv/bin:$PATH \
 
 # What seldom changes comes first: a change of the source does not install the dependencies again.
 ARG EXTRAS=gpu
-ARG PIP_EXTRA_INDEX_URL=
+ARG CPU_INDEX=https://download.pytorch.org/whl/cpu
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python3 -m venv .venv \
- && pip install --no-cache-dir --disable-pip-version-check --constraint constraints.txt ".[${EXTRAS}]"
+ && { [ -n "${EXTRAS}" ] \
+   || pip install --no-cache-dir --disable-pip-version-check --no-deps --constraint constraints.txt --index-url "${CPU_INDEX}" torch \
+   || echo "the index of CPU builds is out of reach: taking the default index"; } \
+ && pip install --no-cache-dir --disable-pip-version-check --constraint constraints.txt ".${EXTRAS:+[${EXTRAS}]}"
 COPY server server
 COPY engine engine
 COPY kernels kernels

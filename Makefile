@@ -3,16 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Where torch is taken from: its own index of CPU builds (0.2 GB) unless there is an NVIDIA GPU; the builds of the default
+# index bring 2.7 GB of CUDA libraries. `make serve GPU=1` and `GPU=` decide by hand.
+GPU := $(shell { test -e /dev/nvidiactl || nvidia-smi -L; } >/dev/null 2>&1 && echo 1)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # A run-time environment, and the same with what the tests need. Reinstalled when what they are made from changes.
 RUNTIME := $(VENV)/.runtime
 TESTING := $(VENV)/.testing
 
-.PHONY: help serve test lint types pytest doctor gpu-wheels clean
+.PHONY: help serve test lint types pytest constraints doctor gpu-wheels clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve it on http://127.0.0.1:8000 (ARGS='--port 9000')"
 	@echo "make test    install, then ruff, mypy and pytest: all that has to pass"
+	@echo "make constraints   resolve constraints.txt against the package index alone, for every Python that is supported"
 	@echo "make doctor  what this machine has, and which kernel each part will use"
 	@echo "make gpu-wheels FOLDER=wheels   what a GPU machine without a network lacks for python -m loadtest.gpu"
 	@echo "make clean   remove the environment and caches"
@@ -43,19 +50,42 @@ types: $(TESTING)
 pytest: $(TESTING)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
-$(BIN)/python:
+# Metadata only, without this machine's own wheels and settings of pip: what a stranger's machine will see.
+constraints: $(TESTING)
+	@for version in 3.11 3.12 3.13; do \
+	  echo "resolving constraints.txt for Python $$version"; \
+	  env --unset PIP_FIND_LINKS --unset PIP_EXTRA_INDEX_URL --unset PIP_CONSTRAINT PIP_CONFIG_FILE=/dev/null \
+	    $(PIP) install --quiet --dry-run --ignore-installed --only-binary=:all: --use-feature=fast-deps --python-version $$version \
+	    --target build/constraints --constraint constraints.txt '.[test,gpu]' || exit 1; \
+	done
+
+# bin/activate is the last file that venv writes: a make that was stopped before it begins anew.
+$(BIN)/activate:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Peregrine needs Python 3.11 or newer, $(PYTHON) is %d.%d; try: make serve PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+# With its output, as it may have a gigabyte to fetch; "already satisfied" is no news.
+define install
+	@echo "installing $(1) into $(VENV) $(if $(GPU),(with CUDA: about 5 GB),(about 1.5 GB))"
+	@$(PIP) install --progress-bar on --constraint constraints.txt --editable '$(1)' || \
+	  { echo "pip could not install what Peregrine needs (see above); it takes a network or a mirror of the package index" >&2; exit 1; }
+endef
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/activate
+ifeq ($(GPU)$(filter Darwin,$(shell uname)),)
+	@$(PIP) install --progress-bar on --retries 1 --timeout 15 --no-deps --constraint constraints.txt --index-url $(CPU_INDEX) torch || \
+	  echo "torch's index of CPU builds has none for this machine, or is out of reach: taking the default index"
+endif
+	$(call install,.$(if $(GPU),[gpu]))
 	@echo "compiling the CPU kernels (once, about fifteen seconds)"
 	@$(BIN)/python -c 'import kernels.numba.program, kernels.numba.levels'
 	@touch $@
 
 $(TESTING): $(RUNTIME)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(call install,.[test])
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def test_versions_are_those_that_were_tested() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     defaults = dict(argument.partition("=")[::2] for argument in arguments("ARG"))
     assert defaults["EXTRAS"] in extras
+
+
+@pytest.mark.parametrize(("extras", "requirement"), [("gpu", ".[gpu]"), ("", ".")])
+def test_the_image_installs_something_that_is_a_requirement_with_extras_and_without(
+    extras: str, requirement: str
+) -> None:
+    """The build's own shell command runs here, with a pip that only says what it was asked for."""
+    install = next(run for run in arguments("RUN") if "pip install" in run)
+    script = f'python3() {{ :; }}; pip() {{ echo "$@"; }}; {install}'
+    settings = dict(argument.partition("=")[::2] for argument in arguments("ARG")) | {"EXTRAS": extras}
+    ran = subprocess.run(["sh", "-c", script], env=settings, capture_output=True, text=True, check=True)
+    *before, last = ran.stdout.splitlines()
+    assert last.split()[-1] == requirement
+    assert ["--index-url" in line for line in before] == ([] if extras else [True]), (
+        "torch's CPU build, where no GPU is"
+    )
 
 
 def test_a_container_is_replaced_when_it_is_dead_and_not_while_it_restarts_its_engine() -> None:

@@ -118,6 +118,7 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
+        max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )

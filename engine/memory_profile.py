@@ -1,7 +1,8 @@
 """How much memory the largest step takes, measured once, before the cache gets what is left.
 
 The plan's estimate cannot know what libraries allocate for themselves, so on a GPU one step is run first: as many
-tokens as a step may have, in as many sequences as may run, all of whom are sampled. Its keys go to a single block.
+tokens as a step may have, in as many sequences as may run, all of whom are sampled, and as many rows of logits as a
+step may have, the rest of which score prompts. Its keys go to a single block.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+import msgspec
 import torch
 
 from engine.attention import AttentionBackend
@@ -23,7 +25,9 @@ from engine.planner import MemoryPlan, plan_memory
 from engine.run_ahead import LaunchingSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
-PARAMS = SamplingParams(seed=0, max_tokens=1, temperature=1.0, top_p=0.9, presence_penalty=0.1, logprobs=5)
+PARAMS = SamplingParams(
+    seed=0, max_tokens=1, temperature=1.0, top_p=0.9, presence_penalty=0.1, logprobs=5, prompt_logprobs=5
+)
 
 
 class MemoryMeter(Protocol):
@@ -57,7 +61,7 @@ def measure_workspace(
     plan: MemoryPlan,
     meter: MemoryMeter,
 ) -> int:
-    """Bytes that a step of max_num_batched_tokens takes beside the weights and the cache."""
+    """Bytes that a step of max_num_batched_tokens and max_num_logits takes beside the weights and the cache."""
     layers = model.attention_layers
     cache = KVCache(layers, num_blocks=1, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device)
     runner = ModelRunner(model, cache, make_attention(cache), block_size=plan.block_size)
@@ -69,11 +73,21 @@ def measure_workspace(
 
 
 def largest_step(plan: MemoryPlan) -> list[Scheduled]:
-    """The token budget, dealt out evenly; each sequence verifies as many drafts as it may have."""
+    """The token budget, dealt out evenly; each sequence verifies as many drafts as it may have. The rows of logits that
+    are left score tokens before those. The last sequence asks for no log-probabilities: those of others are copied.
+    """
     num_each = min(plan.max_num_batched_tokens // plan.max_num_seqs, plan.max_model_len)
     num_left = plan.max_num_batched_tokens - num_each * plan.max_num_seqs
     first = min(num_each + num_left, plan.max_model_len)
-    return [_scheduled(first if i == 0 else num_each, plan) for i in range(plan.max_num_seqs)]
+    batch = [_scheduled(first if i == 0 else num_each, plan) for i in range(plan.max_num_seqs)]
+    num_rows = plan.max_num_logits - sum(item.num_logits for item in batch)
+    for item in batch:
+        item.num_scored = min(item.num_new_tokens - item.num_logits, num_rows)
+        num_rows -= item.num_scored
+    last = batch[-1].seq
+    plain = msgspec.structs.replace(last.request, params=msgspec.structs.replace(PARAMS, logprobs=None))
+    batch[-1].seq = replace(last, request=plain)
+    return batch
 
 
 def _scheduled(num_tokens: int, plan: MemoryPlan) -> Scheduled:

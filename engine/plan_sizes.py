@@ -23,6 +23,8 @@ _GPU_FRACTION = 0.9  # of the device, weights included
 _CPU_SHARE = 0.5  # of what is free beside the weights: the machine is not the server's alone
 _CPU_TOKENS_PER_SEQ = 384  # of cache for each of max_num_seqs: a short chat, its cached prefix and its answer
 
+SCORED_ROWS = 256  # of prompts, whose logits a step may hold beside all that are sampled: at 150k tokens, 150 MB
+
 _GRAPH_CONTEXTS = 1 << 20  # tokens, of all contexts that one graph attends to; steps with more run eagerly
 _SPLIT_TOKENS = 256  # of a context per piece; were a chip's config to cut smaller ones, fewer tokens would have room
 _GRAPH_ALLOWANCE = 8 << 20  # bytes that the driver keeps for each graph, assumed: not measured yet
@@ -53,6 +55,7 @@ class Demand:
     linear: int
     embedding: int
     workspace: int
+    num_logits: int  # rows of a step, for which the workspace has room
     graphs: GraphDemand
     kv_per_token: int
     read_per_token: int  # to lay one layer's context out in order, beside the cache
@@ -93,14 +96,17 @@ class Sizer:
         output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
         weight_size = _QUANTIZED_BYTES.get(self.quantization, size)
         kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
-        num_rows = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
-        logits = 4 * num_rows * facts.vocab_size * 4  # float32: raw, processed, sorted, noise
+        num_sampled = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
+        num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
+        # float32: as computed and as laid out; of sampled rows, processed, sorted and noise
+        logits = (2 * num_logits + 3 * num_sampled) * facts.vocab_size * 4
         activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
         estimated = logits + activations
         return Demand(
             linear=int((facts.num_linear_parameters + output) * weight_size),
             embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
             workspace=estimated if self.measured_workspace is None else self.measured_workspace,
+            num_logits=num_logits,
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
             kv_per_token=kv_per_token,
             read_per_token=0 if self._reads_in_place else -(-2 * kv_per_token // len(facts.attention_layers)),

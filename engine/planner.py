@@ -53,6 +53,7 @@ class MemoryPlan:
     max_model_len: int  # tokens
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_logits: int  # rows of logits in one step
     settings: dict[str, Setting]
 
     @property
@@ -124,6 +125,7 @@ def plan_memory(
         kv_dtype=DTYPES[kv_dtype.value],
         max_model_len=max_model_len.value,
         **limits,
+        max_num_logits=demand.num_logits,
         settings={
             "device.name": device.setting,
             "device.kernels": kernels.setting,
@@ -150,7 +152,7 @@ def render_plan(plan: MemoryPlan) -> str:
         ("linear weights", gib(plan.linear_bytes)),
         ("embedding and norms", gib(plan.embedding_bytes - plan.expert_bytes)),
         *([("experts", gib(plan.expert_bytes))] if plan.expert_bytes else []),
-        ("workspace", f"{gib(plan.workspace_bytes)}, steps of up to {plan.max_num_batched_tokens:,} tokens"),
+        ("workspace", f"{gib(plan.workspace_bytes)}, {_largest_step(plan)}"),
         *([("CUDA graphs", f"{gib(graph_bytes)}, for up to {MAX_NUM_GRAPHS} sizes of step")] if graph_bytes else []),
         ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
         ("total", gib(used)),
@@ -161,6 +163,10 @@ def render_plan(plan: MemoryPlan) -> str:
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
     return "\n".join(lines)
+
+
+def _largest_step(plan: MemoryPlan) -> str:
+    return f"steps of up to {plan.max_num_batched_tokens:,} tokens, with {plan.max_num_logits:,} rows of logits"
 
 
 def _setting_line(name: str, setting: Setting, width: int) -> str:

@@ -20,13 +20,14 @@ logger = logging.getLogger(__name__)
 
 PROMPT_SHARE = 3  # prompt tokens for each sequence that decodes in the same step
 MAX_PROMPT_STEPS = 16  # beside others that decode, where the budget allows
-MAX_SCORED_ROWS = 256  # prompt rows of one request whose logits are held at once: at 150k tokens, 150 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """max_num_batched_tokens: the token budget of a step. headroom: output tokens per sequence for which room is kept
-    free when another is admitted.
+    """The budgets of a step, and what bounds a sequence.
+
+    max_num_batched_tokens: tokens that a step computes, at most. max_num_logits: rows of logits among them; None: one
+    for each. headroom: output tokens per sequence for which room is kept free when another is admitted.
 
     min_prompt_share: prompt tokens that a step computes even while others decode; None: as many as the budget allows.
     """
@@ -34,6 +35,7 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    max_num_logits: int | None = None
     min_prompt_share: int | None = None
     num_lookahead_tokens: int = 0
     headroom: int = 64
@@ -44,6 +46,13 @@ class SchedulerLimits:
                 f"scheduler.max_num_batched_tokens is {self.max_num_batched_tokens}, but scheduler.max_num_seqs is "
                 f"{self.max_num_seqs}: each running request needs a token per step; raise the first or lower the second"
             )
+        if self.max_num_logits is not None and self.max_num_logits < self.max_num_seqs:
+            raise ValueError(f"{self.max_num_logits} rows of logits are too few for {self.max_num_seqs} requests")
+
+    @property
+    def num_logits_rows(self) -> int:
+        """Rows of logits that a step may have."""
+        return self.max_num_batched_tokens if self.max_num_logits is None else self.max_num_logits
 
 
 @dataclass(slots=True)
@@ -51,16 +60,20 @@ class _Plan:
     """A step in the making."""
 
     budget: int  # tokens that are left
+    num_logits: int  # rows of logits that are left
+    num_to_come: int  # sequences that run, or may start, and have had no turn yet: a row of logits is kept for each
     items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
 
     def add(self, item: Scheduled) -> None:
         self.items[item.seq.arrival] = item
         self.budget -= item.num_new_tokens
+        self.num_logits -= item.num_logits
 
     def drop(self, seq: Sequence) -> None:
         item = self.items.pop(seq.arrival, None)
         if item is not None:
             self.budget += item.num_new_tokens
+            self.num_logits += item.num_logits
 
 
 class Scheduler:
@@ -125,7 +138,8 @@ class Scheduler:
         of the budget, or as much of it as these streams can wait for, goes to those further behind, in order of
         service, and then to new ones.
         """
-        plan = _Plan(self.limits.max_num_batched_tokens)
+        num_seqs = min(len(self.running) + len(self.waiting), self.limits.max_num_seqs)
+        plan = _Plan(self.limits.max_num_batched_tokens, self.limits.num_logits_rows, num_seqs)
         num_preemptions = self.num_preemptions
         caught_up: list[Sequence] = []
         behind: list[Sequence] = []
@@ -135,6 +149,7 @@ class Scheduler:
         if caught_up and self.limits.min_prompt_share is not None:
             plan.budget = min(plan.budget, self._prompt_share(len(caught_up), behind))
         for seq in behind:
+            plan.num_to_come -= 1
             self._continue(seq, plan, plan.budget)
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
@@ -196,13 +211,16 @@ class Scheduler:
         items, budget = plan.items, plan.budget
         for seq in caught_up:
             num_after -= 1  # each of them gets a token before this one's drafts do
+            plan.num_to_come -= 1
             num_tokens, num_drafts = len(seq.token_ids), len(seq.draft_token_ids)
             if num_drafts:
-                num_drafts = _num_verified_drafts(seq, budget - num_after - 1)
+                num_rows = plan.num_logits - plan.num_to_come
+                num_drafts = _num_verified_drafts(seq, min(budget - num_after, num_rows) - 1)
             has_place = num_tokens + num_drafts + num_lookahead <= len(seq.block_table) * size
             if has_place and num_drafts >= 0 and budget > num_drafts and seq.request.params.prompt_logprobs is None:
                 items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
                 budget -= 1 + num_drafts
+                plan.num_logits -= 1 + num_drafts
             else:
                 plan.budget = budget
                 self._continue(seq, plan, max(budget - num_after, 1))
@@ -212,7 +230,7 @@ class Scheduler:
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
             return
-        item = self._fit(seq, budget)
+        item = self._fit(seq, budget, plan.num_logits - plan.num_to_come)
         num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
         while not self.kv.allocate(seq, num_tokens):
             victim = self.running.pop()
@@ -243,6 +261,7 @@ class Scheduler:
                 break
             self._start(self.waiting.pop(), prefix)
             coming.update(self.kv.hashes(seq)[: seq.num_prompt_tokens // self.kv.block_size])
+            plan.num_to_come -= 1
             self._continue(seq, plan, plan.budget)
             num_reserved += self._num_reserved_blocks(seq)
         for seq in held:
@@ -294,17 +313,20 @@ class Scheduler:
             end = min(end, released + self.kv.window + limits.max_num_batched_tokens + 2 * self.kv.block_size)
         return end + limits.num_lookahead_tokens
 
-    def _fit(self, seq: Sequence, budget: int) -> Scheduled:
-        """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count."""
+    def _fit(self, seq: Sequence, budget: int, num_logits: int) -> Scheduled:
+        """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count.
+
+        num_logits: rows of logits that it may have, at least 1
+        """
         computed = seq.num_computed_tokens
         num_verified = min(seq.num_tokens - computed, budget)
         if needs_prompt_scores(seq):
-            return self._fit_scored(seq, num_verified)
+            return self._fit_scored(seq, num_verified, num_logits)
         samples = computed + num_verified == seq.num_tokens
-        num_drafts = _num_verified_drafts(seq, budget - num_verified) if samples else 0
+        num_drafts = _num_verified_drafts(seq, min(budget - num_verified, num_logits - 1)) if samples else 0
         return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
 
-    def _fit_scored(self, seq: Sequence, num_new_tokens: int) -> Scheduled:
+    def _fit_scored(self, seq: Sequence, num_new_tokens: int, num_logits: int) -> Scheduled:
         """A chunk whose rows score the prompt tokens that follow them.
 
         Rows that were scored before (the sequence was preempted) are computed without logits in a chunk of their own,
@@ -314,7 +336,7 @@ class Scheduler:
         if computed < seq.num_scored_tokens:
             return Scheduled(seq, min(num_new_tokens, seq.num_scored_tokens - computed), 0, samples=False)
         end = num_prompt if seq.num_tokens == num_prompt else num_prompt - 1
-        num_new_tokens = min(num_new_tokens, end - computed, MAX_SCORED_ROWS)
+        num_new_tokens = min(num_new_tokens, end - computed, num_logits)
         num_scored = min(computed + num_new_tokens, num_prompt - 1) - computed
         samples = computed + num_new_tokens == seq.num_tokens
         return Scheduled(seq, num_new_tokens, 0, samples, num_scored)

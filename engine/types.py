@@ -35,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: list[int] = []  # end of sequence included, unless the request ignores it
     logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely
     prompt_logprobs: int | None = None
-    num_drafts: int | None = None  # None: as configured; 0: no speculation for this request
+    num_drafts: int | None = None  # at most; None, or more than configured: as configured; 0: no speculation
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -37,7 +37,9 @@ class StreamOptions(Body):
 
 class Speculation(Body):
     enabled: bool | None = Field(None, description="false: no drafts for this request")
-    num_drafts: Annotated[int, Field(ge=0, le=64)] | None = Field(None, description="drafted tokens per step")
+    num_drafts: Annotated[int, Field(ge=0, le=64)] | None = Field(
+        None, description="drafted tokens per step, at most as many as the server is configured for"
+    )
 
 
 class TextFormat(Body):

@@ -79,6 +79,7 @@ def _make_engine(
     *,
     num_blocks: int = 300,
     budget: int = 64,
+    max_num_logits: int | None = None,
     proposer: NoProposer | NgramProposer | TreeProposer | None = None,
     window: int | None = None,
 ) -> Engine:
@@ -87,7 +88,8 @@ def _make_engine(
     block_size = 4
     cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=block_size, dtype=torch.float32)
     kv = KVCacheManager(num_blocks, block_size, window=window)
-    limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=80, headroom=1)
+    rows = {"max_num_batched_tokens": budget, "max_num_logits": max_num_logits}
+    limits = SchedulerLimits(max_num_seqs=8, max_model_len=80, headroom=1, **rows)
     runner = ModelRunner(model, cache, TorchAttention(cache), block_size=block_size)
     return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer or NoProposer(), COST)
 
@@ -269,12 +271,12 @@ def test_aborted_requests_stop_costing_work_at_once(llama):
     assert (outputs, started, stats.num_tokens, stats.num_owned_blocks) == ([], [], 0, 0)
 
 
-def test_prompt_logprobs_are_the_models_whatever_the_chunks(llama):
+def test_prompt_logprobs_are_the_models_whatever_the_chunks_and_rows(llama):
     prompt = _prompts()[0]
     with torch.inference_mode():
         expected = llama(torch.tensor([prompt])).logits[0].log_softmax(-1)
-    for num_blocks, budget in ((300, 64), (300, 8), (22, 8)):
-        engine = _make_engine(llama, num_blocks=num_blocks, budget=budget)
+    for num_blocks, budget, rows in ((300, 64, None), (300, 64, 8), (300, 64, 11), (300, 8, None), (22, 8, 8)):
+        engine = _make_engine(llama, num_blocks=num_blocks, budget=budget, max_num_logits=rows)
         for request in _requests(_prompts()[1:], max_tokens=30):
             engine.add(request)
         params = SamplingParams(seed=0, max_tokens=3, temperature=0.0, prompt_logprobs=2)

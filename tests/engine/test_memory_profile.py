@@ -78,15 +78,19 @@ def _plan(config: EngineConfig, **settings: object) -> MemoryPlan:
 def test_the_largest_step_has_every_token_and_every_row_of_logits(config: EngineConfig) -> None:
     plan = _plan(config)
     batch = largest_step(plan)
-    assert sum(item.num_new_tokens for item in batch) == 100
-    assert [item.num_logits for item in batch] == [1] * 6
+    assert plan.max_num_logits == 100  # of prompts that are scored all rows may be
+    assert sum(item.num_new_tokens for item in batch) == sum(item.num_logits for item in batch) == 100
+    assert [item.num_sampled_rows for item in batch] == [1] * 6
     drafting = largest_step(_plan(config, speculation={"method": "ngram", "num_drafts": 4}))
-    assert sum(item.num_new_tokens for item in drafting) == 100
-    assert [item.num_logits for item in drafting] == [5] * 6
+    assert sum(item.num_new_tokens for item in drafting) == sum(item.num_logits for item in drafting) == 100
+    assert [item.num_sampled_rows for item in drafting] == [5] * 6
     short = largest_step(replace(plan, max_model_len=10))
     assert [item.num_new_tokens for item in short] == [10] * 6
-    narrow = largest_step(replace(plan, max_num_batched_tokens=6))
+    narrow = largest_step(replace(plan, max_num_batched_tokens=6, max_num_logits=6))
     assert [item.num_new_tokens for item in narrow] == [1] * 6
+    wide = largest_step(_plan(config, scheduler={"max_num_seqs": 6, "max_num_batched_tokens": 1000}))
+    assert sum(item.num_new_tokens for item in wide) == 1000
+    assert sum(item.num_logits for item in wide) == 6 + 256
 
 
 @pytest.mark.parametrize("num_drafts", [0, 3])
@@ -100,7 +104,7 @@ def test_the_measurement_covers_the_model_and_the_sampler(config: EngineConfig, 
     watched = WatchedModel(model, meter)
     found = measure_workspace(watched, Sampler(64), TorchAttention, plan=plan, meter=meter)
     assert found == 12345
-    assert meter.calls == ["start", "forward 100", f"logits {6 * (1 + num_drafts)}", "peak"]
+    assert meter.calls == ["start", "forward 100", "logits 100", "peak"]
 
 
 def test_what_a_step_takes_is_not_given_to_the_cache(config: EngineConfig) -> None:

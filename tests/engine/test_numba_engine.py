@@ -125,6 +125,9 @@ def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quant
     assert run(chunked, requests).answers == alone
     drafting, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
     assert run(drafting, requests, at_once=3).answers == alone
+    few_rows, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
+    few_rows.scheduler.limits = replace(few_rows.scheduler.limits, max_num_seqs=5, max_num_logits=9)
+    assert run(few_rows, requests).answers == alone
 
 
 @pytest.mark.parametrize("name", ["llama", "smollm3"])

@@ -285,6 +285,21 @@ def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:
     assert (half.linear_bytes, half.embedding_bytes) == (exact.linear_bytes // 2, exact.embedding_bytes)
 
 
+def test_a_step_has_as_many_rows_of_logits_as_memory_was_planned_for() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        seqs = rng.randrange(1, 300)
+        tokens = seqs + rng.choice([0, 1, 100, 8000])
+        drafts = rng.choice([0, 1, 4])
+        speculation: Section = {"method": "ngram", "num_drafts": drafts} if drafts else {"method": "none"}
+        scheduler: Section = {"max_num_seqs": seqs, "max_num_batched_tokens": tokens}
+        made = plan(make_machine(2**34), scheduler=scheduler, speculation=speculation)
+        sampled = min(seqs * (1 + drafts), tokens)  # nobody waits for another's scores
+        assert made.max_num_logits == min(sampled + 256, tokens) >= seqs
+        assert made.workspace_bytes >= made.max_num_logits * FACTS.vocab_size * 4 * 2
+        assert f"{made.max_num_logits:,} rows of logits" in render_plan(made)
+
+
 def test_one_limit_set_moves_the_other() -> None:
     many = plan(make_machine(), scheduler={"max_num_seqs": 1000})
     assert (many.max_num_seqs, many.max_num_batched_tokens) == (1000, 1000)

@@ -75,6 +75,7 @@ class World:
         limits = self.scheduler.limits
         assert len(running) <= limits.max_num_seqs
         assert sum(item.num_new_tokens for item in self.last_batch) <= limits.max_num_batched_tokens
+        assert sum(item.num_logits for item in self.last_batch) <= limits.num_logits_rows
         assert len({id(item.seq) for item in self.last_batch}) == len(self.last_batch)
 
     def _check_contents(self, seq: Sequence) -> None:
@@ -156,6 +157,7 @@ def make_world() -> Callable[..., World]:
         budget: int = 16,
         max_num_seqs: int = 8,
         max_model_len: int = 64,
+        max_num_logits: int | None = None,
         min_prompt_share: int | None = None,
         seed: int = 0,
         **options: int | bool | None,
@@ -165,6 +167,7 @@ def make_world() -> Callable[..., World]:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
+            max_num_logits=max_num_logits,
             min_prompt_share=min_prompt_share,
             headroom=8,
         )
@@ -174,11 +177,13 @@ def make_world() -> Callable[..., World]:
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "window", "min_prompt_share"), [(18, None, 2), (18, 10, None), (40, None, None), (40, 10, 1)]
+    ("num_blocks", "window", "min_prompt_share", "max_num_logits"),
+    [(18, None, 2, None), (18, 10, None, 8), (40, None, None, 8), (40, 10, 1, 11)],
 )
-def test_random_operations_keep_every_invariant(make_world, num_blocks, window, min_prompt_share):
+def test_random_operations_keep_every_invariant(make_world, num_blocks, window, min_prompt_share, max_num_logits):
     """Add, step, abort and crash-replay in random order: 25,000 operations for each of four worlds."""
-    world = make_world(num_blocks=num_blocks, window=window, min_prompt_share=min_prompt_share, seed=num_blocks)
+    options = {"window": window, "min_prompt_share": min_prompt_share, "max_num_logits": max_num_logits}
+    world = make_world(num_blocks=num_blocks, seed=num_blocks, **options)
     rng, alive, requests, num_aborted = world.rng, set(), {}, 0
     for operation in range(25_000):
         kind = rng.random()
@@ -284,6 +289,47 @@ def test_prompts_get_a_share_that_grows_with_the_streams_beside_them_and_with_th
         outputs = world.step()
         assert len(outputs) == num_decoding  # each stream goes on
         assert sum(item.num_new_tokens for item in world.last_batch) == num_decoding + share
+
+
+@pytest.mark.parametrize("max_num_logits", [32, 40, 256])
+def test_however_many_prompts_are_scored_a_step_has_the_rows_that_were_planned(make_world, max_num_logits):
+    """The first in order of service get what is left when each of the others has a row."""
+    world = make_world(num_blocks=2000, budget=8192, max_num_seqs=32, max_model_len=300, max_num_logits=max_num_logits)
+    for index in range(32):
+        params = SamplingParams(seed=0, max_tokens=3, prompt_logprobs=2)
+        prompt = [index % VOCAB_SIZE] * (50 + index)
+        world.add(Request(request_id=f"r{index}", prompt_token_ids=prompt, params=params))
+    most = 0
+    while world.scheduler.has_work:
+        world.step()
+        world.check()
+        most = max(most, sum(item.num_logits for item in world.last_batch))
+    assert most == max_num_logits
+    assert [world.num_scored[f"r{index}"] for index in range(32)] == [49 + index for index in range(32)]
+
+
+def test_rows_are_shared_like_tokens_streams_first_and_nobody_waits_for_another_s_scores_or_drafts(make_world):
+    world = make_world(num_blocks=400, budget=64, max_num_seqs=4, max_model_len=300, max_num_logits=8)
+    world.with_drafts = False
+    streams = [world.add(_plain(f"stream {i}", [i], 40)) for i in range(2)]
+    world.step()
+    scored = SamplingParams(seed=0, max_tokens=3, prompt_logprobs=0)
+    world.add(Request(request_id="scored", prompt_token_ids=[3] * 200, params=scored))
+    world.add(_plain("behind", [4] * 30, 9))
+    world.step()
+    assert {item.seq.request.request_id: item.num_logits for item in world.last_batch}["scored"] == 5
+    for _ in range(3):
+        for seq in streams:
+            seq.draft_token_ids, seq.draft_parents = [4] * 4, [-1, 0, 1, 2]
+        outputs = {output.request_id for output in world.step()}
+        world.check()
+        rows = {item.seq.request.request_id: item.num_logits for item in world.last_batch}
+        assert outputs >= {"stream 0", "stream 1", "scored"}
+        assert rows["stream 0"] == 5  # all of its drafts: the other three have a row each
+        assert rows["behind"] == 1
+        assert sum(rows.values()) == 8
+    world.run()
+    assert world.num_scored["scored"] == 199
 
 
 def test_lower_priority_numbers_start_first(make_world):

@@ -118,12 +118,30 @@ class SpeculationConfig(Section):
         return self
 
 
+class SupervisionConfig(Section):
+    """When the server gives up on the engine process instead of starting another, and ends with exit code 5.
+
+    Deaths that are put down to one request, which ends in a quarantine, do not count, nor do kills of a process that
+    has not computed anything yet.
+    """
+
+    for_operators: ClassVar[bool] = True
+
+    max_deaths: Count = Field(
+        default=3, description="deaths of the engine process within the window that end the server"
+    )
+    window: Annotated[float, Field(gt=0, le=86400)] = Field(
+        default=300.0, description="seconds after which a death does not count any more"
+    )
+
+
 class EngineConfig(Section):
     model: ModelConfig = ModelConfig()
     device: DeviceConfig = DeviceConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     seed: Annotated[int, Flag("--seed")] = Field(
         default=0, description="seed of dummy weights and of requests without a seed in deterministic runs"
     )

@@ -12,23 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from engine.child import Ending
-from engine.crash_note import BatchLine
+from engine.deaths import Death
 
 logger = logging.getLogger(__name__)
 
 REPORTED_PACKAGES = ("peregrine", "torch", "transformers", "triton", "numpy", "msgspec")
-
-
-class Death(msgspec.Struct, frozen=True, kw_only=True):
-    """One death of the engine process, fit for a report."""
-
-    at: float  # seconds since the epoch
-    reason: str
-    exit_code: int  # negative: the signal
-    was_ready: bool
-    batch: list[BatchLine]
-    output_tail: list[str]
 
 
 class CrashReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,17 +26,6 @@ class CrashReport(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str | None
     versions: dict[str, str]
     deaths: list[Death]
-
-
-def describe_death(ending: Ending, *, reason: str, was_ready: bool) -> Death:
-    return Death(
-        at=time.time(),
-        reason=reason,
-        exit_code=ending.exit_code,
-        was_ready=was_ready,
-        batch=ending.batch,
-        output_tail=ending.output_tail,
-    )
 
 
 def installed_versions() -> dict[str, str]:

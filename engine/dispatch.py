@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from engine.journal import EngineError, Entry, Journal
+from engine.deaths import Verdict
+from engine.journal import MAX_SOLO_DEATHS, EngineError, Entry, Journal
 from engine.messages import Abort, Add, ModelInfo, Step, ToEngine
 from engine.supervisor import EngineObserver
 from engine.types import Request, StepOutput
@@ -37,7 +38,7 @@ class Dispatcher:
         if entry.is_over:
             return
         entry.is_over = True
-        self.journal.remove(entry)
+        self.journal.leave(entry)
         if entry.add_number:
             if not self._aborted_ids:  # all that leave in this turn of the loop go in one frame
                 asyncio.get_running_loop().call_soon(self._send_aborts)
@@ -66,13 +67,15 @@ class Dispatcher:
             if entry is not None:
                 self._deliver(entry, output)
 
-    def engine_died(self, blamed_ids: list[str]) -> None:
+    def engine_died(self, batch_ids: list[str]) -> Verdict:
         self._send = None
         self._aborted_ids.clear()
-        for entry in self.journal.forget_process(blamed_ids):
-            name = entry.request.request_id
-            self._end(entry, "quarantined", f"the engine died twice while it computed request {name}: not tried again")
+        quarantined, verdict = self.journal.forget_process(batch_ids)
+        for entry in quarantined:
+            reason = f"the engine died {MAX_SOLO_DEATHS} times while it computed nothing but this request"
+            self._end(entry, "quarantined", f"request {entry.request.request_id} is not tried again: {reason}")
         self._num_replays = len(self.journal)
+        return verdict
 
     def engine_gone(self, kind: str, message: str) -> None:
         self._send = None
@@ -97,10 +100,13 @@ class Dispatcher:
             return
         if news.finish_reason is not None:
             self._finish(entry, news)
-        else:
-            entry.outbox.put_nowait(news)
-        if entry.num_crashes:
-            self.journal.clear(entry)
+            self._send_due()
+            return
+        entry.outbox.put_nowait(news)
+        if self.journal.passes_trial(entry):
+            if self.journal.has_suspects:  # the next one is to have the process to itself
+                self.journal.withdraw(entry)
+                self._aborted_ids.append(entry.request.request_id)
             self._send_due()
 
     def _finish(self, entry: Entry, output: StepOutput) -> None:

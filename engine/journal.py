@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
 
+from engine.deaths import Verdict
 from engine.types import Request, StepOutput
 
-MAX_CRASHES = 2  # a request in the batch at so many crashes, without progress in between, is not tried again
+MAX_SOLO_DEATHS = 2  # a suspect that was alone in the step at so many deaths is not tried again
+TRIAL_TOKENS = 4  # a suspect that got so many is none any more: an engine that works ahead dies a step or two late
+MAX_REMEMBERED_LEAVERS = 4096
 
 
 class EngineError(RuntimeError):
@@ -36,7 +40,8 @@ class Entry:
     is_running: bool = False  # the process that runs has started it
     has_run: bool = False  # some process has
     is_over: bool = False  # its last output or its error is in the outbox
-    num_crashes: int = 0  # since its last progress
+    num_tokens_here: int = 0  # of the process that runs
+    num_solo_deaths: int = 0  # as a suspect, alone in the step
     num_prompt_logprobs: int = 0  # delivered
     num_repeated_logprobs: int = 0  # prompt log-probabilities of a replay that were delivered before its crash
 
@@ -53,6 +58,7 @@ class Entry:
         if output.prompt_logprobs is not None:
             output = self._without_repeats(output)
         self.emitted += output.token_ids
+        self.num_tokens_here += len(output.token_ids)
         is_news = bool(output.token_ids or output.prompt_logprobs or output.finish_reason)
         return output if is_news else None
 
@@ -79,15 +85,19 @@ class Entry:
 class Journal:
     """All requests that have not ended, in order of arrival, and which of them the engine process may have now.
 
-    After a crash the requests that were in the batch are suspects. They are replayed one at a time, each until it has
-    made progress, and before anybody else: so a request that kills the engine is alone when it does so again, and the
-    others of its first batch survive it.
+    After a death of the process the requests that were in the batch are suspects. They are tried one at a time: each
+    has the process to itself until it has some new tokens, and then waits for the others' trials. So a request that
+    kills the engine is alone when it does so again, and the others of its first batch survive it. Those whose answer
+    has begun are tried first, and last those that were alone at a death: most innocents go on before it dies again.
+    A suspect is quarantined at its second death alone, because the first may have been a kill from outside.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._unsent: dict[str, Entry] = {}
         self._suspects: dict[str, Entry] = {}
+        self._leavers: deque[str] = deque(maxlen=MAX_REMEMBERED_LEAVERS)  # left the process that runs without a token
+        self._lost_suspects: set[str] = set()  # left before they could be tried alone
         self.num_waiting = 0
         self.num_waiting_tokens = 0  # prompt and, in a replay, emitted tokens
         self.num_running = 0
@@ -117,6 +127,14 @@ class Journal:
         else:
             self._count_waiting(entry, -1)
 
+    def leave(self, entry: Entry) -> None:
+        """Removes a request that has not ended: its client does not want it any more."""
+        if entry.request.request_id in self._suspects:
+            self._lost_suspects.add(entry.request.request_id)
+        elif entry.add_number and not entry.num_tokens_here:
+            self._leavers.append(entry.request.request_id)
+        self.remove(entry)
+
     def start(self, entry: Entry) -> None:
         """The engine has run it for the first time since it was sent."""
         if entry.is_running:
@@ -125,38 +143,64 @@ class Journal:
         self.num_running += 1
         entry.is_running = entry.has_run = True
 
-    def clear(self, entry: Entry) -> None:
-        """It made progress: what it died in has passed."""
-        entry.num_crashes = 0
-        self._suspects.pop(entry.request.request_id, None)
+    def passes_trial(self, entry: Entry) -> bool:
+        """Whether it was a suspect, and has just got tokens enough to be none any more."""
+        if entry.num_tokens_here < TRIAL_TOKENS or self._suspects.pop(entry.request.request_id, None) is None:
+            return False
+        entry.num_solo_deaths = 0
+        return True
+
+    @property
+    def has_suspects(self) -> bool:
+        return bool(self._suspects)
+
+    def withdraw(self, entry: Entry) -> None:
+        """It is not in the process that runs any more, and is sent again when the trials are over."""
+        self._unsend(entry)
+        self._unsent[entry.request.request_id] = entry
 
     def take_due(self) -> list[Entry]:
-        """Which requests to send now; each is returned once per process."""
+        """Which requests to send now: one suspect, or where there is none all, in order of arrival."""
         if not self._suspects:
             due, self._unsent = self._unsent, {}
-            return list(due.values())
+            return sorted(due.values(), key=lambda entry: entry.registered_at)
         request_id = next(iter(self._suspects))
         suspect = self._unsent.pop(request_id, None)
         return [] if suspect is None else [suspect]
 
-    def forget_process(self, blamed_ids: list[str]) -> list[Entry]:
-        """The process is gone: all requests are unsent again. Returns those that are not to be tried again, removed."""
-        for request_id in blamed_ids:
-            if (entry := self._entries.get(request_id)) is not None:
-                entry.num_crashes += 1
-        quarantined = [entry for entry in self._entries.values() if entry.num_crashes >= MAX_CRASHES]
-        for entry in quarantined:
-            self.remove(entry)
+    def forget_process(self, batch_ids: list[str]) -> tuple[list[Entry], Verdict]:
+        """The process is gone: all requests are unsent again. `batch_ids`: of the step it died in.
+
+        Returns the requests that are not to be tried again, removed, and whose fault the death was.
+        """
+        culprit_ids: set[str] = set()
+        if not self._suspects:  # all others of those deaths went on, so it was one of the lost
+            culprit_ids, self._lost_suspects = self._lost_suspects, set()
+        alone = self._suspects.get(batch_ids[0]) if len(batch_ids) == 1 else None
+        quarantined: list[Entry] = []
+        if alone is not None:
+            alone.num_solo_deaths += 1
+            if alone.num_solo_deaths >= MAX_SOLO_DEATHS:
+                quarantined.append(alone)
+                culprit_ids.add(alone.request.request_id)
+                self.remove(alone)
+        self._lost_suspects |= set(batch_ids) & set(self._leavers)
+        self._leavers.clear()
+        suspects = {**self._suspects, **{name: self._entries[name] for name in batch_ids if name in self._entries}}
+        self._suspects = dict(sorted(suspects.items(), key=lambda item: _order_of_trial(item[1])))
         for entry in self._entries.values():
-            if entry.is_running:
-                self.num_running -= 1
-                entry.is_running = False
-                self._count_waiting(entry, 1)
-            entry.add_number = 0
-            entry.num_repeated_logprobs = entry.num_prompt_logprobs
+            self._unsend(entry)
         self._unsent = dict(self._entries)
-        self._suspects = {name: entry for name, entry in self._entries.items() if entry.num_crashes}
-        return quarantined
+        return quarantined, Verdict(has_suspect=alone is not None, culprit_ids=frozenset(culprit_ids))
+
+    def _unsend(self, entry: Entry) -> None:
+        if entry.is_running:
+            self.num_running -= 1
+            entry.is_running = False
+            self._count_waiting(entry, 1)
+        entry.add_number = 0
+        entry.num_tokens_here = 0
+        entry.num_repeated_logprobs = entry.num_prompt_logprobs
 
     def remove_all(self) -> list[Entry]:
         entries = list(self._entries.values())
@@ -168,3 +212,7 @@ class Journal:
         # a waiting request emits nothing, so that the same number is taken off that was put on
         self.num_waiting += sign
         self.num_waiting_tokens += sign * entry.num_tokens
+
+
+def _order_of_trial(suspect: Entry) -> tuple[int, bool]:
+    return suspect.num_solo_deaths, not suspect.emitted

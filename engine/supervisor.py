@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +13,8 @@ from typing import Protocol
 
 from engine.child import Ending, EngineChild, LaunchedChild, launch_child
 from engine.config import EngineConfig
-from engine.crash_report import CrashReport, Death, describe_death, installed_versions, write_crash_report
+from engine.crash_report import CrashReport, installed_versions, write_crash_report
+from engine.deaths import Deaths, Verdict, describe_death
 from engine.messages import Configure, Failed, FromEngine, ModelInfo, Phase, Ready, Shutdown, Step, ToEngine
 from engine.types import StepStats
 
@@ -31,7 +31,10 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SupervisionLimits:
-    """When the engine process is given up on. Times in seconds."""
+    """When the engine process is held to be hung, and how long is waited for what. Times in seconds.
+
+    When it is not worth another try is for operators to say: `engine.config.SupervisionConfig`.
+    """
 
     silence: float = 5.0  # without a frame, heartbeats included
     starting_silence: float = 60.0  # the same before it is ready: imports may hold the interpreter for long
@@ -39,9 +42,7 @@ class SupervisionLimits:
     heartbeat_interval: float = 1.0
     check_interval: float = 0.25
     stop_grace: float = 5.0  # from Shutdown to SIGKILL
-    max_deaths: int = 3  # within `death_window`: it fails at this one
-    death_window: float = 300.0
-    first_backoff: float = 0.1  # doubles with each death in the window
+    first_backoff: float = 0.1  # doubles with each death in the operators' window
     max_backoff: float = 5.0
 
 
@@ -72,8 +73,8 @@ class Listener(Protocol):
 
     def engine_stepped(self, step: Step) -> None: ...
 
-    def engine_died(self, blamed_ids: list[str]) -> None:
-        """Its requests are gone, another process follows. `blamed_ids` were in the batch of the step it died in."""
+    def engine_died(self, batch_ids: list[str]) -> Verdict:
+        """Its requests are gone; another process follows, unless `engine_gone` does. `batch_ids` were in its step."""
         ...
 
     def engine_gone(self, kind: str, message: str) -> None:
@@ -107,7 +108,8 @@ class Supervisor:
         self._stopping = False
         self._wake = asyncio.Event()  # set when the socket has ended, and by `stop`
         self._has_been_ready = False  # the process that runs, or ran last
-        self._deaths: deque[Death] = deque(maxlen=limits.max_deaths)
+        self._has_stepped = False  # the same
+        self._deaths = Deaths(config.supervision)
         self.state = EngineState.STARTING
         self.phase = "process"
         self.phase_detail = ""
@@ -156,7 +158,7 @@ class Supervisor:
         if launched is None:
             launched = launch_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
         self._child = child = await launched.attach(self._take)
-        self._has_been_ready = False
+        self._has_been_ready = self._has_stepped = False
         try:
             child.connection.closed.add_done_callback(lambda closed: self._wake.set())
             child.send(Configure(self._config_json))
@@ -175,6 +177,9 @@ class Supervisor:
         if self._stopping:
             return
         if isinstance(message, Step):
+            self._has_stepped = True
+            if message.outputs:
+                self._deaths.note_progress()
             if message.stats is not None:
                 self._observer.on_step(message.stats)
             self._listener.engine_stepped(message)
@@ -224,8 +229,7 @@ class Supervisor:
         return None
 
     def _judge(self, ending: Ending, reason: str) -> bool:
-        death = describe_death(ending, reason=reason, was_ready=self._has_been_ready)
-        self._deaths.append(death)
+        death = describe_death(ending, reason=reason, was_ready=self._has_been_ready, has_stepped=self._has_stepped)
         if self.model is None:
             self._fail(_startup_failure(ending, reason))
             return False
@@ -233,26 +237,25 @@ class Supervisor:
         self._enter_phase("process", reason)
         logger.error("%s; %d requests were in the step", reason, len(ending.batch))
         self._observer.on_death(reason)
-        is_recent = death.at - self._deaths[0].at <= self._limits.death_window
-        if is_recent and len(self._deaths) == self._limits.max_deaths:
-            self._fail(self._crash_loop(reason))
+        self._deaths.add(death, self._listener.engine_died([line.request_id for line in ending.batch]))
+        excess = self._deaths.describe_excess()
+        if excess is not None:
+            self._fail(self._crash_loop(excess, reason))
             return False
-        self._listener.engine_died([line.request_id for line in ending.batch])
         return True
 
-    def _crash_loop(self, reason: str) -> Failed:
+    def _crash_loop(self, excess: str, reason: str) -> Failed:
         report = CrashReport(
             written_at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             reason=reason,
             architecture=None if self.model is None else self.model.architecture,
             fingerprint=None if self.model is None else self.model.fingerprint,
             versions=installed_versions(),
-            deaths=list(self._deaths),
+            deaths=list(self._deaths.recent),
         )
         path = write_crash_report(report)
         where = "" if path is None else f"; crash report: {path}"
-        count, window = self._limits.max_deaths, self._limits.death_window
-        return Failed("crash_loop", f"the engine process died {count} times within {window:g} s, last: {reason}{where}")
+        return Failed("crash_loop", f"{excess}, last: {reason}{where}")
 
     def _fail(self, failure: Failed) -> None:
         logger.error("the engine will not come back: %s", failure.message)
@@ -262,9 +265,8 @@ class Supervisor:
         self.failed.set()
 
     async def _back_off(self) -> None:
-        now = time.time()
-        num_recent = sum(now - death.at <= self._limits.death_window for death in self._deaths)
-        delay = min(self._limits.first_backoff * 2 ** (num_recent - 1), self._limits.max_backoff)
+        num_before = max(self._deaths.num_in_window(time.time()) - 1, 0)
+        delay = min(self._limits.first_backoff * 2**num_before, self._limits.max_backoff)
         self._wake.clear()
         if not self._stopping:
             await self._sleep(delay)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from engine.client import EngineClient, EngineState, SupervisionLimits
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig, SupervisionConfig
 from engine.messages import ModelInfo
 from engine.types import Request, SamplingParams, StepOutput, StepStats
 
@@ -64,22 +64,31 @@ class Recorder:
         self.replays.append(num_requests)
 
 
-def make_config(options: str = "") -> EngineConfig:
-    return EngineConfig(model=ModelConfig(path=f"scripted?{options}"))
+def make_config(options: str = "", *, supervision: SupervisionConfig | None = None) -> EngineConfig:
+    return EngineConfig(model=ModelConfig(path=f"scripted?{options}"), supervision=supervision or SupervisionConfig())
 
 
 def make_client(
-    options: str = "", *, limits: SupervisionLimits = QUICK, observer: Recorder | None = None
+    options: str = "",
+    *,
+    limits: SupervisionLimits = QUICK,
+    observer: Recorder | None = None,
+    supervision: SupervisionConfig | None = None,
 ) -> EngineClient:
-    return EngineClient(make_config(options), observer or Recorder(), limits=limits, factory=FACTORY)
+    config = make_config(options, supervision=supervision)
+    return EngineClient(config, observer or Recorder(), limits=limits, factory=FACTORY)
 
 
 @contextlib.asynccontextmanager
 async def running(
-    options: str = "", *, limits: SupervisionLimits = QUICK, observer: Recorder | None = None
+    options: str = "",
+    *,
+    limits: SupervisionLimits = QUICK,
+    observer: Recorder | None = None,
+    supervision: SupervisionConfig | None = None,
 ) -> AsyncGenerator[EngineClient, None]:
     """A client whose engine is ready; nothing is left of it after."""
-    client = make_client(options, limits=limits, observer=observer)
+    client = make_client(options, limits=limits, observer=observer, supervision=supervision)
     await client.start()
     try:
         await until(lambda: client.state is EngineState.READY)

@@ -17,12 +17,13 @@ from types import SimpleNamespace
 import pytest
 
 from engine.client import EngineError, EngineState
+from engine.config import SupervisionConfig
 from engine.messages import EXIT_CODES
 from engine.types import StepOutput
 
 crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
 script, make_request, collect, tokens_of = crossing.script, crossing.make_request, crossing.collect, crossing.tokens_of
-PATIENT = replace(crossing.QUICK, max_deaths=10)
+PATIENT = SupervisionConfig(max_deaths=10)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ async def test_streams_go_on_after_kill_9_with_the_tokens_they_would_have_had(nu
         async for output in client.generate(requests[index]):
             received[index].append(output)
 
-    async with crossing.running("delay=0.005", observer=observer, limits=PATIENT) as client:
+    async with crossing.running("delay=0.005", observer=observer, supervision=PATIENT) as client:
         streams = [asyncio.create_task(stream(index)) for index in range(32)]
         for num_deaths in range(1, 1 + num_kills):
             await until_all_moved(streams, received)
@@ -110,7 +111,9 @@ async def test_a_process_that_ends_in_a_strange_way_is_replaced(order: str) -> N
         ("HANG", "a step of the engine took longer than 1 s"),
     ],
 )
-async def test_a_request_that_kills_the_engine_twice_is_quarantined_alone(order: str, reason: str) -> None:
+async def test_a_request_that_kills_the_engine_twice_in_steps_of_its_own_is_quarantined_alone(
+    order: str, reason: str
+) -> None:
     observer = crossing.Recorder()
     limits = replace(crossing.QUICK, step=1.0, heartbeat_interval=0.1)
     async with crossing.running("delay=0.005", observer=observer, limits=limits) as client:
@@ -123,8 +126,97 @@ async def test_a_request_that_kills_the_engine_twice_is_quarantined_alone(order:
         assert quarantined.value.kind == "quarantined"
         results = await asyncio.gather(*streams)
         assert [tokens_of(outputs) for outputs in results] == [script.expected_tokens(request) for request in good]
-        assert client.num_restarts == 2
+        assert client.num_restarts == 3  # the first was in a batch
         assert all(reason in death for death in observer.deaths)
+
+
+async def kill_as_soon_as_ready(client: SimpleNamespace, *, after: int | None) -> int:
+    """Kills the process that follows `after`, in the moment it says that it is ready. Returns its pid."""
+    deadline = time.monotonic() + 30
+    while client.pid in (None, after) or client.state is not EngineState.READY:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0)
+    pid = client.pid
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 32])
+async def test_a_second_kill_just_as_the_replacement_becomes_ready_ends_no_stream(num_streams: int) -> None:
+    async with crossing.running("delay=0.005") as client:
+        requests = [make_request(f"r{i}", max_tokens=150) for i in range(num_streams)]
+        streams = [asyncio.create_task(collect(client, request)) for request in requests]
+        await crossing.until(lambda: client.num_running == num_streams)
+        first = client.pid
+        os.kill(first, signal.SIGKILL)
+        await kill_as_soon_as_ready(client, after=first)
+        results = await asyncio.gather(*streams)
+        assert [tokens_of(outputs) for outputs in results] == [script.expected_tokens(r) for r in requests]
+        assert client.num_restarts == 2
+
+
+async def test_kills_of_processes_that_have_computed_nothing_do_not_count() -> None:
+    observer = crossing.Recorder()
+    async with crossing.running(observer=observer, supervision=SupervisionConfig(max_deaths=1)) as client:
+        pid = None
+        for num_deaths in range(1, 5):
+            pid = await kill_as_soon_as_ready(client, after=pid)
+            await until_died(observer, num_deaths)
+        request = make_request("r")
+        assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+        assert client.num_restarts == 4
+
+
+@pytest.mark.parametrize("num_poisoned", [1, 3])
+async def test_requests_live_through_every_death_that_poisoned_ones_beside_them_cause(num_poisoned: int) -> None:
+    observer = crossing.Recorder()
+    async with crossing.running("delay=0.005", observer=observer) as client:
+        good = [make_request(f"r{i}", max_tokens=60) for i in range(31)]
+        streams = [asyncio.create_task(collect(client, request)) for request in good]
+        await crossing.until(lambda: client.num_running == 31)
+        for _ in range(2):  # more deaths than `max_deaths`, each explained
+            bad = [make_request(f"bad{i}", order=script.EXIT) for i in range(num_poisoned)]
+            errors = await asyncio.gather(*(collect(client, request) for request in bad), return_exceptions=True)
+            assert [error.kind for error in errors] == ["quarantined"] * num_poisoned
+        results = await asyncio.gather(*streams)
+        assert [tokens_of(outputs) for outputs in results] == [script.expected_tokens(request) for request in good]
+        assert len(observer.deaths) == client.num_restarts >= 2 * (1 + 2 * num_poisoned)
+
+
+@pytest.mark.parametrize("leaves_in_the_step", [False, True])
+async def test_clients_that_leave_a_poisoned_request_behind_cannot_end_the_server(leaves_in_the_step: bool) -> None:
+    observer = crossing.Recorder()
+    limits = replace(crossing.QUICK, step=0.5, heartbeat_interval=0.1)
+    async with crossing.running("delay=0.005", observer=observer, limits=limits) as client:
+        good = make_request("good", max_tokens=4000)
+        stream = asyncio.create_task(collect(client, good))
+        for num_deaths in range(1, 5):
+            await crossing.until(lambda: client.num_running == 1)
+            bad = make_request(f"bad{num_deaths}", order=script.HANG if leaves_in_the_step else script.EXIT)
+            leaver = asyncio.create_task(collect(client, bad))
+            if leaves_in_the_step:
+                await asyncio.sleep(0.1)
+            else:
+                await until_died(observer, num_deaths)
+            leaver.cancel()
+            await until_died(observer, num_deaths)
+        assert not client.failed.is_set()
+        assert tokens_of(await stream) == script.expected_tokens(good)
+
+
+@pytest.mark.parametrize("max_deaths", [1, 2])
+async def test_the_server_gives_up_at_as_many_deaths_as_the_operator_allows(max_deaths: int) -> None:
+    observer = crossing.Recorder()
+    async with crossing.running(observer=observer, supervision=SupervisionConfig(max_deaths=max_deaths)) as client:
+        for num_deaths in range(1, max_deaths + 1):
+            assert not client.failed.is_set()
+            request = make_request(f"r{num_deaths}")
+            assert tokens_of(await collect(client, request)) == script.expected_tokens(request)
+            os.kill(client.pid, signal.SIGKILL)
+            await until_died(observer, num_deaths)
+        await asyncio.wait_for(client.failed.wait(), 5)
+        assert client.failure is not None
+        assert f"died {max_deaths} times within 300 s (supervision.max_deaths)" in client.failure.message
 
 
 async def test_a_stopped_process_is_noticed_killed_and_replaced() -> None:
@@ -156,7 +248,7 @@ async def test_a_pause_of_the_server_itself_is_not_blamed_on_the_engine() -> Non
         assert (client.pid, client.num_restarts) == (pid, 0)
 
 
-async def test_three_deaths_fail_every_request_and_leave_a_report_without_contents(state_directory: Path) -> None:
+async def test_unexplained_deaths_fail_every_request_and_leave_a_report_without_contents(state_directory: Path) -> None:
     observer = crossing.Recorder()
     async with crossing.running("delay=0.01", observer=observer) as client:
         request = make_request("r", max_tokens=4000)
@@ -196,8 +288,7 @@ def read(path: Path) -> str:
 
 
 async def test_deaths_far_apart_do_not_add_up() -> None:
-    limits = replace(crossing.QUICK, death_window=0.0)
-    async with crossing.running(limits=limits) as client:
+    async with crossing.running(supervision=SupervisionConfig(window=0.001)) as client:
         for i in range(4):
             os.kill(client.pid, signal.SIGKILL)
             request = make_request(f"r{i}")
@@ -225,7 +316,7 @@ async def test_requests_that_come_and_go_while_the_engine_is_away_are_forgotten_
 
 async def test_aborts_and_crashes_together_leave_nothing_behind() -> None:
     observer, chance = crossing.Recorder(), random.Random(2)
-    async with crossing.running("max_num_seqs=16", observer=observer, limits=PATIENT) as client:
+    async with crossing.running("max_num_seqs=16", observer=observer, supervision=PATIENT) as client:
 
         async def one(i: int) -> None:
             request = make_request(f"r{i}", max_tokens=80)

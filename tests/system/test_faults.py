@@ -79,6 +79,22 @@ async def test_requests_survive_the_death_of_the_engine(start_server):
         assert server.metric("peregrine_generation_tokens_total") == 64 * NUM_TOKENS
 
 
+async def test_kills_one_after_the_other_end_no_request(start_server):
+    """The second comes just as the replacement is ready, the third while it tries the suspects one by one."""
+    with start_server() as server:
+        expected = await _all(server.url, count=8)
+        running = asyncio.create_task(_all(server.url, count=8))
+        await asyncio.to_thread(server.wait_for, lambda: server.metric("peregrine_requests_running") == 16, 20)
+        for delay in (0.0, 0.0, 0.02):
+            await asyncio.to_thread(server.wait_until_ready)
+            await asyncio.sleep(delay)
+            server.engine_process.kill()
+            await asyncio.to_thread(server.wait_for, lambda: server.client.get("/readyz").status_code == 503, 5)
+        assert await running == expected
+        assert server.metric("peregrine_engine_restarts_total") == 3
+        assert server.metric("peregrine_requests_total", outcome="length") == 32
+
+
 def test_a_killed_server_leaves_no_process_behind(start_server):
     with start_server() as server:
         family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import msgspec
@@ -33,7 +34,7 @@ class Delta:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)  # where each token begins in the choice's text, in characters
+    offsets: list[int] = field(default_factory=list)  # in characters: where each token begins in the choice's text
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_first: bool = False
@@ -53,7 +54,8 @@ class Delta:
 class ChoiceReader:
     """Turns the engine's outputs for one choice into deltas, and counts.
 
-    Tokens that give no text yet wait for the next delta, so that a chunk is never empty before the end.
+    Tokens that give no text yet wait for the next delta, so that a chunk is never empty before the end, and so do those
+    of which all text is held back: where a stop string cuts them off, they begin at the end of the text.
     """
 
     def __init__(self, choice: Choice, tokenizer: Tokenizer) -> None:
@@ -85,7 +87,7 @@ class ChoiceReader:
             self._finish(delta, output.finish_reason, self._stop_reason(output))
         if not delta.text and delta.finish_reason is None:
             return None
-        self._next = Delta(index=self.choice.index)
+        self._next = self._cut_held_tokens(delta)
         return delta
 
     def expire(self) -> Delta:
@@ -121,15 +123,16 @@ class ChoiceReader:
     def _take_tokens(self, output: StepOutput, delta: Delta) -> None:
         num_before = self.num_tokens
         for i, token_id in enumerate(output.token_ids):
-            delta.offsets.append(self._detokenizer.num_characters)
             delta.token_ids.append(token_id)
             if output.logprobs is not None:
                 delta.logprobs.append(output.logprobs[i])
             self.num_tokens += 1
             ends_here = output.stop_token_id is not None and i == len(output.token_ids) - 1
             if ends_here and not self.choice.text.include_stop:
+                delta.offsets.append(self._detokenizer.end)
                 break
             delta.text += self._detokenizer.push(token_id)
+            delta.offsets.append(self._detokenizer.begins_at)
             if self._detokenizer.matched_stop is not None:
                 self._finish(delta, "stop", None)
                 break
@@ -138,10 +141,23 @@ class ChoiceReader:
             self.last_tokens_at = time.monotonic()
             self.first_tokens_at = self.first_tokens_at or self.last_tokens_at
 
+    def _cut_held_tokens(self, delta: Delta) -> Delta:
+        """Takes the tokens of which no text was given out from the end of a delta into the next one."""
+        later = Delta(index=self.choice.index)
+        if delta.finish_reason is not None or not self._detokenizer.is_holding:
+            return later
+        num_kept = bisect_left(delta.offsets, self._detokenizer.num_released)
+        later.token_ids, later.offsets, later.logprobs = (
+            delta.token_ids[num_kept:], delta.offsets[num_kept:], delta.logprobs[num_kept:]
+        )  # fmt: skip
+        del delta.token_ids[num_kept:], delta.offsets[num_kept:], delta.logprobs[num_kept:]
+        return later
+
     def _finish(self, delta: Delta, reason: FinishReason, stop_reason: int | str | None) -> None:
         delta.text += self._detokenizer.flush()
         if self._detokenizer.matched_stop is not None:
             reason, stop_reason = "stop", self._detokenizer.matched_stop
+            delta.offsets = [min(offset, self._detokenizer.num_released) for offset in delta.offsets]
         delta.finish_reason = self.finish_reason = reason
         delta.stop_reason = stop_reason
         self.ended_at = time.monotonic()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
 from server.body import read_body
 from server.choice import Choice, Delta
+from server.echo import Echo, read_echo
 from server.errors import bad_request
 from server.generation import Generation
 from server.logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, prompt_logprobs
@@ -37,7 +38,8 @@ async def create_completion(request: Request) -> Response:
         body = await read_body(request, CompletionBody)
         serving = accept(request, body, arrived_at=record.started_at)
         generation = await _prepare(body, serving, record)
-        writer = CompletionWriter(body, generation, serving)
+        echoes = await _read_echoes(body, generation, serving)
+        writer = CompletionWriter(body, generation, serving, echoes)
         send = deliver_stream if body.stream else deliver
         return await send(request, generation, writer, headers=serving.headers)
 
@@ -72,6 +74,15 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
     return make_generation(serving, body, prompts, params, id_prefix="cmpl", record=record, scores_only=max_tokens == 0)
 
 
+async def _read_echoes(body: CompletionBody, generation: Generation, serving: Serving) -> list[Echo]:
+    """Of each prompt; none where none was asked for."""
+    if not body.echo:
+        return []
+    prompts = [choice.prompt for choice in generation.job.choices[:: generation.job.choices_per_prompt]]
+    has_special = body.add_special_tokens is not False
+    return [await read_echo(prompt, serving.tokenizer, add_special_tokens=has_special) for prompt in prompts]
+
+
 def _num_scored(body: CompletionBody) -> int | None:
     """How many log-probabilities per prompt token the engine must tell: those of an echo, or those asked for."""
     wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
@@ -81,16 +92,18 @@ def _num_scored(body: CompletionBody) -> int | None:
 class CompletionWriter:
     """Words the answers of one request in OpenAI's format for completions."""
 
-    def __init__(self, body: CompletionBody, generation: Generation, serving: Serving) -> None:
+    def __init__(
+        self, body: CompletionBody, generation: Generation, serving: Serving, echoes: Sequence[Echo] = ()
+    ) -> None:
+        """echoes: of each prompt, where they were asked for."""
         self._body = body
         self._generation = generation
-        self._tokenizer = serving.tokenizer
+        self._echoes = echoes
         self._names = TokenNames(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         options = body.stream_options
         self._includes_usage = bool(options and options.include_usage)
         self._has_continuous_usage = bool(options and options.continuous_usage_stats)
         self._num_ended = 0
-        self._num_echoed: dict[int, int] = {}  # by choice: characters of the prompt before its text
 
     def chunks(self, delta: Delta) -> Iterator[Completion]:
         yield self._completion([self._choice(delta)], usage=self._usage_so_far(), has_timing=self._is_last(delta))
@@ -129,12 +142,10 @@ class CompletionWriter:
 
     def _choice(self, delta: Delta) -> CompletionChoice:
         choice = self._generation.job.choices[delta.index]
-        echo = self._echo(choice) if delta.is_first and self._body.echo else ""
-        if echo:
-            self._num_echoed[delta.index] = len(echo)
+        echo = self._echo(delta)
         worded = CompletionChoice(
             index=delta.index,
-            text=echo + delta.text,
+            text=echo.text + delta.text if echo is not None and delta.is_first else delta.text,
             logprobs=self._logprobs(delta, choice, echo),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
@@ -148,20 +159,19 @@ class CompletionWriter:
             worded.prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, self._names, num_top=num_top)
         return worded
 
-    def _echo(self, choice: Choice) -> str:
-        if choice.prompt.text is not None:
-            return choice.prompt.text
-        skip = self._body.skip_special_tokens is not False
-        return self._tokenizer.decode(choice.prompt.token_ids, skip_special_tokens=skip)
+    def _echo(self, delta: Delta) -> Echo | None:
+        if not self._body.echo:
+            return None
+        return self._echoes[delta.index // self._generation.job.choices_per_prompt]
 
-    def _logprobs(self, delta: Delta, choice: Choice, echo: str) -> CompletionLogprobs | None:
+    def _logprobs(self, delta: Delta, choice: Choice, echo: Echo | None) -> CompletionLogprobs | None:
         num_top = self._body.logprobs
         if num_top is None:
             return None
-        start = self._num_echoed.get(delta.index, 0)
+        start = len(echo.text) if echo is not None else 0
         offsets = [start + offset for offset in delta.offsets]
         own = completion_logprobs(delta.logprobs, offsets, self._names, num_top=num_top)
-        if not (self._body.echo and delta.is_first):
+        if echo is None or not delta.is_first:
             return own
         prompt_ids = choice.prompt.token_ids
-        return joined(echoed_logprobs(prompt_ids, delta.prompt_logprobs, self._names, num_top=num_top, text=echo), own)
+        return joined(echoed_logprobs(prompt_ids, delta.prompt_logprobs, self._names, num_top=num_top, echo=echo), own)

@@ -36,22 +36,49 @@ class Detokenizer:
         self._held = ""
         self._after_special = False
         self.num_tokens = 0
+        self.begins_at = 0  # of the newest token: its first character in the text, or the one it helps to complete
         self.num_characters = 0  # decoded so far, held ones included
+        self.num_released = 0  # characters of the text that was given out
         self.matched_stop: str | None = None
 
     def push(self, token_id: int) -> str:
         """The text that has become certain with this token. After `matched_stop` is set, push nothing more."""
         assert self.matched_stop is None
         self.num_tokens += 1
-        return self._release(self._utf8.decode(self._bytes(token_id)))
+        token = self._bytes(token_id)
+        self.begins_at = self._begin(token)
+        return self._release(self._utf8.decode(token))
 
     def flush(self) -> str:
         """The text that was held back, once no more tokens will come. An unfinished character becomes U+FFFD."""
         if self.matched_stop is not None:
             return ""
         text = self._release(self._utf8.decode(b"", final=True))
-        text, self._held = text + self._held, ""
+        text, held, self._held = text + self._held, self._held, ""
+        self.num_released += len(held)
         return text
+
+    @property
+    def is_holding(self) -> bool:
+        """Characters wait for what will tell whether they begin a stop string."""
+        return bool(self._held)
+
+    @property
+    def end(self) -> int:
+        """Where the text ends if no more comes."""
+        return self.num_characters + len(self._unfinished.decode(errors="replace"))
+
+    @property
+    def _unfinished(self) -> bytes:
+        """What may be the first bytes of a character."""
+        return self._utf8.getstate()[0]
+
+    def _begin(self, token: bytes) -> int:
+        """Where a token begins: at the character that its first byte is, or helps to complete."""
+        unfinished = self._unfinished
+        if not unfinished or not token:
+            return self.num_characters
+        return self.num_characters + len((unfinished + token[:1]).decode(errors="replace")) - 1
 
     def _bytes(self, token_id: int) -> bytes:
         is_special = token_id in self._tokenizer.special_ids
@@ -64,6 +91,11 @@ class Detokenizer:
         return token
 
     def _release(self, piece: str) -> str:
+        text = self._certain(piece)
+        self.num_released += len(text)
+        return text
+
+    def _certain(self, piece: str) -> str:
         self.num_characters += len(piece)
         if not self._stops:
             return piece

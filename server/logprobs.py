@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.types import TokenLogprobs
-from server.detokenizer import Detokenizer, TextOptions
+from server.echo import Echo
 from server.responses import (
     ChatLogprobs,
     ChatTokenLogprob,
@@ -43,10 +43,10 @@ def completion_logprobs(
 
 
 def echoed_logprobs(
-    token_ids: Sequence[int], items: Sequence[TokenLogprobs], names: TokenNames, *, num_top: int, text: str
+    token_ids: Sequence[int], items: Sequence[TokenLogprobs], names: TokenNames, *, num_top: int, echo: Echo
 ) -> CompletionLogprobs:
     """The prompt's part of an echo. items: one for each token but the first, whose log-probability is null."""
-    offsets = _offsets(token_ids, names.tokenizer, text)
+    offsets = echo.offsets
     scored = completion_logprobs(items, offsets[1:], names, num_top=num_top)
     return CompletionLogprobs(
         text_offset=offsets,
@@ -115,14 +115,3 @@ def _bytes(token_id: int, names: TokenNames) -> list[int]:
 
 def _finite(logprob: float) -> float:
     return max(logprob, LOWEST)
-
-
-def _offsets(token_ids: Sequence[int], tokenizer: Tokenizer, text: str) -> list[int]:
-    """Where each token begins in the text. Some decoders drop the first space, which then counts for none."""
-    detokenizer = Detokenizer(tokenizer, TextOptions())
-    offsets, pieces = [], []
-    for token_id in token_ids:
-        offsets.append(detokenizer.num_characters)
-        pieces.append(detokenizer.push(token_id))
-    num_dropped = 1 if "".join(pieces).startswith(" ") and not text.startswith(" ") else 0
-    return [max(offset - num_dropped, 0) for offset in offsets]

@@ -66,6 +66,21 @@ class Tokenizer:
             return [self._bos_id, *ids]
         return ids
 
+    def token_spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int] | None]:
+        """From where to where in the text each of its tokens was read, in characters; None for those added to it.
+
+        What a tokenizer makes of the text before it reads it shows: marks that it composed with their letter may lie in
+        no token, and so may blanks, and a blank that it put first has the place of the character behind it.
+        """
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        spans: list[tuple[int, int] | None] = [
+            None if is_added else span
+            for span, is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        ]
+        if add_special_tokens and self._bos_id is not None and encoding.ids[:1] != [self._bos_id]:
+            return [None, *spans]
+        return spans
+
     async def encode_async(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """As `encode`; the library lets go of the interpreter lock, so long texts do not hold up other requests."""
         if len(text) < LONG_TEXT:

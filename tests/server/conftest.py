@@ -276,8 +276,9 @@ def make_engine(template: str | None = CHAT_TEMPLATE) -> FakeEngine:
     return FakeEngine(make_model(make_assets(template), 330), make_tokenizer(template))
 
 
-def make_world(template: str | None = CHAT_TEMPLATE) -> World:
-    engine = make_engine(template)
+def make_world(template: str | None = CHAT_TEMPLATE, *, tokenizer: Tokenizer | None = None) -> World:
+    """tokenizer: another one than that of `make_tokenizer`"""
+    engine = make_engine(template) if tokenizer is None else FakeEngine(make_model(make_assets(), 330), tokenizer)
     admission, metrics = FakeAdmission(), FakeMetrics()
     app = FastAPI()
     app.add_middleware(NamesRequests)

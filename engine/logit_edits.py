@@ -1,41 +1,89 @@
-"""Bias and bans on a GPU: a few index writes over the rows of all requests."""
+"""The bias and the bans of a request in the form that a step applies: made once, when its first token is sampled.
+
+A client may name as many tokens as the vocabulary has; a step pays for arrays and look-ups, not for lists.
+"""
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
-from engine.candidates import Ints
-from engine.penalties import banned_tokens
+from engine.candidates import Floats, Ints
 from engine.sampled_rows import SampledRow
-from engine.transfer import to_device
+from engine.types import SamplingParams, Sequence
+
+Mask = npt.NDArray[np.bool_]
 
 
-def bias_and_ban_rows(logits: Tensor, rows: list[SampledRow]) -> None:
-    """What `engine.penalties.bias_and_ban` does to one row, to all of them. In place.
+class LogitEdits:
+    """Which logits of a sequence's rows change, for a vocabulary.
 
-    logits: [num_rows, vocab_size], contiguous. A place may be written twice, then with the same value.
+    biased, biases: [num_biased] token ids, and what is added to their logits
+    forbidden: [vocab_size] every token but the allowed ones; None where all are allowed
     """
-    vocab_size, device = logits.shape[1], logits.device
-    flat = logits.view(-1)
-    biased = [(row * vocab_size, one.params.logit_bias) for row, one in enumerate(rows) if one.params.logit_bias]
-    if biased:
-        places = [start + token for start, bias in biased for token in bias]
-        values = np.array([value for _, bias in biased for value in bias.values()])
-        flat.index_add_(0, to_device(np.array(places), device), to_device(values, device).float())
-    allowed = [(row, one.params.allowed_token_ids) for row, one in enumerate(rows)]
-    restricted = [(row, tokens) for row, tokens in allowed if tokens is not None]
-    if restricted:
-        kept = to_device(np.concatenate([row * vocab_size + _ints(tokens) for row, tokens in restricted]), device)
-        values_kept = flat.index_select(0, kept)
-        logits.index_fill_(0, to_device(_ints([row for row, _ in restricted]), device), -torch.inf)
-        flat.index_copy_(0, kept, values_kept)
-    banned = [row * vocab_size + _ints(banned_tokens(one, vocab_size)) for row, one in enumerate(rows)]
-    places_banned = np.concatenate(banned)
-    if len(places_banned):
-        flat.index_fill_(0, to_device(places_banned, device), -torch.inf)
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        num_biased = len(params.logit_bias)
+        self.biased: Ints = np.fromiter(params.logit_bias, dtype=np.int64, count=num_biased)
+        self.biases: Floats = np.fromiter(params.logit_bias.values(), dtype=np.float32, count=num_biased)
+        self.forbidden: Mask | None = None
+        if params.allowed_token_ids is not None:
+            self.forbidden = np.ones(vocab_size, dtype=np.bool_)
+            self.forbidden[params.allowed_token_ids] = False
+        # a tokenizer may know stop tokens that the model does not
+        self._stops = np.array([token for token in params.stop_token_ids if token < vocab_size], dtype=np.int64)
+        self._min_tokens = params.min_tokens
+        self._words = BadWords([word for word in params.bad_words if word[-1] < vocab_size])
+
+    def banned(self, row: SampledRow) -> Ints:
+        """The ends of bad words, and stop tokens that would come too early."""
+        ends = self._words.ends(row.item.seq.token_ids, row.path)
+        return np.concatenate((ends, self._stops)) if row.num_output_tokens < self._min_tokens else ends
 
 
-def _ints(values: list[int]) -> Ints:
-    return np.array(values, dtype=np.int64)
+class BadWords:
+    """Token sequences that must not be completed, by the token before the last one."""
+
+    def __init__(self, words: list[list[int]]) -> None:
+        self._single = np.array([word[0] for word in words if len(word) == 1], dtype=np.int64)
+        self._by_token_before: dict[int, list[list[int]]] = {}
+        for word in words:
+            if len(word) > 1:
+                self._by_token_before.setdefault(word[-2], []).append(word)
+        self._longest = max(map(len, words), default=0)
+
+    def ends(self, token_ids: list[int], path: list[int]) -> Ints:
+        """The tokens that would complete a word after the text and the drafts on a path."""
+        newest = path[-1] if path else token_ids[-1]
+        words = self._by_token_before.get(newest)
+        if words is None:
+            return self._single
+        before = token_ids[-self._longest :] + path
+        # A start before the text's first token makes a slice that is too short to match.
+        found = [word[-1] for word in words if before[len(before) - len(word) + 1 :] == word[:-1]]
+        return np.concatenate((self._single, np.array(found, dtype=np.int64)))
+
+
+class LogitEditsOfSequences:
+    """The edits of the sequences that live."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._by_seq: WeakKeyDictionary[Sequence, LogitEdits] = WeakKeyDictionary()
+
+    def of(self, seq: Sequence) -> LogitEdits:
+        edits = self._by_seq.get(seq)
+        if edits is None:
+            edits = self._by_seq[seq] = LogitEdits(seq.params, self._vocab_size)
+        return edits
+
+
+def bias_and_ban(logits: Floats, row: SampledRow, edits: LogitEdits) -> None:
+    """Applies the bias and the bans of a row's request, in place. logits: [vocab_size]"""
+    if len(edits.biased):
+        logits[edits.biased] += edits.biases
+    if edits.forbidden is not None:
+        np.copyto(logits, -np.inf, where=edits.forbidden)
+    logits[edits.banned(row)] = -np.inf

@@ -79,21 +79,21 @@ def largest_step(plan: MemoryPlan) -> list[Scheduled]:
     num_each = min(plan.max_num_batched_tokens // plan.max_num_seqs, plan.max_model_len)
     num_left = plan.max_num_batched_tokens - num_each * plan.max_num_seqs
     first = min(num_each + num_left, plan.max_model_len)
-    batch = [_scheduled(first if i == 0 else num_each, plan) for i in range(plan.max_num_seqs)]
+    restricted = msgspec.structs.replace(PARAMS, allowed_token_ids=list(range(plan.facts.vocab_size)))
+    plain = msgspec.structs.replace(restricted, logprobs=None)
+    batch = [_scheduled(first if i == 0 else num_each, restricted, plan) for i in range(plan.max_num_seqs - 1)]
+    batch.append(_scheduled(num_each if batch else first, plain, plan))
     num_rows = plan.max_num_logits - sum(item.num_logits for item in batch)
     for item in batch:
         item.num_scored = min(item.num_new_tokens - item.num_logits, num_rows)
         num_rows -= item.num_scored
-    last = batch[-1].seq
-    plain = msgspec.structs.replace(last.request, params=msgspec.structs.replace(PARAMS, logprobs=None))
-    batch[-1].seq = replace(last, request=plain)
     return batch
 
 
-def _scheduled(num_tokens: int, plan: MemoryPlan) -> Scheduled:
+def _scheduled(num_tokens: int, params: SamplingParams, plan: MemoryPlan) -> Scheduled:
     num_drafts = min(plan.num_lookahead_tokens, num_tokens - 1)
     token_ids = [0] * (num_tokens - num_drafts)
-    seq = Sequence(Request(request_id="", prompt_token_ids=token_ids, params=PARAMS), token_ids)
+    seq = Sequence(Request(request_id="", prompt_token_ids=token_ids, params=params), token_ids)
     seq.draft_token_ids, seq.draft_parents = [0] * num_drafts, list(range(-1, num_drafts - 1))
     seq.block_table = [NULL_BLOCK] * -(-num_tokens // plan.block_size)
     return Scheduled(seq, num_tokens, num_drafts, samples=True)

@@ -1,4 +1,4 @@
-"""Changes to the logits that a request asks for: penalties, bias and bans.
+"""Changes to the logits that a request asks for: penalties here, bias and bans in `engine.logit_edits`.
 
 Applied in this order, each to what the one before left:
 
@@ -59,38 +59,3 @@ def penalise(logits: Floats, row: SampledRow, history: TokenHistory) -> None:
         subtracted = params.frequency_penalty * counts + params.presence_penalty
         found -= np.where(counts > 0, subtracted, 0.0).astype(np.float32)
     logits[token_ids] = found
-
-
-def bias_and_ban(logits: Floats, row: SampledRow) -> None:
-    """Applies the bias and the bans of a row's request, in place. logits: [vocab_size]"""
-    params = row.params
-    if params.logit_bias:
-        logits[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
-    if params.allowed_token_ids is not None:
-        allowed = logits[params.allowed_token_ids]
-        logits[:] = -np.inf
-        logits[params.allowed_token_ids] = allowed
-    banned = banned_tokens(row, len(logits))
-    if banned:
-        logits[banned] = -np.inf
-
-
-def banned_tokens(row: SampledRow, vocab_size: int) -> list[int]:
-    """The ends of bad words, and stop tokens that would come too early."""
-    params = row.params
-    banned: list[int] = []
-    if row.num_output_tokens < params.min_tokens:
-        # a tokenizer may know stop tokens that the model does not
-        banned += [token for token in params.stop_token_ids if token < vocab_size]
-    if params.bad_words:
-        banned += [token for token in _bad_word_ends(row) if token < vocab_size]
-    return banned
-
-
-def _bad_word_ends(row: SampledRow) -> list[int]:
-    """The tokens that would complete a bad word."""
-    bad_words = row.params.bad_words
-    longest = max(len(word) for word in bad_words)
-    before = row.item.seq.token_ids[-longest:] + row.path
-    # A start before the text's first token makes a slice that is too short to match.
-    return [word[-1] for word in bad_words if before[len(before) - len(word) + 1 :] == word[:-1]]

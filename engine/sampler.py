@@ -7,7 +7,7 @@ speed of a request and never its output, and neither does what else is in the ba
 The order of operations is vLLM's from the temperature on:
 
     raw logits -> [log-probabilities]      engine.logprobs
-      -> penalties, bias, bans             engine.penalties
+      -> penalties, bias, bans             engine.penalties, engine.logit_edits
       -> temperature                       here
       -> min-p -> top-k -> top-p           engine.truncation, engine.nucleus
       -> largest of noise + logit          engine.gumbel
@@ -32,10 +32,11 @@ from torch import Tensor
 from engine.acceptance import NO_TOKEN, NOT_FINITE
 from engine.candidates import Floats, Ints, gaps_below
 from engine.gumbel import GumbelRace
+from engine.logit_edits import LogitEditsOfSequences, bias_and_ban
 from engine.logprobs import ask_logprobs, logprob_queries, scored_tokens
 from engine.noise import Words, noise_key
 from engine.nucleus import Nucleus
-from engine.penalties import bias_and_ban, edits_logits, is_penalised, penalise
+from engine.penalties import edits_logits, is_penalised, penalise
 from engine.pending import Pending
 from engine.sampled_rows import SampledRow, sampled_rows
 from engine.token_history import TokenHistories
@@ -78,6 +79,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self._race = race or GumbelRace(vocab_size)
         self._histories = TokenHistories()
+        self._edits = LogitEditsOfSequences(vocab_size)
 
     def __call__(self, logits: Tensor, batch: list[Scheduled]) -> list[Sampled]:
         """As `TokenSampler` says."""
@@ -124,7 +126,7 @@ class Sampler:
         values = logits.copy()
         if is_penalised(row.params):
             penalise(values, row, self._histories.of(row.item.seq))
-        bias_and_ban(values, row)
+        bias_and_ban(values, row, self._edits.of(row.item.seq))
         return values
 
     def _random(self, logits: Floats, peak: np.float32, row: SampledRow) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.acceptance import NO_TOKEN, NOT_FINITE
 from engine.candidates import Ints
-from engine.logit_edits import bias_and_ban_rows
+from engine.logit_edits_on_device import DeviceLogitEdits
 from engine.logprobs import LogprobQuery, logprob_queries, scored_tokens
 from engine.penalties import is_penalised
 from engine.pending import Pending
@@ -38,6 +38,7 @@ class TritonSampler:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._counts = TokenCounts(vocab_size)
+        self._edits = DeviceLogitEdits(vocab_size)
         self._columns: Columns | None = None
         self._plain_batch: list[Scheduled] | None = None  # of the last step, if it asked for no log-probabilities
 
@@ -109,7 +110,7 @@ class TritonSampler:
         edited = logits.clone()
         if any(is_penalised(row.params) for row in rows):
             self._penalise(edited, rows)
-        bias_and_ban_rows(edited, rows)
+        self._edits.apply(edited, rows)
         tokens = self._sample_by_columns(edited, positions, none=NO_TOKEN)
         return tokens.masked_fill_(~is_finite, NOT_FINITE)
 

@@ -116,6 +116,7 @@ class Scheduler:
                 "one token must be generated; shorten it or raise model.max_model_len"
             )
         seq.max_num_tokens = min(seq.num_prompt_tokens + seq.params.max_tokens, self.limits.max_model_len)
+        seq.stop_token_ids = frozenset(seq.params.stop_token_ids)
         seq.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._by_id[request_id] = seq
@@ -354,7 +355,7 @@ class Scheduler:
         token_ids, known = result.token_ids, seq.token_ids
         if not token_ids or seq.first_token_at is None or result.prompt_logprobs is not None or seq.draft_token_ids:
             return False
-        if len(known) + 1 >= seq.max_num_tokens or token_ids[0] in seq.request.params.stop_token_ids:
+        if len(known) + 1 >= seq.max_num_tokens or token_ids[0] in seq.stop_token_ids:
             return False
         known.append(token_ids[0])
         seq.num_computed_tokens += 1
@@ -367,7 +368,7 @@ class Scheduler:
         params, known = seq.request.params, seq.token_ids
         for i, token_id in enumerate(token_ids):
             known.append(token_id)
-            if token_id in params.stop_token_ids and seq.num_output_tokens > params.min_tokens:
+            if token_id in seq.stop_token_ids and seq.num_output_tokens > params.min_tokens:
                 seq.finish_reason, seq.stop_token_id = "stop", token_id
                 return token_ids[: i + 1]
             if len(known) >= seq.max_num_tokens:

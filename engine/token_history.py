@@ -41,11 +41,11 @@ class TokenHistory:
         if not path:
             return token_ids, counts
         added = [token for token in dict.fromkeys(path) if token not in self._places]
-        places = self._places | {token: num_tokens + i for i, token in enumerate(added)}
+        places = {token: num_tokens + i for i, token in enumerate(added)}
         token_ids = np.concatenate((token_ids, np.array(added, dtype=np.int64)))
         counts = np.concatenate((counts, np.zeros(len(added), dtype=np.int64)))
         for token in path:
-            counts[places[token]] += 1
+            counts[places[token] if token in places else self._places[token]] += 1
         return token_ids, counts
 
     def _add(self, token: int, count: int) -> None:

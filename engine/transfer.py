@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.float64], device: torch.device) -> Tensor:
+def to_device(
+    array: npt.NDArray[np.int64] | npt.NDArray[np.float64] | npt.NDArray[np.bool_], device: torch.device
+) -> Tensor:
     """The array as a tensor. To a GPU the copy is only queued: it waits for nobody. The array may change afterwards."""
     if device.type == "cpu":
         return torch.from_numpy(array.copy())

@@ -127,6 +127,7 @@ class Sequence:
     token_ids: list[int]
     arrival: int = 0  # order of arrival, kept across preemptions
     max_num_tokens: int = 0  # of prompt and output, after which it ends; known when it is queued
+    stop_token_ids: frozenset[int] = frozenset()  # the request's, known when it is queued
     added_at: float = 0.0  # seconds, time.monotonic
     draft_token_ids: list[int] = field(default_factory=list)
     draft_parents: list[int] = field(default_factory=list)

@@ -1,23 +1,39 @@
 """What both ways to ask for text accept: the fields of the OpenAI API, vLLM's extensions to them, and ours.
 
 Types are strict ("1" is not 1), bounds that no configuration widens stand in the types, and null means absent.
-Unknown fields are kept, so that the answer can name them. Lists fail at their first wrong item, and the values of maps
-are checked where they are used: a body may hold millions of them, and a report on each would take minutes.
+Unknown fields are kept, so that the answer can name them. A body may hold millions of items, of which a report on each
+would take minutes: lists and maps that are too long are refused before any item is read, lists fail at their first
+wrong item, and what is bounded by the model's vocabulary is checked where that is known (`server.sampling`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_ID_LENGTH = 128
+MAX_VOCABULARY = 2**19  # tokens, more than any model has
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Refuses a longer list or map at once; pydantic's own `max_length` would look at each of its items first."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise PydanticCustomError("too_long", f"{len(value)} items are more than the {limit} that are allowed")
+        return value
+
+    return BeforeValidator(check)
+
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
 NumLogprobs = Annotated[int, Field(ge=0, le=1000)]
 RequestIdText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[A-Za-z0-9._:=+/@-]+$")]
@@ -58,7 +74,7 @@ class SamplingFields(Body):
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = Field(
         None, description="over prompt and output; 1: off"
     )
-    logit_bias: Annotated[dict[str, JsonValue], WithJsonSchema(BIAS_SCHEMA)] | None = Field(
+    logit_bias: Annotated[dict[str, object], at_most(MAX_VOCABULARY), WithJsonSchema(BIAS_SCHEMA)] | None = Field(
         None, description="token id to what is added to its logit"
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
@@ -68,12 +84,14 @@ class SamplingFields(Body):
         None, description="nothing stops the output before this many tokens"
     )
     ignore_eos: bool | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True), at_most(16)] | None = Field(
         None, description="text that ends the output; how many may be given is a limit of the server"
     )
-    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
-    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    bad_words: Annotated[list[BadWord], Field(max_length=256, fail_fast=True)] | None = Field(
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024), at_most(1024)] | None = None
+    allowed_token_ids: (
+        Annotated[list[object], Field(min_length=1), at_most(MAX_VOCABULARY), WithJsonSchema(TOKEN_IDS_SCHEMA)] | None
+    ) = Field(None, description="the only tokens that may be sampled; no more entries than the vocabulary has tokens")
+    bad_words: Annotated[list[BadWord], Field(max_length=256, fail_fast=True), at_most(256)] | None = Field(
         None, description="texts that must not be written"
     )
     speculation: Speculation | None = None

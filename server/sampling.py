@@ -45,7 +45,7 @@ def make_params(
         presence_penalty=_default(body.presence_penalty, defaults, "presence_penalty", 0.0),
         repetition_penalty=_default(body.repetition_penalty, defaults, "repetition_penalty", 1.0),
         logit_bias=_logit_bias(body, model.vocab_size),
-        allowed_token_ids=_checked_ids(body.allowed_token_ids, "allowed_token_ids", model.vocab_size),
+        allowed_token_ids=_allowed_token_ids(body.allowed_token_ids, model.vocab_size),
         bad_words=_bad_words(body.bad_words or [], tokenizer),
         stop_token_ids=_stop_token_ids(body, model),
         logprobs=logprobs,
@@ -113,6 +113,22 @@ def _logit_bias(body: RequestFields, vocab_size: int) -> dict[int, float]:
     return biases
 
 
+def _allowed_token_ids(listed: list[object] | None, vocab_size: int) -> list[int] | None:
+    """Each once, in ascending order. The cost is bounded by the vocabulary, whatever the body holds."""
+    if listed is None:
+        return None
+    param = "allowed_token_ids"
+    if len(listed) > vocab_size:
+        message = f"{param}: {len(listed)} entries are more than the {vocab_size} tokens of the vocabulary"
+        raise bad_request(message, param=param)
+    token_ids = [token for token in listed if type(token) is int]  # which leaves out booleans
+    if len(token_ids) < len(listed):
+        raise bad_request(f"{param}: every entry must be a token id, an integer", param=param)
+    if min(token_ids) < 0:
+        raise bad_request(f"{param}: {min(token_ids)} is no token id", param=param)
+    return _checked_ids(sorted(set(token_ids)), param, vocab_size)
+
+
 def _checked_ids(token_ids: list[int] | None, param: str, vocab_size: int) -> list[int] | None:
     if token_ids and max(token_ids) >= vocab_size:
         raise bad_request(
@@ -123,13 +139,9 @@ def _checked_ids(token_ids: list[int] | None, param: str, vocab_size: int) -> li
 
 def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """The token sequences that spell a word at the beginning of a text and, with a space before it, inside one."""
-    sequences: list[list[int]] = []
-    for word in words:
-        for text in (word, " " + word.lstrip()):
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            if token_ids and token_ids not in sequences:
-                sequences.append(token_ids)
-    return sequences
+    texts = dict.fromkeys(text for word in words for text in (word, " " + word.lstrip()))
+    sequences = dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    return [list(token_ids) for token_ids in sequences if token_ids]
 
 
 def _stop_token_ids(body: RequestFields, model: ModelInfo) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 
 from engine.noise import gumbel, noise_bits, noise_keys, token_words
 from engine.sampler import Sampler
+from engine.sampler_triton import TritonSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
 INF = math.inf
@@ -302,6 +303,31 @@ def test_chunks_that_do_not_sample_get_nothing_and_disturb_nobody() -> None:
     alone = sampler(logits, [item])[0]
     assert sampler(logits, [chunk, item, chunk]) == [Sampled([]), alone, Sampled([])]
     assert sampler(logits[:0], [chunk]) == [Sampled([])]
+
+
+# --- what a client has named is read once ---
+
+
+@pytest.mark.parametrize("make_sampler", [Sampler, TritonSampler])
+def test_lists_of_a_request_are_read_for_its_first_token_only(make_sampler) -> None:
+    """What a step costs everybody else does not depend on how much one client has named."""
+    rng = random.Random(5)
+    torch.manual_seed(5)
+    for _ in range(20):
+        logits = torch.randn(4, 50)
+        fields = {
+            "allowed_token_ids": rng.sample(range(50), 30),
+            "logit_bias": dict.fromkeys(rng.sample(range(50), 20), 3.0),
+            "bad_words": [[rng.randrange(50)] for _ in range(3)] + [[2, rng.randrange(50)] for _ in range(20)],
+            "stop_token_ids": rng.sample(range(50), 10),
+            "min_tokens": 9,
+        }
+        item = make_item(make_params(**fields, seed=rng.getrandbits(40)), prompt=[1, 2], drafts=[2, 2, 2])
+        sampler = make_sampler(50)
+        expected = sampler(logits, [item])
+        for named in ("allowed_token_ids", "logit_bias", "bad_words", "stop_token_ids"):
+            getattr(item.seq.params, named).clear()
+        assert sampler(logits, [item]) == expected
 
 
 # --- what cannot be sampled ---

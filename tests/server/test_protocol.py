@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import ValidationError
+
+from server.protocol import CompletionBody
 
 COMPLETION = {"model": "tiny", "prompt": "hello"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -50,7 +53,10 @@ SHARED_REFUSED = [
     {"stream_options": {"include_obfuscation": True}}, {"user": 5}, {"metadata": [1]}, {"ignore_eos": 0},
     {"min_tokens": -1}, {"min_tokens": 17, "max_tokens": 16}, {"min_tokens": "1"}, {"skip_special_tokens": "no"},
     {"spaces_between_special_tokens": 1}, {"add_special_tokens": "x"},
-    {"allowed_token_ids": []}, {"allowed_token_ids": [330]}, {"bad_words": [""]}, {"bad_words": "bad"},
+    {"allowed_token_ids": []}, {"allowed_token_ids": [330]}, {"allowed_token_ids": [5] * 331},
+    {"allowed_token_ids": [True]}, {"allowed_token_ids": ["5"]}, {"allowed_token_ids": [5.0]},
+    {"allowed_token_ids": [5, -1]}, {"allowed_token_ids": [[5]]}, {"allowed_token_ids": {"5": 1}},
+    {"allowed_token_ids": [5, 10**30]}, {"stop_token_ids": [5] * 1025}, {"bad_words": [""]}, {"bad_words": "bad"},
     {"truncate_prompt_tokens": 0}, {"truncate_prompt_tokens": -2}, {"truncate_prompt_tokens": 1.5},
     {"return_token_ids": "y"}, {"return_tokens_as_token_ids": 2}, {"prompt_logprobs": -1}, {"prompt_logprobs": 21},
     {"priority": 1.5}, {"priority": 2**31}, {"cache_salt": ""}, {"cache_salt": "x" * 257}, {"request_id": "a b"},
@@ -261,6 +267,33 @@ async def test_sampling_fields_reach_the_engine(world, client) -> None:
     }  # fmt: skip
     assert expected.items() <= _fields(request.params).items()
     assert request.priority == 3
+
+
+async def test_allowed_tokens_are_told_once_each(world, client) -> None:
+    for listed, told in [([7, 5, 7, 5], [5, 7]), ([5] * 330, [5]), (list(range(330)), list(range(330)))]:
+        await client.post("/v1/completions", json=COMPLETION | {"allowed_token_ids": listed})
+        assert world.engine.requests[-1].params.allowed_token_ids == told
+
+
+async def test_bad_words_are_told_once_each(world, client) -> None:
+    await client.post("/v1/completions", json=COMPLETION | {"bad_words": ["bad", "bad", " bad"] * 80})
+    told = world.engine.requests[-1].params.bad_words
+    assert len(told) == len({tuple(word) for word in told}) == 2
+
+
+class Unread(list):
+    """A list whose items nobody may look at."""
+
+    def __iter__(self):
+        raise AssertionError("its items were read")
+
+    __getitem__ = __contains__ = __iter__
+
+
+@pytest.mark.parametrize("field", ["allowed_token_ids", "stop_token_ids", "bad_words", "stop"])
+def test_lists_that_are_too_long_are_refused_before_any_item_is_read(field: str) -> None:
+    with pytest.raises(ValidationError, match=r"600000 items are more than the \d+ that are allowed"):
+        CompletionBody.model_validate({**COMPLETION, field: Unread([5] * 600_000)})
 
 
 async def test_defaults_come_from_the_model(world, client) -> None:

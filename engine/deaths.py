@@ -35,8 +35,8 @@ class Death(msgspec.Struct, frozen=True, kw_only=True):
 class Verdict:
     """Whose fault a death was, as far as that is known.
 
-    has_suspect: a request that was under suspicion already was alone in the step. culprit_ids: requests that were at
-    fault in the deaths they were in, earlier ones too: quarantined, or gone before they could be tried alone.
+    has_suspect: the process had nothing but a request that was under suspicion already. culprit_ids: requests that were
+    at fault in the deaths they were in, earlier ones too: quarantined, or gone before they could be tried alone.
     """
 
     has_suspect: bool

@@ -176,14 +176,14 @@ class Journal:
         culprit_ids: set[str] = set()
         if not self._suspects:  # all others of those deaths went on, so it was one of the lost
             culprit_ids, self._lost_suspects = self._lost_suspects, set()
-        alone = self._suspects.get(batch_ids[0]) if len(batch_ids) == 1 else None
+        on_trial = next((entry for entry in self._suspects.values() if entry.add_number), None)
         quarantined: list[Entry] = []
-        if alone is not None:
-            alone.num_solo_deaths += 1
-            if alone.num_solo_deaths >= MAX_SOLO_DEATHS:
-                quarantined.append(alone)
-                culprit_ids.add(alone.request.request_id)
-                self.remove(alone)
+        if on_trial is not None and batch_ids == [on_trial.request.request_id]:
+            on_trial.num_solo_deaths += 1
+            if on_trial.num_solo_deaths >= MAX_SOLO_DEATHS:
+                quarantined.append(on_trial)
+                culprit_ids.add(on_trial.request.request_id)
+                self.remove(on_trial)
         self._lost_suspects |= set(batch_ids) & set(self._leavers)
         self._leavers.clear()
         suspects = {**self._suspects, **{name: self._entries[name] for name in batch_ids if name in self._entries}}
@@ -191,7 +191,7 @@ class Journal:
         for entry in self._entries.values():
             self._unsend(entry)
         self._unsent = dict(self._entries)
-        return quarantined, Verdict(has_suspect=alone is not None, culprit_ids=frozenset(culprit_ids))
+        return quarantined, Verdict(has_suspect=on_trial is not None, culprit_ids=frozenset(culprit_ids))
 
     def _unsend(self, entry: Entry) -> None:
         if entry.is_running:

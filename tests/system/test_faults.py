@@ -81,7 +81,7 @@ async def test_requests_survive_the_death_of_the_engine(start_server):
 
 async def test_kills_one_after_the_other_end_no_request(start_server):
     """The second comes just as the replacement is ready, the third while it tries the suspects one by one."""
-    with start_server() as server:
+    with start_server("--set", "supervision.max_deaths=4") as server:
         expected = await _all(server.url, count=8)
         running = asyncio.create_task(_all(server.url, count=8))
         await asyncio.to_thread(server.wait_for, lambda: server.metric("peregrine_requests_running") == 16, 20)

@@ -39,8 +39,14 @@ def installed_versions() -> dict[str, str]:
 
 
 def state_directory() -> Path:
-    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state.
+
+    Raises FileNotFoundError for a user without a home directory, as some clusters make them.
+    """
+    try:
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
     return Path(home) / "peregrine"
 
 
@@ -48,14 +54,15 @@ def write_crash_report(report: CrashReport) -> Path | None:
     """Returns the file, readable by its owner alone. None if no directory could be written: a report must not fail."""
     prefix = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-"
     content = msgspec.json.format(msgspec.json.encode(report), indent=2)
-    for directory in (state_directory(), Path(tempfile.gettempdir())):
+    for find_directory in (state_directory, lambda: Path(tempfile.gettempdir())):
         try:
+            directory = find_directory()
             directory.mkdir(parents=True, exist_ok=True)
             fd, path = tempfile.mkstemp(prefix=prefix, suffix=".json", dir=directory)
             with os.fdopen(fd, "wb") as file:
                 file.write(content + b"\n")
         except OSError as error:
-            logger.warning("cannot write a crash report into %s: %s", directory, error)
+            logger.warning("cannot write a crash report: %s", error)
             continue
         return Path(path)
     return None

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit, types
 
 from kernels.numba.formats import BFLOAT16, FLOAT32
+from kernels.numba.kernel_cache import kernel
 from kernels.numba.lanes import LANES, exponentiate, largest_of
 from kernels.numba.memory import flags, floats, integers
 from kernels.numba.tiles import (
@@ -35,7 +36,7 @@ SCRATCH_FLOATS = 4 * (MAX_PARTS + PARTS_AHEAD)  # addresses of parts, keys' and 
 SCRATCH_FLOATS_PER_ROW = SPAN + 3  # beside two times the head size
 
 
-@njit([types.void(*[types.int64] * 9)], cache=True)
+@kernel(types.void(*[types.int64] * 9))
 def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
     """out = x @ keys, [rows, num_parts * LANES]. parts: addresses of LANES keys each, as columns"""
     row = 0
@@ -51,7 +52,7 @@ def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
         row += tile
 
 
-@njit([types.void(*[types.int64] * 10)], cache=True)
+@kernel(types.void(*[types.int64] * 10))
 def _weigh(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
     """out += x @ values, [rows, size]. parts: addresses of LANES values each, of `depth` in all, of which the first
     `skipped` are not looked at; element: bytes"""
@@ -221,7 +222,7 @@ def attend_unit(
     _write_means(out, sums, states, first_token, group, kv_head, num_heads, size, rows)
 
 
-@njit([types.void(*[types.int64] * 9)], cache=True)
+@kernel(types.void(*[types.int64] * 9))
 def _write_means(out, sums, states, first_token, group, kv_head, num_heads, size, rows):
     """out = sums of weighted values / sums of weights"""
     for row in range(rows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from kernels.numba.kernel_cache import kernel
 from kernels.numba.lanes import GROUP
 from kernels.numba.memory import flags, float16_value, floats, to_float16_bits, words
 
@@ -25,7 +26,7 @@ def _match(values, levels, scale, offset):
     return is_exact
 
 
-@njit("boolean(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+@kernel("boolean(int64, int64, int64, int64, int64)", nogil=True)
 def read_int4(weight, levels, scales, offsets, num_groups):
     """Fills levels (uint8 [num_groups, 32]), scales and offsets (float16 [num_groups]); false at the first group whose
     elements are not 16 levels: evenly spaced from the smallest (GGUF's Q4_1), or around zero (Q4_0).
@@ -50,7 +51,7 @@ def read_int4(weight, levels, scales, offsets, num_groups):
     return True
 
 
-@njit("boolean(int64, int64, int64, int64)", nogil=True, cache=True)
+@kernel("boolean(int64, int64, int64, int64)", nogil=True)
 def read_int8(weight, levels, scales, num_groups):
     """Fills levels (int8 [num_groups, 32]) and scales (float16 [num_groups]); false at the first group whose elements
     are not whole multiples of a 127th of the largest (GGUF's Q8_0).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from numba import njit, types
 
 from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
+from kernels.numba.kernel_cache import kernel
 from kernels.numba.lanes import GROUP, LANES
 from kernels.numba.tiles import (
     MAX_ROWS_OF_TWO_PANELS,
@@ -36,7 +37,7 @@ def panel_bytes(kind, depth):
     return depth * LANES * 2
 
 
-@njit([types.void(*[types.int64] * 14)], cache=True)
+@kernel(types.void(*[types.int64] * 14))
 def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, unpacked, out, ldo, adds):
     """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel.
 
@@ -70,7 +71,7 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
             )  # fmt: skip
 
 
-@njit([types.void(*[types.int64] * 14)], cache=True)
+@kernel(types.void(*[types.int64] * 14))
 def _multiply_panels(
     kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
 ):
@@ -98,7 +99,7 @@ def _multiply_panels(
         panel += panels
 
 
-@njit([types.void(*[types.int64] * 14)], cache=True)
+@kernel(types.void(*[types.int64] * 14))
 def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch):
     """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
 

@@ -22,6 +22,7 @@ from kernels.numba.elementwise import (
     rotate_and_store_rows,
     silu_and_multiply_rows,
 )
+from kernels.numba.kernel_cache import kernel
 from kernels.numba.lanes import call_by_name
 from kernels.numba.linear import BLOCK_ROWS, multiply_unit
 from kernels.numba.memory import add_to_counter, floats, integers, read_counter, write_counter
@@ -180,14 +181,14 @@ def _work(program, num_ops, step_address, control, scratch, times):
             integers(times, num_ops + 1)[index + 1] = _cycles()
 
 
-@njit("void(int64)", cache=True)
+@kernel("void(int64)")
 def open_program(control):
     """Lets the other threads join what the caller is about to run; they see all that it wrote before."""
     write_counter(control + _OPEN, 1)
     add_to_counter(control + _GENERATION, 1)
 
 
-@njit("int64(int64,int64,int64,int64,int64,int64)", nogil=True, cache=True)
+@kernel("int64(int64,int64,int64,int64,int64,int64)", nogil=True)
 def run(call, control, scratch, times, seen, num_spins):
     """Runs programs. A thread with `num_spins` 0 leads: it runs one with whoever joins, and returns when it is done and
     nobody is in it any more. The others follow: they join programs as they come, and return the last generation that

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import float32, njit, types, uint32
+from numba import float32, types, uint32
 
 from kernels.numba.elementwise import REORDERED
+from kernels.numba.kernel_cache import kernel
 
 _FLOATS, _WORDS = types.Array(float32, 1, "C"), types.Array(uint32, 1, "C")
 _LOG2E = np.float32(1.4426950408889634)
 _SMALLEST_EXPONENT = np.float32(-126.0)  # below it, float32 loses its bits
 
 
-@njit([types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS)], cache=True, nogil=True)
+@kernel(types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS), nogil=True)
 def start_race(gaps, words, first_key, second_key, time_of_gap, bits, times):
     """Noise bits and times of every token, as `engine.noise` and `engine.gumbel` define them."""
     for i in range(len(gaps)):
@@ -26,7 +27,7 @@ def start_race(gaps, words, first_key, second_key, time_of_gap, bits, times):
         times[i] = gaps[i] * time_of_gap + np.float32(np.float32(np.int32(x)).view(np.int32))
 
 
-@njit([types.float32(_FLOATS)], cache=True, nogil=True, fastmath=REORDERED)
+@kernel(types.float32(_FLOATS), nogil=True, fastmath=REORDERED)
 def sum_weights(gaps):
     """The sum of exp(-gap), to about 1e-6 of it. Infinite gaps weigh 1e-38."""
     total = np.float32(0.0)

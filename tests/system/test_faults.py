@@ -9,6 +9,7 @@ import time
 
 import httpx
 import psutil
+import pytest
 
 NUM_TOKENS = 300  # so that an answer takes longer than finding out that it has begun
 
@@ -146,6 +147,21 @@ async def test_a_frozen_engine_is_noticed_and_replaced(start_server):
         await asyncio.to_thread(server.wait_until_ready)
         assert await running == expected
         assert not frozen.is_running()
+
+
+@pytest.mark.slow  # compiles twice
+def test_damaged_compiled_kernels_are_made_again(start_server, tmp_path):
+    kernels = tmp_path / "cache" / "peregrine" / "kernels"
+    with start_server("--set", "device.kernels=numba") as server:
+        expected = server.complete("hello", max_tokens=8, temperature=0)["choices"]
+    files = list(kernels.glob("*/*.kernel"))
+    assert len(files) >= 5
+    for number, file in enumerate(files):
+        content = file.read_bytes()
+        file.write_bytes([content[: len(content) // 2], b"", bytes(len(content))][number % 3])
+    with start_server("--set", "device.kernels=numba") as server:
+        assert server.complete("hello", max_tokens=8, temperature=0)["choices"] == expected
+        assert f"compiled kernels in {files[0].parent} are damaged" in server.log.read_text()
 
 
 async def test_a_thousand_aborted_requests_leave_nothing_behind(start_server):

@@ -1,0 +1,145 @@
+"""Compiled kernels on disk. A damaged file is made again, and a folder that cannot be written costs time only."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba import njit
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.core.sigutils import normalize_signature
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def cache_directory() -> Path | None:
+    """$NUMBA_CACHE_DIR, else kernels/ in $PEREGRINE_CACHE, else peregrine/kernels/ in $XDG_CACHE_HOME or ~/.cache.
+
+    Below it, a folder for what these very sources compile to, in these versions. None: there is no home directory.
+    """
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    for source in (*sorted(PACKAGE.glob("*.py")), PACKAGE.parent / "panel.py"):
+        digest.update(source.read_bytes())
+    root = _root()
+    return None if root is None else root / digest.hexdigest()[:16]
+
+
+def _root() -> Path | None:
+    if given := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(given)
+    if given := os.environ.get("PEREGRINE_CACHE"):
+        return Path(given) / "kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peregrine" / "kernels"
+    except RuntimeError:  # a user without an entry in /etc/passwd, as some clusters make them
+        return None
+
+
+class KernelFolder:
+    """Files that begin with a digest of the rest: unpickling half of one, or linking it, could end the process."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._warned: set[str] = set()
+
+    def read(self, name: str) -> bytes | None:
+        """None if there is no such file, or none that is whole."""
+        if self.path is None:
+            return None
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError:
+            return None
+        digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() == digest:
+            return payload
+        self._warn(f"compiled kernels in {self.path} are damaged; they are compiled again")
+        return None
+
+    def write(self, name: str, payload: bytes) -> None:
+        """Atomically. Where it cannot be written, the next start has to compile again."""
+        if self.path is None:
+            self._warn("compiled kernels stay in memory, since there is no home directory; set XDG_CACHE_HOME")
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=f"{name}.", delete=False) as file:
+                try:
+                    file.write(hashlib.sha256(payload).digest() + payload)
+                    os.fchmod(file.fileno(), 0o644)  # a cache may be made by one user and read by others
+                    file.close()
+                    os.replace(file.name, self.path / name)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            reason = f"compiled kernels stay in memory, since {self.path} cannot be written ({error.strerror})"
+            self._warn(f"{reason}: every start compiles for some fifteen seconds; set XDG_CACHE_HOME to another folder")
+
+    def _warn(self, message: str) -> None:
+        """Once, not for each of a dozen kernels."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+FOLDER = KernelFolder(cache_directory())
+
+
+class KernelCache(NullCache):
+    """What Numba asks for a function's compiled code before it compiles, and gives it to after.
+
+    Numba's own has an index that it cannot do without and cannot tell to be damaged, and raises where it cannot write.
+    """
+
+    def __init__(self, function: Callable[..., object], folder: KernelFolder) -> None:
+        self._function = function
+        self._folder = folder
+
+    @property
+    def cache_path(self) -> str:
+        return str(self._folder.path)
+
+    def load_overload(self, sig, target_context):
+        target_context.refresh()
+        payload = self._folder.read(self._name(sig, target_context.codegen()))
+        return None if payload is None else CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def save_overload(self, sig, cres):
+        assert not cres.lifted
+        assert not cres.library.has_dynamic_globals, f"{self._function.__name__} refers to what lives in this process"
+        self._folder.write(self._name(sig, cres.codegen), dumps(cres._reduce()))
+
+    def _name(self, sig, codegen) -> str:
+        """Of the file: the function, and a digest of what else its code depends on beside the sources."""
+        arguments, returned = normalize_signature(sig)
+        key = repr((self._function.__module__, arguments, returned, codegen.magic_tuple()))
+        name = self._function.__name__.strip("_")
+        return f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.kernel"
+
+
+def kernel(*signatures, folder: KernelFolder = FOLDER, **options):
+    """`numba.njit` for a function with these signatures only, compiled where it is defined, or read from the cache."""
+
+    def decorate(function):
+        dispatcher = njit(**options)(function)
+        dispatcher._cache = KernelCache(function, folder)  # as `enable_caching` would set Numba's
+        for signature in signatures:
+            dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return decorate

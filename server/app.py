@@ -20,7 +20,7 @@ from server.config import Config
 from server.errors import install_error_handlers
 from server.metrics import EngineCollector, Metrics
 from server.middleware import BodyLimit, RequestContext
-from server.observers import Observers, QueueWatch, StateWatch
+from server.observers import Observers, StateWatch
 from server.state import ServerState
 from server.version import VERSION
 
@@ -83,14 +83,13 @@ def _make_state(
 ) -> ServerState:
     names = config.model_names()
     metrics = Metrics(names[0], proposer=config.speculation.method, vllm_names=config.metrics.vllm_names)
-    drain_rate = DrainRate()
-    all_observers = Observers(metrics, QueueWatch(drain_rate))
+    all_observers = Observers(metrics)
     engine = make_engine(config.engine_config(), all_observers)
     metrics.registry.register(EngineCollector(engine, names[0]))
     state = ServerState(
         config=config,
         engine=engine,
-        admission=Admission(engine, config.limits, drain_rate),
+        admission=Admission(engine, config.limits, DrainRate()),
         metrics=metrics,
         tokenizer=None,
         model_names=names,

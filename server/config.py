@@ -44,12 +44,16 @@ class LimitsConfig(Section):
 
     for_operators: ClassVar[bool] = True
 
-    max_queued_requests: Count = Field(default=1024, description="choices that may wait for the engine; beyond: 429")
-    max_queued_tokens: Count = Field(default=1048576, description="prompt tokens that may wait; beyond: 429")
+    max_queued_requests: Count = Field(
+        default=1024, description="choices that may wait for the engine; beyond: 429, and 400 for one request of more"
+    )
+    max_queued_tokens: Count = Field(
+        default=1048576, description="prompt tokens that may wait; beyond: 429, and 400 for one request of more"
+    )
     max_body_bytes: Count = Field(default=16777216, description="size of a request body; beyond: 413")
-    max_n: Annotated[int, Field(ge=1, le=128)] = Field(default=8, description="choices per prompt")
+    max_n: Annotated[int, Field(ge=1, le=128)] = Field(default=128, description="choices per prompt")
     max_prompts: Count = Field(default=64, description="prompts in one request")
-    max_stop_strings: Annotated[int, Field(ge=0, le=16)] = Field(default=4, description="stop strings in one request")
+    max_stop_strings: Annotated[int, Field(ge=0, le=16)] = Field(default=16, description="stop strings in one request")
     max_logit_bias: Annotated[int, Field(ge=0)] = Field(default=1024, description="entries of logit_bias")
     max_logprobs: Annotated[int, Field(ge=0, le=1000)] = Field(default=20, description="likeliest tokens per position")
     request_timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(

@@ -9,7 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from engine.client import EngineClient, EngineError
+from engine.types import StepOutput
 from server.active_requests import ActiveRequest, ActiveRequests
+from server.admission import Admission, Place
 from server.choice import Choice, ChoiceReader, Delta
 from server.errors import ApiError
 from server.record import RequestRecord, TokenCounts
@@ -45,12 +47,14 @@ class Generation:
         *,
         engine: EngineClient,
         tokenizer: Tokenizer,
+        admission: Admission,
         active_requests: ActiveRequests,
         record: RequestRecord,
     ) -> None:
         self.job = job
         self.readers = [ChoiceReader(choice, tokenizer) for choice in job.choices]
         self._engine = engine
+        self._admission = admission
         self._active_requests = active_requests
         self._record = record
         self._num_restarts_before = engine.num_restarts
@@ -58,12 +62,17 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The pieces of all choices as they come; each choice ends with exactly one that has a finish reason.
 
-        Raises ApiError if the request cannot be finished; nothing follows then.
+        Raises ApiError if the queue has no room for it, or if it cannot be finished; nothing follows then.
         """
         ids = (self.job.response_id, self.job.request_id)
         num_delivered = num_ended = 0
-        with self._active_requests.register(ids, self.job.deadline) as active, self._record.running(self):
-            streams = [self._read_choice(reader, active) for reader in self.readers]
+        num_tokens = sum(len(choice.prompt.token_ids) for choice in self.job.choices)
+        with (
+            self._admission.admit(len(self.job.choices), num_tokens) as place,
+            self._active_requests.register(ids, self.job.deadline) as active,
+            self._record.running(self),
+        ):
+            streams = [self._read_choice(reader, active, place) for reader in self.readers]
             async with aclosing(merge(streams)) as merged:
                 async for delta in merged:
                     if delta.finish_reason == "timeout" and num_delivered == 0 and not delta.token_ids:
@@ -76,23 +85,35 @@ class Generation:
                         self._record.outcome = self._outcome()
                     yield delta
 
-    async def _read_choice(self, reader: ChoiceReader, active: ActiveRequest) -> AsyncGenerator[Delta, None]:
-        async with aclosing(self._engine.generate(reader.choice.request)) as outputs:
-            while reader.finish_reason is None:
-                try:
-                    output = await active.next(outputs)
-                except TimeoutError:
-                    yield reader.expire()
-                    return
-                except EngineError as error:
-                    raise self._failure(str(error), error.kind) from error
-                if output.finish_reason == "error":
-                    raise self._failure(output.error or "the engine could not finish the request", "request")
-                num_before, last_at = reader.num_tokens, reader.last_tokens_at
-                delta = reader.take(output)
-                self._record.tokens(reader.num_tokens - num_before, last_at, reader.last_tokens_at)
-                if delta is not None:
-                    yield delta
+    async def _read_choice(
+        self, reader: ChoiceReader, active: ActiveRequest, place: Place
+    ) -> AsyncGenerator[Delta, None]:
+        try:
+            async with aclosing(self._engine.generate(reader.choice.request)) as outputs:
+                place.hand_over(len(reader.choice.prompt.token_ids))
+                while reader.finish_reason is None:
+                    delta = await self._read_delta(reader, active, outputs)
+                    if delta is not None:
+                        yield delta
+        finally:
+            place.end()
+
+    async def _read_delta(
+        self, reader: ChoiceReader, active: ActiveRequest, outputs: AsyncGenerator[StepOutput, None]
+    ) -> Delta | None:
+        """What the engine's next output completes."""
+        try:
+            output = await active.next(outputs)
+        except TimeoutError:
+            return reader.expire()
+        except EngineError as error:
+            raise self._failure(str(error), error.kind) from error
+        if output.finish_reason == "error":
+            raise self._failure(output.error or "the engine could not finish the request", "request")
+        num_before, last_at = reader.num_tokens, reader.last_tokens_at
+        delta = reader.take(output)
+        self._record.tokens(reader.num_tokens - num_before, last_at, reader.last_tokens_at)
+        return delta
 
     def _failure(self, message: str, kind: str) -> ApiError:
         message = f"{message} (request {self.job.request_id})"

@@ -9,7 +9,6 @@ import time
 from engine.client import EngineObserver
 from engine.messages import Failed, ModelInfo, TokenizerAssets
 from engine.types import StepStats
-from server.admission import DrainRate
 from server.state import ServerState
 from server.tokenizer import Tokenizer
 
@@ -70,16 +69,6 @@ class Deaf(EngineObserver):
 
     def on_replay(self, num_requests: int) -> None:
         """Nothing."""
-
-
-class QueueWatch(Deaf):
-    """Measures how fast the queue drains."""
-
-    def __init__(self, drain_rate: DrainRate) -> None:
-        self._drain_rate = drain_rate
-
-    def on_started(self, request_id: str, waited_seconds: float) -> None:
-        self._drain_rate.count()
 
 
 class StateWatch(Deaf):

@@ -84,10 +84,10 @@ def make_generation(
     serving: Serving, body: RequestFields, prompts: Sequence[Prompt], params: SamplingParams, *,
     id_prefix: str, record: RequestRecord, scores_only: bool = False,
 ) -> Generation:  # fmt: skip
-    """Admits the request and makes its choices. Raises ApiError 429 or 503."""
+    """Makes the choices of a request. Raises ApiError 400 if no queue could take them."""
     num_choices = body.n or 1
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts) * num_choices
-    serving.state.admission.admit(len(prompts) * num_choices, num_tokens)
+    serving.state.admission.check_size(len(prompts) * num_choices, num_tokens)
     response_id = f"{id_prefix}-{serving.request_id}"
     text = _text_options(body, params)
     asked_stop_ids = frozenset(body.stop_token_ids or ())
@@ -125,6 +125,7 @@ def make_generation(
         job,
         engine=serving.state.engine,
         tokenizer=serving.tokenizer,
+        admission=serving.state.admission,
         active_requests=serving.state.active_requests,
         record=record,
     )

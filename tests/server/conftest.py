@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
@@ -171,6 +171,17 @@ class FakeEngine:
         )  # fmt: skip
 
 
+class FakePlace(AbstractContextManager):
+    def hand_over(self, num_tokens: int) -> None:
+        """Nobody counts."""
+
+    def end(self) -> None:
+        """Nobody counts."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody counts."""
+
+
 class FakeAdmission:
     def __init__(self) -> None:
         self.error: ApiError | None = None
@@ -180,10 +191,14 @@ class FakeAdmission:
         if self.error is not None and self.error.status == 503:
             raise self.error
 
-    def admit(self, num_requests: int, num_tokens: int) -> None:
+    def check_size(self, num_requests: int, num_tokens: int) -> None:
+        """Nothing is too large."""
+
+    def admit(self, num_requests: int, num_tokens: int) -> FakePlace:
         if self.error is not None:
             raise self.error
         self.admitted.append((num_requests, num_tokens))
+        return FakePlace()
 
 
 @dataclass

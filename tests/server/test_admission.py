@@ -1,12 +1,19 @@
 """Who may enter the queue, and when the others should come back."""
 
+import heapq
+import itertools
+import math
 import random
+from collections import Counter
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.messages import Failed
-from server.admission import MAX_RETRY_AFTER, UNKNOWN_DRAIN_RETRY_AFTER, Admission, DrainRate
+from server.admission import MAX_RETRY_AFTER, MIN_FAR_RETRY_AFTER, SLACK, Admission, DrainRate
 from server.config import LimitsConfig
 from server.errors import ApiError
 
@@ -27,9 +34,8 @@ def make(*, waiting: int = 0, tokens: int = 0, requests: int = 4, max_tokens: in
     clock = Clock()
     drain_rate = DrainRate(clock=clock)
     limits = LimitsConfig(max_queued_requests=requests, max_queued_tokens=max_tokens)
-    return SimpleNamespace(
-        admission=Admission(engine, limits, drain_rate), engine=engine, clock=clock, drain_rate=drain_rate
-    )
+    admission = Admission(engine, limits, drain_rate, clock=clock)
+    return SimpleNamespace(admission=admission, engine=engine, clock=clock, drain_rate=drain_rate)
 
 
 def refusal(parts: SimpleNamespace, num_requests: int, num_tokens: int) -> ApiError:
@@ -56,8 +62,48 @@ def test_the_queue_takes_tokens_up_to_its_limit_and_not_one_more():
     assert "limits.max_queued_tokens (100)" in error.message
 
 
-def test_an_empty_queue_takes_what_could_never_fit_better():
-    make().admission.admit(512, 10**9)
+@pytest.mark.parametrize("waiting", [0, 3])
+def test_what_no_queue_could_take_is_the_clients_mistake(waiting):
+    parts = make(waiting=waiting)
+    error = refusal(parts, 5, 5)
+    assert (error.status, error.param) == (400, "n")
+    assert "5 choices" in error.message
+    assert "limits.max_queued_requests" in error.message
+    error = refusal(parts, 1, 101)
+    assert (error.status, error.param) == (400, "prompt")
+    assert "101 prompt tokens" in error.message
+    assert "limits.max_queued_tokens" in error.message
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 60), st.sampled_from(["stay", "hand over", "leave"]))))
+def test_no_order_of_arrivals_passes_a_limit(arrivals):
+    """Admitted requests count at once, and until the engine counts them or they are given up."""
+    parts = make()
+    places = []
+    for num_requests, num_tokens, then in arrivals:
+        engine, admission = parts.engine, parts.admission
+        fits = admission.num_waiting + num_requests <= 4 and admission.num_waiting_tokens + num_tokens <= 100
+        if not fits:
+            assert refusal(parts, num_requests, num_tokens).status == 429
+            continue
+        place = admission.admit(num_requests, num_tokens)
+        if then == "leave":
+            with place:
+                pass
+            continue
+        places.append(place)
+        if then == "hand over":
+            place.hand_over(num_tokens)
+            engine.num_waiting += 1
+            engine.num_waiting_tokens += num_tokens
+        assert admission.num_waiting <= 4
+        assert admission.num_waiting_tokens <= 100
+    for place in places:
+        place.__exit__()
+    assert (parts.admission.num_waiting, parts.admission.num_waiting_tokens) == (
+        parts.engine.num_waiting,
+        parts.engine.num_waiting_tokens,
+    )
 
 
 def test_a_restarting_engine_keeps_its_queue_open():
@@ -93,50 +139,152 @@ def test_a_closed_queue_is_503_whatever_the_engine_does():
         assert (refusal(parts, 1, 1).status, refusal(parts, 1, 1).code) == (503, "draining")
 
 
-def test_without_a_measurement_there_is_a_modest_guess():
-    assert refusal(make(waiting=4), 1, 1).retry_after == UNKNOWN_DRAIN_RETRY_AFTER
+def drain(parts: SimpleNamespace, *, rate: float, seconds: float) -> None:
+    """So many requests per second end, while others wait."""
+    for _ in range(int(seconds * rate)):
+        parts.drain_rate.watch(waited=True, waits=True)
+        parts.clock.now += 1 / rate
+        parts.drain_rate.watch(waited=True, waits=True)
+        parts.drain_rate.count()
 
 
 @pytest.mark.parametrize("rate", [0.5, 2.0, 20.0])
 def test_retry_after_is_the_time_that_the_excess_takes_to_drain(rate):
-    parts = make(waiting=10, requests=10)
-    for _ in range(int(60 * rate)):
-        parts.clock.now += 1 / rate
-        parts.drain_rate.count()
+    parts = make(waiting=10, requests=10, max_tokens=1000)
+    drain(parts, rate=rate, seconds=120)
     assert parts.drain_rate.per_second() == pytest.approx(rate, rel=0.15)
-    error = refusal(parts, 8, 8)
-    assert error.retry_after == pytest.approx(min(8 / rate, MAX_RETRY_AFTER), rel=0.15)
+    assert refusal(parts, 8, 8).retry_after == pytest.approx(max(SLACK * 8 / rate, 8 / 10), rel=0.15)
 
 
 def test_retry_after_for_tokens_counts_the_requests_that_hold_them():
     parts = make(waiting=10, tokens=100, requests=1000)  # 10 tokens each
-    for _ in range(60):
-        parts.clock.now += 1.0
-        parts.drain_rate.count()
-    assert refusal(parts, 1, 40).retry_after == pytest.approx(4.0, rel=0.15)
+    drain(parts, rate=1.0, seconds=120)
+    assert refusal(parts, 1, 40).retry_after == pytest.approx(4.0 * SLACK, rel=0.15)
+
+
+@pytest.mark.parametrize("rate", [0.5, 5.0, 50.0])
+def test_each_refused_client_has_a_place_of_its_own(rate):
+    parts = make(waiting=4)
+    drain(parts, rate=rate, seconds=120)
+    waits = [refusal(parts, 1, 1).retry_after for _ in range(200)]
+    assert all(0 < wait <= MAX_RETRY_AFTER for wait in waits)
+    assert len(set(waits)) == 200
+    seconds = Counter(math.ceil(wait) for wait in waits if wait < MIN_FAR_RETRY_AFTER)
+    assert max(seconds.values()) <= 4, "more come in one second than the queue can hold"
+    near = sorted(wait for wait in waits if wait < MIN_FAR_RETRY_AFTER)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(near)]
+    assert min(gaps) >= 1 / rate or min(gaps) == pytest.approx(1 / 4)
+
+
+def test_places_that_passed_are_forgotten():
+    parts = make(waiting=4)
+    drain(parts, rate=1.0, seconds=120)
+    first = refusal(parts, 1, 1).retry_after
+    for _ in range(20):
+        refusal(parts, 1, 1)
+    parts.drain_rate.watch(waited=True, waits=False)
+    parts.clock.now += 60
+    assert refusal(parts, 1, 1).retry_after == pytest.approx(first, rel=0.05)
 
 
 def test_a_queue_that_stands_still_sends_clients_further_away_but_not_for_ever():
     parts = make(waiting=4)
-    for _ in range(30):
-        parts.clock.now += 1.0
-        parts.drain_rate.count()
-    before = refusal(parts, 1, 1).retry_after
+    drain(parts, rate=1.0, seconds=30)
     waits = []
-    for _ in range(6):
-        parts.clock.now += 10.0
+    for _ in range(12):
+        parts.clock.now += 60.0
         waits.append(refusal(parts, 1, 1).retry_after)
-    assert before < waits[0] < waits[1]
-    assert waits == sorted(waits)
-    assert waits[-1] == MAX_RETRY_AFTER  # the SDKs ignore longer ones
+    assert waits[0] > SLACK
+    assert waits[0] < waits[1]
+    assert MIN_FAR_RETRY_AFTER <= waits[-1] <= MAX_RETRY_AFTER  # the SDKs ignore longer ones
 
 
-def test_the_drain_rate_follows_random_arrivals():
+def test_the_drain_rate_follows_random_ends():
     generator = random.Random(1)
     clock = Clock()
     drain_rate = DrainRate(window=50.0, clock=clock)
-    assert drain_rate.per_second() == 0.0
+    drain_rate.watch(waited=False, waits=True)
     for _ in range(2000):
         clock.now += generator.expovariate(5.0)
+        drain_rate.watch(waited=True, waits=True)
         drain_rate.count()
     assert drain_rate.per_second() == pytest.approx(5.0, rel=0.25)
+
+
+def test_an_idle_hour_says_nothing_of_the_rate():
+    parts = make(waiting=4)
+    drain(parts, rate=5.0, seconds=60)
+    before = parts.drain_rate.per_second()
+    parts.drain_rate.watch(waited=True, waits=False)
+    parts.clock.now += 3600
+    parts.drain_rate.watch(waited=False, waits=False)
+    assert parts.drain_rate.per_second() == before
+
+
+class SimulatedServer:
+    """A queue before workers, in simulated time, with clients that come again when they are told, twice."""
+
+    def __init__(self, *, num_workers: int, mean_seconds: float, limit: int, seed: int, whole_seconds: bool) -> None:
+        self.parts = make(requests=limit, max_tokens=10**6)
+        self.num_workers, self.mean_seconds, self.whole_seconds = num_workers, mean_seconds, whole_seconds
+        self.random = random.Random(seed)
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.num_running = self.num_served = self.num_gone = self.most_waiting = 0
+        self.numbers = itertools.count()
+
+    def after(self, seconds: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (self.parts.clock.now + seconds, next(self.numbers), do))
+
+    def arrive(self, num_attempts: int = 1) -> None:
+        try:
+            place = self.parts.admission.admit(1, 1)
+        except ApiError as error:
+            if num_attempts == 3:
+                self.num_gone += 1
+                return
+            wait = math.ceil(error.retry_after) if self.whole_seconds else error.retry_after
+            self.after(wait, lambda: self.arrive(num_attempts + 1))
+            return
+        with place:
+            place.hand_over(1)
+            self.parts.engine.num_waiting += 1
+        self.most_waiting = max(self.most_waiting, self.parts.engine.num_waiting)
+        self.after(0.01, lambda: self.step(place))
+
+    def step(self, place) -> None:
+        if self.num_running < self.num_workers and self.parts.engine.num_waiting:
+            self.parts.engine.num_waiting -= 1
+            self.num_running += 1
+            self.after(self.mean_seconds * self.random.uniform(0.5, 1.5), lambda: self.end(place))
+
+    def end(self, place) -> None:
+        place.end()
+        self.num_running -= 1
+        self.num_served += 1
+        self.after(0.01, lambda: self.step(place))
+
+    def run(self) -> None:
+        while self.events:
+            self.parts.clock.now, _, do = heapq.heappop(self.events)
+            do()
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    num_workers=st.sampled_from([1, 2, 8, 32]), mean_seconds=st.floats(0.05, 5), limit=st.integers(2, 64),
+    share=st.floats(0.1, 0.5), seed=st.integers(0, 10**6), whole_seconds=st.booleans(),
+)  # fmt: skip
+def test_everybody_of_a_burst_gets_in_within_two_retries(
+    num_workers: int, mean_seconds: float, limit: int, share: float, seed: int, whole_seconds: bool
+) -> None:
+    """As many as the server can serve within 20 s, all in the same instant, on a server that has measured nothing."""
+    server = SimulatedServer(
+        num_workers=num_workers, mean_seconds=mean_seconds, limit=limit, seed=seed, whole_seconds=whole_seconds
+    )
+    rate = min(num_workers / mean_seconds, limit)
+    num_clients = min(int(share * 40 * rate), 500)
+    for _ in range(num_clients):
+        server.arrive()
+    server.run()
+    assert (server.num_served, server.num_gone) == (num_clients, 0)
+    assert server.most_waiting <= limit

@@ -117,7 +117,7 @@ def test_the_effective_config_names_the_source_of_every_setting_and_hides_keys(o
         settings = response.json()
         assert "secret" not in response.text
         assert settings["server.api_keys"]["value"] == "2 (hidden)"
-        assert settings["limits.max_n"] == {"value": 8, "source": "default", "reason": "choices per prompt"}
+        assert settings["limits.max_n"] == {"value": 128, "source": "default", "reason": "choices per prompt"}
         assert all(set(entry) == {"value", "source", "reason"} for entry in settings.values())
 
 

@@ -39,6 +39,18 @@ def most_likely(gaps: Floats, num_tokens: int) -> Ints:
     return tokens[gaps[tokens].argsort(kind="stable")[:num_tokens]]
 
 
+def keep_first(gaps: Floats, num_tokens: int) -> None:
+    """Makes all gaps infinite, in place, but the first `num_tokens` in the order (gap, token id). Sorts nothing.
+
+    gaps: [vocab_size], none NaN; num_tokens: at least 1, at most vocab_size
+    """
+    last = np.partition(gaps, num_tokens - 1)[num_tokens - 1]
+    num_before = np.count_nonzero(gaps < last)
+    equals = np.flatnonzero(gaps == last)
+    gaps[gaps > last] = np.inf
+    gaps[equals[num_tokens - num_before :]] = np.inf
+
+
 def _block_minima(gaps: Floats, num_tokens: int) -> Floats:
     """The smallest gap of each block of tokens b, b + num_blocks, b + 2 * num_blocks, ... [num_blocks]
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from engine.acceptance import NO_TOKEN, NOT_FINITE
-from engine.candidates import Floats, Ints, gaps_below
+from engine.candidates import Floats, Ints, gaps_below, keep_first
 from engine.gumbel import GumbelRace
 from engine.logit_edits import LogitEditsOfSequences, bias_and_ban
 from engine.logprobs import ask_logprobs, logprob_queries, scored_tokens
@@ -49,6 +49,7 @@ SAMPLERS = {
     "triton": "engine.sampler_triton:TritonSampler",
 }
 
+FEW_TOKENS = 2048  # of a top-k: so many are listed and sorted; of more, only the last one is found
 GREEDY_BELOW = 1e-5  # the noise, at most 22, could not reverse a difference of 3e-4 between logits
 
 
@@ -135,11 +136,13 @@ class Sampler:
         key = noise_key(params.seed, row.position)
         gaps = gaps_below(peak, logits, np.float32(params.temperature))
         limits = limits_of(params, self.vocab_size)
-        if limits.top_k < self.vocab_size:
+        if limits.top_k < self.vocab_size and limits.top_k <= FEW_TOKENS:
             tokens = first_tokens(gaps, limits)
             return self._race.winner_among(tokens, gaps[tokens], key)
         if limits.max_gap < np.inf:
             gaps[gaps > limits.max_gap] = np.inf
+        if limits.top_k < self.vocab_size:
+            keep_first(gaps, limits.top_k)
         winner = self._race.winner(gaps, key)
         return winner if limits.top_p >= 1.0 else self._inside(gaps, limits, winner, key)
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from engine.back_end import BackEnd
+from engine.ceilings import Ceilings, ceilings_file, release, with_ceilings
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
-from engine.machine import Machine, measure_ceilings, read_machine
+from engine.machine import Machine, read_machine
 from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
 from engine.messages import ModelInfo
 from engine.models.loader import LoadedModel, load_model, read_model_facts
+from engine.plan_settings import resolve_device
 from engine.planner import MemoryPlan, plan_memory
 from engine.proposers import build_proposer
 from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
+from engine.step_stats import ModelCost, StepPace
 
 MIN_PROMPT_SHARE = 8  # fewer cost compiled layers much more each: of 8, a token takes 1.15 times as long as of 80
 
@@ -54,8 +55,10 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     ValueError for what the user can mend: its `kind`, if it has one, is "config", "model" or "memory".
     """
     clock = PhaseClock(report)
-    clock.enter("plan", config.model.path)
+    clock.enter("measure", "the machine's ceilings")
     machine = read_machine()
+    machine = with_ceilings(machine, resolve_device(config, machine).value)
+    clock.enter("plan", config.model.path)
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
     torch.set_num_threads(plan.num_threads)
@@ -71,9 +74,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         clock.enter("profile", f"a step of {plan.max_num_batched_tokens:,} tokens")
         plan = _with_measured_workspace(config, plan, machine, loaded, back_end)
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
-    engine = _assemble(config, plan, loaded, back_end)
-    clock.enter("measure", "the machine's ceilings")
-    bytes_per_second, flops_per_second = measure_ceilings(plan.num_threads)
+    engine = _assemble(config, plan, loaded, back_end, pace=_pace(machine, plan))
     clock.end()
     model = ModelInfo(
         path=loaded.path,
@@ -89,13 +90,22 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         fingerprint=_fingerprint(config, plan, loaded),
         settings=plan.settings,
         phase_seconds=clock.seconds,
-        bytes_per_second=bytes_per_second,
-        flops_per_second=flops_per_second,
+        bytes_per_second=machine.ceilings.bytes_per_second,
+        flops_per_second=machine.ceilings.flops_per_second,
     )
     return engine, model
 
 
-def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_end: BackEnd) -> Engine:
+def _pace(machine: Machine, plan: MemoryPlan) -> StepPace:
+    """What steps reach is remembered for the token budget of later starts."""
+    file = ceilings_file(machine, plan.device)
+    known = machine.ceilings.step_flops_per_second.get(plan.step_name, 0.0)
+    return StepPace(known, lambda rate: file.add(Ceilings(step_flops_per_second={plan.step_name: rate})))
+
+
+def _assemble(
+    config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_end: BackEnd, *, pace: StepPace
+) -> Engine:
     model, layers = loaded.model, loaded.model.attention_layers
     num_blocks = plan.num_blocks + 1  # the null block
     cache = KVCache(
@@ -131,14 +141,14 @@ def _assemble(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_
         expert_bytes=experts.num_parameters * plan.dtype.itemsize,
         expert_share=experts.share,
         flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
+        is_queued=plan.device == "cuda",
         flops_per_logits=2 * output_size,
         kv_bytes_per_token=plan.kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )
     overlap = plan.device == "cuda" and config.speculation.method == "none"
-    return Engine(
-        runner, Scheduler(kv, limits), back_end.make_sampler(loaded.vocab_size), proposer, cost, overlap=overlap
-    )
+    sampler = back_end.make_sampler(loaded.vocab_size)
+    return Engine(runner, Scheduler(kv, limits), sampler, proposer, cost, pace=pace, overlap=overlap)
 
 
 def _with_measured_workspace(
@@ -159,12 +169,8 @@ def _common_window(loaded: LoadedModel) -> int | None:
 
 
 def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> str:
-    try:
-        release = version("peregrine")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        release = "source"
     parts = [
-        release,
+        release(),
         torch.__version__,
         loaded.weights_digest,
         plan.quantization,

@@ -15,7 +15,7 @@ from engine.proposers.none import NoProposer
 from engine.proposers.proposer import Proposer
 from engine.run_ahead import LaunchingSampler, RunAhead
 from engine.scheduler import Scheduler
-from engine.step_stats import ModelCost, StepClock, StepRecorder
+from engine.step_stats import ModelCost, StepClock, StepPace, StepRecorder
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,13 @@ class Engine:
         proposer: Proposer,
         cost: ModelCost,
         *,
+        pace: StepPace | None = None,
         overlap: bool = False,
     ) -> None:
         assert not overlap or isinstance(proposer, NoProposer), "drafts are made of tokens that the host must know"
         self.runner, self.scheduler = runner, scheduler
         self.sampler, self.proposer = sampler, proposer
-        self.cost = cost
+        self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
         self._run_ahead = RunAhead(runner, scheduler, sampler) if overlap else None
 
@@ -84,7 +85,9 @@ class Engine:
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")
-        return outputs, started, recorder.stats(sampled)
+        stats = recorder.stats(sampled)
+        self._pace.learn(stats)
+        return outputs, started, stats
 
     def _compute(self, batch: list[Scheduled], clock: StepClock) -> Computed:
         """Forward and sample. Where that fails, once more for each item alone, to find whose fault it is; where memory

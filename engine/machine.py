@@ -1,21 +1,19 @@
-"""What this machine has, how fast it is, and which kernels follow from it."""
+"""What this machine has, and which kernels follow from it."""
 
 from __future__ import annotations
 
 import os
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
+from engine.ceilings import Ceilings
 from engine.linear import COMPILED_FORMATS, can_pack, has_fast_bf16, has_float16_weights
 
 CGROUP = Path("/sys/fs/cgroup")
-CEILING_SECONDS = 0.04  # spent on each of the two measurements
 _UNLIMITED = 1 << 60  # cgroup version 1 writes a number near 2**63 where there is no limit
 
 
@@ -42,6 +40,7 @@ class Machine:
     has_amx: bool  # the CPU multiplies tiles of bfloat16
     has_float16_weights: bool  # FBGEMM multiplies float32 by float16 weights
     gpu: Gpu | None = None
+    ceilings: Ceilings = Ceilings()  # nothing, until `engine.ceilings.with_ceilings` has measured
 
 
 def read_machine() -> Machine:
@@ -62,23 +61,6 @@ def read_machine() -> Machine:
         has_float16_weights=has_float16_weights(),
         gpu=gpu,
     )
-
-
-def measure_ceilings(num_threads: int) -> tuple[float, float]:
-    """The bytes per second that this CPU reads and the float32 operations per second that it computes.
-
-    What a step can at best reach, for the metrics. Under 0.2 s; the best of several tries, as others may be at work.
-    """
-    num_before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        block = torch.ones(1 << 24)  # 64 MB: more than most caches hold
-        matrix = torch.ones(384, 384)
-        bytes_per_second = block.nbytes / _fastest(block.sum)
-        flops_per_second = 2 * 384**3 / _fastest(lambda: matrix @ matrix)
-    finally:
-        torch.set_num_threads(num_before)
-    return bytes_per_second, flops_per_second
 
 
 def describe_kernels(machine: Machine, *, dtype: torch.dtype, quantization: str) -> dict[str, str]:
@@ -121,16 +103,6 @@ def _describe_linear(dtype: torch.dtype, quantization: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _fastest(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes at best."""
-    work()
-    best, end = float("inf"), time.perf_counter() + CEILING_SECONDS
-    while (start := time.perf_counter()) < end:
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _read_gpu() -> Gpu | None:

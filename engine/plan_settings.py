@@ -26,7 +26,9 @@ _UNITS = {
 _MAX_NUM_SEQS = {"cpu": 32, "cuda": 256}  # where nobody set them
 _GPU_BATCHED_TOKENS = 8192
 _CPU_BATCHED_TOKENS = (64, 512)  # least and most; fewer would leave too little beside 32 decoding sequences
-_CPU_STEP_FLOPS = 10e9  # of one thread: an eighth of a second with AVX2
+_CPU_STEP_SECONDS = 0.125  # of a step that is full of prompt tokens
+_CPU_EFFICIENCY = 0.8  # of what a machine multiplies at best, that a step reaches: until steps have shown what they do
+_CPU_FLOPS = 80e9  # of one thread, with AVX2: where nothing was measured
 
 
 class SettingError(ValueError):
@@ -142,20 +144,22 @@ def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resol
 
 
 def resolve_limits(
-    config: EngineConfig, device: str, facts: ModelFacts, *, num_threads: int
+    config: EngineConfig, device: str, facts: ModelFacts, *, step_rate: Resolved[int]
 ) -> tuple[Resolved[int], Resolved[int]]:
     """(max_num_seqs, max_num_batched_tokens). An auto gives way to the other where that one is set.
 
-    On a CPU, a step with a prompt in it holds up the tokens of all others, and so is kept to what its threads compute
+    On a CPU, a step with a prompt in it holds up the tokens of all others, and so is kept to what the machine computes
     in about an eighth of a second: larger ones are no faster.
+
+    step_rate: as `resolve_step_rate` has it
     """
     seqs, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
     default_seqs, default_tokens, reason = _MAX_NUM_SEQS[device], _GPU_BATCHED_TOKENS, f"for {device}"
     if device == "cpu":
-        affordable = int(num_threads * _CPU_STEP_FLOPS / (2 * max(1, facts.num_linear_parameters)))
+        affordable = int(_CPU_STEP_SECONDS * step_rate.value / facts.flops_per_token)
         least, most = _CPU_BATCHED_TOKENS
         default_tokens = min(most, max(least, affordable // PANEL * PANEL))
-        reason = "so that a prompt delays other answers by little"
+        reason = f"a prompt delays other answers by about {_CPU_STEP_SECONDS:g} s: {step_rate.reason}"
     if seqs == "auto":
         value = default_seqs if tokens == "auto" else min(default_seqs, tokens)
         max_num_seqs = Resolved(value, "default", f"for {device}")
@@ -169,6 +173,28 @@ def resolve_limits(
             "running request needs a token per step; raise the first or lower the second"
         )
     return max_num_seqs, Resolved(tokens, "config")
+
+
+def resolve_step_rate(machine: Machine, step_name: str, *, num_threads: int) -> Resolved[int]:
+    """The operations per second of a step that is full of prompt tokens.
+
+    step_name: of this model's steps, as `step_name` makes it
+    """
+    learned = int(machine.ceilings.step_flops_per_second.get(step_name, 0.0))
+    if learned:
+        return Resolved(learned, "measured", f"steps of this model reach {learned / 1e9:,.0f} GFLOP/s here")
+    if machine.ceilings.flops_per_second:
+        share = _CPU_EFFICIENCY * min(1.0, num_threads / machine.num_threads)
+        reason = f"{_CPU_EFFICIENCY:g} of this machine's best, until steps of this model have told"
+        return Resolved(int(machine.ceilings.flops_per_second * share), "measured", reason)
+    rate = int(num_threads * _CPU_FLOPS)
+    return Resolved(rate, "default", "as with AVX2, of which this machine was not asked")
+
+
+def step_name(facts: ModelFacts, kernels: str, quantization: str, num_threads: int) -> str:
+    """What the rate of a model's steps is remembered by: all that it depends on beside the machine."""
+    size = f"{facts.num_parameters} {facts.num_linear_parameters}"
+    return f"{facts.architecture} {size} {kernels} {quantization} {num_threads}"
 
 
 def parse_cache_size(text: str) -> CacheSize:

@@ -12,6 +12,7 @@ from engine.graph_runner import MAX_NUM_GRAPHS
 from engine.messages import Setting
 from engine.models.loader import ModelFacts
 from engine.plan_settings import (
+    Resolved,
     resolve_device,
     resolve_dtype,
     resolve_kernels,
@@ -19,10 +20,25 @@ from engine.plan_settings import (
     resolve_limits,
     resolve_num_threads,
     resolve_quantization,
+    resolve_step_rate,
+    step_name,
 )
 from engine.plan_sizes import DTYPES, GraphDemand, PlanError, Sizer, gib, num_blocks_for
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
+
+RESOLVED_SETTINGS = (
+    "device.name",
+    "device.kernels",
+    "device.num_threads",
+    "model.dtype",
+    "model.quantization",
+    "model.max_model_len",
+    "scheduler.max_num_seqs",
+    "scheduler.max_num_batched_tokens",
+    "kv_cache.memory",
+    "kv_cache.dtype",
+)
 
 if TYPE_CHECKING:
     from engine.machine import Machine
@@ -37,6 +53,7 @@ class MemoryPlan:
     device: str
     kernels: str  # torch, triton or numba
     num_threads: int
+    step_name: str  # by which the rate of such steps is remembered
     total_bytes: int  # of the device
     available_bytes: int
     linear_bytes: int
@@ -94,9 +111,11 @@ def plan_memory(
     quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
     kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
-    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, num_threads=num_threads.value)
-    num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
     chosen = device.value, kernels.value, quantization.value
+    steps = step_name(facts, *chosen[1:], num_threads.value)
+    step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
+    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
+    num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
     sizer = Sizer(facts, config, machine, *chosen, num_lookahead, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
@@ -110,6 +129,7 @@ def plan_memory(
         device=device.value,
         kernels=kernels.value,
         num_threads=num_threads.value,
+        step_name=steps,
         total_bytes=machine.total_bytes,
         available_bytes=machine.available_bytes,
         linear_bytes=demand.linear,
@@ -126,19 +146,15 @@ def plan_memory(
         max_model_len=max_model_len.value,
         **limits,
         max_num_logits=demand.num_logits,
-        settings={
-            "device.name": device.setting,
-            "device.kernels": kernels.setting,
-            "device.num_threads": num_threads.setting,
-            "model.dtype": dtype.setting,
-            "model.quantization": quantization.setting,
-            "model.max_model_len": max_model_len.setting,
-            "scheduler.max_num_seqs": max_num_seqs.setting,
-            "scheduler.max_num_batched_tokens": max_num_batched_tokens.setting,
-            "kv_cache.memory": Setting(f"{num_blocks * sizer.block_size}tokens", num_tokens.source, num_tokens.reason),
-            "kv_cache.dtype": kv_dtype.setting,
-        },
-    )
+        settings=_settings(
+            device, kernels, num_threads, dtype, quantization, max_model_len, max_num_seqs, max_num_batched_tokens,
+            Resolved(f"{num_blocks * sizer.block_size}tokens", num_tokens.source, num_tokens.reason), kv_dtype,
+        ),
+    )  # fmt: skip
+
+
+def _settings(*resolved: Resolved[str] | Resolved[int]) -> dict[str, Setting]:
+    return {name: one.setting for name, one in zip(RESOLVED_SETTINGS, resolved, strict=True)}
 
 
 def render_plan(plan: MemoryPlan) -> str:

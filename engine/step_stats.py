@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappushpop
 from typing import NamedTuple
 
 from engine.scheduler import Scheduler
 from engine.types import Sampled, Scheduled, StepStats
+
+MIN_PACE_TOKENS = 32  # of a step from which its pace is learned: fewer are bound by memory, not by arithmetic
+NUM_WITNESSES = 3
 
 
 class StepClock:
@@ -57,7 +62,7 @@ class ModelCost:
     weight_bytes: read once per step; flops_per_token: two per parameter of the layers' matrix products that a token
     takes part in; flops_per_logits: of the output layer, for one row; kv_bytes_per_token: of all layers;
     attention_flops_per_pair: for one query token and one token of its context; expert_bytes: of all experts, of which a
-    token is sent to `expert_share`.
+    token is sent to `expert_share`; is_queued: a forward pass only queues its work, and ends when tokens are known.
     """
 
     weight_bytes: int
@@ -67,6 +72,7 @@ class ModelCost:
     flops_per_logits: int = 0
     expert_bytes: int = 0
     expert_share: float = 0.0
+    is_queued: bool = False
 
     def bytes_moved(self, work: StepWork) -> int:
         if not work.num_tokens:
@@ -78,6 +84,27 @@ class ModelCost:
     def flops(self, work: StepWork) -> int:
         per_row = work.num_tokens * self.flops_per_token + work.num_logits * self.flops_per_logits
         return per_row + work.num_pairs * self.attention_flops_per_pair
+
+
+class StepPace:
+    """The operations per second that steps reach, at best: noise of other programs can only make a step look slower.
+
+    Best is what three steps have reached, so that no odd reading of the clock counts. `save` hears of what is better
+    than what was known by more than a twentieth.
+    """
+
+    def __init__(self, known: float = 0.0, save: Callable[[float], object] = lambda rate: None) -> None:
+        self.known = known
+        self._save = save
+        self._best = [0.0] * NUM_WITNESSES  # a heap
+
+    def learn(self, stats: StepStats) -> None:
+        if stats.num_tokens < MIN_PACE_TOKENS or stats.computing <= 0.0:
+            return
+        heappushpop(self._best, stats.flops / stats.computing)
+        if self._best[0] > 1.05 * self.known:
+            self.known = self._best[0]
+            self._save(self.known)
 
 
 class StepRecorder:
@@ -99,6 +126,7 @@ class StepRecorder:
             after - before for after, before in zip(_counters(self._scheduler), self._before, strict=True)
         )
         work, seconds = self._work, self.clock.seconds
+        has_failed = any(result.error is not None for result in sampled)  # some of the work was not done, or twice
         num_accepted = [len(result.accepted) for result in sampled] if work.drafts else []
         return StepStats(
             num_tokens=work.num_tokens,
@@ -121,8 +149,9 @@ class StepRecorder:
             accepted_by_position=[
                 sum(n > depth for n in num_accepted) for depth in range(max(num_accepted, default=0))
             ],
-            bytes_moved=self._cost.bytes_moved(work),
-            flops=self._cost.flops(work),
+            bytes_moved=0 if has_failed else self._cost.bytes_moved(work),
+            flops=0 if has_failed else self._cost.flops(work),
+            is_queued=self._cost.is_queued,
         )
 
 

@@ -106,8 +106,14 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_drafts: int  # sequences that carried drafts
     num_draft_tokens: int
     accepted_by_position: list[int]  # accepted draft tokens of this step, by draft position
-    bytes_moved: int  # weights and KV read, as the model's arithmetic demands
+    bytes_moved: int  # weights and KV read, as the model's arithmetic demands; 0 where a request of the step failed
     flops: int
+    is_queued: bool = False  # the forward pass only queued its work, and sampling waited for it
+
+    @property
+    def computing(self) -> float:
+        """Seconds that the model's arithmetic took, at most."""
+        return self.forward + self.sample if self.is_queued else self.forward
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)  # proposers keep what they know of a sequence while it lives

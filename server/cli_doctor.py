@@ -38,9 +38,11 @@ def software() -> Iterator[Row]:
 
 
 def machine() -> Iterator[Row]:
-    from engine.machine import measure_ceilings, read_machine
+    from engine.ceilings import with_ceilings
+    from engine.machine import read_machine
 
     found = read_machine()
+    found = with_ceilings(found, found.device)
     yield "cpu", f"{found.cpu_name}, {found.num_cores} cores, {found.num_threads} threads of ours"
     bfloat16 = "multiplies bfloat16" if found.has_fast_bf16 else "emulates bfloat16"
     yield "cpu instructions", f"{'AVX-512' if found.has_avx512 else 'no AVX-512'}, {bfloat16}"
@@ -53,10 +55,11 @@ def machine() -> Iterator[Row]:
         "memory",
         f"{found.available_bytes / 2**30:.1f} GiB free of {found.total_bytes / 2**30:.1f} GiB ({found.device})",
     )
-    bytes_per_second, flops_per_second = measure_ceilings(found.num_threads)
+    ceilings = found.ceilings
     yield (
         "measured ceilings",
-        f"{bytes_per_second / 1e9:.1f} GB/s read, {flops_per_second / 1e9:.0f} GFLOP/s in float32",
+        f"{ceilings.bytes_per_second / 1e9:.1f} GB/s read, {ceilings.flops_per_second / 1e9:.0f} GFLOP/s in "
+        f"{'float32' if gpu is None else 'bfloat16'}",
     )
 
 

@@ -235,8 +235,8 @@ MODEL_BYTES = Family("model_bytes_total", "counter", "Bytes of weights and KV ca
 MODEL_FLOPS = Family("model_flops_total", "counter", "Floating-point operations that the steps had to do.")
 ACHIEVED_BYTES = Family("achieved_bytes_per_second", "gauge", "Reads in the forward pass, over its last seconds.")
 ACHIEVED_FLOPS = Family("achieved_flops_per_second", "gauge", "Arithmetic in the forward pass, over its last seconds.")
-CEILING_BYTES = Family("ceiling_bytes_per_second", "gauge", "Fastest reads measured on this machine.")
-CEILING_FLOPS = Family("ceiling_flops_per_second", "gauge", "Fastest arithmetic measured on this machine.")
+CEILING_BYTES = Family("ceiling_bytes_per_second", "gauge", "Fastest reads seen on this machine.")
+CEILING_FLOPS = Family("ceiling_flops_per_second", "gauge", "Fastest arithmetic seen on this machine.")
 ROOFLINE = Family(
     "roofline_ratio", "gauge", "Least time that the ceilings allow for the forward pass, by the time that it took."
 )

@@ -106,8 +106,7 @@ class Metrics:
         """Phases are counted when they are over: `on_ready` has their times."""
 
     def on_ready(self, model: ModelInfo) -> None:
-        self.steps.roofline.max_bytes_per_second = model.bytes_per_second
-        self.steps.roofline.max_flops_per_second = model.flops_per_second
+        self.steps.roofline.set_ceilings(model.bytes_per_second, model.flops_per_second)
         self._startup_seconds.clear()
         for phase, seconds in model.phase_seconds.items():
             self._startup_seconds.labels(self.model_name, phase).set(seconds)

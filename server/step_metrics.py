@@ -38,6 +38,8 @@ class Distribution:
 class Roofline:
     """What the forward passes of the last seconds achieved, against what the machine can do at most.
 
+    A ceiling that was measured while the machine was busy is too low: whatever is achieved raises it.
+
     The roofline model: Williams, Waterman, Patterson, "Roofline" (CACM 2009). Older steps fade by exp(-time / 5 s), in
     time of forward passes, so an idle server shows its last value.
     """
@@ -51,11 +53,22 @@ class Roofline:
         self._flops = 0.0
         self._seconds = 0.0
 
+    def set_ceilings(self, bytes_per_second: float, flops_per_second: float) -> None:
+        """What was measured; 0 where nothing was."""
+        self.max_bytes_per_second = bytes_per_second
+        self.max_flops_per_second = flops_per_second
+
     def count(self, stats: StepStats) -> None:
-        fade = math.exp(-stats.forward / self.WINDOW)
+        if stats.computing <= 0.0 or not stats.flops:  # nothing was computed, or it failed
+            return
+        fade = math.exp(-stats.computing / self.WINDOW)
         self._bytes = self._bytes * fade + stats.bytes_moved
         self._flops = self._flops * fade + stats.flops
-        self._seconds = self._seconds * fade + stats.forward
+        self._seconds = self._seconds * fade + stats.computing
+        if self.max_bytes_per_second:
+            self.max_bytes_per_second = max(self.max_bytes_per_second, self.bytes_per_second)
+        if self.max_flops_per_second:
+            self.max_flops_per_second = max(self.max_flops_per_second, self.flops_per_second)
 
     @property
     def bytes_per_second(self) -> float:

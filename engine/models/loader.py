@@ -50,6 +50,12 @@ class ModelFacts:
     widest: int  # most elements that one token has in a layer, other than the output layer
     trained_context: int  # tokens
 
+    @property
+    def flops_per_token(self) -> int:
+        """Of the matrix products of the layers, and of the output layer where it has a matrix of its own."""
+        in_experts = int(self.experts.share * self.experts.num_parameters)
+        return max(1, 2 * (self.num_linear_parameters + in_experts))
+
 
 @dataclass(slots=True, kw_only=True)
 class LoadedModel:

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig
 
 from engine.attention import TorchAttention
+from engine.ceilings import measure_ceilings
 from engine.forward_batch import ForwardBatch, build_forward_batch
 from engine.kv_cache import KVCache
 from engine.linear import has_fast_bf16, has_float16_weights, prepare_linears
-from engine.machine import measure_ceilings
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.types import Request, SamplingParams, Scheduled, Sequence

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.machine import measure_ceilings
+from engine.ceilings import measure_ceilings
 from engine.sampler import Sampler
 from engine.sampler_numba import NumbaSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence

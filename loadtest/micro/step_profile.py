@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine.machine import measure_ceilings
+from engine.ceilings import measure_ceilings
 from loadtest.environment import Environment, read_environment
 from loadtest.micro.measure import dated_path, fastest, parse_numbers
 from loadtest.micro.operation_times import (

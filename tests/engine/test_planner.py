@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.attention import AttentionLayer
+from engine.ceilings import Ceilings
 from engine.config import EngineConfig
 from engine.machine import Machine
 from engine.models.loader import ModelFacts
@@ -283,6 +284,25 @@ def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:
     exact = plan(make_machine(has_float16_weights=True), model={"quantization": "none"})
     half = plan(make_machine(has_float16_weights=True))
     assert (half.linear_bytes, half.embedding_bytes) == (exact.linear_bytes // 2, exact.embedding_bytes)
+
+
+def test_the_token_budget_of_a_cpu_is_an_eighth_of_a_second_at_the_pace_that_is_known() -> None:
+    facts = replace(FACTS, num_linear_parameters=100_000_000, num_parameters=100_500_000)
+    name = plan(make_machine(2**33), facts=facts).step_name
+
+    def budget(flops: float, learned: float = 0.0, **device: str | int) -> tuple[int, str]:
+        ceilings = Ceilings(1e9, flops, {name: learned} if learned else {})
+        made = plan(replace(make_machine(2**33), ceilings=ceilings), facts=facts, device=device)
+        return made.max_num_batched_tokens, made.settings["scheduler.max_num_batched_tokens"].reason
+
+    for rate in (1e9, 1e11, 3e11, 5e11, 1e12, 1e15):
+        expected = min(512, max(64, int(rate / 8 / 200_000_000) // 16 * 16))
+        assert budget(1.0, rate)[0] == expected
+        assert "steps of this model reach" in budget(1.0, rate)[1]
+        assert budget(rate / 0.8 * 1.0001)[0] == expected
+        assert "until steps of this model have told" in budget(rate)[1]
+    assert budget(1e12, num_threads=3)[0] == budget(5e11)[0]  # half of the machine's six
+    assert "not asked" in budget(0.0)[1]
 
 
 def test_a_step_has_as_many_rows_of_logits_as_memory_was_planned_for() -> None:

@@ -277,6 +277,28 @@ def test_the_roofline_is_what_was_achieved_by_what_is_possible():
     assert value(metrics, "peregrine_roofline_ratio") == pytest.approx(0.5)  # memory binds
 
 
+def test_no_ceiling_is_below_what_is_achieved():
+    """One that was measured while the machine was busy is raised by the first steps."""
+    rng = random.Random(0)
+    for _ in range(50):
+        metrics = make()
+        ceilings = {"bytes_per_second": 10 ** rng.uniform(0, 12), "flops_per_second": 10 ** rng.uniform(0, 12)}
+        metrics.on_ready(model(**ceilings))
+        for _ in range(30):
+            work = {"bytes_moved": rng.randrange(10**6), "flops": rng.choice([0, rng.randrange(10**9)])}
+            metrics.on_step(step(forward=rng.choice([0.0, rng.random()]), **work))
+            assert 0.0 <= value(metrics, "peregrine_roofline_ratio") <= 1.0
+        for kind, measured in ceilings.items():
+            assert value(metrics, f"peregrine_ceiling_{kind}") >= measured
+            assert value(metrics, f"peregrine_ceiling_{kind}") >= value(metrics, f"peregrine_achieved_{kind}")
+
+
+def test_a_device_that_works_on_its_own_is_timed_until_its_tokens_are_known():
+    roofline = Roofline()
+    roofline.count(step(forward=0.01, sample=0.09, bytes_moved=1000, flops=1000, is_queued=True))
+    assert roofline.bytes_per_second == pytest.approx(10_000)
+
+
 def test_the_roofline_forgets():
     roofline = Roofline()
     roofline.count(step(forward=1.0, bytes_moved=10**9))

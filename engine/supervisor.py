@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -15,10 +16,13 @@ from engine.child import Ending, EngineChild, LaunchedChild, launch_child
 from engine.config import EngineConfig
 from engine.crash_report import CrashReport, installed_versions, write_crash_report
 from engine.deaths import Deaths, Verdict, describe_death
+from engine.descriptor_reserve import DescriptorReserve
 from engine.messages import Configure, Failed, FromEngine, ModelInfo, Phase, Ready, Shutdown, Step, ToEngine
 from engine.types import StepStats
 
 logger = logging.getLogger(__name__)
+
+PASSING_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})  # of starting a process
 
 
 class EngineState(StrEnum):
@@ -110,6 +114,7 @@ class Supervisor:
         self._has_been_ready = False  # the process that runs, or ran last
         self._has_stepped = False  # the same
         self._deaths = Deaths(config.supervision)
+        self._reserve = DescriptorReserve()
         self.state = EngineState.STARTING
         self.phase = "process"
         self.phase_detail = ""
@@ -151,12 +156,16 @@ class Supervisor:
         except Exception as error:  # border: no process could be started, or the supervision has a bug
             logger.exception("the supervision of the engine process failed")
             self._fail(Failed("internal", f"cannot run the engine process: {error}"))
+        finally:
+            self._reserve.release()
 
     async def _live_once(self) -> bool:
         """Runs one process from its start to its end. Returns whether another is worth a try."""
         launched, self._launched = self._launched, None
+        launched = launched or await self._launch()
         if launched is None:
-            launched = launch_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
+            return False
+        self._reserve.fill()
         self._child = child = await launched.attach(self._take)
         self._has_been_ready = self._has_stepped = False
         try:
@@ -168,10 +177,25 @@ class Supervisor:
             raise
         finally:
             ending = await child.end(grace=self._limits.stop_grace if self._stopping else 1.0)
+            self._reserve.fill()  # with the descriptors of the child, before a connection takes them
             self._child = None
         if self._stopping:
             return False
         return self._judge(ending, hang or ending.describe())
+
+    async def _launch(self) -> LaunchedChild | None:
+        """Starts another process, as soon as the machine lets us. None: there was no need any more."""
+        while not self._stopping:
+            try:
+                with self._reserve.lent():
+                    return launch_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
+            except OSError as error:
+                if self.model is None or error.errno not in PASSING_ERRORS:
+                    raise
+                logger.warning("the engine process cannot be started now: %s; trying again", error.strerror)
+                self._enter_phase("process", f"cannot be started now: {error.strerror}")
+            await self._back_off()
+        return None
 
     def _take(self, message: FromEngine) -> None:
         if self._stopping:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +235,52 @@ async def test_a_stopped_process_is_noticed_killed_and_replaced() -> None:
         assert tokens_of(await stream) == script.expected_tokens(request)
         assert crossing.process_state(pid) == ""
         assert observer.deaths == ["the engine process gave no sign of life for 0.8 s"]
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """The soft limit of this process, for the time of the test: what is open now, and a few more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(int(name) for name in os.listdir("/proc/self/fd")) + 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def all_descriptors_taken() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            while True:
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
+
+
+@pytest.mark.usefixtures("few_descriptors")
+async def test_the_engine_comes_back_where_connections_have_taken_every_file_descriptor() -> None:
+    async with crossing.running("delay=0.005", supervision=PATIENT) as client:
+        for number in range(3):
+            request = make_request(f"r{number}", max_tokens=200)
+            stream = asyncio.create_task(collect(client, request))
+            await crossing.until(lambda: client.num_running == 1)
+            with all_descriptors_taken():
+                os.kill(client.pid, signal.SIGKILL)
+                assert tokens_of(await stream) == script.expected_tokens(request)
+        assert client.num_restarts == 3
+
+
+async def test_a_process_that_cannot_be_started_now_is_started_later(few_descriptors: int) -> None:
+    async with crossing.running("delay=0.005") as client:
+        request = make_request("r", max_tokens=200)
+        stream = asyncio.create_task(collect(client, request))
+        await crossing.until(lambda: client.num_running == 1)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        os.kill(client.pid, signal.SIGKILL)
+        await crossing.until(lambda: "Too many open files" in client.phase_detail)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few_descriptors, hard))
+        assert tokens_of(await stream) == script.expected_tokens(request)
+        assert client.state is EngineState.READY
 
 
 async def test_a_pause_of_the_server_itself_is_not_blamed_on_the_engine() -> None:

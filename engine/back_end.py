@@ -20,6 +20,7 @@ from engine.one_token_runner import OneTokenRunner
 from engine.places import load_object
 from engine.planner import MemoryPlan
 from engine.sampler import SAMPLERS, TokenSampler
+from kernels.panel import PANEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +32,47 @@ class BackEnd:
 
     plan: MemoryPlan
     is_strict: bool
+    is_torch_only: bool = False  # somebody wants no compiled kernels at all
+
+    def has_compiled_attention(self, model: Model) -> bool:
+        """Whether the KV cache is read by compiled loops, under compiled layers or, on a CPU, under torch's.
+
+        Its rows are independent of each other, and under torch's layers it is as fast as torch's own or faster.
+        """
+        plan = self.plan
+        if plan.kernels == "numba":
+            return True
+        fits = plan.block_size % PANEL == 0 and all(layer.head_dim % PANEL == 0 for layer in model.attention_layers)
+        return plan.kernels == "torch" and plan.device == "cpu" and fits and not self.is_torch_only
 
     def compile(self) -> None:
         """Compiles the CPU's kernels, or reads what was compiled before."""
         import_module("engine.numba_runner")
 
-    def prepare(self, model: Model) -> None:
-        """Packs the weights, in place, and gives the model its operations. Leaves torch the threads that it may use."""
+    def prepare(self, model: Model) -> bool:
+        """Packs the weights, in place, and gives the model its operations. Leaves torch the threads that it may use.
+
+        Returns whether a row's numbers depend on the row alone from then on, if that is known.
+        """
         plan = self.plan
         if plan.kernels == "numba":
             from engine.linear_numba import pack_linears
 
             torch.set_num_threads(1)  # ours multiply; its own would spin beside them
             pack_linears(model, plan.quantization, num_threads=plan.num_threads)
-            return
+            return True
         model.operations = load_operations(plan.kernels)
         prepare_linears(model, plan.quantization, num_threads=plan.num_threads)
         if self._fixes_rows and isinstance(model, Llama):
             from engine.fixed_rows import fix_rows
 
             fix_rows(model)
+            return True
+        if not self.has_compiled_attention(model):
+            return False
+        from engine.padded_rows import make_rows_independent
+
+        return make_rows_independent(model, is_strict=self.is_strict)
 
     def make_attention(self, cache: KVCache) -> AttentionBackend:
         """Torch's or Triton's attention over a cache."""
@@ -61,20 +83,27 @@ class BackEnd:
         make = cast(Callable[[KVCache], AttentionBackend], load_object(ATTENTION_BACKENDS[self.plan.kernels]))
         return make(cache)
 
-    def make_runner(self, model: Model, cache: KVCache) -> ModelRunner:
+    def make_runner(self, model: Model, cache: KVCache, *, has_independent_rows: bool) -> ModelRunner:
+        """has_independent_rows: as `prepare` found it; where it is asked for and not so, tokens go one by one."""
         plan = self.plan
         if plan.kernels == "numba":  # strict or not: there, a row's result depends on nothing but the row
             from engine.numba_runner import make_numba_runner
 
             return make_numba_runner(model, cache, plan)
-        if self.is_strict and not (self._fixes_rows and isinstance(model, Llama)):
-            return OneTokenRunner(model, cache, self.make_attention(cache), block_size=plan.block_size)
+        if cache.keys_as_columns:
+            from engine.numba_runner import make_numba_attention
+
+            attention: AttentionBackend = make_numba_attention(model, cache, plan)
+        else:
+            attention = self.make_attention(cache)
+        if self.is_strict and not has_independent_rows:
+            return OneTokenRunner(model, cache, attention, block_size=plan.block_size)
         if plan.graphs.total:
             from engine.gpu_runner import make_gpu_runner
             from engine.graph_runner import CudaGraphDevice
 
             return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
-        return ModelRunner(model, cache, self.make_attention(cache), block_size=plan.block_size)
+        return ModelRunner(model, cache, attention, block_size=plan.block_size)
 
     def make_sampler(self, vocab_size: int) -> TokenSampler:
         make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))

@@ -16,7 +16,7 @@ from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
 from engine.machine import Machine, read_machine
 from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
-from engine.messages import ModelInfo
+from engine.messages import ModelInfo, Setting
 from engine.models.loader import LoadedModel, load_model, read_model_facts
 from engine.plan_settings import resolve_device
 from engine.planner import MemoryPlan, plan_memory
@@ -64,17 +64,18 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     torch.set_num_threads(plan.num_threads)
     with torch.device(plan.device):
         loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
-    back_end = BackEnd(plan, is_strict=config.device.is_strict)
-    if plan.kernels == "numba":
+    back_end = BackEnd(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
+    if back_end.has_compiled_attention(loaded.model):
         clock.enter("kernels", "compiled on the first start, read from a cache after that")
         back_end.compile()
     clock.enter("pack", f"weights for {plan.num_threads} threads")
-    back_end.prepare(loaded.model)
+    has_independent_rows = back_end.prepare(loaded.model)
     if plan.device == "cuda":
         clock.enter("profile", f"a step of {plan.max_num_batched_tokens:,} tokens")
         plan = _with_measured_workspace(config, plan, machine, loaded, back_end)
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
-    engine = _assemble(config, plan, loaded, back_end, pace=_pace(machine, plan))
+    pace = _pace(machine, plan)
+    engine = _assemble(config, plan, loaded, back_end, pace=pace, has_independent_rows=has_independent_rows)
     clock.end()
     model = ModelInfo(
         path=loaded.path,
@@ -88,7 +89,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         generation_defaults=loaded.generation_defaults,
         tokenizer=loaded.tokenizer,
         fingerprint=_fingerprint(config, plan, loaded),
-        settings=plan.settings,
+        settings=plan.settings | {"device.determinism": _determinism(config, has_independent_rows)},
         phase_seconds=clock.seconds,
         bytes_per_second=machine.ceilings.bytes_per_second,
         flops_per_second=machine.ceilings.flops_per_second,
@@ -104,7 +105,13 @@ def _pace(machine: Machine, plan: MemoryPlan) -> StepPace:
 
 
 def _assemble(
-    config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, back_end: BackEnd, *, pace: StepPace
+    config: EngineConfig,
+    plan: MemoryPlan,
+    loaded: LoadedModel,
+    back_end: BackEnd,
+    *,
+    pace: StepPace,
+    has_independent_rows: bool,
 ) -> Engine:
     model, layers = loaded.model, loaded.model.attention_layers
     num_blocks = plan.num_blocks + 1  # the null block
@@ -114,7 +121,7 @@ def _assemble(
         block_size=plan.block_size,
         dtype=plan.kv_dtype,
         device=plan.device,
-        keys_as_columns=plan.kernels == "numba",
+        keys_as_columns=back_end.has_compiled_attention(model),
     )
     proposer = build_proposer(config.speculation)
     kv = KVCacheManager(
@@ -132,7 +139,7 @@ def _assemble(
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
         num_lookahead_tokens=proposer.num_lookahead_tokens,
     )
-    runner = back_end.make_runner(model, cache)
+    runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
     facts, experts = plan.facts, plan.facts.experts
     output_size = facts.vocab_size * facts.hidden_size
     num_in_layers = facts.num_linear_parameters - (0 if facts.ties_output else output_size)
@@ -166,6 +173,17 @@ def _common_window(loaded: LoadedModel) -> int | None:
     windows = [layer.window for layer in loaded.model.attention_layers]
     bounded = [window for window in windows if window is not None]
     return max(bounded) if len(bounded) == len(windows) else None
+
+
+def _determinism(config: EngineConfig, has_independent_rows: bool) -> Setting:
+    """How far a seed's promise holds with this model on this machine."""
+    if has_independent_rows:
+        reason = "a row's numbers depend on the row alone: not on its batch, its chunk or a warm prefix"
+    elif config.device.is_strict:
+        reason = "every token goes through the model alone"
+    else:
+        reason = "the last bits of a row may depend on its batch, so a near tie may fall otherwise; strict prevents it"
+    return Setting(config.device.determinism, "config" if config.device.is_strict else "default", reason)
 
 
 def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> str:

@@ -15,6 +15,9 @@ from kernels.numba.team import Team
 def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan) -> ModelRunner:
     """A runner of a packed Llama. Leave torch one thread: its others would spin beside ours."""
     assert isinstance(model, Llama), "the plan says what can be compiled"
-    team = Team(plan.num_threads, scratch_bytes=scratch_bytes(model.attention_layers))
-    attention = NumbaAttention(cache, team)
-    return ModelRunner(NumbaLlama(model, attention, team), cache, attention, block_size=plan.block_size)
+    attention = make_numba_attention(model, cache, plan)
+    return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention, block_size=plan.block_size)
+
+
+def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan) -> NumbaAttention:
+    return NumbaAttention(cache, Team(plan.num_threads, scratch_bytes=scratch_bytes(model.attention_layers)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_and_mul
@@ -24,13 +25,16 @@ def route(router_logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor
     return weights.contiguous(), experts.contiguous()
 
 
-def mix_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+def mix_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, *, min_rows: int = 1
+) -> Tensor:
     """The weighted sum of each token's experts, each of them down(silu(gate(x)) * up(x)).
 
     x: [num_tokens, hidden_size]
     gate_up: [num_experts, 2 * intermediate_size, hidden_size], gate first
     down: [num_experts, hidden_size, intermediate_size]
     weights, experts: [num_tokens, top_k] of `route`
+    min_rows: of each product, shorter ones are padded with zeros (`engine.padded_rows` says why)
     Returns [num_tokens, hidden_size] in x's dtype; the sum is in float32, in the order of the experts' shares.
     """
     (num_tokens, top_k), num_experts = experts.shape, gate_up.shape[0]
@@ -39,8 +43,9 @@ def mix_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     parts = x.new_empty(num_tokens * top_k, x.shape[1])
     for expert, pairs in enumerate(chosen.argsort(stable=True).split(counts)):
         if len(pairs):  # an expert that nobody asks for is not read
-            hidden = silu_and_mul(x[pairs // top_k] @ gate_up[expert].T)
-            parts[pairs] = hidden @ down[expert].T
+            rows = F.pad(x[pairs // top_k], (0, 0, 0, max(min_rows - len(pairs), 0)))
+            hidden = silu_and_mul(F.linear(rows, gate_up[expert]))
+            parts[pairs] = F.linear(hidden, down[expert])[: len(pairs)]
     wide = torch.promote_types(x.dtype, torch.float32)
     parts = parts.view(num_tokens, top_k, x.shape[1]).to(wide)
-    return torch.bmm(weights[:, None].to(wide), parts).squeeze(1).to(x.dtype)
+    return (weights[..., None].to(wide) * parts).sum(1).to(x.dtype)

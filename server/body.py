@@ -18,7 +18,7 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 JSON_TYPE = re.compile(r"application/(.+\+)?json")
 UNION_TAG = re.compile(r"constrained-\w+|list\[.*\]|str|bool|int|float|none|TextPart")
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+KINDS_OF_MESSAGE = frozenset({"instruction", "assistant", "tool"})
 NOT_YET = frozenset(
     {
         "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
@@ -111,8 +111,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
     """The place in the body, without the names of the alternatives that pydantic tried."""
     path: list[str | int] = []
     for i, item in enumerate(loc):
-        is_role = i > 1 and loc[0] == "messages" and isinstance(loc[i - 1], int) and item in ROLES
-        if i > 0 and (is_role or (isinstance(item, str) and UNION_TAG.fullmatch(item))):
+        is_kind = i > 1 and loc[0] == "messages" and isinstance(loc[i - 1], int) and item in KINDS_OF_MESSAGE
+        if i > 0 and (is_kind or (isinstance(item, str) and UNION_TAG.fullmatch(item))):
             continue
         path.append(item)
     return field_path(path)

@@ -60,6 +60,7 @@ async def _prepare(body: ChatBody, serving: Serving, record: RequestRecord) -> G
         max_tokens=max_tokens,
         add_special_tokens=bool(body.add_special_tokens),  # the template has written them
         truncate_to=body.truncate_prompt_tokens,
+        keeps_beginning=body.truncation_side == "right",
         param="messages",
         limit_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
     )

@@ -61,6 +61,7 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
         max_tokens=max_tokens,
         add_special_tokens=body.add_special_tokens is not False,
         truncate_to=body.truncate_prompt_tokens,
+        keeps_beginning=body.truncation_side == "right",
     )
     prompts = [await read_prompt(item, options, tokenizer=serving.tokenizer, model=serving.model) for item in inputs]
     params = make_params(

@@ -22,7 +22,8 @@ class PromptOptions:
 
     max_tokens: int | None
     add_special_tokens: bool
-    truncate_to: int | None  # keep the last so many tokens; -1: as many as fit
+    truncate_to: int | None  # keep so many tokens; -1: as many as fit
+    keeps_beginning: bool = False  # of a prompt that is cut, instead of its end
     param: str = "prompt"
     limit_param: str = "max_tokens"  # the field that the client set it with
 
@@ -52,7 +53,8 @@ async def read_prompt(
         _check_vocabulary(token_ids, options, model)
     num_kept = _num_kept(options, model)
     if num_kept is not None and len(token_ids) > num_kept:
-        token_ids, text = token_ids[-num_kept:], None
+        token_ids = token_ids[:num_kept] if options.keeps_beginning else token_ids[-num_kept:]
+        text = None
     _check_fits(token_ids, options, model)
     return Prompt(token_ids, text)
 
@@ -70,8 +72,9 @@ def _check_length(text: str, options: PromptOptions, tokenizer: Tokenizer, model
     longest = model.max_model_len * tokenizer.max_token_characters
     if options.truncate_to is None and len(text) > longest:
         raise bad_request(
-            f"the prompt has {len(text)} characters, more than the context of {model.max_model_len} tokens can hold; "
-            "shorten it, or set truncate_prompt_tokens",
+            f"This model's maximum context length is {model.max_model_len} tokens, and the prompt is too long for it: "
+            f"{len(text)} characters, where so many tokens hold at most {longest}; shorten it, or set "
+            "truncate_prompt_tokens",
             param=options.param,
             code="context_length_exceeded",
         )
@@ -87,13 +90,17 @@ def _check_vocabulary(token_ids: list[int], options: PromptOptions, model: Model
 def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo) -> None:
     num_prompt, num_output, context = len(token_ids), options.max_tokens, model.max_model_len
     if not token_ids:
-        raise bad_request("the prompt is empty: it has no tokens", param=options.param)
-    if num_prompt + max(num_output or 1, 1) <= context:  # scoring a prompt samples a token, too
+        raise bad_request(
+            "the prompt is empty: it has no tokens, and this model does not begin with one of its own",
+            param=options.param,
+        )
+    num_needed = num_prompt + max(num_output or 1, 1)  # scoring a prompt samples a token, too
+    if num_needed <= context:
         return
-    wanted = "" if num_output is None else f" and {options.limit_param} asks for {num_output}"
+    wanted = f"the {num_output} that {options.limit_param} asks for" if num_output else "at least 1 to be written"
     raise bad_request(
-        f"the prompt has {num_prompt} tokens{wanted}, but the context is {context} tokens; "
-        f"shorten the prompt or lower {options.limit_param}",
+        f"This model's maximum context length is {context} tokens, and the prompt is too long for it: {num_prompt} "
+        f"tokens and {wanted} make {num_needed}; shorten the prompt or lower {options.limit_param}",
         param=options.param,
         code="context_length_exceeded",
     )

@@ -1,9 +1,9 @@
 """What both ways to ask for text accept: the fields of the OpenAI API, vLLM's extensions to them, and ours.
 
-Types are strict ("1" is not 1), bounds that no configuration widens stand in the types, and null means absent.
-Unknown fields are kept, so that the answer can name them. A body may hold millions of items, of which a report on each
-would take minutes: lists and maps that are too long are refused before any item is read, lists fail at their first
-wrong item, and what is bounded by the model's vocabulary is checked where that is known (`server.sampling`).
+Types are strict ("1" is not 1, but 1.0 is), bounds that no configuration widens stand in the types, and null means
+absent. Unknown fields are kept, so that the answer can name them. A body may hold millions of items, of which a report
+on each would take minutes: lists and maps that are too long are refused before any item is read, lists fail at their
+first wrong item, and what is bounded by the model's vocabulary is checked where that is known (`server.sampling`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ def at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _as_integer(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_as_integer)]
+"""3.0 is 3: some languages have one kind of number only."""
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TOKEN_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 BIAS_SCHEMA = {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
-NumLogprobs = Annotated[int, Field(ge=0, le=1000)]
+NumLogprobs = Annotated[Whole, Field(ge=0, le=1000)]
 RequestIdText = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH, pattern=r"^[A-Za-z0-9._:=+/@-]+$")]
 BadWord = Annotated[str, Field(min_length=1, max_length=128)]
 NotYet = Annotated[list[None], Field(max_length=0, fail_fast=True)] | None
@@ -53,7 +60,7 @@ class StreamOptions(Body):
 
 class Speculation(Body):
     enabled: bool | None = Field(None, description="false: no drafts for this request")
-    num_drafts: Annotated[int, Field(ge=0, le=64)] | None = Field(
+    num_drafts: Annotated[Whole, Field(ge=0, le=64)] | None = Field(
         None, description="drafted tokens per step, at most as many as the server is configured for"
     )
 
@@ -67,7 +74,7 @@ class SamplingFields(Body):
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: the most likely token")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = Field(None, description="0 or -1: off")
+    top_k: Annotated[Whole, Field(ge=-1, le=MAX_TOKEN_ID)] | None = Field(None, description="0 or -1: off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -77,10 +84,10 @@ class SamplingFields(Body):
     logit_bias: Annotated[dict[str, object], at_most(MAX_VOCABULARY), WithJsonSchema(BIAS_SCHEMA)] | None = Field(
         None, description="token id to what is added to its logit"
     )
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+    seed: Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
         None, description="the same seed gives the same text, whatever else is running"
     )
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
+    min_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
         None, description="nothing stops the output before this many tokens"
     )
     ignore_eos: bool | None = None
@@ -101,7 +108,9 @@ class RequestFields(SamplingFields):
     """What both endpoints share beyond sampling."""
 
     model: str
-    n: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="choices per prompt; limited by the server")
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = Field(
+        None, description="choices per prompt; limited by the server"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None
@@ -109,13 +118,16 @@ class RequestFields(SamplingFields):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = Field(
-        None, description="keep the last so many tokens of a prompt; -1: as many as fit"
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="keep so many tokens of a prompt; -1: as many as fit"
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="where tokens beyond truncate_prompt_tokens are cut off; default left: the last ones stay"
     )
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = Field(None, description="lower runs first")
+    priority: Annotated[Whole, Field(ge=-(2**31), le=2**31 - 1)] | None = Field(None, description="lower runs first")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="cached prefixes are shared only between requests with the same salt"
     )
@@ -147,15 +159,18 @@ class CompletionBody(RequestFields):
     """The body of POST /v1/completions."""
 
     prompt: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)]
+        str
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
         | Annotated[TokenIds, Field(min_length=1)]
         | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, fail_fast=True)]
-    ) = Field(description="a text, several texts, token ids, or several lists of token ids")
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
+    ) = Field(
+        description="a text, several texts, token ids, or several lists of token ids; a text may be empty where the "
+        "model's tokenizer puts a token before it"
+    )
+    max_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
         None, description="default 16; 0 only with echo"
     )
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(None, description="must be equal to n")
+    best_of: Annotated[Whole, Field(ge=1, le=128)] | None = Field(None, description="must be equal to n")
     logprobs: NumLogprobs | None = Field(None, description="log-probabilities of this many most likely tokens, too")
     suffix: Literal[""] | None = Field(None, description="no served model can fill in the middle")
 

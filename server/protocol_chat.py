@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, WithJsonSchema
+from pydantic import Discriminator, Field, JsonValue, Tag, WithJsonSchema
 
-from server.protocol import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, RequestFields
+from server.protocol import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, RequestFields, Whole
 
 MAX_MESSAGES = 2048
 PLAIN_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}
@@ -21,7 +21,11 @@ Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=256, fa
 
 
 class InstructionMessage(Body):
-    role: Literal["system", "developer", "user"]
+    """Of the system, a developer, the user, or whoever else the model's chat template knows."""
+
+    role: Annotated[
+        str, Field(min_length=1, max_length=256, json_schema_extra={"not": {"enum": ["assistant", "tool"]}})
+    ]
     content: Content
     name: str | None = None
 
@@ -44,15 +48,25 @@ class ToolMessage(Body):
     name: str | None = None
 
 
-ChatMessage = Annotated[InstructionMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+def _kind_of_message(message: object) -> str:
+    role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+    return role if role in ("assistant", "tool") else "instruction"
+
+
+ChatMessage = Annotated[
+    Annotated[InstructionMessage, Tag("instruction")]
+    | Annotated[AssistantMessage, Tag("assistant")]
+    | Annotated[ToolMessage, Tag("tool")],
+    Discriminator(_kind_of_message),
+]
 
 
 class ChatBody(RequestFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
+    max_completion_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
         None, description="default: what the context leaves"
     )
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
+    max_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
         None, description="the older name of max_completion_tokens, which wins"
     )
     logprobs: bool | None = None

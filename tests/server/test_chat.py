@@ -179,3 +179,15 @@ async def test_a_conversation_that_fills_the_context_is_refused(client) -> None:
     response = await client.post(PATH, json=BODY | {"messages": messages, "max_tokens": None})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("role", ["ipython", "function", "observation", "ASSISTANT", "你", "system", "developer"])
+async def test_any_role_is_taken_that_the_template_takes(tools, role: str) -> None:
+    world = tools.make_world("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
+    async with tools.connect(world) as client:
+        body = {"model": "tiny", "messages": [{"role": role, "content": "hi", "name": "bob"}]}
+        response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert "x-ignored-fields" not in response.headers
+    written = "system" if role == "developer" else role
+    assert world.tokenizer.decode(world.engine.requests[0].prompt_token_ids) == f"<{written}>hi"

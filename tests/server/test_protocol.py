@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from server.protocol import CompletionBody
@@ -14,14 +16,14 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 ROUTES = {"completion": ("/v1/completions", COMPLETION), "chat": ("/v1/chat/completions", CHAT)}
 
 SHARED_ACCEPTED = [
-    {"n": 1}, {"n": 8}, {"n": 2, "temperature": 0},
-    {"max_tokens": 1}, {"max_tokens": 200},
+    {"n": 1}, {"n": 128}, {"n": 2, "temperature": 0}, {"n": 2.0},
+    {"max_tokens": 1}, {"max_tokens": 200}, {"max_tokens": 3.0}, {"min_tokens": 3.0}, {"seed": 1e15}, {"top_k": 5.0},
     {"temperature": 0}, {"temperature": 2}, {"temperature": 1}, {"temperature": 1e-300},
     {"top_p": 1}, {"top_p": 0.001}, {"top_k": 0}, {"top_k": -1}, {"top_k": 50}, {"min_p": 0}, {"min_p": 1},
     {"frequency_penalty": -2}, {"frequency_penalty": 2}, {"presence_penalty": -2.0}, {"presence_penalty": 2.0},
     {"repetition_penalty": 1.3}, {"repetition_penalty": 0.5},
     {"logit_bias": {"5": -100, "6": 100}}, {"logit_bias": {"329": 1.5}}, {"logit_bias": {}},
-    {"stop": "x"}, {"stop": ["a", "b", "c", "d"]}, {"stop": []}, {"stop": "x" * 1024},
+    {"stop": "x"}, {"stop": list("abcdefghijklmnop")}, {"stop": []}, {"stop": "x" * 1024},
     {"stop_token_ids": [5, 6]}, {"include_stop_str_in_output": True},
     {"seed": 2**63 - 1}, {"seed": -(2**63)}, {"seed": 0},
     {"stream": True}, {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
@@ -29,7 +31,8 @@ SHARED_ACCEPTED = [
     {"user": "u"}, {"store": True}, {"metadata": {"a": "b"}}, {"service_tier": "auto"}, {"prompt_cache_key": "k"},
     {"ignore_eos": True}, {"min_tokens": 3}, {"skip_special_tokens": False}, {"spaces_between_special_tokens": False},
     {"add_special_tokens": True}, {"allowed_token_ids": [5]}, {"bad_words": ["bad", "worse"]},
-    {"truncate_prompt_tokens": 1}, {"truncate_prompt_tokens": -1},
+    {"truncate_prompt_tokens": 1}, {"truncate_prompt_tokens": -1}, {"truncation_side": "left"},
+    {"truncate_prompt_tokens": 1, "truncation_side": "right"},
     {"return_token_ids": True}, {"return_tokens_as_token_ids": True}, {"prompt_logprobs": 0}, {"prompt_logprobs": 20},
     {"priority": -5}, {"cache_salt": "salt"}, {"request_id": "mine-1"}, {"response_format": {"type": "text"}},
     {"speculation": {"enabled": False}}, {"speculation": {"num_drafts": 3}}, {"speculation": {}},
@@ -37,8 +40,9 @@ SHARED_ACCEPTED = [
 ]  # fmt: skip
 SHARED_REFUSED = [
     {"model": None}, {"model": 3}, {"model": ["tiny"]},
-    {"n": 0}, {"n": 9}, {"n": 1.5}, {"n": "1"}, {"n": True}, {"n": 10**30},
-    {"max_tokens": -1}, {"max_tokens": "16"}, {"max_tokens": 256}, {"max_tokens": 10**25}, {"max_tokens": 1.0},
+    {"n": 0}, {"n": 129}, {"n": 1.5}, {"n": "1"}, {"n": True}, {"n": 10**30},
+    {"max_tokens": -1}, {"max_tokens": "16"}, {"max_tokens": 256}, {"max_tokens": 10**25}, {"max_tokens": 1.5},
+    {"max_tokens": 1e300}, {"max_tokens": 257.0},
     {"temperature": -0.1}, {"temperature": 2.1}, {"temperature": "1"}, {"temperature": 1e308}, {"temperature": False},
     {"top_p": 0}, {"top_p": 1.1}, {"top_p": -1}, {"top_k": -2}, {"top_k": 1.5}, {"min_p": -0.1}, {"min_p": 1.1},
     {"frequency_penalty": -2.1}, {"frequency_penalty": 2.1}, {"presence_penalty": -2.1}, {"presence_penalty": 2.1},
@@ -46,7 +50,8 @@ SHARED_REFUSED = [
     {"logit_bias": {"x": 1}}, {"logit_bias": {"1.5": 1}}, {"logit_bias": {"330": 1}}, {"logit_bias": {"-1": 1}},
     {"logit_bias": {"5": 101}}, {"logit_bias": {"5": -100.5}}, {"logit_bias": {"5": "1"}}, {"logit_bias": [5]},
     {"logit_bias": {"9" * 5000: 1}}, {"logit_bias": {"٣": 1}}, {"logit_bias": {str(i): 1 for i in range(1025)}},
-    {"stop": ""}, {"stop": [""]}, {"stop": list("abcde")}, {"stop": 5}, {"stop": "x" * 1025}, {"stop": ["a"] * 9999},
+    {"stop": ""}, {"stop": [""]}, {"stop": list("abcdefghijklmnopq")}, {"stop": 5}, {"stop": "x" * 1025},
+    {"stop": ["a"] * 9999},
     {"stop_token_ids": [330]}, {"stop_token_ids": [-1]}, {"stop_token_ids": "5"}, {"stop_token_ids": [10**20]},
     {"include_stop_str_in_output": "yes"}, {"seed": 2**63}, {"seed": -(2**63) - 1}, {"seed": 1.5}, {"seed": "1"},
     {"stream": "true"}, {"stream": 1}, {"stream_options": {"include_usage": 1}}, {"stream_options": True},
@@ -58,6 +63,7 @@ SHARED_REFUSED = [
     {"allowed_token_ids": [5, -1]}, {"allowed_token_ids": [[5]]}, {"allowed_token_ids": {"5": 1}},
     {"allowed_token_ids": [5, 10**30]}, {"stop_token_ids": [5] * 1025}, {"bad_words": [""]}, {"bad_words": "bad"},
     {"truncate_prompt_tokens": 0}, {"truncate_prompt_tokens": -2}, {"truncate_prompt_tokens": 1.5},
+    {"truncation_side": "middle"}, {"truncation_side": 1},
     {"return_token_ids": "y"}, {"return_tokens_as_token_ids": 2}, {"prompt_logprobs": -1}, {"prompt_logprobs": 21},
     {"priority": 1.5}, {"priority": 2**31}, {"cache_salt": ""}, {"cache_salt": "x" * 257}, {"request_id": "a b"},
     {"request_id": ""}, {"request_id": "x" * 129}, {"response_format": {"type": "json_object"}},
@@ -103,7 +109,8 @@ CHAT_ACCEPTED = [
 ]  # fmt: skip
 CHAT_REFUSED = [
     {"messages": []}, {"messages": None}, {"messages": "hi"}, {"messages": ["hi"]}, {"messages": [{}]},
-    message(role="robot"), message(role=None), message(content=None), message(content=5), message(content=[]),
+    message(role="robot"), message(role=None), message(role=""), message(role=5), message(role="r" * 257),
+    message(content=None), message(content=5), message(content=[]),
     message(content=[IMAGE]), message(content=[*PARTS, IMAGE]), message(content=[{"type": "text"}]),
     message(content=["hi"]), message(role="assistant", tool_calls=[{"id": "1"}]), message(role="tool", content=None),
     {"max_completion_tokens": 0}, {"max_completion_tokens": 10**9}, {"max_tokens": 0},
@@ -241,15 +248,61 @@ async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(client) ->
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
-    assert all(number in error["message"] for number in ("250", "7", "256"))
+    assert all(number in error["message"] for number in ("250", "7", "257", "256"))
 
 
-async def test_a_prompt_can_be_cut_to_what_fits(world, client) -> None:
-    body = {"model": "tiny", "prompt": [5] * 300 + [6, 7], "max_tokens": 10}
-    for cut, kept in [(2, 2), (-1, 246), (100, 100)]:
-        response = await client.post("/v1/completions", json=body | {"truncate_prompt_tokens": cut})
-        assert response.json()["usage"]["prompt_tokens"] == kept
-        assert world.engine.requests[-1].prompt_token_ids[-2:] == [6, 7]
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": [5] * 256}),
+        ("/v1/completions", {"prompt": [5] * 256, "max_tokens": 0, "echo": True}),
+        ("/v1/completions", {"prompt": [5] * 256, "max_tokens": 10**6}),
+        ("/v1/completions", {"prompt": [5], "max_tokens": 10**6}),
+        ("/v1/completions", {"prompt": ["a", "z" * 100_000]}),
+        ("/v1/completions", {"prompt": "\u4f60" * 200}),
+        ("/v1/completions", {"prompt": [5] * 300, "truncate_prompt_tokens": 256}),
+        ("/v1/chat/completions", message(content="\u4f60" * 200)),
+        ("/v1/chat/completions", message(content="z" * 100_000)),
+        ("/v1/chat/completions", {**message(), "max_tokens": 256}),
+        ("/v1/chat/completions", {**message(), "max_completion_tokens": 10**6}),
+    ],
+)
+async def test_clients_know_an_overflow_of_the_context_by_its_code_and_sentence(client, path, fields) -> None:
+    response = await client.post(path, json={"model": "tiny", **fields})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    sentence = error["message"].split("; ")[0]
+    assert sentence.startswith("This model's maximum context length is 256 tokens")
+    assert "prompt is too long" in sentence
+    assert error["param"] in fields
+
+
+@given(
+    num_prompt=st.integers(1, 300), cut=st.integers(-1, 250).filter(bool), max_tokens=st.integers(1, 6),
+    side=st.sampled_from(["left", "right", None]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_a_prompt_is_cut_where_the_client_says(world, tools, num_prompt, cut, max_tokens, side) -> None:
+    prompt = [5 + number for number in range(num_prompt)]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens}
+    async with tools.connect(world) as client:
+        fields = {"truncate_prompt_tokens": cut, "truncation_side": side}
+        response = await client.post("/v1/completions", json=body | fields)
+    assert response.status_code == 200, response.text
+    num_kept = min(256 - max_tokens if cut == -1 else cut, num_prompt)
+    expected = prompt[:num_kept] if side == "right" else prompt[num_prompt - num_kept :]
+    assert world.engine.requests[-1].prompt_token_ids == expected
+    assert response.json()["usage"]["prompt_tokens"] == num_kept
+
+
+async def test_whole_numbers_may_have_a_fraction_of_nothing(world, client) -> None:
+    body = {"max_tokens": 3.0, "n": 2.0, "seed": -5.0, "top_k": 7.0, "min_tokens": 1.0, "logprobs": 2.0}
+    answer = (await client.post("/v1/completions", json=COMPLETION | body)).json()
+    assert answer["usage"]["completion_tokens"] == 6
+    params = world.engine.requests[0].params
+    assert (params.top_k, params.min_tokens, params.logprobs, params.max_tokens) == (7, 1, 2, 3)
+    assert all(type(getattr(params, name)) is int for name in ("seed", "top_k", "min_tokens", "max_tokens"))
 
 
 async def test_sampling_fields_reach_the_engine(world, client) -> None:

@@ -245,6 +245,23 @@ async def test_an_echo_of_ids_shows_what_an_echo_of_their_text_shows(kind: str, 
         assert by_ids["logprobs"]["text_offset"] == by_text["logprobs"]["text_offset"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", MAKERS)
+async def test_an_empty_prompt_is_taken_where_the_tokenizer_begins_it(kind: str, stream: bool, worlds, tools) -> None:
+    world = worlds[kind]
+    begins_with_bos = kind in ("sentencepiece", "llama 2")
+    for prompt in ("", ["", "a"]):
+        async with tools.connect(world) as client:
+            response = await client.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "echo": True})
+            assert response.status_code == (200 if begins_with_bos else 400), response.text
+            body = {"model": "tiny", "prompt": prompt, "add_special_tokens": False}
+            assert (await client.post("/v1/completions", json=body)).status_code == 400
+    if begins_with_bos:
+        choice = await ask(world, tools, prompt="", echo=True, output=[10], stream=stream)
+        assert world.engine.requests[-1].prompt_token_ids == [1]
+        assert choice["logprobs"]["text_offset"] == [0, 0]
+
+
 @everywhere
 async def test_a_long_echo_is_placed_beside_the_event_loop(kind: str, worlds, tools) -> None:
     """The same numbers come from the other thread."""

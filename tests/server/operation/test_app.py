@@ -154,7 +154,7 @@ def test_a_refused_request_counts_once_and_the_totals_add_up(operate):
     with operate() as operation:
         operation.engine.say("yes")
         url = operation.url + "/v1/completions"
-        for body in (BODY, BODY | {"model": "other"}, BODY | {"n": 99}, {"model": "tiny"}):
+        for body in (BODY, BODY | {"model": "other"}, BODY | {"n": 129}, {"model": "tiny"}):
             httpx.post(url, json=body)
         httpx.post(url, content=b"{")
         operation.call(operation.state.drain)

@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.choice import Delta
+from server.choice import Delta, DeltaCollector
 from server.errors import ApiError, error_body, internal_error
 from server.generation import Generation
 
@@ -48,18 +48,19 @@ async def deliver(
     request: Request, generation: Generation, writer: ReplyWriter, *, headers: dict[str, str]
 ) -> Response:
     """Runs the generation and answers with all of it. If the client leaves, the generation is aborted."""
-    choices: list[Delta] = [Delta(index=choice.index, is_first=True) for choice in generation.job.choices]
+    choices = [DeltaCollector(choice.index) for choice in generation.job.choices]
 
     async def collect() -> None:
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
-                choices[delta.index].extend(delta)
+                choices[delta.index].add(delta)
 
     work = asyncio.ensure_future(collect())
     if not await _finished(request, work):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     work.result()
-    return Response(encode(writer.reply(choices)), media_type="application/json", headers=headers)
+    reply = writer.reply([choice.collected() for choice in choices])
+    return Response(encode(reply), media_type="application/json", headers=headers)
 
 
 async def deliver_stream(

@@ -23,6 +23,7 @@ from engine.planner import MemoryPlan, plan_memory
 from engine.proposers import build_proposer
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step_stats import ModelCost, StepPace
+from engine.trial import try_one_token
 
 MIN_PROMPT_SHARE = 8  # fewer cost compiled layers much more each: of 8, a token takes 1.15 times as long as of 80
 
@@ -76,6 +77,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     clock.enter("kv_cache", f"{plan.num_kv_tokens:,} tokens")
     pace = _pace(machine, plan)
     engine = _assemble(config, plan, loaded, back_end, pace=pace, has_independent_rows=has_independent_rows)
+    clock.enter("trial", "one token through the whole model")
+    try_one_token(engine.runner, engine.sampler, path=loaded.path, dtype=plan.dtype)
     clock.end()
     model = ModelInfo(
         path=loaded.path,

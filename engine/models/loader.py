@@ -24,6 +24,7 @@ from engine.models.model import ExpertFacts, Model
 from engine.models.plain_config import read_plain_config
 from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
+from engine.models.text_part import text_config, text_weights
 from engine.models.tokenizer import load_tokenizer_assets
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def silent(phase: str, detail: str) -> None:
 def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFacts:
     """Reads configs and headers only: of a model on the hub, no weights are downloaded. ModelError as `load_model`."""
     source = find_source(config.model_copy(update={"load_format": "dummy"}), report)
-    hf_config = _read_config(source, config)
+    hf_config = _text_config(source, _read_config(source, config))
     with torch.device("meta"):
         model = _build(source, hf_config, config, torch.float32)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -113,7 +114,8 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
     """
     report("config", config.path)
     source = find_source(config, report)
-    hf_config = _read_config(source, config)
+    whole_config = _read_config(source, config)
+    hf_config = _text_config(source, whole_config)
     model = _build(source, hf_config, config, dtype)
     if config.load_format == "dummy":
         report("weights", "random")
@@ -121,10 +123,10 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
         digest = hashlib.sha256(f"dummy {seed} {hf_config.to_json_string()}".encode()).hexdigest()[:32]
     else:
         report("weights", f"{source.num_bytes / 1e6:,.0f} MB as {str(dtype).removeprefix('torch.')}")
-        _fill(model, source, dtype)
+        _fill(model, source, dtype, is_part=hf_config is not whole_config)
         digest = digest_weights(source)
     report("tokenizer", config.tokenizer or config.path)
-    tokenizer = _load_tokenizer(source, config, hf_config, model.vocab_size)
+    tokenizer = _load_tokenizer(source, config, whole_config, model.vocab_size)
     generation = _read_generation_config(source)
     eos_token_ids = find_eos_token_ids(hf_config, generation, tokenizer)
     parameters = list(model.parameters())
@@ -159,6 +161,13 @@ def _read_config(source: ModelSource, config: ModelConfig) -> CheckpointConfig:
     return hf_config
 
 
+def _text_config(source: ModelSource, hf_config: CheckpointConfig) -> CheckpointConfig:
+    try:
+        return text_config(hf_config)
+    except ValueError as error:
+        raise ModelError(f"{source.path}: {error}") from error
+
+
 def _build(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig, dtype: torch.dtype) -> Model:
     max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
     try:
@@ -167,12 +176,14 @@ def _build(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig
         raise ModelError(f"{source.path}: {error}") from error
 
 
-def _fill(model: Model, source: ModelSource, dtype: torch.dtype) -> None:
+def _fill(model: Model, source: ModelSource, dtype: torch.dtype, *, is_part: bool) -> None:
+    """is_part: the model is the language model of a multimodal checkpoint"""
     num_threads = torch.get_num_threads()
     try:
         if source.kind == "gguf":  # it computes several tensors at once; threads inside each would only wait for others
             torch.set_num_threads(1)
-        model.load_weights(_weights(source, dtype, num_threads))
+        weights = _weights(source, dtype, num_threads)
+        model.load_weights(text_weights(weights) if is_part else weights)
     except ModelError:
         raise
     except ValueError as error:
@@ -211,7 +222,7 @@ def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
 
 def _trained_context(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig) -> int:
     try:
-        return read_trained_context(hf_config.get_text_config())
+        return read_trained_context(hf_config)
     except ValueError as error:
         if isinstance(config.max_model_len, int):
             return config.max_model_len

@@ -7,26 +7,29 @@ that it does not know: ours needs none, as the back end knows which row sees whi
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from engine.attention import AttentionBackend, AttentionLayer
 from engine.forward_batch import ForwardBatch
 from engine.models.architecture import check_attention_layers, length_where_rope_changes, read_trained_context
+from engine.models.errors import FOREIGN_ERRORS
 from engine.models.model import Model, check_weight_names
 
+_LONGEST_REASON = 300  # characters; lists of weights or classes are longer
 ATTENTION_NAME = "peregrine"  # in transformers' table
-# what code that we have not met raises for a config that it cannot take, or for attention that it cannot look up
-FOREIGN_ERRORS = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_MEANINGS = {"s_aux": "sinks", "sinks": "sinks", "position_bias": "a bias for each distance"}  # of keyword arguments
 HARMLESS_TENSORS = {"position_ids", "cache_position"}  # keyword arguments whose meaning is in the ForwardBatch
 
 
@@ -100,9 +103,10 @@ def attend(
     """
     if getattr(module, "is_causal", True) is False:
         raise ValueError("it attends to later tokens too")
-    tensors = {name for name, argument in options.items() if isinstance(argument, Tensor)}
-    if attention_mask is not None or tensors - HARMLESS_TENSORS:
-        raise ValueError(f"its attention needs {', '.join(tensors - HARMLESS_TENSORS) or 'a mask of its own'}")
+    tensors = {name for name, argument in options.items() if isinstance(argument, Tensor)} - HARMLESS_TENSORS
+    if attention_mask is not None or tensors:
+        needs = [_MEANINGS.get(name, f"an input called {name}") for name in sorted(tensors)]
+        raise ValueError(f"its attention has {' and '.join(needs) or 'masks of its own'}, which ours does not compute")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = options.get("scaling")
     layer = AttentionLayer(
@@ -123,13 +127,19 @@ def attend(
 AttentionInterface.register(ATTENTION_NAME, attend)
 
 
+class HiddenStatesAlone(BaseModelOutput):  # type: ignore[misc]  # whose type is known at run time only
+    """A decoder's outputs of which only the hidden states exist: whatever else a head hands on is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class GivenHiddenStates(nn.Module):
     """Stands where a causal language model has its decoder, so that its own head runs on hidden states we have."""
 
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> MoeModelOutputWithPast:
-        outputs = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-        outputs.cross_attentions = None  # GPT-2's head hands it on
-        return outputs
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> HiddenStatesAlone:
+        return HiddenStatesAlone(last_hidden_state=inputs_embeds)
 
     @property
     def decoder(self) -> GivenHiddenStates:
@@ -195,15 +205,19 @@ def _check_rope(config: PreTrainedConfig, max_model_len: int | None) -> None:
 def _record_layers(config: PreTrainedConfig) -> dict[int, AttentionLayer]:
     """The attention layers, in order, as one forward pass on the meta device calls them: without weights or time.
 
-    Raises ValueError where not every layer is attention that our back ends compute.
+    Raises ValueError where not every layer is attention that our back ends compute, or the head needs more of the
+    decoder than its hidden states.
     """
     recorder = AttentionRecorder()
     with torch.device("meta"):
         model = _build(config, torch.bfloat16)  # on meta, products of experts exist in no other type
-        token = torch.zeros((1, 1), dtype=torch.int64)
+        tokens = torch.zeros((1, 2), dtype=torch.int64)  # as in a prompt: of one token, some take another way
         try:
-            with _share_step(model).of(recorder):
-                model.base_model(input_ids=token, position_ids=token, use_cache=False)
+            step = _share_step(model)
+            decoder, head = _take_apart(model)
+            with step.of(recorder):
+                outputs = decoder(input_ids=tokens, position_ids=tokens, use_cache=False)
+            head(inputs_embeds=outputs.last_hidden_state, use_cache=False)
         except FOREIGN_ERRORS as error:
             raise _refusal(config, error) from error
     layers = {number: replace(layer, index=i) for i, (number, layer) in enumerate(sorted(recorder.layers.items()))}
@@ -230,12 +244,34 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
             module.rope_type = "default"  # else every step would wait for its longest position
         elif isinstance(rope_type, dict):
             module.rope_type = dict.fromkeys(rope_type, "default")
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _say_nothing  # it would wait for each step's tokens
     return model.eval().requires_grad_(False)
 
 
+def _say_nothing(*_: object) -> None:
+    pass
+
+
 def _refusal(config: PreTrainedConfig, error: Exception) -> ValueError:
-    reason = str(error) if isinstance(error, ValueError) else repr(error)
-    return ValueError(f"{config.model_type} cannot run on a paged KV cache: {reason}")
+    return ValueError(f"{config.model_type} cannot run on a paged KV cache: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """In the user's words. What transformers' code says of its own insides is for its authors."""
+    if isinstance(error, KeyError) and error.args == (ATTENTION_NAME,):
+        return "it chooses its attention from a list of its own, where ours is not"
+    if isinstance(error, ValueError) and str(error).startswith("Unrecognized configuration"):
+        return "transformers has no causal language model of that kind"
+    if isinstance(error, ValueError) and len(str(error)) <= _LONGEST_REASON:
+        return str(error)
+    if "meta" in str(error) and isinstance(error, RuntimeError):
+        return "what its layers compute depends on the values of tensors, so it cannot be planned without its weights"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    return (
+        f"transformers' code for it does not run from this config.json without masks and a cache of its own ({place})"
+    )
 
 
 def _check_class(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -83,6 +84,17 @@ EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 OWN_EXPERTS = {**EXPERTS, "moe_intermediate_size": 24}
 SHARED_EXPERT = {**OWN_EXPERTS, "shared_expert_intermediate_size": 40}
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 5,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "pad_token_id": 0,
+}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,9 @@ FALLBACK = {
         Phi3Config(**sizes(rope_parameters=dict(LONGROPE), **PHI3_HEAD)), lengths=(16, 9), max_model_len=16
     ),
     "llama dynamic rope within the trained context": Case(LlamaConfig(**sizes(rope_parameters=DYNAMIC))),
+    "gpt-2 with a padding token": Case(
+        GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)
+    ),
     "gpt-2": Case(GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
     "opt": Case(OPTConfig(**sizes(ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1))),
     "gemma 2": Case(
@@ -182,6 +197,18 @@ FALLBACK = {
                     "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
                 },
             )
+        )
+    ),
+    "gemma 4": Case(Gemma4TextConfig(**sizes(**GEMMA4))),
+    "gemma 4 with keys of earlier layers": Case(
+        Gemma4TextConfig(**sizes(**GEMMA4 | PER_LAYER, num_kv_shared_layers=2, use_double_wide_mlp=True))
+    ),
+    "gemma 4 whose keys are its values": Case(
+        Gemma4TextConfig(**sizes(**GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1))
+    ),
+    "gemma 4 with experts": Case(
+        Gemma4TextConfig(
+            **sizes(**GEMMA4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16)
         )
     ),
     "olmo 2": Case(Olmo2Config(**sizes())),

@@ -91,7 +91,7 @@ class Dispatcher:
     def _deliver(self, entry: Entry, output: StepOutput) -> None:
         if output.finish_reason == "error":
             self.journal.remove(entry)
-            self._end(entry, "request", output.error or f"request {output.request_id} failed in the engine")
+            self._end(entry, output.error_kind, output.error or f"request {output.request_id} failed in the engine")
             self._send_due()
             return
         self.journal.start(entry)

@@ -19,8 +19,9 @@ MAX_REMEMBERED_LEAVERS = 4096
 class EngineError(RuntimeError):
     """The request cannot be finished. The message is for the client.
 
-    kind: "request" (this one failed in the engine), "quarantined" (the engine died of it, it seems), "engine_failed"
-    (the engine will not come back) or "stopped" (the server ends).
+    kind: "request" (this one failed in the engine), "constraints" (what it allows leaves no token to go on with),
+    "quarantined" (the engine died of it, it seems), "engine_failed" (the engine will not come back) or "stopped" (the
+    server ends).
     """
 
     def __init__(self, message: str, *, kind: str) -> None:

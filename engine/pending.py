@@ -109,7 +109,7 @@ def _result(item: Scheduled, position: int, sampled: list[int], logprobs: Iterat
     if not sampled:
         return Sampled([], prompt_logprobs=scored or None)
     if sampled[0] == NO_TOKEN:
-        return Sampled([], error=_NOTHING_ALLOWED.format(position=position))
+        return Sampled([], error=_NOTHING_ALLOWED.format(position=position), error_kind="constraints")
     accepted = accept(sampled, item) if item.num_drafts else []
     emitted = [0, *(draft + 1 for draft in accepted)]
     return Sampled(

@@ -22,6 +22,7 @@ def output_of(seq: Sequence, token_ids: list[int], result: Sampled, now: float) 
         num_cached_tokens=seq.num_cached_tokens,
         timing=_timing(seq, now),
         error=result.error,
+        error_kind=result.error_kind,
     )
 
 

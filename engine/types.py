@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "error"]
+ErrorKind = Literal["request", "constraints"]  # it failed, or what the client allows leaves no token to go on with
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -83,6 +84,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; not where only a token more is said
     timing: RequestTiming | None = None  # up to here; not where only a token more is said
     error: str | None = None  # with finish reason "error"
+    error_kind: ErrorKind = "request"  # of `error`
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,3 +205,4 @@ class Sampled:
     logprobs: list[TokenLogprobs] | None = None  # one per token id
     prompt_logprobs: list[TokenLogprobs] | None = None  # one per scored row
     error: str | None = None  # the request cannot go on, for example because its logits are not finite
+    error_kind: ErrorKind = "request"  # of `error`

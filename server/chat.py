@@ -24,12 +24,12 @@ from server.responses import (
     ChatDelta,
     ChatLogprobs,
     ChatReply,
-    Usage,
 )
 from server.sampling import check_num_logprobs, make_params
 from server.serving import Serving, accept, make_generation
 from server.streaming import deliver, deliver_stream
 from server.tokenizer import Plain
+from server.usage import StreamUsage
 
 router = APIRouter()
 
@@ -133,39 +133,26 @@ class ChatWriter:
         self._names = TokenNames(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         last = body.messages[-1]
         self._echo = _text(last.content) if body.echo and last.role == "assistant" else ""
-        options = body.stream_options
-        self._includes_usage = bool(options and options.include_usage)
-        self._has_continuous_usage = bool(options and options.continuous_usage_stats)
+        self._usage = StreamUsage(body.stream_options, generation)
         self._num_ended = 0
 
     def chunks(self, delta: Delta) -> Iterator[ChatChunk]:
         """The role comes first and alone, and so does the finish reason at the end."""
         if delta.is_first:
             yield self._opening(delta)
+        self._usage.count(delta)
         text = self._echo + delta.text if delta.is_first else delta.text
         if text or (delta.token_ids and (self._body.logprobs or self._body.return_token_ids)):
             yield self._chunk([self._said(delta, text)])
         if delta.finish_reason is not None:
-            self._num_ended += 1
-            chunk = self._chunk(
-                [
-                    ChatChunkChoice(
-                        index=delta.index,
-                        delta=ChatDelta(),
-                        finish_reason=delta.finish_reason,
-                        stop_reason=delta.stop_reason,
-                    )
-                ]
-            )
-            if self._body.timing and self._num_ended == len(self._generation.job.choices):
-                chunk.timing = self._generation.timing()
-            yield chunk
+            yield self._closing(delta)
 
     def last_chunk(self) -> ChatChunk | None:
-        if not self._includes_usage:
+        usage = self._usage.of_end()
+        if usage is None:
             return None
         chunk = self._chunk([])
-        chunk.usage = self._generation.usage()
+        chunk.usage = usage
         return chunk
 
     def reply(self, choices: list[Delta]) -> ChatCompletion:
@@ -195,9 +182,24 @@ class ChatWriter:
         )
 
     def _opening(self, delta: Delta) -> ChatChunk:
-        chunk = self._chunk([ChatChunkChoice(index=delta.index, delta=ChatDelta(role="assistant", content=""))])
+        role = ChatDelta(role="assistant", content="")
+        chunk = self._chunk([ChatChunkChoice(index=delta.index, delta=role, token_ids=self._no_ids)])
         if delta.index == 0:
             self._add_prompt(chunk, delta)
+        return chunk
+
+    def _closing(self, delta: Delta) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=ChatDelta(),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=self._no_ids,
+        )
+        chunk = self._chunk([choice])
+        self._num_ended += 1
+        if self._body.timing and self._num_ended == len(self._generation.job.choices):
+            chunk.timing = self._generation.timing()
         return chunk
 
     def _said(self, delta: Delta, text: str) -> ChatChunkChoice:
@@ -216,13 +218,15 @@ class ChatWriter:
             model=job.model,
             system_fingerprint=job.fingerprint,
             choices=choices,
-            usage=self._usage_so_far(),
+            usage=self._usage.of_chunk(),
+            prompt_token_ids=None if self._body.return_token_ids else UNSET,
+            prompt_logprobs=None if self._body.prompt_logprobs is not None else UNSET,
         )
 
-    def _usage_so_far(self) -> Usage | UnsetType | None:
-        if self._has_continuous_usage:
-            return self._generation.usage()
-        return None if self._includes_usage else UNSET
+    @property
+    def _no_ids(self) -> UnsetType | None:
+        """For a chunk without tokens."""
+        return None if self._body.return_token_ids else UNSET
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if not self._body.logprobs:

@@ -78,6 +78,7 @@ class ChoiceReader:
         self._told_timing: RequestTiming | None = None  # the engine's last word on it
         self._has_engine_ended = False
         self.finish_reason: FinishReason | None = None
+        self.has_expired = False  # its deadline ended it
         self.started_at = time.monotonic()
         self.ended_at = self.started_at
         self.first_tokens_at: float | None = None
@@ -105,7 +106,8 @@ class ChoiceReader:
     def expire(self) -> Delta:
         """The last delta of a choice whose deadline passed: all that was held back."""
         delta = self._next
-        self._finish(delta, "timeout", None)
+        self._finish(delta, "length", "timeout")
+        self.has_expired = self._detokenizer.matched_stop is None  # else what was held back was a stop string's end
         return delta
 
     @property

@@ -21,6 +21,7 @@ from server.responses import Completion, CompletionChoice, CompletionLogprobs, U
 from server.sampling import check_num_logprobs, check_num_prompts, make_params
 from server.serving import Serving, accept, make_generation
 from server.streaming import deliver, deliver_stream
+from server.usage import StreamUsage
 
 router = APIRouter()
 DEFAULT_MAX_TOKENS = 16
@@ -101,18 +102,16 @@ class CompletionWriter:
         self._generation = generation
         self._echoes = echoes
         self._names = TokenNames(serving.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
-        options = body.stream_options
-        self._includes_usage = bool(options and options.include_usage)
-        self._has_continuous_usage = bool(options and options.continuous_usage_stats)
+        self._usage = StreamUsage(body.stream_options, generation)
         self._num_ended = 0
 
     def chunks(self, delta: Delta) -> Iterator[Completion]:
-        yield self._completion([self._choice(delta)], usage=self._usage_so_far(), has_timing=self._is_last(delta))
+        self._usage.count(delta)
+        yield self._completion([self._choice(delta)], usage=self._usage.of_chunk(), has_timing=self._is_last(delta))
 
     def last_chunk(self) -> Completion | None:
-        if not self._includes_usage:
-            return None
-        return self._completion([], usage=self._generation.usage(), has_timing=False)
+        usage = self._usage.of_end()
+        return None if usage is None else self._completion([], usage=usage, has_timing=False)
 
     def reply(self, choices: list[Delta]) -> Completion:
         worded = [self._choice(delta) for delta in choices]
@@ -132,11 +131,6 @@ class CompletionWriter:
             timing=self._generation.timing() if has_timing and self._body.timing else UNSET,
         )
 
-    def _usage_so_far(self) -> Usage | UnsetType | None:
-        if self._has_continuous_usage:
-            return self._generation.usage()
-        return None if self._includes_usage else UNSET
-
     def _is_last(self, delta: Delta) -> bool:
         self._num_ended += delta.finish_reason is not None
         return delta.finish_reason is not None and self._num_ended == len(self._generation.job.choices)
@@ -153,11 +147,11 @@ class CompletionWriter:
         )
         if self._body.return_token_ids:
             worded.token_ids = delta.token_ids
-        if delta.is_first and self._body.return_token_ids:
-            worded.prompt_token_ids = choice.prompt.token_ids
-        if delta.is_first and self._body.prompt_logprobs is not None:
-            num_top = self._body.prompt_logprobs
-            worded.prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, self._names, num_top=num_top)
+            worded.prompt_token_ids = choice.prompt.token_ids if delta.is_first else None
+        num_top = self._body.prompt_logprobs
+        if num_top is not None:
+            scored = delta.prompt_logprobs
+            worded.prompt_logprobs = prompt_logprobs(scored, self._names, num_top=num_top) if delta.is_first else None
         return worded
 
     def _echo(self, delta: Delta) -> Echo | None:

@@ -18,7 +18,7 @@ from server.record import RequestRecord, TokenCounts
 from server.responses import CompletionDetails, PromptDetails, Timing, Usage
 from server.tokenizer import Tokenizer
 
-ENGINE_ERROR_STATUS = {"request": 500, "quarantined": 500, "engine_failed": 503, "stopped": 503}
+ENGINE_ERROR_STATUS = {"constraints": 400, "request": 500, "quarantined": 500, "engine_failed": 503, "stopped": 503}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,8 @@ class Generation:
             streams = [self._read_choice(reader, active, place) for reader in self.readers]
             async with aclosing(merge(streams)) as merged:
                 async for delta in merged:
-                    if delta.finish_reason == "timeout" and num_delivered == 0 and not delta.token_ids:
+                    has_expired = self.readers[delta.index].has_expired
+                    if has_expired and num_delivered == 0 and not delta.token_ids:
                         raise ApiError(408, self._late())
                     num_delivered += 1
                     if num_delivered == 1:
@@ -128,8 +129,9 @@ class Generation:
 
     def _outcome(self) -> str:
         """The least happy of the choices' ends."""
-        reasons = {reader.finish_reason for reader in self.readers}
-        return next(reason for reason in ("timeout", "length", "stop") if reason in reasons)
+        if any(reader.has_expired for reader in self.readers):
+            return "timeout"
+        return "length" if any(reader.finish_reason == "length" for reader in self.readers) else "stop"
 
     def counts(self) -> TokenCounts:
         """The usage so far, each prompt counted once."""
@@ -144,14 +146,16 @@ class Generation:
             num_rejected_drafts=max(sum(timing.num_drafts for timing in timings) - num_accepted, 0),
         )
 
-    def usage(self) -> Usage:
+    def usage(self, *, num_output_tokens: int | None = None) -> Usage:
+        """num_output_tokens: those that a reader has had, if not all so far"""
         counts = self.counts()
+        num_output = counts.num_output_tokens if num_output_tokens is None else num_output_tokens
         return Usage(
             counts.num_prompt_tokens,
-            counts.num_output_tokens,
-            counts.num_prompt_tokens + counts.num_output_tokens,
+            num_output,
+            counts.num_prompt_tokens + num_output,
             PromptDetails(counts.num_cached_tokens),
-            CompletionDetails(counts.num_accepted_drafts, counts.num_rejected_drafts),
+            CompletionDetails(min(counts.num_accepted_drafts, num_output), counts.num_rejected_drafts),
         )
 
     @property

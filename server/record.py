@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from server.metrics import Metrics
 
 REFUSED = {408: "timeout", 429: "rejected", 500: "error", 503: "rejected"}  # other client errors are "invalid"
-BROKEN_OFF = {408: "timeout", 409: "abort"}  # all else is "error"
+BROKEN_OFF = {400: "invalid", 408: "timeout", 409: "abort"}  # all else is "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,10 @@ def make_params(
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens")
+    allowed = _allowed_token_ids(body.allowed_token_ids, model.vocab_size)
+    bad_words = _bad_words(body.bad_words or [], tokenizer)
+    stop_token_ids = _stop_token_ids(body, model)
+    _check_first_token(allowed, bad_words, stop_token_ids if min_tokens else [], vocab_size=model.vocab_size)
     defaults = model.generation_defaults
     temperature = _default(body.temperature, defaults, "temperature", 1.0)
     return SamplingParams(
@@ -45,9 +49,9 @@ def make_params(
         presence_penalty=_default(body.presence_penalty, defaults, "presence_penalty", 0.0),
         repetition_penalty=_default(body.repetition_penalty, defaults, "repetition_penalty", 1.0),
         logit_bias=_logit_bias(body, model.vocab_size),
-        allowed_token_ids=_allowed_token_ids(body.allowed_token_ids, model.vocab_size),
-        bad_words=_bad_words(body.bad_words or [], tokenizer),
-        stop_token_ids=_stop_token_ids(body, model),
+        allowed_token_ids=allowed,
+        bad_words=bad_words,
+        stop_token_ids=stop_token_ids,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         num_drafts=_num_drafts(body),
@@ -142,6 +146,26 @@ def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     texts = dict.fromkeys(text for word in words for text in (word, " " + word.lstrip()))
     sequences = dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
     return [list(token_ids) for token_ids in sequences if token_ids]
+
+
+def _check_first_token(
+    allowed: list[int] | None, bad_words: list[list[int]], stop_token_ids: list[int], *, vocab_size: int
+) -> None:
+    """Refuses constraints that leave no token to begin with, whatever the prompt is.
+
+    stop_token_ids: those that min_tokens forbids at first. Bad words of several tokens may leave none later on, which
+    only the engine can see.
+    """
+    banned = {word[0] for word in bad_words if len(word) == 1}.union(stop_token_ids)
+    tokens = range(vocab_size) if allowed is None else allowed
+    if len(tokens) > len(banned) or any(token not in banned for token in tokens):
+        return
+    param = "bad_words" if allowed is None else "allowed_token_ids"
+    raise bad_request(
+        f"{param}: no token is left to begin with: all {len(tokens)} that are allowed are bad_words, or end the text, "
+        "which min_tokens forbids; loosen one of them",
+        param=param,
+    )
 
 
 def _stop_token_ids(body: RequestFields, model: ModelInfo) -> list[int]:

@@ -379,6 +379,7 @@ def test_banning_every_token_fails_the_request_alone(temperature: float) -> None
     items = [make_item(msgspec.structs.replace(params, **NOWHERE), prompt=[1]), make_item(params, prompt=[1])]
     results = Sampler(8)(torch.zeros(2, 8), items)
     assert "no token is allowed" in results[0].error
+    assert results[0].error_kind == "constraints"
     assert results[0].token_ids == []
     assert results[1].error is None
     assert len(results[1].token_ids) == 1

@@ -148,12 +148,36 @@ async def test_a_stream_says_what_the_whole_answer_says(world, client, tools, st
         assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
         logprobs = [item for part in parts if part["logprobs"] for item in part["logprobs"]["content"]]
         assert logprobs == choice["logprobs"]["content"]
-        assert [token for part in parts for token in part.get("token_ids", [])] == choice["token_ids"]
+        assert [token for part in parts for token in part["token_ids"] or []] == choice["token_ids"]
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [choice["finish_reason"]]
         assert parts[0]["delta"] == {"role": "assistant", "content": ""}
         assert parts[-1]["delta"] == {}
-    assert [c["prompt_logprobs"] for c in chunks if "prompt_logprobs" in c] == [whole["prompt_logprobs"]]
-    assert [c["prompt_token_ids"] for c in chunks if "prompt_token_ids" in c] == [whole["prompt_token_ids"]]
+    for field in ("prompt_logprobs", "prompt_token_ids"):
+        assert [chunk[field] for chunk in chunks] == [whole[field]] + [None] * (len(chunks) - 1)
+
+
+@pytest.mark.parametrize("step_size", [1, 3, 100])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_the_usage_of_a_chunk_counts_the_tokens_that_were_sent(world, client, tools, step_size, n) -> None:
+    """The role is no token."""
+    world.engine.step_size = step_size
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = await stream(client, tools, n=n, stream_options=options, return_token_ids=True)
+    num_sent = 0
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        num_sent += len(choice["token_ids"] or [])
+        assert chunk["usage"]["completion_tokens"] == num_sent
+        assert num_sent > 0 or choice["delta"] == {"role": "assistant", "content": ""}
+    assert last["usage"]["completion_tokens"] == num_sent
+    chunks = await stream(client, tools, n=n, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_fields_that_were_not_asked_for_are_not_there(client, tools) -> None:
+    fields = {"prompt_logprobs", "prompt_token_ids", "token_ids"}
+    for answer in [await ask(client), *await stream(client, tools)]:
+        assert not fields & (answer.keys() | answer["choices"][0].keys())
 
 
 async def test_logprobs_name_tokens_their_bytes_and_the_most_likely(world, client) -> None:

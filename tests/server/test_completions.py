@@ -75,9 +75,25 @@ async def test_a_stream_says_what_the_whole_answer_says(world, client, tools, st
 async def test_chunks_carry_no_usage_unless_asked(client, tools) -> None:
     assert all("usage" not in chunk for chunk in await stream(client, tools))
     chunks = await stream(client, tools, stream_options={"continuous_usage_stats": True})
-    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-    assert counts == sorted(counts)
-    assert counts[-1] == 16
+    assert all("usage" not in chunk for chunk in chunks)
+    chunks = await stream(client, tools, stream_options={"continuous_usage_stats": False, "include_usage": True})
+    assert [chunk["usage"] is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+
+
+@pytest.mark.parametrize("step_size", [1, 3, 100])
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"prompt": ["a", "b"], "stop": ["e", "o w"]}])
+async def test_the_usage_of_a_chunk_counts_the_tokens_that_were_sent(world, client, tools, step_size, fields) -> None:
+    world.engine.step_size = step_size
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = await stream(client, tools, stream_options=options, return_token_ids=True, **fields)
+    num_sent = 0
+    for chunk in chunks:
+        num_sent += sum(len(choice["token_ids"]) for choice in chunk["choices"])
+        usage = chunk["usage"]
+        assert usage["completion_tokens"] == num_sent
+        assert usage["total_tokens"] == usage["prompt_tokens"] + num_sent
+        assert usage["completion_tokens_details"]["accepted_prediction_tokens"] <= num_sent
+    assert last["usage"]["completion_tokens"] == num_sent
 
 
 async def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(world, client) -> None:
@@ -198,7 +214,7 @@ async def test_prompt_logprobs_are_maps_from_ids(world, client, tools) -> None:
         assert own["decoded_token"] == world.tokenizer.token_text(token_id)
         assert len(known) == 2
     chunks = await stream(client, tools, **fields)
-    assert [c["choices"][0]["prompt_logprobs"] for c in chunks if "prompt_logprobs" in c["choices"][0]] == [found]
+    assert [chunk["choices"][0]["prompt_logprobs"] for chunk in chunks] == [found] + [None] * (len(chunks) - 1)
 
 
 async def test_token_ids_are_returned_if_asked_for(world, client, tools) -> None:
@@ -208,7 +224,10 @@ async def test_token_ids_are_returned_if_asked_for(world, client, tools) -> None
     assert choice["token_ids"] == world.engine.script(request)
     chunks = await stream(client, tools, return_token_ids=True)
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
-    assert [c for c in chunks if "prompt_token_ids" in c["choices"][0]] == chunks[:1]
+    told = [chunk["choices"][0]["prompt_token_ids"] for chunk in chunks]
+    assert told == [request.prompt_token_ids] + [None] * (len(chunks) - 1)
+    unasked = (await ask(client))["choices"][0]
+    assert not unasked.keys() & {"token_ids", "prompt_token_ids", "prompt_logprobs"}
 
 
 async def test_timing_adds_up_to_the_wall_time(world, client, tools) -> None:

@@ -21,18 +21,22 @@ BOTH = pytest.mark.parametrize(("path", "body"), [COMPLETION, CHAT], ids=["compl
 STREAMED = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
 
 
-def finishes(response: httpx.Response, tools) -> list[str]:
+def finishes(response: httpx.Response, tools) -> list[tuple[str, int | str | None]]:
+    """The reasons of the choices' ends, and what it was that ended them."""
     answers = tools.events(response.text) if "event-stream" in response.headers["content-type"] else [response.json()]
-    return [c["finish_reason"] for answer in answers for c in answer["choices"] if c["finish_reason"]]
+    choices = [choice for answer in answers for choice in answer["choices"]]
+    return [(choice["finish_reason"], choice["stop_reason"]) for choice in choices if choice["finish_reason"]]
 
 
 @BOTH
 @STREAMED
-async def test_a_deadline_that_passes_in_decoding_ends_with_timeout(world, client, tools, path, body, streamed) -> None:
+async def test_a_deadline_that_passes_in_decoding_ends_with_length_because_of_the_timeout(
+    world, client, tools, path, body, streamed
+) -> None:
     world.engine.delay = 0.02
     response = await client.post(path, json=body | {"timeout": 0.2, "stream": streamed, "n": 2})
     assert response.status_code == 200
-    assert finishes(response, tools) == ["timeout", "timeout"]
+    assert finishes(response, tools) == [("length", "timeout")] * 2
     assert len(world.engine.aborted) == 2
     assert world.metrics.outcomes == ["timeout"]
     if not streamed:
@@ -175,7 +179,15 @@ def _send_and_leave(request: httpx.Request, leave: threading.Event) -> None:
 @BOTH
 @STREAMED
 @pytest.mark.parametrize(
-    ("kind", "status"), [(None, 500), ("request", 500), ("quarantined", 500), ("engine_failed", 503), ("stopped", 503)]
+    ("kind", "status"),
+    [
+        (None, 500),
+        ("constraints", 400),
+        ("request", 500),
+        ("quarantined", 500),
+        ("engine_failed", 503),
+        ("stopped", 503),
+    ],
 )
 async def test_a_failure_before_the_first_token_has_a_status(world, client, path, body, streamed, kind, status) -> None:
     world.engine.fail_after, world.engine.failure_kind = 0, kind
@@ -184,7 +196,7 @@ async def test_a_failure_before_the_first_token_has_a_status(world, client, path
     )
     assert response.status_code == status
     assert "the-request" in response.json()["error"]["message"]
-    assert world.metrics.outcomes == ["error"]
+    assert world.metrics.outcomes == ["invalid" if status == 400 else "error"]
     assert world.engine.running == set()
 
 
@@ -246,7 +258,7 @@ async def test_every_request_is_counted_once_and_every_token(world, client, tool
     total = 0
     for path, body in (COMPLETION, CHAT):
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
-        for fields in ({"n": 2}, streamed, {"n": 99}, {"timeout": "x"}):
+        for fields in ({"n": 2}, streamed, {"n": 129}, {"timeout": "x"}):
             response = await client.post(path, json=body | fields)
             if response.status_code == 200:
                 whole = tools.events(response.text)[-1] if "stream" in fields else response.json()

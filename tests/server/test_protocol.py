@@ -406,3 +406,33 @@ async def test_requests_with_different_salts_share_no_prefix(world, client) -> N
         salts.append(world.engine.requests[-1].cache_salt)
     assert salts[1] == salts[3]
     assert len(set(salts)) == 3
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    route=st.sampled_from(sorted(ROUTES)), words=st.sets(st.sampled_from("abc!")), ignore_eos=st.booleans(),
+    letters=st.sets(st.sampled_from("abc!")), allows_end=st.booleans(), min_tokens=st.integers(0, 2),
+)  # fmt: skip
+async def test_constraints_that_leave_no_token_are_the_clients_mistake(
+    world, tools, route, words, letters, allows_end, min_tokens, ignore_eos
+) -> None:
+    encode = world.tokenizer.encode
+    allowed = [encode(letter, add_special_tokens=False)[0] for letter in sorted(letters)] + [1] * allows_end
+    path, body = ROUTES[route]
+    fields = {"allowed_token_ids": allowed or None, "bad_words": sorted(words), "min_tokens": min_tokens}
+    async with tools.connect(world) as client:
+        response = await client.post(path, json=body | fields | {"max_tokens": 3, "ignore_eos": ignore_eos})
+    can_end = allows_end and (min_tokens == 0 or ignore_eos)
+    is_possible = not allowed or can_end or bool(letters - words)
+    assert response.status_code == (200 if is_possible else 400), response.text
+    if not is_possible:
+        assert response.json()["error"]["param"] == "allowed_token_ids"
+        assert "no token is left" in response.json()["error"]["message"]
+
+
+async def test_stop_tokens_may_not_be_the_whole_vocabulary_where_the_text_must_go_on(client) -> None:
+    fields = {"stop_token_ids": list(range(330))}
+    assert (await client.post("/v1/completions", json=COMPLETION | fields)).status_code == 200
+    response = await client.post("/v1/completions", json=COMPLETION | fields | {"min_tokens": 1})
+    assert response.status_code == 400
+    assert "no token is left" in response.json()["error"]["message"]

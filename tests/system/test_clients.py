@@ -73,6 +73,24 @@ def test_stop_strings_end_the_text_before_them(openai):
     assert stopped.text == text[: text.index(stop)]
 
 
+def test_constraints_that_leave_no_token_later_on_are_the_clients_mistake(server):
+    """The first "a" is allowed, and no token after it."""
+    [token] = server.client.post("/tokenize", json={"prompt": "a"}).json()["tokens"]
+    body = {
+        "model": "tiny", "prompt": "b", "max_tokens": 5, "ignore_eos": True, "allowed_token_ids": [token],
+        "bad_words": ["aa"],
+    }  # fmt: skip
+    answer = server.client.post("/v1/completions", json=body | {"max_tokens": 1})
+    assert answer.json()["choices"][0]["text"] == "a"
+    refused = server.client.post("/v1/completions", json=body)
+    assert refused.status_code == 400, refused.text
+    assert "no token is allowed" in refused.json()["error"]["message"]
+    with server.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        *_, error, done = [line for line in response.iter_lines() if line]
+    assert '"type":"invalid_request_error"' in error
+    assert done == "data: [DONE]"
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
 def test_curl_streams(server):
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 5, "stream": True, "ignore_eos": True}

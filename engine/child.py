@@ -102,6 +102,7 @@ class EngineChild:
         self.connection: FrameProtocol[FromEngine] = FrameProtocol(from_engine_decoder(), self._take)
         self.num_sent = 0
         self.step_seconds = 0.0  # age of the step it is in, as of the last heartbeat
+        self.step_limit = 0.0  # and how long the engine would have it take; 0: it does not know
         self.failed: Failed | None = None
 
     @property
@@ -111,7 +112,7 @@ class EngineChild:
     def _take(self, message: FromEngine) -> None:
         self._heard = True
         if isinstance(message, Heartbeat):
-            self.step_seconds = message.step_seconds
+            self.step_seconds, self.step_limit = message.step_seconds, message.step_limit
         elif isinstance(message, Step | Phase):
             self.step_seconds = 0.0
         elif isinstance(message, Failed):

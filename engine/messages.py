@@ -86,6 +86,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Once a second, from a thread of its own: the process lives, and its current step has run for so long."""
 
     step_seconds: float  # 0 while idle
+    step_limit: float = 0.0  # seconds after which this step would be hung, as far as the engine knows; 0: it does not
 
 
 EXIT_CODES = {"internal": 1, "config": 2, "memory": 3, "model": 4, "crash_loop": 5}

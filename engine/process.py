@@ -41,6 +41,7 @@ from engine.messages import (
     ToEngine,
 )
 from engine.places import load_object
+from engine.step_patience import StepPatience, StepSize, size_of
 from engine.types import Request, Scheduled, StepOutput, StepStats
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -69,16 +70,22 @@ Connection = FrameSocket[ToEngine]
 
 
 class Pulse:
-    """Sends a heartbeat from a thread of its own, with the age of the step that the main thread is in."""
+    """Sends a heartbeat from a thread of its own, with the age of the main thread's step, and how old it may get."""
 
     def __init__(self, connection: Connection, *, interval: float) -> None:
         self._connection = connection
         self._interval = interval
         self._step_started_at: float | None = None
+        self._limits: list[Callable[[], float]] = []  # of the step's parts
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def step_started(self) -> None:
+        self._limits = []
         self._step_started_at = time.monotonic()
+
+    def allow(self, limit: Callable[[], float]) -> None:
+        """So many more seconds for the step. Asked for when a heartbeat is sent: few steps see one."""
+        self._limits.append(limit)
 
     def step_ended(self) -> None:
         self._step_started_at = None
@@ -87,9 +94,11 @@ class Pulse:
         while True:
             time.sleep(self._interval)
             started_at = self._step_started_at
-            age = 0.0 if started_at is None else time.monotonic() - started_at
+            age = limit = 0.0
+            if started_at is not None:
+                age, limit = time.monotonic() - started_at, sum(seconds() for seconds in list(self._limits))
             try:
-                self._connection.send(Heartbeat(age))
+                self._connection.send(Heartbeat(age, limit))
             except OSError:  # the server is gone, and the main thread may sit in a step that never ends
                 os._exit(0)
 
@@ -97,11 +106,16 @@ class Pulse:
 class EngineLoop:
     """Carries messages to the engine and its outputs back, one frame per step."""
 
-    def __init__(self, engine: SteppedEngine, connection: Connection, note: CrashNote, pulse: Pulse) -> None:
+    def __init__(
+        self, engine: SteppedEngine, connection: Connection, note: CrashNote, pulse: Pulse, patience: StepPatience
+    ) -> None:
         self._engine = engine
         self._connection = connection
         self._note = note
         self._pulse = pulse
+        self._patience = patience
+        self._size = StepSize(0, 0)  # of the step that runs
+        engine.on_batch = self._expect
         self._num_received = 1  # the Configure frame
         self._refused: list[StepOutput] = []
         self._aborted = False
@@ -143,14 +157,25 @@ class EngineLoop:
                 traceback.print_exc()
             self._refused.append(StepOutput(request_id=request.request_id, finish_reason="error", error=str(error)))
 
+    def _expect(self, batch: list[Scheduled]) -> None:
+        """The step is about to compute this; more than once, where it computes again what has failed together."""
+        self._note.write(batch)
+        size = size_of(batch)
+        self._size = StepSize(self._size.num_tokens + size.num_tokens, self._size.num_pairs + size.num_pairs)
+        self._pulse.allow(lambda: self._patience.limit(size))
+
     def _step(self) -> tuple[list[StepOutput], list[str], StepStats | None]:
         if not (self._engine.has_work or self._aborted):
             return [], [], None
         self._aborted = False
+        self._size = StepSize(0, 0)
+        started_at = time.monotonic()
         self._pulse.step_started()
         result = self._engine.step()
         self._note.clear()
         self._pulse.step_ended()
+        if self._size.num_tokens:
+            self._patience.learn(self._size, time.monotonic() - started_at)
         return result
 
 
@@ -171,12 +196,11 @@ def run(connection: Connection, note: CrashNote, *, factory: str, heartbeat_inte
         engine, model = build(config, lambda name, detail: connection.send(Phase(name, detail)))
     except Exception as error:  # border: whatever went wrong becomes a message and an exit code
         return _fail(connection, describe_failure(error), error)
-    engine.on_batch = note.write
     gc.collect()
     gc.freeze()  # what was loaded stays: the collector need not walk it in every pause
     try:
         connection.send(Ready(model))
-        EngineLoop(engine, connection, note, pulse).run()
+        EngineLoop(engine, connection, note, pulse, StepPatience(model)).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:  # border: the server starts a new process and replays

@@ -42,7 +42,7 @@ class SupervisionLimits:
 
     silence: float = 5.0  # without a frame, heartbeats included
     starting_silence: float = 60.0  # the same before it is ready: imports may hold the interpreter for long
-    step: float = 120.0  # one step
+    step: float = 120.0  # one step, and more where the engine expects it to take long
     heartbeat_interval: float = 1.0
     check_interval: float = 0.25
     stop_grace: float = 5.0  # from Shutdown to SIGKILL
@@ -248,8 +248,9 @@ class Supervisor:
         limit = self._limits.silence if is_ready else self._limits.starting_silence
         if silent > limit:
             return f"the engine process gave no sign of life for {limit:g} s"
-        if child.step_seconds > self._limits.step:
-            return f"a step of the engine took longer than {self._limits.step:g} s"
+        limit = max(self._limits.step, child.step_limit)
+        if child.step_seconds > limit:
+            return f"a step of the engine took longer than {limit:.3g} s"
         return None
 
     def _judge(self, ending: Ending, reason: str) -> bool:

@@ -187,7 +187,7 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Scr
     model = ModelInfo(
         path=config.model.path,
         architecture="Scripted",
-        num_parameters=0,
+        num_parameters=int(float(options.get("num_parameters", "0"))),
         vocab_size=65536,
         trained_context=4096,
         max_model_len=4096,
@@ -199,6 +199,6 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Scr
         settings={},
         phase_seconds={},
         bytes_per_second=0,
-        flops_per_second=0,
+        flops_per_second=float(options.get("flops_per_second", "0")),
     )
     return engine, model

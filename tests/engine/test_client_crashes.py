@@ -222,6 +222,19 @@ async def test_the_server_gives_up_at_as_many_deaths_as_the_operator_allows(max_
         assert f"died {max_deaths} times within 300 s (supervision.max_deaths)" in client.failure.message
 
 
+async def test_a_step_that_takes_long_on_this_machine_is_no_hang_and_a_hang_is_found_there_too() -> None:
+    observer = crossing.Recorder()
+    limits = replace(crossing.QUICK, step=0.2, heartbeat_interval=0.05)
+    machine = "delay=0.5&num_parameters=1e6&flops_per_second=1e9"  # at best 0.016 s for a step of 8 tokens
+    async with crossing.running(machine, observer=observer, limits=limits) as client:
+        slow = make_request("slow", max_tokens=4)
+        assert tokens_of(await collect(client, slow)) == script.expected_tokens(slow)
+        assert observer.deaths == []
+        with pytest.raises(EngineError, match="request bad"):
+            await collect(client, make_request("bad", order=script.HANG, num_prompt_tokens=1, max_tokens=1))
+        assert all("a step of the engine took longer than" in death for death in observer.deaths)
+
+
 async def test_a_stopped_process_is_noticed_killed_and_replaced() -> None:
     observer = crossing.Recorder()
     limits = replace(crossing.QUICK, silence=0.8)

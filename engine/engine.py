@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.block_pool import NULL_BLOCK
+from engine.faults import EngineFaultError, check_device
 from engine.halving import halve_chunks
 from engine.model_runner import ModelRunner
 from engine.proposers.none import NoProposer
@@ -16,7 +18,7 @@ from engine.proposers.proposer import Proposer
 from engine.run_ahead import LaunchingSampler, RunAhead
 from engine.scheduler import Scheduler
 from engine.step_stats import ModelCost, StepClock, StepPace, StepRecorder
-from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
+from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +63,22 @@ class Engine:
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
 
+    @property
+    def degraded_modes(self) -> list[str]:
+        """What steps do without for now, because it has failed."""
+        modes = {
+            "token_budget": self.scheduler.is_budget_lowered,
+            "run_ahead": self._run_ahead is not None and self._run_ahead.breaker.is_open,
+            "cuda_graphs": self.runner.graphs.breaker.is_open,
+        }
+        return [name for name, is_degraded in modes.items() if is_degraded]
+
     @torch.inference_mode()
     def step(self) -> StepResult:
         """Runs one step. Returns its outputs, the ids of the requests that left the queue in it, and its numbers.
 
-        A request whose computation fails ends alone, with the finish reason "error"; the others go on.
+        A request whose computation fails ends alone, with the finish reason "error"; the others go on. Raises
+        EngineFaultError where it is not a request's fault: then no later step would be any better.
         """
         recorder = StepRecorder(self.scheduler, self.cost)
         batch = self.scheduler.schedule()
@@ -74,7 +87,7 @@ class Engine:
         if not batch:  # aborts left nothing to do; the numbers say that the memory is free
             self._forget_launched()
             recorder.plan(batch)
-            return [], [], recorder.stats([])
+            return [], [], recorder.stats([], self.degraded_modes)
         self.on_batch(batch)
         hidden, sampled = self._compute(batch, recorder.clock)
         if recorder.plan(batch).drafts:
@@ -85,7 +98,7 @@ class Engine:
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")
-        stats = recorder.stats(sampled)
+        stats = recorder.stats(sampled, self.degraded_modes)
         self._pace.learn(stats)
         return outputs, started, stats
 
@@ -96,13 +109,16 @@ class Engine:
         Running an item twice is harmless: it writes the same keys and values into the same slots.
         """
         try:
-            return self._forward_and_sample(batch, clock)
+            computed = self._forward_and_sample(batch, clock)
+            self.scheduler.note_quiet_step()
+            return computed
         except torch.OutOfMemoryError:
             logger.warning("a step of %d tokens ran out of memory", _num_tokens(batch))
-        except Exception:
+        except Exception as error:
+            check_device(error)
             logger.exception("a step of %d requests failed; running each alone", len(batch))
             self._forget_launched()
-            return _join([self._compute_alone(item, clock) for item in batch])
+            return self._compute_each(batch, clock)
         self._forget_launched()
         self.runner.release_memory()
         if halve_chunks(batch):
@@ -113,13 +129,37 @@ class Engine:
             return _join([self._compute(batch[:middle], clock), self._compute(batch[middle:], clock)])
         return None, [_failure(batch[0], "the device has not enough memory for a step of it; lower kv_cache.memory")]
 
-    def _compute_alone(self, item: Scheduled, clock: StepClock) -> Computed:
-        self.on_batch([item])  # should the process die now, it is known for whom
+    def _compute_each(self, batch: list[Scheduled], clock: StepClock) -> Computed:
+        """Each item in a step of its own. Raises EngineFaultError where none of several could be computed."""
+        parts: list[Computed] = []
+        num_failures = 0
+        for item in batch:
+            self.on_batch([item])  # should the process die now, it is known for whom
+            try:
+                parts.append(self._forward_and_sample([item], clock))
+            except Exception as error:
+                check_device(error)
+                num_failures += 1
+                logger.exception("request %s failed alone", item.seq.request.request_id)
+                parts.append((None, [_failure(item, type(error).__name__)]))
+                self.on_batch(batch)
+                self._probe(error)
+        if num_failures == len(batch) > 1:
+            raise EngineFaultError(f"each of {num_failures} requests failed, alone too: it is none of theirs")
+        return _join(parts)
+
+    def _probe(self, failure: Exception) -> None:
+        """Runs one token of nobody's through the model. Raises EngineFaultError where even that fails."""
+        params = SamplingParams(seed=0, max_tokens=1, temperature=0.0)
+        request = Request(request_id="probe", prompt_token_ids=[0], params=params)
+        item = Scheduled(Sequence(request, [0], block_table=[NULL_BLOCK]), 1, 0, samples=True)
         try:
-            return self._forward_and_sample([item], clock)
+            self.sampler.launch(self.runner.forward([item])[1], [item]).finish()
         except Exception as error:
-            logger.exception("request %s failed alone", item.seq.request.request_id)
-            return None, [_failure(item, type(error).__name__)]
+            logger.exception("a single token could not be computed either")
+            raise EngineFaultError(
+                f"no step succeeds any more, the last with {type(error).__name__}: {error}"
+            ) from failure
 
     def _forward_and_sample(self, batch: list[Scheduled], clock: StepClock) -> Computed:
         if self._run_ahead is not None:
@@ -150,7 +190,8 @@ class Engine:
             return
         try:
             self.proposer.propose(going_on, hidden[rows])
-        except Exception:  # a guess that could not be made costs time, never the request
+        except Exception as error:  # a guess that could not be made costs time, never the request
+            check_device(error)
             logger.exception("the proposer failed; going on without drafts")
             for item in going_on:
                 item.seq.draft_token_ids, item.seq.draft_parents = [], []

@@ -7,8 +7,8 @@ Which sizes: a batch is padded to the next size (`padded_sizes`). Padding change
 each other: rows of no sequence write no keys, and nobody reads what comes out of them.
 
 When: never before serving starts. A size that has come up a few times is captured in the step that needs it next, one
-at a time, with many eager steps in between, so that no stream stalls for long. Where a capture fails, it is said once,
-and steps go on as they did.
+at a time, with many eager steps in between, so that no stream stalls for long. Where a capture fails, steps go on as
+they did, and it is tried again after a while.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend
 from engine.block_tables import BlockTables
+from engine.circuit_breaker import CircuitBreaker
+from engine.faults import check_device
 from engine.forward_batch import Ahead, ForwardBatch, gather_numbers
 from engine.models.model import Model
 from engine.static_batch import GraphSize, StaticBatch
@@ -145,13 +147,14 @@ class GraphRunner:
         self._graphs: OrderedDict[GraphSize, Graph] = OrderedDict()  # the one used last comes last
         self._num_uses: Counter[GraphSize] = Counter()  # of sizes without a graph
         self._num_steps = limits.num_steps_between  # eager ones since the last capture
-        self._can_capture = True
+        self.breaker = CircuitBreaker()
 
     def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
         """The hidden states of the batch's rows, [num_tokens, hidden_size], valid until the next call.
 
         None where no graph covers the step: it then has to run eagerly.
         """
+        self.breaker.step()
         size = self._size_of(batch) if ahead is None else self._padded(len(batch), 1, len(batch))
         if size is None or not (size in self._graphs or self._should_capture(size)):
             return None
@@ -192,7 +195,7 @@ class GraphRunner:
         self._num_steps += 1
         self._num_uses[size] += 1
         is_due = self._num_uses[size] > self._limits.num_uses and self._num_steps > self._limits.num_steps_between
-        return self._can_capture and is_due
+        return is_due and not self.breaker.is_open
 
     def _capture(self, size: GraphSize) -> Graph | None:
         """A graph that reads the static batch. None where it cannot be had; the step has to run eagerly then."""
@@ -207,9 +210,10 @@ class GraphRunner:
         self._num_steps = 0
         try:
             graph = self._graphs[size] = self._graph_device.capture(work)
-        except Exception:  # whatever the reason: the step itself may still be possible
-            logger.exception("a step of %d rows could not be captured; no more CUDA graphs are made", size.num_rows)
-            self._can_capture = False
+        except Exception as error:  # whatever the reason: the step itself may still be possible
+            check_device(error)
+            logger.exception("a step of %d rows could not be captured; no CUDA graphs are made for now", size.num_rows)
+            self.breaker.trip()
             return None
         del self._num_uses[size]
         return graph

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.attention import AttentionBackend
 from engine.block_tables import BlockTables
+from engine.circuit_breaker import CircuitBreaker
 from engine.forward_batch import Ahead, BatchBuilder, ForwardBatch
 from engine.kv_cache import KVCache
 from engine.models.model import Decoder
@@ -17,6 +18,8 @@ from engine.types import Sampled, Scheduled
 
 class DecodeGraphs(Protocol):
     """Steps that were recorded once and are replayed since: `engine.graph_runner` has them."""
+
+    breaker: CircuitBreaker  # open while no graphs are made, because that has failed
 
     def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
         """The hidden states of all rows of the batch, valid until the next call; None where it must run eagerly."""
@@ -29,6 +32,9 @@ class DecodeGraphs(Protocol):
 
 class NoGraphs:
     """Every step runs eagerly."""
+
+    def __init__(self) -> None:
+        self.breaker = CircuitBreaker()
 
     def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
         return None

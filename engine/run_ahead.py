@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from engine.candidates import Ints
+from engine.circuit_breaker import CircuitBreaker
 from engine.decode_run import DecodeRun, make_room
+from engine.faults import check_device
 from engine.forward_batch import Ahead
 from engine.model_runner import ModelRunner
 from engine.penalties import needs_token_history
@@ -88,7 +90,7 @@ class RunAhead:
     def __init__(self, runner: ModelRunner, scheduler: Scheduler, sampler: LaunchingSampler) -> None:
         self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
         self._flight: Flight | None = None
-        self._has_failed = False
+        self.breaker = CircuitBreaker()
 
     def forget(self) -> None:
         """Lets go of what was launched. It still runs to its end on the device, and harms nothing."""
@@ -98,8 +100,9 @@ class RunAhead:
         """Launches what of the plan is not under way yet, then the step that comes after it, and waits for the plan's
         tokens. One `Sampled` per item."""
         launched = self._complete(batch)
-        if not self._has_failed:
+        if not self.breaker.is_open:
             self._flight = self._launch_next(batch, launched)
+        self.breaker.step()
         clock.lap("forward")
         sampled = launched.finish()
         clock.lap("sample")
@@ -137,9 +140,10 @@ class RunAhead:
             going_on = [row for row, item in enumerate(batch) if not self._ends(item)]
             run = self._start_run([batch[row].seq for row in going_on])
             return None if run is None else self._fly(run, _select(launched.tokens(), going_on))
-        except Exception:  # a step too early is no request's fault; it runs in its time, and fails there if it must
-            logger.exception("a step could not be launched ahead; every step waits for the one before it from now on")
-            self._has_failed = True
+        except Exception as error:  # a step too early is no request's fault; it runs in its time, and fails there
+            check_device(error)
+            logger.exception("a step could not be launched ahead; every step waits for the one before it for a while")
+            self.breaker.trip()
             return None
 
     def _start_run(self, seqs: list[Sequence]) -> DecodeRun | None:

@@ -11,6 +11,7 @@ import time
 from bisect import insort
 from dataclasses import dataclass, field, replace
 
+from engine.circuit_breaker import CircuitBreaker
 from engine.kv_manager import KVCacheManager, needs_prompt_scores
 from engine.step_outputs import one_more_token, output_of
 from engine.types import Sampled, Scheduled, Sequence, StepOutput
@@ -98,6 +99,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits = 0
+        self._full_budget = limits.max_num_batched_tokens
+        self._budget_breaker = CircuitBreaker()
         self._num_arrivals = 0
         self._by_id: dict[str, Sequence] = {}
 
@@ -187,12 +190,26 @@ class Scheduler:
                 self._forget(seq)
         return outputs
 
+    @property
+    def is_budget_lowered(self) -> bool:
+        return self.limits.max_num_batched_tokens < self._full_budget
+
     def lower_budget(self, num_tokens: int) -> None:
-        """Steps have at most so many tokens from now on, or one for each request that may run, if that is more."""
+        """Steps have at most so many tokens for a while, or one for each request that may run, if that is more."""
         lowered = max(num_tokens, self.limits.max_num_seqs)
+        self._budget_breaker.trip()
         if lowered < self.limits.max_num_batched_tokens:
             self.limits = replace(self.limits, max_num_batched_tokens=lowered)
-            logger.warning("steps have at most %d tokens from now on; set scheduler.max_num_batched_tokens", lowered)
+            logger.warning(
+                "steps have at most %d tokens for a while; if this comes again, set scheduler.max_num_batched_tokens",
+                lowered,
+            )
+
+    def note_quiet_step(self) -> None:
+        """Call it after a step that had memory enough: after many of them, the budget is whole again."""
+        if self._budget_breaker.step():
+            self.limits = replace(self.limits, max_num_batched_tokens=self._full_budget)
+            logger.info("steps have up to %d tokens again", self._full_budget)
 
     def _prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
         """Prompt tokens of a step that others decode in: each of their tokens waits for all of these.

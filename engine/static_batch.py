@@ -75,7 +75,7 @@ class StaticBatch:
         if numbers is self._tables_of:
             self._staging.copy_to(self._landing, self._staging.write(padded))
         else:
-            tables = numbers.block_tables
+            tables, self._tables_of = numbers.block_tables, None  # until all of them are there
             self._staging.copy_to(self._landing, self._staging.write([*padded, tables]))
             first = places(_sizes(size))[-1]
             landed = self._landing[first : first + tables.size].view(tables.shape)

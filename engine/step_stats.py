@@ -120,7 +120,7 @@ class StepRecorder:
         self._work, self._num_seqs = count_work(batch), len(batch)
         return self._work
 
-    def stats(self, sampled: list[Sampled]) -> StepStats:
+    def stats(self, sampled: list[Sampled], degraded_modes: list[str]) -> StepStats:
         pool = self._scheduler.kv.pool
         preemptions, queries, hits = (
             after - before for after, before in zip(_counters(self._scheduler), self._before, strict=True)
@@ -152,6 +152,7 @@ class StepRecorder:
             bytes_moved=0 if has_failed else self._cost.bytes_moved(work),
             flops=0 if has_failed else self._cost.flops(work),
             is_queued=self._cost.is_queued,
+            degraded_modes=degraded_modes,
         )
 
 

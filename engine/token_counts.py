@@ -19,6 +19,7 @@ from engine.types import Sequence
 class _State:
     place: int
     num_seen: int = 0  # of the sequence's tokens
+    is_fresh: bool = True  # what lies in its place is another's
 
 
 class TokenCounts:
@@ -46,22 +47,36 @@ class TokenCounts:
         self._copies = []
         places = [0] * len(rows)
         writes = _Writes()
-        for i, row in enumerate(rows):
-            if is_penalised(row.params):
-                places[i] = self._catch_up(row.item.seq, writes)
-                if row.path:
-                    places[i] = self._copy(places[i], row.path, writes)
-        self._grow(device)
-        self._write(writes, device)
-        return to_device(np.array(places, dtype=np.int64), device)
+        try:
+            for i, row in enumerate(rows):
+                if is_penalised(row.params):
+                    places[i] = self._catch_up(row.item.seq, writes)
+                    if row.path:
+                        places[i] = self._copy(places[i], row.path, writes)
+            self._grow(device)
+            self._write(writes, device)
+            return to_device(np.array(places, dtype=np.int64), device)
+        except BaseException:  # how much of it was written is not known: the next time, they are counted from nothing
+            for row in rows:
+                self._forget(row.item.seq)
+            raise
+
+    def _forget(self, seq: Sequence) -> None:
+        """Its place stays its own until it is gone."""
+        state = self._states.get(seq)
+        if state is not None:
+            state.num_seen, state.is_fresh = 0, True
 
     def _catch_up(self, seq: Sequence, writes: _Writes) -> int:
         """Notes what the sequence gained since the last time. Returns its place."""
         state = self._states.get(seq)
         if state is None:
-            state = self._states[seq] = _State(self._take())
+            place = self._take()
+            finalize(seq, self._free.append, place).atexit = False
+            state = self._states[seq] = _State(place)
+        if state.is_fresh:
             writes.fresh.append(state.place)
-            finalize(seq, self._free.append, state.place).atexit = False
+            state.is_fresh = False
         start, num_prompt_tokens = state.place * self.vocab_size, seq.num_prompt_tokens
         new_prompt_tokens = seq.token_ids[state.num_seen : num_prompt_tokens]
         writes.in_prompt += [start + token for token in new_prompt_tokens]
@@ -87,11 +102,11 @@ class TokenCounts:
         num_states = len(self.counts)
         if num_states < self._num_places or self.counts.device != device:
             num_states = max(self._num_places, 2 * num_states)
-            counts, is_in_prompt = self.counts, self.is_in_prompt
-            self.counts = torch.zeros(num_states, self.vocab_size, dtype=torch.int32, device=device)
-            self.is_in_prompt = torch.zeros(num_states, self.vocab_size, dtype=torch.bool, device=device)
-            self.counts[: len(counts)] = counts
-            self.is_in_prompt[: len(counts)] = is_in_prompt
+            counts = torch.zeros(num_states, self.vocab_size, dtype=torch.int32, device=device)
+            is_in_prompt = torch.zeros(num_states, self.vocab_size, dtype=torch.bool, device=device)
+            counts[: len(self.counts)] = self.counts
+            is_in_prompt[: len(self.counts)] = self.is_in_prompt
+            self.counts, self.is_in_prompt = counts, is_in_prompt  # both or neither
 
     def _write(self, writes: _Writes, device: torch.device) -> None:
         sizes = [len(places) for places in astuple(writes)]

@@ -68,6 +68,8 @@ class TokenHistories:
         history = self._by_seq.get(seq)
         if history is None:
             with_prompt = seq.params.repetition_penalty != 1.0
-            history = self._by_seq[seq] = TokenHistory(seq.num_prompt_tokens, with_prompt=with_prompt)
+            history = TokenHistory(seq.num_prompt_tokens, with_prompt=with_prompt)
+        self._by_seq.pop(seq, None)  # half a history, if it fails in between, would count tokens twice
         history.catch_up(seq.token_ids)
+        self._by_seq[seq] = history
         return history

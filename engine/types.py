@@ -87,6 +87,9 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error_kind: ErrorKind = "request"  # of `error`
 
 
+DEGRADED_MODES = ("token_budget", "run_ahead", "cuda_graphs")
+
+
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """One step in numbers, for the metrics. Times in seconds, sizes in tokens or blocks."""
 
@@ -111,6 +114,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     bytes_moved: int  # weights and KV read, as the model's arithmetic demands; 0 where a request of the step failed
     flops: int
     is_queued: bool = False  # the forward pass only queued its work, and sampling waited for it
+    degraded_modes: list[str] = []  # of DEGRADED_MODES, what steps do without for now, because it has failed
 
     @property
     def computing(self) -> float:

@@ -197,6 +197,13 @@ PREFIX_HITS = Family(
 KV_BLOCKS = Family(
     "kv_blocks", "gauge", "KV blocks by state: owned by sequences, cached (free, with a prefix), free.", ("state",)
 )
+ENGINE_DEGRADED = Family(
+    "engine_degraded",
+    "gauge",
+    "1 while steps do without something that has failed, until it is tried again: the whole token budget, steps "
+    "launched ahead, new CUDA graphs.",
+    ("mode",),
+)
 KV_USAGE = Family(
     "kv_cache_usage_ratio", "gauge", "Owned share of the KV blocks.", vllm=(VllmName("kv_cache_usage_perc"),)
 )

@@ -10,7 +10,7 @@ from itertools import accumulate
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.types import StepStats
+from engine.types import DEGRADED_MODES, StepStats
 from server import metric_families as families
 from server.metric_families import Family
 
@@ -108,6 +108,7 @@ class StepMetrics(Collector):
         self._bytes = 0
         self._flops = 0
         self._blocks = (0, 0, 0)  # owned, cached, free
+        self._degraded_modes: list[str] = []
 
     def count(self, stats: StepStats) -> None:
         for distribution, seconds in zip(self._seconds, _phase_seconds(stats), strict=True):
@@ -126,11 +127,13 @@ class StepMetrics(Collector):
         self._flops += stats.flops
         num_owned, num_cached = stats.num_owned_blocks, stats.num_cached_blocks
         self._blocks = (num_owned, num_cached, stats.num_blocks - num_owned - num_cached)
+        self._degraded_modes = stats.degraded_modes
         self.roofline.count(stats)
 
     def forget_blocks(self) -> None:
-        """The memory went with the process."""
+        """The memory went with the process, and with it what had failed there."""
         self._blocks = (0, 0, 0)
+        self._degraded_modes = []
 
     @property
     def kv_usage(self) -> float:
@@ -149,6 +152,8 @@ class StepMetrics(Collector):
         owned, cached, free = self._blocks
         yield self._gauge(families.KV_BLOCKS, {("owned",): owned, ("cached",): cached, ("free",): free})
         yield self._gauge(families.KV_USAGE, {(): self.kv_usage})
+        modes = self._degraded_modes
+        yield self._gauge(families.ENGINE_DEGRADED, {(mode,): float(mode in modes) for mode in DEGRADED_MODES})
         roofline = self.roofline
         yield self._gauge(families.ACHIEVED_BYTES, {(): roofline.bytes_per_second})
         yield self._gauge(families.ACHIEVED_FLOPS, {(): roofline.flops_per_second})

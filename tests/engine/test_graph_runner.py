@@ -52,12 +52,12 @@ class FakeGraphDevice:
     def __init__(self, max_num_captures: int = 1000) -> None:
         self.graphs: list[FakeGraph] = []
         self.num_rows: list[int] = []  # of each capture that was tried
-        self._max_num_captures = max_num_captures
+        self.max_num_captures = max_num_captures
 
     def capture(self, work: Callable[[], Tensor]) -> FakeGraph:
         output = work()
         self.num_rows.append(len(output))
-        if len(self.num_rows) > self._max_num_captures:
+        if len(self.num_rows) > self.max_num_captures:
             raise RuntimeError("this operation waits for the device")
         self.graphs.append(FakeGraph(work, output))
         return self.graphs[-1]
@@ -222,6 +222,17 @@ def test_a_failed_capture_is_said_once_and_steps_go_on(caplog: pytest.LogCapture
     assert len(device.num_rows) == 2
     assert device.num_replays > 0
     assert len([record for record in caplog.records if "could not be captured" in record.message]) == 1
+
+
+def test_a_capture_is_tried_again_after_many_steps() -> None:
+    device = FakeGraphDevice(max_num_captures=0)
+    setup = Setup("full", device)
+    assert not _forward(setup, _decode(2))
+    assert setup.runner.graphs.breaker.is_open
+    device.max_num_captures = 99
+    were_graphs = [_forward(setup, _decode(2)) for _ in range(300)]
+    assert were_graphs.index(True) > 200
+    assert all(were_graphs[were_graphs.index(True) :])
 
 
 def test_what_no_graph_covers_runs_eagerly() -> None:

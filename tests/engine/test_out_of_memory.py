@@ -113,6 +113,21 @@ def test_steps_stay_as_small_as_was_needed():
     assert engine.scheduler.limits.max_num_batched_tokens == 4  # one for each request that may run
 
 
+def test_steps_are_whole_again_after_many_that_had_memory_enough():
+    engine = _make_engine(max_num_rows=40)
+    _run(engine, _prompts())
+    assert engine.degraded_modes == ["token_budget"]
+    engine.runner.max_num_rows = 1000  # whoever had the memory has given it back
+    stats = []
+    while engine.degraded_modes and len(stats) < 1000:
+        engine.add(Request(request_id="a", prompt_token_ids=[1, 2], params=SamplingParams(seed=0, max_tokens=90)))
+        while engine.has_work:
+            stats.append(engine.step()[2])
+    assert engine.scheduler.limits.max_num_batched_tokens == 64
+    assert 100 < sum(one.degraded_modes == ["token_budget"] for one in stats) < 1000
+    assert stats[-1].degraded_modes == []
+
+
 def test_prompts_are_scored_in_smaller_steps_too():
     expected = _make_engine(max_num_rows=1000)
     engine = _make_engine(max_num_rows=5)

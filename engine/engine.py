@@ -87,7 +87,7 @@ class Engine:
         if not batch:  # aborts left nothing to do; the numbers say that the memory is free
             self._forget_launched()
             recorder.plan(batch)
-            return [], [], recorder.stats([], self.degraded_modes)
+            return [], [], recorder.stats([], [], self.degraded_modes)
         self.on_batch(batch)
         hidden, sampled = self._compute(batch, recorder.clock)
         if recorder.plan(batch).drafts:
@@ -98,7 +98,7 @@ class Engine:
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")
-        stats = recorder.stats(sampled, self.degraded_modes)
+        stats = recorder.stats(sampled, outputs, self.degraded_modes)
         self._pace.learn(stats)
         return outputs, started, stats
 

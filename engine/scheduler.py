@@ -99,6 +99,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits = 0
+        self.num_first_prompt_tokens = 0  # of the sequences that have got their first token
         self._full_budget = limits.max_num_batched_tokens
         self._budget_breaker = CircuitBreaker()
         self._num_arrivals = 0
@@ -178,7 +179,9 @@ class Scheduler:
             token_ids = self._append(seq, result.token_ids)
             if seq.first_token_at is None:
                 seq.num_prefill_chunks += 1
-                seq.first_token_at = now if token_ids else None
+                if token_ids:
+                    seq.first_token_at = now
+                    self.num_first_prompt_tokens += _num_computed_prompt_tokens(seq)
             if result.error is not None:
                 seq.finish_reason = "error"  # what this step wrote into the cache may be wrong: it is not committed
             else:
@@ -409,3 +412,8 @@ def _num_verified_drafts(seq: Sequence, budget: int) -> int:
 
 def _is_caught_up(seq: Sequence) -> bool:
     return len(seq.token_ids) - seq.num_computed_tokens == 1
+
+
+def _num_computed_prompt_tokens(seq: Sequence) -> int:
+    """None of a sequence that another process had begun: its first token is an old one."""
+    return 0 if seq.request.output_token_ids else seq.num_prompt_tokens - seq.num_cached_tokens

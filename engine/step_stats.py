@@ -10,7 +10,7 @@ from heapq import heappushpop
 from typing import NamedTuple
 
 from engine.scheduler import Scheduler
-from engine.types import Sampled, Scheduled, StepStats
+from engine.types import Sampled, Scheduled, StepOutput, StepStats
 
 MIN_PACE_TOKENS = 32  # of a step from which its pace is learned: fewer are bound by memory, not by arithmetic
 NUM_WITNESSES = 3
@@ -120,9 +120,9 @@ class StepRecorder:
         self._work, self._num_seqs = count_work(batch), len(batch)
         return self._work
 
-    def stats(self, sampled: list[Sampled], degraded_modes: list[str]) -> StepStats:
+    def stats(self, sampled: list[Sampled], outputs: list[StepOutput], degraded_modes: list[str]) -> StepStats:
         pool = self._scheduler.kv.pool
-        preemptions, queries, hits = (
+        preemptions, queries, hits, first_prompt_tokens = (
             after - before for after, before in zip(_counters(self._scheduler), self._before, strict=True)
         )
         work, seconds = self._work, self.clock.seconds
@@ -151,10 +151,17 @@ class StepRecorder:
             ],
             bytes_moved=0 if has_failed else self._cost.bytes_moved(work),
             flops=0 if has_failed else self._cost.flops(work),
+            num_output_tokens=sum([len(output.token_ids) for output in outputs]),
+            num_first_prompt_tokens=first_prompt_tokens,
             is_queued=self._cost.is_queued,
             degraded_modes=degraded_modes,
         )
 
 
-def _counters(scheduler: Scheduler) -> tuple[int, int, int]:
-    return scheduler.num_preemptions, scheduler.num_prefix_queries, scheduler.num_prefix_hits
+def _counters(scheduler: Scheduler) -> tuple[int, int, int, int]:
+    return (
+        scheduler.num_preemptions,
+        scheduler.num_prefix_queries,
+        scheduler.num_prefix_hits,
+        scheduler.num_first_prompt_tokens,
+    )

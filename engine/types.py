@@ -113,6 +113,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     accepted_by_position: list[int]  # accepted draft tokens of this step, by draft position
     bytes_moved: int  # weights and KV read, as the model's arithmetic demands; 0 where a request of the step failed
     flops: int
+    num_output_tokens: int = 0  # that requests got in this step
+    num_first_prompt_tokens: int = 0  # prompt tokens that were computed for those of them whose first token it is
     is_queued: bool = False  # the forward pass only queued its work, and sampling waited for it
     degraded_modes: list[str] = []  # of DEGRADED_MODES, what steps do without for now, because it has failed
 

@@ -82,7 +82,12 @@ def _make_state(
     config: Config, *, sources: Mapping[str, str], observers: Sequence[EngineObserver], make_engine: MakeEngine
 ) -> ServerState:
     names = config.model_names()
-    metrics = Metrics(names[0], proposer=config.speculation.method, vllm_names=config.metrics.vllm_names)
+    metrics = Metrics(
+        names[0],
+        proposer=config.speculation.method,
+        kv_cache=config.kv_cache,
+        vllm_names=config.metrics.vllm_names,
+    )
     all_observers = Observers(metrics)
     engine = make_engine(config.engine_config(), all_observers)
     metrics.registry.register(EngineCollector(engine, names[0]))

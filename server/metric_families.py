@@ -16,6 +16,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 SHORT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
 STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CHOICES = (1, 2, 5, 10, 20, 50, 100, 128)
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -112,6 +113,13 @@ DECODE_TIME = Family(
     buckets=SECONDS,
     vllm=(VllmName("request_decode_time_seconds"),),
 )
+INFERENCE_TIME = Family(
+    "request_inference_seconds",
+    "histogram",
+    "From a request's first step to its last token.",
+    buckets=SECONDS,
+    vllm=(VllmName("request_inference_time_seconds"),),
+)
 TIME_PER_OUTPUT_TOKEN = Family(
     "request_time_per_output_token_seconds",
     "histogram",
@@ -132,6 +140,20 @@ REQUEST_GENERATION_TOKENS = Family(
     "Output tokens of a request.",
     buckets=TOKENS,
     vllm=(VllmName("request_generation_tokens"),),
+)
+REQUEST_CHOICES = Family(
+    "request_choices",
+    "histogram",
+    "Choices per prompt that a request asked for (n).",
+    buckets=CHOICES,
+    vllm=(VllmName("request_params_n"),),
+)
+REQUEST_MAX_TOKENS = Family(
+    "request_max_tokens",
+    "histogram",
+    "Output tokens per choice that a request allowed (max_tokens).",
+    buckets=TOKENS,
+    vllm=(VllmName("request_params_max_tokens"),),
 )
 PROMPT_TOKENS = Family(
     "prompt_tokens_total",
@@ -160,6 +182,13 @@ REQUESTS_WAITING = Family(
     "Sequences that wait for the engine to start them.",
     vllm=(VllmName("num_requests_waiting"),),
 )
+WAITING_BY_REASON = Family(
+    "requests_waiting_by_reason",
+    "gauge",
+    "The same by reason: capacity (for a place in the batch or in memory), deferred (for anything else: none do).",
+    ("reason",),
+    vllm=(VllmName("num_requests_waiting_by_reason", (("reason", "reason"),)),),
+)
 WAITING_TOKENS = Family("waiting_prompt_tokens", "gauge", "Prompt tokens of the sequences that wait.")
 STEP_SECONDS = Family(
     "step_seconds",
@@ -172,6 +201,12 @@ STEP_SIZE = Family(
     "step_tokens",
     "histogram",
     "Tokens computed in a step.",
+    buckets=STEP_TOKENS,
+)
+STEP_PROGRESS = Family(
+    "step_progress_tokens",
+    "histogram",
+    "Tokens of a step that gave requests any: those, and the computed prompt tokens of requests whose first it gave.",
     buckets=STEP_TOKENS,
     vllm=(VllmName("iteration_tokens_total"),),
 )
@@ -206,6 +241,24 @@ ENGINE_DEGRADED = Family(
 )
 KV_USAGE = Family(
     "kv_cache_usage_ratio", "gauge", "Owned share of the KV blocks.", vllm=(VllmName("kv_cache_usage_perc"),)
+)
+KV_CONFIG = Family(
+    "kv_cache_config_info",
+    "gauge",
+    "Always 1; how the KV cache was made.",
+    ("block_size", "num_blocks", "dtype", "prefix_caching", "num_tokens"),
+    vllm=(
+        VllmName(
+            "cache_config_info",
+            (
+                ("block_size", "block_size"),
+                ("num_blocks", "num_gpu_blocks"),
+                ("dtype", "cache_dtype"),
+                ("prefix_caching", "enable_prefix_caching"),
+                ("num_tokens", "kv_cache_size_tokens"),
+            ),
+        ),
+    ),
 )
 DRAFTS = Family(
     "drafts_total",

@@ -10,6 +10,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.config import KVCacheConfig
 from engine.messages import ModelInfo
 from engine.types import RequestTiming, StepStats
 from server import metric_families as families
@@ -31,7 +32,16 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # else each counter 
 class Metrics:
     """The instruments of one server, in a registry of its own. It is an EngineObserver."""
 
-    def __init__(self, model_name: str, *, proposer: str = "none", vllm_names: bool = False) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        proposer: str = "none",
+        kv_cache: KVCacheConfig | None = None,
+        vllm_names: bool = False,
+    ) -> None:
+        """kv_cache: as configured, the defaults if left out; what was made of it is known when the engine is ready"""
+        self._kv_cache = kv_cache or KVCacheConfig()
         self.registry = CollectorRegistry()
         self.model_name = model_name
         self.steps = StepMetrics(model_name, proposer)
@@ -41,6 +51,7 @@ class Metrics:
         self._replayed = families.REPLAYED_REQUESTS.counter(self.registry).labels(model_name)
         self._startup_seconds = families.STARTUP_SECONDS.gauge(self.registry)
         self._build_info = families.BUILD_INFO.gauge(self.registry)
+        self._kv_config = families.KV_CONFIG.gauge(self.registry)
         ProcessCollector(registry=self.registry)
         if vllm_names:
             self.registry.register(VllmCollector(self.registry))
@@ -56,9 +67,12 @@ class Metrics:
         self._queue_time = families.QUEUE_TIME.histogram(registry).labels(name)
         self._prefill_time = families.PREFILL_TIME.histogram(registry).labels(name)
         self._decode_time = families.DECODE_TIME.histogram(registry).labels(name)
+        self._inference_time = families.INFERENCE_TIME.histogram(registry).labels(name)
         self._time_per_output_token = families.TIME_PER_OUTPUT_TOKEN.histogram(registry).labels(name)
         self._request_prompt_tokens = families.REQUEST_PROMPT_TOKENS.histogram(registry).labels(name)
         self._request_generation_tokens = families.REQUEST_GENERATION_TOKENS.histogram(registry).labels(name)
+        self._request_choices = families.REQUEST_CHOICES.histogram(registry).labels(name)
+        self._request_max_tokens = families.REQUEST_MAX_TOKENS.histogram(registry).labels(name)
         self._prompt_tokens = families.PROMPT_TOKENS.counter(registry).labels(name)
         self._cached_prompt_tokens = families.CACHED_PROMPT_TOKENS.counter(registry).labels(name)
         self._generation_tokens = families.GENERATION_TOKENS.counter(registry).labels(name)
@@ -71,6 +85,11 @@ class Metrics:
     def request_rejected(self, outcome: str) -> None:
         """It ended before anything ran."""
         self._outcomes[outcome].inc()
+
+    def request_started(self, num_choices: int, max_tokens: int) -> None:
+        """It was let in, and asks for so many choices per prompt, of at most so many tokens each."""
+        self._request_choices.observe(num_choices)
+        self._request_max_tokens.observe(max_tokens)
 
     def request_finished(self, outcome: str, counts: TokenCounts, seconds: float, timing: RequestTiming | None) -> None:
         """It ran, and ended. `timing`: of its last choice, where the engine got to tell."""
@@ -85,6 +104,7 @@ class Metrics:
         self._queue_time.observe(timing.queued)
         self._prefill_time.observe(timing.prefill)
         self._decode_time.observe(timing.decode)
+        self._inference_time.observe(timing.prefill + timing.decode)
         if counts.num_output_tokens > 1:
             self._time_per_output_token.observe(timing.decode / (counts.num_output_tokens - 1))
 
@@ -112,6 +132,18 @@ class Metrics:
             self._startup_seconds.labels(self.model_name, phase).set(seconds)
         self._build_info.clear()
         self._build_info.labels(self.model_name, VERSION, model.fingerprint).set(1)
+        self._kv_config.clear()
+        self._kv_config.labels(self.model_name, *self._kv_labels(model)).set(1)
+
+    def _kv_labels(self, model: ModelInfo) -> tuple[str, ...]:
+        block_size, dtype = self._kv_cache.block_size, model.settings.get("kv_cache.dtype")
+        return (
+            str(block_size),
+            str(model.num_kv_tokens // block_size),
+            str(self._kv_cache.dtype if dtype is None else dtype.value),
+            str(self._kv_cache.prefix_caching),
+            str(model.num_kv_tokens),
+        )
 
     def on_step(self, stats: StepStats) -> None:
         self.steps.count(stats)
@@ -145,6 +177,11 @@ class EngineCollector(Collector):
         engine = self._engine
         yield self._gauge(families.REQUESTS_RUNNING, engine.num_running)
         yield self._gauge(families.REQUESTS_WAITING, engine.num_waiting)
+        by_reason = families.WAITING_BY_REASON
+        waiting = GaugeMetricFamily(by_reason.full_name, by_reason.help, labels=["model_name", *by_reason.labels])
+        waiting.add_metric([self._model_name, "capacity"], engine.num_waiting)
+        waiting.add_metric([self._model_name, "deferred"], 0)
+        yield waiting
         yield self._gauge(families.WAITING_TOKENS, engine.num_waiting_tokens)
         yield self._gauge(families.ENGINE_READY, int(engine.state == "ready"))
         restarts = families.ENGINE_RESTARTS

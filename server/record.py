@@ -64,6 +64,8 @@ class RequestRecord:
     def running(self, generation: Generation) -> Iterator[None]:
         """Around the generation: however it is left, the request is finished."""
         self._is_taken_over = True
+        job = generation.job
+        self._metrics.request_started(job.choices_per_prompt, job.choices[0].request.params.max_tokens)
         try:
             yield
         except Exception as error:

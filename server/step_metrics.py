@@ -98,6 +98,7 @@ class StepMetrics(Collector):
         self._proposer = proposer
         self._seconds = [Distribution(families.STEP_SECONDS) for _ in PHASES]
         self._num_tokens = Distribution(families.STEP_SIZE)
+        self._progress = Distribution(families.STEP_PROGRESS)
         self._num_seqs = Distribution(families.STEP_SEQUENCES)
         self._num_preemptions = 0
         self._num_prefix_queries = 0
@@ -115,6 +116,8 @@ class StepMetrics(Collector):
             distribution.observe(seconds)
         self._num_tokens.observe(stats.num_tokens)
         self._num_seqs.observe(stats.num_seqs)
+        if stats.num_output_tokens:
+            self._progress.observe(stats.num_output_tokens + stats.num_first_prompt_tokens)
         self._num_preemptions += stats.num_preemptions
         self._num_prefix_queries += stats.num_prefix_queries
         self._num_prefix_hits += stats.num_prefix_hits
@@ -147,6 +150,7 @@ class StepMetrics(Collector):
         phases = dict(zip(PHASES, self._seconds, strict=True))
         yield self._histogram(families.STEP_SECONDS, {(phase,): each for phase, each in phases.items()})
         yield self._histogram(families.STEP_SIZE, {(): self._num_tokens})
+        yield self._histogram(families.STEP_PROGRESS, {(): self._progress})
         yield self._histogram(families.STEP_SEQUENCES, {(): self._num_seqs})
         yield from self._collect_counters()
         owned, cached, free = self._blocks

@@ -303,3 +303,25 @@ def test_the_timing_of_a_request_sums_up(llama):
     assert timing.prefill > 0
     assert timing.decode > 0
     assert timing.num_prefill_chunks == 1
+
+
+@pytest.mark.parametrize("proposer", sorted(PROPOSERS))
+@pytest.mark.parametrize(("num_blocks", "budget"), [(300, 64), (300, 9), (24, 64)])
+def test_steps_count_the_tokens_that_requests_get_and_the_prompts_behind_a_first_one(
+    llama, greedy, num_blocks, budget, proposer
+):
+    """Whatever the chunks, preemptions and drafts are; a prompt counts once, without what was cached of it."""
+    engine = _make_engine(llama, num_blocks=num_blocks, budget=budget, proposer=PROPOSERS[proposer](greedy))
+    pending = _requests(_prompts())
+    begun: set[str] = set()
+    while pending or engine.has_work:
+        for request in pending[:2]:
+            engine.add(request)
+        del pending[:2]
+        outputs, _, stats = engine.step()
+        assert stats.num_output_tokens == sum(len(output.token_ids) for output in outputs)
+        firsts = [output for output in outputs if output.token_ids and output.request_id not in begun]
+        begun |= {output.request_id for output in firsts}
+        prompts = [len(_prompts()[int(output.request_id)]) - output.num_cached_tokens for output in firsts]
+        assert stats.num_first_prompt_tokens == sum(prompts)
+    assert len(begun) == len(_prompts())

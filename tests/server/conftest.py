@@ -217,6 +217,10 @@ class FakeMetrics:
     def request_rejected(self, outcome: str) -> None:
         self.outcomes.append(outcome)
 
+    def request_started(self, num_choices: int, max_tokens: int) -> None:
+        assert num_choices > 0
+        assert max_tokens > 0
+
     def request_finished(self, outcome: str, usage: object, seconds: float, timing: RequestTiming | None) -> None:
         assert seconds >= 0
         self.outcomes.append(outcome)

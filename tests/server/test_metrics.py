@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import ModelInfo, TokenizerAssets
+from engine.config import KVCacheConfig
+from engine.messages import ModelInfo, Setting, TokenizerAssets
 from engine.types import RequestTiming, StepStats
 from server.console import StepWindow
 from server.metric_families import FAMILIES, docs_page, docs_table
@@ -25,6 +26,9 @@ VLLM_HISTOGRAMS = [
     "request_decode_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "request_inference_time_seconds",
+    "request_params_n",
+    "request_params_max_tokens",
     "iteration_tokens_total",
 ]
 VLLM_COUNTERS = [
@@ -39,7 +43,13 @@ VLLM_COUNTERS = [
     "spec_decode_num_accepted_tokens_total",
     "spec_decode_num_accepted_tokens_per_pos_total",
 ]
-VLLM_GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]
+VLLM_GAUGES = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_waiting_by_reason",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+]
 
 
 class Engine:
@@ -61,7 +71,7 @@ def model(**changes: object) -> ModelInfo:
     values: dict[str, object] = {
         "path": "p", "architecture": "a", "num_parameters": 1, "vocab_size": 9, "trained_context": 8,
         "max_model_len": 8, "num_kv_tokens": 8, "eos_token_ids": [], "generation_defaults": {},
-        "fingerprint": "fp", "settings": {},
+        "fingerprint": "fp", "settings": {"kv_cache.dtype": Setting("float16", "model")},
         "tokenizer": TokenizerAssets(tokenizer_json="{}", chat_template=None, special_tokens={}),
         "phase_seconds": {"weights": 1.5, "measure": 0.1},
         "bytes_per_second": 100_000.0, "flops_per_second": 1_000_000.0,
@@ -70,7 +80,7 @@ def model(**changes: object) -> ModelInfo:
 
 
 def make(*, vllm_names: bool = False) -> Metrics:
-    metrics = Metrics("tiny", proposer="ngram", vllm_names=vllm_names)
+    metrics = Metrics("tiny", proposer="ngram", kv_cache=KVCacheConfig(block_size=4), vllm_names=vllm_names)
     metrics.registry.register(EngineCollector(Engine(), "tiny"))
     return metrics
 
@@ -79,8 +89,9 @@ def exercise(metrics: Metrics) -> None:
     """Something of everything."""
     metrics.on_ready(model())
     metrics.on_step(step(num_preemptions=1, num_prefix_queries=9, num_prefix_hits=4))
-    metrics.on_step(step(num_drafts=2, num_draft_tokens=8, accepted_by_position=[2, 1]))
+    metrics.on_step(step(num_drafts=2, num_draft_tokens=8, accepted_by_position=[2, 1], num_output_tokens=5))
     metrics.request_arrived()
+    metrics.request_started(3, 64)
     metrics.first_token(0.1)
     metrics.tokens_delivered(1, None)
     metrics.tokens_delivered(2, 0.02)
@@ -175,7 +186,8 @@ def test_vllm_s_numbers_are_ours():
         ("peregrine_generation_tokens_total", "vllm:generation_tokens_total"),
         ("peregrine_time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_sum"),
         ("peregrine_inter_token_latency_seconds_bucket", "vllm:inter_token_latency_seconds_bucket"),
-        ("peregrine_step_tokens_count", "vllm:iteration_tokens_total_count"),
+        ("peregrine_step_progress_tokens_sum", "vllm:iteration_tokens_total_sum"),
+        ("peregrine_request_inference_seconds_sum", "vllm:request_inference_time_seconds_sum"),
         ("peregrine_kv_cache_usage_ratio", "vllm:kv_cache_usage_perc"),
         ("peregrine_requests_running", "vllm:num_requests_running"),
     ]:
@@ -184,6 +196,25 @@ def test_vllm_s_numbers_are_ours():
     assert value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position="1") == 1
     assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
     assert value(metrics, "vllm:request_success_total") == 2  # a timeout is no success
+    assert value(metrics, "vllm:num_requests_waiting_by_reason", reason="capacity") == 2
+    assert value(metrics, "vllm:num_requests_waiting_by_reason", reason="deferred") == 0
+    assert value(metrics, "vllm:request_params_n_sum") == 3
+    assert value(metrics, "vllm:request_params_max_tokens_sum") == 64
+    assert value(metrics, "vllm:request_inference_time_seconds_sum") == pytest.approx(0.19)
+    described = {"block_size": "4", "num_gpu_blocks": "2", "cache_dtype": "float16", "enable_prefix_caching": "True"}
+    assert value(metrics, "vllm:cache_config_info", kv_cache_size_tokens="8", **described) == 1
+
+
+def test_vllm_s_iteration_tokens_are_those_that_requests_got_and_the_prompts_behind_a_first_one():
+    """A step of prompt chunks gave nobody anything, and rejected drafts were given to nobody."""
+    metrics = make(vllm_names=True)
+    metrics.on_step(step(num_tokens=512))
+    metrics.on_step(step(num_tokens=189, num_output_tokens=5, num_first_prompt_tokens=700))
+    metrics.on_step(step(num_tokens=12, num_output_tokens=7))
+    name = "vllm:iteration_tokens_total"
+    assert value(metrics, f"{name}_count") == 2
+    assert value(metrics, f"{name}_sum") == 712
+    assert value(metrics, f"{name}_bucket", le="8.0") == 1
 
 
 def test_random_requests_add_up():

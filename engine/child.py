@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.config import EngineConfig
 from engine.crash_note import BatchLine, CrashNote, create_note_fd
+from engine.environment import engine_environment
 from engine.framing import FrameProtocol, from_engine_decoder
 from engine.messages import Failed, FromEngine, Heartbeat, Phase, Step, ToEngine
 
@@ -205,9 +207,10 @@ class LaunchedChild:
         self.owned.close()
 
 
-def launch_child(factory: str, *, heartbeat_interval: float) -> LaunchedChild:
+def launch_child(factory: str, *, heartbeat_interval: float, config: EngineConfig | None = None) -> LaunchedChild:
     """Starts an engine process. Call on a thread that lives as long as the server: the kernel ends the child with it.
 
+    config: what it will be told to run, if that is known: a model from a hub may need the hub's token.
     The child gets a session of its own, so that Ctrl-C at the terminal reaches the server alone.
     """
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
@@ -221,34 +224,23 @@ def launch_child(factory: str, *, heartbeat_interval: float) -> LaunchedChild:
         theirs.callback(os.close, note_fd)
         note = CrashNote(os.dup(note_fd))
         ours.callback(note.close)
-        process = _launch((their_socket.fileno(), note_fd), write_fd, factory, heartbeat_interval)
+        process = subprocess.Popen(
+            _command(their_socket.fileno(), note_fd, factory, heartbeat_interval),
+            stdin=subprocess.DEVNULL,
+            stdout=write_fd,
+            stderr=write_fd,
+            pass_fds=(their_socket.fileno(), note_fd),
+            start_new_session=True,
+            env=engine_environment(os.environ, config),
+        )
         ours.callback(process.wait)
         ours.callback(process.kill)
         return LaunchedChild(process, note, output_file, our_socket, ours.pop_all())
 
 
-def _launch(fds: tuple[int, int], output_fd: int, factory: str, heartbeat_interval: float) -> subprocess.Popen[bytes]:
-    socket_fd, note_fd = fds
+def _command(socket_fd: int, note_fd: int, factory: str, heartbeat_interval: float) -> list[str]:
     command = [sys.executable, "-m", "engine.process", str(socket_fd), str(note_fd), str(os.getpid())]
-    return subprocess.Popen(
-        [*command, "--factory", factory, "--heartbeat-interval", str(heartbeat_interval)],
-        stdin=subprocess.DEVNULL,
-        stdout=output_fd,
-        stderr=output_fd,
-        pass_fds=fds,
-        start_new_session=True,
-        env=_environment(),
-    )
-
-
-def _environment() -> dict[str, str]:
-    """Ours; a checkout that is not installed must be found by the child as it was found by us."""
-    environment = dict(os.environ)
-    root = str(Path(__file__).parent.parent)
-    if Path(root).name in ("site-packages", "dist-packages"):
-        return environment
-    inherited = os.environ.get("PYTHONPATH")
-    return {**environment, "PYTHONPATH": root if not inherited else os.pathsep.join([inherited, root])}
+    return [*command, "--factory", factory, "--heartbeat-interval", str(heartbeat_interval)]
 
 
 def count_oom_kills() -> int:

@@ -18,9 +18,9 @@ __all__ = ["EngineClient", "EngineError", "EngineObserver", "EngineState", "Supe
 FACTORY = "engine.build:build_engine"
 
 
-def launch_engine() -> LaunchedChild:
+def launch_engine(config: EngineConfig) -> LaunchedChild:
     """Starts the engine process ahead of the client that it is for, so that its imports run beside the server's."""
-    return launch_child(FACTORY, heartbeat_interval=SupervisionLimits().heartbeat_interval)
+    return launch_child(FACTORY, heartbeat_interval=SupervisionLimits().heartbeat_interval, config=config)
 
 
 class EngineClient:

@@ -143,5 +143,6 @@ class EngineConfig(Section):
     speculation: SpeculationConfig = SpeculationConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     seed: Annotated[int, Flag("--seed")] = Field(
-        default=0, description="seed of dummy weights and of requests without a seed in deterministic runs"
+        default=0,
+        description="of random weights (load_format: dummy) alone; a request names its own, or gets one by chance",
     )

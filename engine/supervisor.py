@@ -102,6 +102,7 @@ class Supervisor:
         """first_child: a process of this factory, launched before there was an event loop."""
         # only the engine's own sections: the server's subclass of the config holds keys that must not cross
         self._config_json = config.model_dump_json(include=set(EngineConfig.model_fields))
+        self._config = config
         self._observer = observer
         self._listener = listener
         self._limits = limits
@@ -188,7 +189,8 @@ class Supervisor:
         while not self._stopping:
             try:
                 with self._reserve.lent():
-                    return launch_child(self._factory, heartbeat_interval=self._limits.heartbeat_interval)
+                    interval = self._limits.heartbeat_interval
+                    return launch_child(self._factory, heartbeat_interval=interval, config=self._config)
             except OSError as error:
                 if self.model is None or error.errno not in PASSING_ERRORS:
                     raise

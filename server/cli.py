@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(loaded: LoadedConfig) -> int:
-    launched = launch_engine()  # its imports take seconds, and the server's run meanwhile
+    launched = launch_engine(loaded.config)  # its imports take seconds, and the server's run meanwhile
     try:
         from server.serve import serve
 

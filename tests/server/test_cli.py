@@ -231,9 +231,13 @@ def test_an_engine_that_dies_while_it_starts_ends_the_server():
 
 
 def test_an_engine_that_keeps_dying_ends_the_server_with_a_code_of_its_own(tmp_path):
-    with serving(tmp_path) as server:
-        for _ in range(3):
+    with serving(tmp_path, "--set", "supervision.max_deaths=2") as server:
+        for _ in range(2):
             server.wait_until_ready()
+            answered = httpx.post(
+                server.url + "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1}
+            )
+            assert answered.status_code == 200  # a kill of a process that has computed nothing would not count
             [engine] = psutil.Process(server.process.pid).children()
             engine.kill()
             wait_for(lambda gone=engine: not gone.is_running())

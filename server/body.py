@@ -11,7 +11,10 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from server.config import LimitsConfig
 from server.errors import ApiError, bad_request, field_path
+from server.json_size import measure_json
+from server.off_loop import off_loop
 from server.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -26,6 +29,7 @@ NOT_YET = frozenset(
         "web_search_options", "suffix",
     }
 )  # fmt: skip
+INLINE_BYTES = 1 << 18  # of a body that is parsed in the event loop
 MAX_SHOWN = 200  # characters of a message that came from the request
 MAX_IGNORED_SHOWN = 20
 
@@ -36,10 +40,29 @@ async def read_body(request: Request, body_type: type[BodyT]) -> BodyT:
     if not JSON_TYPE.fullmatch(media_type):
         raise bad_request(f"the body must be JSON; send Content-Type: application/json, not {_shown(media_type)!r}")
     data = await request.body()
+    if len(data) <= INLINE_BYTES:
+        return _parse(data, body_type)
+    limits: LimitsConfig = request.app.state.server.config.limits
+    return await off_loop(_parse_large, data, body_type, limits)
+
+
+def _parse(data: bytes, body_type: type[BodyT]) -> BodyT:
     try:
         return body_type.model_validate_json(data)
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def _parse_large(data: bytes, body_type: type[BodyT], limits: LimitsConfig) -> BodyT:
+    """Counts first: text is parsed fast, whatever its length, but many values hold up the whole server."""
+    size = measure_json(data)
+    if size.num_fields > limits.max_body_fields or size.num_values > limits.max_body_values:
+        raise bad_request(
+            f"the body has {size.num_values} JSON values in {size.num_fields} fields; this server reads "
+            f"{limits.max_body_values} in {limits.max_body_fields} (limits.max_body_values, limits.max_body_fields): "
+            "send prompts as text, or in several requests"
+        )
+    return _parse(data, body_type)
 
 
 def ignored_fields(body: Body) -> list[str]:

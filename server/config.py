@@ -51,6 +51,11 @@ class LimitsConfig(Section):
         default=1048576, description="prompt tokens that may wait; beyond: 429, and 400 for one request of more"
     )
     max_body_bytes: Count = Field(default=16777216, description="size of a request body; beyond: 413")
+    max_body_fields: Count = Field(default=32768, description="JSON fields of a body above 256 KiB; beyond: 400")
+    max_body_values: Count = Field(
+        default=262144, description="JSON values of such a body, token ids included; beyond: 400"
+    )
+    max_tokenize_bytes: Count = Field(default=1048576, description="text that POST /tokenize takes; beyond: 400")
     max_n: Annotated[int, Field(ge=1, le=128)] = Field(default=128, description="choices per prompt")
     max_prompts: Count = Field(default=64, description="prompts in one request")
     max_stop_strings: Annotated[int, Field(ge=0, le=16)] = Field(default=16, description="stop strings in one request")

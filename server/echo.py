@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 from server.detokenizer import Detokenizer, TextOptions
+from server.off_loop import off_loop
 from server.prompts import Prompt
 from server.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ async def read_echo(prompt: Prompt, tokenizer: Tokenizer, *, add_special_tokens:
     """A text as the client wrote it; ids as what they spell, special tokens included, as a text would show them."""
     if len(prompt.token_ids) < LONG_PROMPT:
         return _place(prompt, tokenizer, add_special_tokens)
-    return await asyncio.to_thread(_place, prompt, tokenizer, add_special_tokens)
+    return await off_loop(_place, prompt, tokenizer, add_special_tokens)
 
 
 def _place(prompt: Prompt, tokenizer: Tokenizer, add_special_tokens: bool) -> Echo:

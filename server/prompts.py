@@ -44,18 +44,24 @@ async def read_prompt(
     prompt: str | list[int], options: PromptOptions, *, tokenizer: Tokenizer, model: ModelInfo
 ) -> Prompt:
     """Encodes one prompt and checks that it fits. Raises ApiError 400 with the numbers."""
+    num_kept = _num_kept(options, model)
+    is_whole, text = True, None
     if isinstance(prompt, str):
         _check_length(prompt, options, tokenizer, model)
-        token_ids = await tokenizer.encode_async(prompt, add_special_tokens=options.add_special_tokens)
-        text: str | None = prompt
+        token_ids, is_whole = await tokenizer.encode_part_async(
+            prompt,
+            model.max_model_len + 1 if num_kept is None else num_kept,
+            add_special_tokens=options.add_special_tokens,
+            from_end=num_kept is not None and not options.keeps_beginning,
+        )
+        text = prompt if is_whole else None
     else:
-        token_ids, text = prompt, None
-        _check_vocabulary(token_ids, options, model)
-    num_kept = _num_kept(options, model)
+        token_ids = prompt
+    _check_vocabulary(token_ids, options, model)
     if num_kept is not None and len(token_ids) > num_kept:
         token_ids = token_ids[:num_kept] if options.keeps_beginning else token_ids[-num_kept:]
         text = None
-    _check_fits(token_ids, options, model)
+    _check_fits(token_ids, options, model, is_whole=is_whole or num_kept is not None)
     return Prompt(token_ids, text)
 
 
@@ -81,13 +87,15 @@ def _check_length(text: str, options: PromptOptions, tokenizer: Tokenizer, model
 
 
 def _check_vocabulary(token_ids: list[int], options: PromptOptions, model: ModelInfo) -> None:
-    if max(token_ids) >= model.vocab_size:
+    """Of ids, and of what a tokenizer made of a text: added tokens may lie beyond what the model was trained with."""
+    highest = max(token_ids, default=0)
+    if highest >= model.vocab_size:
         raise bad_request(
-            f"token id {max(token_ids)} is outside the vocabulary of {model.vocab_size} tokens", param=options.param
+            f"token id {highest} is outside the vocabulary of {model.vocab_size} tokens", param=options.param
         )
 
 
-def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo) -> None:
+def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo, *, is_whole: bool) -> None:
     num_prompt, num_output, context = len(token_ids), options.max_tokens, model.max_model_len
     if not token_ids:
         raise bad_request(
@@ -98,9 +106,11 @@ def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo) 
     if num_needed <= context:
         return
     wanted = f"the {num_output} that {options.limit_param} asks for" if num_output else "at least 1 to be written"
+    at_least = "" if is_whole else "at least "
     raise bad_request(
-        f"This model's maximum context length is {context} tokens, and the prompt is too long for it: {num_prompt} "
-        f"tokens and {wanted} make {num_needed}; shorten the prompt or lower {options.limit_param}",
+        f"This model's maximum context length is {context} tokens, and the prompt is too long for it: "
+        f"{at_least}{num_prompt} tokens and {wanted} make {num_needed}; shorten the prompt or lower "
+        f"{options.limit_param}",
         param=options.param,
         code="context_length_exceeded",
     )

@@ -14,8 +14,10 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.choice import Delta, DeltaCollector
+from server.encoding import encode_json
 from server.errors import ApiError, error_body, internal_error
 from server.generation import Generation
+from server.off_loop import off_loop
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,6 +25,7 @@ T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+LARGE_DELTA = 256  # scored tokens; what tells of more is put into words off the event loop
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 encode = msgspec.json.Encoder().encode
@@ -59,8 +62,12 @@ async def deliver(
     if not await _finished(request, work):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     work.result()
-    reply = writer.reply([choice.collected() for choice in choices])
-    return Response(encode(reply), media_type="application/json", headers=headers)
+    deltas = [choice.collected() for choice in choices]
+    if sum(map(_num_items, deltas)) > LARGE_DELTA:
+        body = await off_loop(lambda: encode_json(writer.reply(deltas)))
+    else:
+        body = encode(writer.reply(deltas))
+    return Response(body, media_type="application/json", headers=headers)
 
 
 async def deliver_stream(
@@ -137,9 +144,9 @@ class EventSource:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         try:
-            yield self._encoded(await self._first)
+            yield await self._encoded(await self._first)
             async for delta in self._deltas:
-                yield self._encoded(delta)
+                yield await self._encoded(delta)
             if (last := self._writer.last_chunk()) is not None:
                 yield _event(last)
         except ApiError as error:
@@ -154,8 +161,11 @@ class EventSource:
         await asyncio.gather(self._first, return_exceptions=True)
         await self._deltas.aclose()
 
-    def _encoded(self, delta: Delta) -> bytes:
-        return b"".join(_event(chunk) for chunk in self._writer.chunks(delta))
+    async def _encoded(self, delta: Delta) -> bytes:
+        chunks = self._writer.chunks
+        if _num_items(delta) > LARGE_DELTA:  # the scores of a long prompt
+            return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))
+        return b"".join(_event(chunk) for chunk in chunks(delta))
 
 
 class EventStream(StreamingResponse):
@@ -204,4 +214,13 @@ class EventStream(StreamingResponse):
 
 
 def _event(message: msgspec.Struct | dict[str, dict[str, str | None]]) -> bytes:
-    return b"data: " + encode(message) + b"\n\n"
+    return _framed(encode(message))
+
+
+def _framed(message: bytes) -> bytes:
+    return b"data: " + message + b"\n\n"
+
+
+def _num_items(delta: Delta) -> int:
+    """Of what becomes an object of JSON each, or many."""
+    return len(delta.logprobs) + len(delta.prompt_logprobs)

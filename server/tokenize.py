@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.body import read_body
 from server.errors import bad_request
+from server.off_loop import off_loop
 from server.openapi import replies, request_body
 from server.protocol import DetokenizeBody, TokenizeBody
 from server.responses import DetokenizeReply, TokenizeReply
 from server.serving import check_known, served_model
 from server.state import ServerState
+from server.tokenizer import LONG_TEXT
 
 router = APIRouter()
 
@@ -31,9 +31,18 @@ async def tokenize(request: Request) -> Response:
     if text is None or (body.prompt is not None and body.content is not None):
         raise bad_request("give the text as one of prompt and content", param="prompt")
     model, tokenizer = served_model(state, body.model)
-    token_ids = await tokenizer.encode_async(text, add_special_tokens=body.add_special_tokens is not False)
-    reply = TokenizeReply(len(token_ids), model.max_model_len, token_ids)
-    return _json(reply, headers)
+    num_bytes, most = len(text.encode(errors="replace")), state.config.limits.max_tokenize_bytes
+    if num_bytes > most:
+        raise bad_request(
+            f"the text has {num_bytes} bytes, and /tokenize takes {most} (limits.max_tokenize_bytes); send it in parts",
+            param="prompt" if body.prompt is not None else "content",
+        )
+
+    def answer() -> Response:
+        token_ids = tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
+        return _json(TokenizeReply(len(token_ids), model.max_model_len, token_ids), headers)
+
+    return answer() if len(text) < LONG_TEXT else await off_loop(answer)
 
 
 @router.post(
@@ -51,8 +60,12 @@ async def detokenize(request: Request) -> Response:
             f"token id {max(body.tokens)} is outside the vocabulary of {model.vocab_size} tokens", param="tokens"
         )
     skip = bool(body.skip_special_tokens)
-    text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=skip)
-    return _json(DetokenizeReply(text, text), headers)
+
+    def answer() -> Response:
+        text = tokenizer.decode(body.tokens, skip_special_tokens=skip)
+        return _json(DetokenizeReply(text, text), headers)
+
+    return answer() if len(body.tokens) < LONG_TEXT else await off_loop(answer)
 
 
 def _json(reply: msgspec.Struct, headers: dict[str, str]) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +10,16 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from engine.messages import TokenizerAssets
+from server.off_loop import off_loop
 
 Plain = str | int | float | bool | None
 Message = Mapping[str, str | None]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 LONG_TEXT = 4096  # characters; encoding more than this leaves the event loop for a thread
+_LONGEST_WORD = 1 << 16  # characters; more without a blank are no language
+_CHARACTERS_PER_TOKEN = 8  # twice what texts have; where it is more, more is read
+_TOKENS_NEAR_CUT = 64  # that may differ from those of the whole text
 RESERVED_VARIABLES = frozenset(
     {
         "messages",
@@ -61,7 +64,9 @@ class Tokenizer:
         return self._assets.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` would hold the interpreter's lock: a second for a megabyte
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
             return [self._bos_id, *ids]
         return ids
@@ -81,15 +86,39 @@ class Tokenizer:
             return [None, *spans]
         return spans
 
-    async def encode_async(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """As `encode`; the library lets go of the interpreter lock, so long texts do not hold up other requests."""
+    def encode_part(
+        self, text: str, num_tokens: int, *, add_special_tokens: bool, from_end: bool = False
+    ) -> tuple[list[int], bool]:
+        """The tokens of a text, and True; or of one that has more, as many as wanted of one end of it, and False.
+
+        Reads as much of the text as that takes. Where a text is cut, tokens near the cut may differ from those of the
+        whole, so some more are made and left out. Cuts before the end are made between words, as tokens do not reach
+        over them; only in a word of more than 65,536 characters, they are made anywhere.
+        """
+        num_made = num_tokens + _TOKENS_NEAR_CUT
+        size = _CHARACTERS_PER_TOKEN * num_made
+        while size < len(text):
+            part = text[_word_end(text, len(text) - size) :] if from_end else text[:size]
+            ids = self.encode(part, add_special_tokens=add_special_tokens)
+            if len(ids) >= num_made:
+                return (ids[-num_tokens:] if from_end else ids[:num_tokens]), False
+            size *= 2
+        return self.encode(text, add_special_tokens=add_special_tokens), True
+
+    async def encode_part_async(
+        self, text: str, num_tokens: int, *, add_special_tokens: bool, from_end: bool = False
+    ) -> tuple[list[int], bool]:
+        """As `encode_part`; long texts leave the event loop."""
         if len(text) < LONG_TEXT:
-            return self.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+            return self.encode(text, add_special_tokens=add_special_tokens), True
+        return await off_loop(
+            self.encode_part, text, num_tokens, add_special_tokens=add_special_tokens, from_end=from_end
+        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Ids without a token give no text."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        (text,) = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to text that it does not begin; joined and read as UTF-8, they are the text."""
@@ -148,6 +177,14 @@ class Tokenizer:
             reason = str(error).split("Final message to continue:")[0]  # not the conversation itself
             raise ValueError(f"the model's chat template refused the messages: {reason}") from error
         return rendered[0]
+
+
+def _word_end(text: str, place: int) -> int:
+    """The last place up to this one at which a word ends, if there is one not far from it."""
+    for end in range(place, max(place - _LONGEST_WORD, 0), -1):
+        if text[end].isspace() and not text[end - 1].isspace():
+            return end
+    return place
 
 
 def import_chat_renderer() -> Callable[..., tuple[list[str], object]]:

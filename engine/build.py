@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 
@@ -14,16 +15,19 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
-from engine.machine import Machine, read_machine
+from engine.machine import Machine, freeing_at_once, read_machine
 from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
 from engine.messages import ModelInfo, Setting
 from engine.models.loader import LoadedModel, load_model, read_model_facts
 from engine.plan_settings import resolve_device
+from engine.plan_sizes import gib
 from engine.planner import MemoryPlan, plan_memory
 from engine.proposers import build_proposer
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step_stats import ModelCost, StepPace
 from engine.trial import try_one_token
+
+logger = logging.getLogger(__name__)
 
 MIN_PROMPT_SHARE = 8  # fewer cost compiled layers much more each: of 8, a token takes 1.15 times as long as of 80
 
@@ -62,15 +66,9 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     clock.enter("plan", config.model.path)
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
-    torch.set_num_threads(plan.num_threads)
-    with torch.device(plan.device):
-        loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
     back_end = BackEnd(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
-    if back_end.has_compiled_attention(loaded.model):
-        clock.enter("kernels", "compiled on the first start, read from a cache after that")
-        back_end.compile()
-    clock.enter("pack", f"weights for {plan.num_threads} threads")
-    has_independent_rows = back_end.prepare(loaded.model)
+    with freeing_at_once():
+        loaded, has_independent_rows = _load(config, plan, back_end, clock)
     if plan.device == "cuda":
         clock.enter("profile", f"a step of {plan.max_num_batched_tokens:,} tokens")
         plan = _with_measured_workspace(config, plan, machine, loaded, back_end)
@@ -105,6 +103,26 @@ def _pace(machine: Machine, plan: MemoryPlan) -> StepPace:
     file = ceilings_file(machine, plan.device)
     known = machine.ceilings.step_flops_per_second.get(plan.step_name, 0.0)
     return StepPace(known, lambda rate: file.add(Ceilings(step_flops_per_second={plan.step_name: rate})))
+
+
+def _load(config: EngineConfig, plan: MemoryPlan, back_end: BackEnd, clock: PhaseClock) -> tuple[LoadedModel, bool]:
+    """The model with packed weights, and whether its rows depend on themselves alone."""
+    if not plan.can_load:
+        logger.warning(
+            "loading %s takes %s at its peak, but %s are free: the system may end this process; free some, or set "
+            "model.dtype to bfloat16, which builds weights in half the memory",
+            plan.facts.path,
+            gib(plan.loading_bytes),
+            gib(plan.available_bytes),
+        )
+    torch.set_num_threads(plan.num_threads)
+    with torch.device(plan.device):
+        loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+    if back_end.has_compiled_attention(loaded.model):
+        clock.enter("kernels", "compiled on the first start, read from a cache after that")
+        back_end.compile()
+    clock.enter("pack", f"weights for {plan.num_threads} threads")
+    return loaded, back_end.prepare(loaded.model)
 
 
 def _assemble(

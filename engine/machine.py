@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from engine.ceilings import Ceilings
 from engine.linear import COMPILED_FORMATS, can_pack, has_fast_bf16, has_float16_weights
 
 CGROUP = Path("/sys/fs/cgroup")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _UNLIMITED = 1 << 60  # cgroup version 1 writes a number near 2**63 where there is no limit
 
 
@@ -40,6 +44,7 @@ class Machine:
     has_amx: bool  # the CPU multiplies tiles of bfloat16
     has_float16_weights: bool  # FBGEMM multiplies float32 by float16 weights
     gpu: Gpu | None = None
+    process_bytes: int = 0  # that this process takes already
     ceilings: Ceilings = Ceilings()  # nothing, until `engine.ceilings.with_ceilings` has measured
 
 
@@ -60,7 +65,25 @@ def read_machine() -> Machine:
         has_avx512="AVX512" in torch.backends.cpu.get_cpu_capability(),
         has_float16_weights=has_float16_weights(),
         gpu=gpu,
+        process_bytes=psutil.Process().memory_info().rss,
     )
+
+
+@contextmanager
+def freeing_at_once() -> Iterator[None]:
+    """Has the allocator give each freed tensor back to the system, while a model is loaded and packed.
+
+    glibc would keep hundreds of megabytes of it for later. Afterwards it keeps up to 32 MiB at a time again, which is
+    as far as it goes by itself (mallopt(3), M_MMAP_THRESHOLD): activations are allocated in every step.
+    """
+    libc = ctypes.CDLL(None)
+    set_threshold = getattr(libc, "mallopt", lambda option, value: 0)
+    set_threshold(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        set_threshold(_MMAP_THRESHOLD, 32 << 20)
+        set_threshold(_TRIM_THRESHOLD, 64 << 20)
 
 
 def describe_kernels(machine: Machine, *, dtype: torch.dtype, quantization: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.graph_runner import MAX_GRAPH_ROWS, MAX_NUM_GRAPHS
 from engine.kv_cache import KVCache
 from engine.models.loader import ModelFacts
+from engine.plan_loading import loading_peak, weight_sizes
 from engine.plan_settings import Resolved, SettingError, parse_cache_size
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Demand:
 
     linear: int
     embedding: int
+    loading: int  # at the peak while the weights are loaded and packed; nothing of the rest is there then
     workspace: int
     num_logits: int  # rows of a step, for which the workspace has room
     graphs: GraphDemand
@@ -84,6 +86,7 @@ class Sizer:
     kernels: str
     quantization: str
     num_lookahead: int
+    num_threads: int
     measured_workspace: int | None = None
 
     @property
@@ -95,6 +98,18 @@ class Sizer:
         is_packed = self.quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
         output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
         weight_size = _QUANTIZED_BYTES.get(self.quantization, size)
+        in_layers = facts.num_linear_parameters
+        if not facts.ties_output:  # those of the output layer, which may be kept in another format
+            output = min(in_layers, facts.vocab_size * facts.hidden_size)
+            in_layers -= output
+        sizes = weight_sizes(
+            self.kernels,
+            self.quantization,
+            built=size,
+            packed=weight_size,
+            is_random=self.config.model.load_format == "dummy",
+            num_threads=self.num_threads,
+        )
         kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
         num_sampled = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
         num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
@@ -103,8 +118,9 @@ class Sizer:
         activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
         estimated = logits + activations
         return Demand(
-            linear=int((facts.num_linear_parameters + output) * weight_size),
+            linear=int(in_layers * weight_size + output * sizes.output),
             embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
+            loading=loading_peak(facts.num_parameters, facts.matrices, sizes),
             workspace=estimated if self.measured_workspace is None else self.measured_workspace,
             num_logits=num_logits,
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),

@@ -11,6 +11,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.graph_runner import MAX_NUM_GRAPHS
 from engine.messages import Setting
 from engine.models.loader import ModelFacts
+from engine.plan_loading import COMPILER_BYTES
 from engine.plan_settings import (
     Resolved,
     resolve_device,
@@ -58,6 +59,8 @@ class MemoryPlan:
     available_bytes: int
     linear_bytes: int
     embedding_bytes: int  # and all else that is no linear layer
+    loading_bytes: int  # at the peak while weights are loaded and packed
+    process_bytes: int  # of the process itself, with its libraries
     workspace_bytes: int  # the most that one step needs besides weights and cache
     graphs: GraphDemand
     kv_bytes_per_token: int
@@ -76,6 +79,11 @@ class MemoryPlan:
     @property
     def weight_bytes(self) -> int:
         return self.linear_bytes + self.embedding_bytes
+
+    @property
+    def can_load(self) -> bool:
+        """Whether the peak while loading fits into what is free. Where not, the kernel may end the process."""
+        return self.loading_bytes <= self.available_bytes
 
     @property
     def expert_bytes(self) -> int:
@@ -116,7 +124,7 @@ def plan_memory(
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(facts, config, machine, *chosen, num_lookahead, measured_workspace)
+    sizer = Sizer(facts, config, machine, *chosen, num_lookahead, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
@@ -134,6 +142,8 @@ def plan_memory(
         available_bytes=machine.available_bytes,
         linear_bytes=demand.linear,
         embedding_bytes=demand.embedding,
+        loading_bytes=demand.loading,
+        process_bytes=machine.process_bytes + (COMPILER_BYTES if kernels.value == "numba" else 0),
         workspace_bytes=demand.workspace,
         graphs=demand.graphs,
         kv_bytes_per_token=demand.kv_per_token,
@@ -172,6 +182,7 @@ def render_plan(plan: MemoryPlan) -> str:
         *([("CUDA graphs", f"{gib(graph_bytes)}, for up to {MAX_NUM_GRAPHS} sizes of step")] if graph_bytes else []),
         ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
         ("total", gib(used)),
+        ("peak while loading", _loading(plan)),
         ("concurrent tokens", f"{plan.num_kv_tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),
         ("longest sequences", f"{plan.num_full_sequences:,} of {plan.max_model_len:,} tokens at once"),
     ]
@@ -179,6 +190,17 @@ def render_plan(plan: MemoryPlan) -> str:
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
     return "\n".join(lines)
+
+
+def _loading(plan: MemoryPlan) -> str:
+    """Where it is the process's own memory, as the system counts it; what a GPU's model takes on the host is little."""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    if plan.device != "cpu":
+        return f"{gib(plan.loading_bytes)} on the device"
+    whole = gib(plan.loading_bytes + plan.process_bytes)
+    built = gib(plan.facts.num_parameters * plan.dtype.itemsize)
+    text = f"{whole}: {built} of {dtype} weights, packed piece by piece; {gib(plan.process_bytes)} the process itself"
+    return text if plan.can_load else f"{text}; MORE THAN IS FREE"
 
 
 def _largest_step(plan: MemoryPlan) -> str:

@@ -26,6 +26,7 @@ from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.models.text_part import text_config, text_weights
 from engine.models.tokenizer import load_tokenizer_assets
+from engine.plan_loading import Matrix
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -50,6 +51,7 @@ class ModelFacts:
     why_not_compiled: str = ""  # as of the model
     widest: int  # most elements that one token has in a layer, other than the output layer
     trained_context: int  # tokens
+    matrices: tuple[Matrix, ...] = ()  # those of linear layers, in the order in which they are packed
 
     @property
     def flops_per_token(self) -> int:
@@ -104,6 +106,17 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         why_not_compiled=model.why_not_compiled,
         widest=max(widths) or model.hidden_size,
         trained_context=_trained_context(source, hf_config, config),
+        matrices=_matrices(model, set(embeddings)),
+    )
+
+
+def _matrices(model: Model, shared: set[int]) -> tuple[Matrix, ...]:
+    """shared: the ids of weights that are embeddings too"""
+    return tuple(
+        Matrix(child.weight.numel(), is_output=name == "lm_head", is_shared=id(child.weight) in shared)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
     )
 
 

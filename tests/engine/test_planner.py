@@ -14,6 +14,7 @@ from engine.ceilings import Ceilings
 from engine.config import EngineConfig
 from engine.machine import Machine
 from engine.models.loader import ModelFacts
+from engine.plan_loading import Matrix
 from engine.plan_settings import CacheSize, SettingError, parse_cache_size
 from engine.planner import MemoryPlan, PlanError, plan_memory, render_plan
 
@@ -244,10 +245,34 @@ def test_compiled_layers_are_planned_for_alike_on_every_cpu(has_fast_bf16: bool,
     assert made.kv_bytes_per_token == KV_BYTES // 2
     assert all(setting.source != "config" and setting.reason for setting in made.settings.values())
     with_output = 1_000_000 + 499_000
-    sizes = {"none": 4, "fp16": 2, "int8": 1.0625, "int4": 0.625}  # bytes of a weight, at most; the rest is float32
+    sizes = {"none": 4, "fp16": 2, "int8": 1.0625}  # bytes of a weight, at most; the rest is float32
     for quantization, size in sizes.items():
         made = plan(machine, facts=COMPILED, model={"quantization": quantization})
         assert (made.linear_bytes, made.embedding_bytes) == (int(size * with_output), 4 * 500_000)
+
+
+def test_an_int4_model_keeps_its_output_layer_in_int8() -> None:
+    tied = plan(make_machine(), facts=COMPILED, model={"quantization": "int4"})
+    assert tied.linear_bytes == int(0.625 * 1_000_000 + 1.0625 * 499_000)
+    facts = replace(COMPILED, ties_output=False)  # of the million, 256,000 are the output layer's
+    assert plan(make_machine(), facts=facts, model={"quantization": "int4"}).linear_bytes == int(
+        0.625 * 744_000 + 1.0625 * 256_000
+    )
+
+
+def test_a_plan_says_what_loading_takes_and_whether_it_is_free() -> None:
+    output = Matrix(499_000, is_output=True, is_shared=True)
+    facts = replace(COMPILED, matrices=(*[Matrix(10_000)] * 100, output._replace(num_weights=10_000)))
+    made = plan(replace(make_machine(), process_bytes=2**28), facts=facts, model={"quantization": "int4"})
+    assert made.loading_bytes > 4 * facts.num_parameters  # every weight is built in float32
+    assert made.can_load
+    assert "peak while loading" in render_plan(made)
+    assert "MORE THAN IS FREE" not in render_plan(made)
+    short = replace(made, available_bytes=made.loading_bytes - 1)
+    assert not short.can_load
+    assert "MORE THAN IS FREE" in render_plan(short)
+    halves = plan(make_machine(), facts=facts, model={"quantization": "int4", "dtype": "bfloat16"})
+    assert halves.loading_bytes < made.loading_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

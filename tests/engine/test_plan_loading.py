@@ -1,0 +1,102 @@
+"""The peak of memory while a model is loaded: what the plan says, against what the system counts."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from engine.config import EngineConfig
+from engine.machine import read_machine
+from engine.models.loader import read_model_facts
+from engine.plan_loading import OTHER_BYTES, Matrix, loading_peak, weight_sizes
+from engine.planner import plan_memory
+
+LOAD = """
+import json, re, sys
+from pathlib import Path
+import torch
+from engine.back_end import BackEnd
+from engine.config import EngineConfig
+from engine.machine import freeing_at_once, read_machine
+from engine.models.loader import load_model, read_model_facts
+from engine.planner import plan_memory
+
+def read(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+config = EngineConfig.model_validate_json(sys.argv[1])
+plan = plan_memory(read_model_facts(config.model), config, read_machine())
+back_end = BackEnd(plan, is_strict=False, is_torch_only=plan.kernels == "torch")
+if plan.kernels == "numba":
+    back_end.compile()
+torch.set_num_threads(plan.num_threads)
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = read("VmRSS")
+with freeing_at_once():
+    loaded = load_model(plan.model_config, dtype=plan.dtype, seed=0)
+    back_end.prepare(loaded.model)
+print(json.dumps({"peak": read("VmHWM") - before, "kept": read("VmRSS") - before}))
+"""
+WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 64_000}
+DEEP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 2_000}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tied", "model", "kernels"),
+    [
+        (WIDE, True, {"quantization": "int4"}, "numba"),
+        pytest.param(WIDE, False, {"quantization": "fp16"}, "numba", marks=pytest.mark.slow),
+        pytest.param(DEEP, False, {"quantization": "int8"}, "numba", marks=pytest.mark.slow),
+        pytest.param(DEEP, True, {"quantization": "none"}, "numba", marks=pytest.mark.slow),
+        pytest.param(DEEP, True, {"quantization": "int4", "dtype": "bfloat16"}, "numba", marks=pytest.mark.slow),
+        pytest.param(WIDE, True, {"quantization": "int8"}, "torch", marks=pytest.mark.slow),
+        pytest.param(DEEP, True, {"quantization": "none"}, "torch", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count peaks of memory")
+def test_the_peak_is_what_the_system_counts(tmp_path: Path, sizes, tied: bool, model, kernels: str) -> None:
+    LlamaConfig(
+        **sizes,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=tied,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)
+    sections = {
+        "model": {"path": str(tmp_path), "load_format": "dummy", **model},
+        "device": {"name": "cpu", "kernels": kernels, "num_threads": 2},
+    }
+    config = EngineConfig.model_validate(sections)
+    plan = plan_memory(read_model_facts(config.model), config, read_machine())
+    command = [sys.executable, "-c", LOAD, config.model_dump_json()]
+    counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert 0.85 * counted["peak"] <= plan.loading_bytes <= 1.15 * counted["peak"] + OTHER_BYTES
+    assert counted["kept"] <= 1.1 * plan.weight_bytes + 2 * OTHER_BYTES  # what was freed went back to the system
+
+
+def test_the_peak_is_never_below_what_is_built_or_what_stays() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        kernels = rng.choice(["numba", "torch"])
+        quantization = rng.choice(["none", "fp16", "int8", *(["int4"] if kernels == "numba" else [])])
+        built = rng.choice([2, 4])
+        packed = {"none": built, "fp16": 2, "int8": 1.0625, "int4": 0.625}[quantization]
+        threads = rng.randrange(1, 9)
+        sizes = weight_sizes(
+            kernels, quantization, built=built, packed=packed, is_random=rng.random() < 0.5, num_threads=threads
+        )
+        matrices = [Matrix(rng.randrange(1, 10**6)) for _ in range(rng.randrange(20))]
+        matrices.insert(0, Matrix(rng.randrange(1, 10**6), is_output=True, is_shared=rng.random() < 0.5))
+        num_parameters = sum(matrix.num_weights for matrix in matrices)
+        peak = loading_peak(num_parameters, matrices, sizes) - OTHER_BYTES
+        assert peak >= built * num_parameters + sizes.output_scratch * matrices[0].num_weights
+        shared = built * matrices[0].num_weights if matrices[0].is_shared else 0
+        output = sizes.output * matrices[0].num_weights
+        assert peak >= int(shared + output + packed * sum(matrix.num_weights for matrix in matrices[1:]))
+        together = max(sum(one.num_weights for one in matrices[i : i + threads]) for i in range(len(matrices)))
+        scratch = max(sizes.scratch, sizes.output_scratch)
+        assert peak <= (built + max(packed, sizes.output)) * num_parameters + scratch * together

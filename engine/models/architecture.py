@@ -127,6 +127,7 @@ def check_attention_layers(config: CheckpointConfig, layers: list[AttentionLayer
     if len(layers) != num_layers:
         raise ValueError(f"{problem}{len(layers)} of its {num_layers} layers attend through transformers' interface")
     kinds: list[str] | None = getattr(config, "layer_types", None)
+    _checked_windows([layer.window for layer in layers])
     has_window = [layer.window is not None for layer in layers]
     if kinds is None:
         is_windowed = bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
@@ -162,9 +163,16 @@ def _windows(config: CheckpointConfig) -> list[int | None]:
     window: int | None = getattr(config, "sliding_window", None)
     kinds: list[str] | None = getattr(config, "layer_types", None)
     if kinds is None:
-        return [window] * num_layers
+        return _checked_windows([window] * num_layers)
     _check_kinds(kinds, "our own layers attend to all tokens or to a window, but ")
-    return [window if kind == "sliding_attention" else None for kind in kinds[:num_layers]]
+    return _checked_windows([window if kind == "sliding_attention" else None for kind in kinds[:num_layers]])
+
+
+def _checked_windows(windows: list[int | None]) -> list[int | None]:
+    odd = [window for window in windows if window is not None and window < 1]
+    if odd:
+        raise ValueError(f"sliding_window is {odd[0]}, but a layer with a window of that size attends to nothing")
+    return windows
 
 
 def _mixtures(config: CheckpointConfig) -> tuple[Mixture | None, ...]:

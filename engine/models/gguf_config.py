@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from engine.models.config_numbers import check_numbers
 from engine.models.errors import ModelError
 from engine.models.gguf_header import GGUFHeader
 
@@ -34,9 +35,14 @@ def config_fields(header: GGUFHeader, rope_freqs: np.ndarray | None = None) -> C
     if header.integer(f"{architecture}.expert_count", 0) > 0:
         raise ModelError(f"{header.path} is a mixture of experts, which is supported from safetensors only")
     fields = _common(header)
-    if rope_freqs is not None:
-        fields["rope_parameters"] = _llama3_rope(header, fields, rope_freqs)
-    fields.update(FAMILIES[architecture](header))
+    check_numbers(dict(fields), str(header.path))
+    try:
+        if rope_freqs is not None:
+            fields["rope_parameters"] = _llama3_rope(header, fields, rope_freqs)
+        fields.update(FAMILIES[architecture](header))
+    except ArithmeticError as error:
+        raise ModelError(f"{header.path}: sizes in its header do not fit together ({error}); it is damaged") from error
+    check_numbers(dict(fields), str(header.path))
     _check_shapes(header, fields)
     return fields
 
@@ -50,9 +56,13 @@ def _check_shapes(header: GGUFHeader, fields: ConfigFields) -> None:
         "token_embd": (sizes["vocab_size"], hidden),
         f"blk.{last}.ffn_down": (hidden, inner),
         f"blk.{last}.attn_output": (hidden, width),
+        f"blk.{last}.attn_q": (width, hidden),
+        f"blk.{last}.attn_k": (sizes["num_key_value_heads"] * sizes["head_dim"], hidden),
     }
     for name, shape in expected.items():
         info = header.tensors.get(f"{name}.weight")
+        if info is None and name.endswith(("attn_q", "attn_k")):
+            continue  # merged, as Phi-3's are
         if info is None or info.shape != shape:
             found = "missing" if info is None else str(info.shape)
             raise ModelError(f"{header.path}: {name}.weight is {found}, but the header says {shape}; it is damaged")

@@ -175,6 +175,9 @@ class Llama(Model):
                 unexpected.append(name)
         check_weight_names(destinations.keys() - loaded, unexpected)
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self._destinations()}
+
     def blocks(self) -> Iterator[Block]:
         for block in self.layers:
             assert isinstance(block, Block)

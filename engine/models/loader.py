@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +13,19 @@ from engine.attention import AttentionLayer
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
 from engine.models.architecture import read_trained_context
-from engine.models.checkpoint_config import CheckpointConfig
+from engine.models.checkpoint import Checkpoint, open_checkpoint, read_generation_config
 from engine.models.default_model import Report
 from engine.models.dummy import byte_tokenizer, fill_with_random_weights
-from engine.models.errors import ModelError
+from engine.models.errors import FOREIGN_ERRORS, ModelError
 from engine.models.generation_defaults import find_eos_token_ids, read_generation_defaults
-from engine.models.gguf_file import gguf_config, gguf_weights
+from engine.models.gguf_file import gguf_weights
 from engine.models.model import ExpertFacts, Model
-from engine.models.plain_config import read_plain_config
 from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
-from engine.models.text_part import text_config, text_weights
+from engine.models.stored_weights import check_shapes
+from engine.models.text_part import name_in_text_part, text_weights
 from engine.models.tokenizer import load_tokenizer_assets
 from engine.plan_loading import Matrix
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -84,9 +80,10 @@ def silent(phase: str, detail: str) -> None:
 def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFacts:
     """Reads configs and headers only: of a model on the hub, no weights are downloaded. ModelError as `load_model`."""
     source = find_source(config.model_copy(update={"load_format": "dummy"}), report)
-    hf_config = _text_config(source, _read_config(source, config))
+    checkpoint = open_checkpoint(source, config)
     with torch.device("meta"):
-        model = _build(source, hf_config, config, torch.float32)
+        model = _build(checkpoint, config, torch.float32)
+    _check_shapes(checkpoint, model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     inner = [module for module in linears.values() if id(module.weight) not in embeddings]
@@ -94,7 +91,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
     widths = [model.experts.widest, *(m.out_features for m in inner if m.out_features != model.vocab_size)]
     return ModelFacts(
         path=config.path,
-        architecture=_architecture(hf_config),
+        architecture=checkpoint.architecture,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_linear_parameters=sum(module.weight.numel() for module in inner),
         num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
@@ -105,7 +102,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         experts=model.experts,
         why_not_compiled=model.why_not_compiled,
         widest=max(widths) or model.hidden_size,
-        trained_context=_trained_context(source, hf_config, config),
+        trained_context=_trained_context(checkpoint, config),
         matrices=_matrices(model, set(embeddings)),
     )
 
@@ -127,76 +124,70 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
     """
     report("config", config.path)
     source = find_source(config, report)
-    whole_config = _read_config(source, config)
-    hf_config = _text_config(source, whole_config)
-    model = _build(source, hf_config, config, dtype)
+    checkpoint = open_checkpoint(source, config)
+    model = _build(checkpoint, config, dtype)
     if config.load_format == "dummy":
         report("weights", "random")
         fill_with_random_weights(model, seed)
-        digest = hashlib.sha256(f"dummy {seed} {hf_config.to_json_string()}".encode()).hexdigest()[:32]
+        digest = hashlib.sha256(f"dummy {seed} {checkpoint.config.to_json_string()}".encode()).hexdigest()[:32]
     else:
         report("weights", f"{source.num_bytes / 1e6:,.0f} MB as {str(dtype).removeprefix('torch.')}")
-        _fill(model, source, dtype, is_part=hf_config is not whole_config)
+        _fill(model, checkpoint, dtype)
         digest = digest_weights(source)
     report("tokenizer", config.tokenizer or config.path)
-    tokenizer = _load_tokenizer(source, config, whole_config, model.vocab_size)
-    generation = _read_generation_config(source)
-    eos_token_ids = find_eos_token_ids(hf_config, generation, tokenizer)
+    tokenizer = _load_tokenizer(checkpoint, config, model.vocab_size)
+    generation = read_generation_config(source)
+    eos_token_ids = find_eos_token_ids(checkpoint.config, generation, tokenizer)
     parameters = list(model.parameters())
     return LoadedModel(
         model=model,
         path=config.path,
-        architecture=_architecture(hf_config),
+        architecture=checkpoint.architecture,
         num_parameters=sum(parameter.numel() for parameter in parameters),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),
         vocab_size=model.vocab_size,
-        trained_context=_trained_context(source, hf_config, config),
+        trained_context=_trained_context(checkpoint, config),
         eos_token_ids=[token_id for token_id in eos_token_ids if 0 <= token_id < model.vocab_size],
-        generation_defaults=read_generation_defaults(generation),
+        generation_defaults=read_generation_defaults(generation, f"{source.path}/generation_config.json"),
         tokenizer=tokenizer,
         weights_digest=digest,
     )
 
 
-def _read_config(source: ModelSource, config: ModelConfig) -> CheckpointConfig:
-    if source.kind == "gguf":
-        return gguf_config(source.gguf_header, implementation=config.implementation)
-    if config.implementation != "transformers":
-        plain = read_plain_config(source.path)
-        if plain is not None:
-            return plain
-    from transformers import AutoConfig  # seconds: it imports the config of every family
-
-    try:
-        hf_config: CheckpointConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{source.path}/config.json cannot be used: {error}") from error
-    return hf_config
-
-
-def _text_config(source: ModelSource, hf_config: CheckpointConfig) -> CheckpointConfig:
-    try:
-        return text_config(hf_config)
-    except ValueError as error:
-        raise ModelError(f"{source.path}: {error}") from error
-
-
-def _build(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig, dtype: torch.dtype) -> Model:
+def _build(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> Model:
     max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
     try:
-        return build_model(hf_config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len)
+        return build_model(
+            checkpoint.config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except ValueError as error:
-        raise ModelError(f"{source.path}: {error}") from error
+        raise ModelError(f"{checkpoint.source.path}: {error}") from error
+    except FOREIGN_ERRORS as error:  # sizes that no layer can have, in a field that nobody checks
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{checkpoint.source.path}: no model can be built from its config.json: {reason}") from error
 
 
-def _fill(model: Model, source: ModelSource, dtype: torch.dtype, *, is_part: bool) -> None:
-    """is_part: the model is the language model of a multimodal checkpoint"""
-    num_threads = torch.get_num_threads()
+def _check_shapes(checkpoint: Checkpoint, model: Model) -> None:
+    stored = checkpoint.stored
+    if checkpoint.is_part:
+        stored = {text: tensor for name, tensor in stored.items() if (text := name_in_text_part(name)) is not None}
+    try:
+        check_shapes(stored, model.stored_shapes())
+    except ValueError as error:
+        raise ModelError(f"{checkpoint.source.path}: {error}") from error
+
+
+def _fill(model: Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    num_threads, source = torch.get_num_threads(), checkpoint.source
     try:
         if source.kind == "gguf":  # it computes several tensors at once; threads inside each would only wait for others
             torch.set_num_threads(1)
         weights = _weights(source, dtype, num_threads)
-        model.load_weights(text_weights(weights) if is_part else weights)
+        if checkpoint.is_part:
+            weights = text_weights(weights, hidden_size=model.hidden_size)
+        model.load_weights(weights)
     except ModelError:
         raise
     except ValueError as error:
@@ -211,36 +202,19 @@ def _weights(source: ModelSource, dtype: torch.dtype, num_threads: int) -> Itera
     return safetensors_weights(source)
 
 
-def _load_tokenizer(
-    source: ModelSource, config: ModelConfig, hf_config: CheckpointConfig, vocab_size: int
-) -> TokenizerAssets:
+def _load_tokenizer(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> TokenizerAssets:
     """Random weights speak any language: where a directory for them has no tokenizer, bytes are its tokens."""
+    source = checkpoint.source
     is_dummy = config.load_format == "dummy" and config.tokenizer is None and source.kind == "directory"
     if is_dummy and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         return byte_tokenizer(vocab_size)
-    return load_tokenizer_assets(source, config, hf_config)
+    return load_tokenizer_assets(source, config, checkpoint.whole_config)
 
 
-def _read_generation_config(source: ModelSource) -> GenerationConfig | None:
-    if source.kind == "gguf" or not (source.path / "generation_config.json").is_file():
-        return None
-    from transformers import GenerationConfig  # a second
-
+def _trained_context(checkpoint: Checkpoint, config: ModelConfig) -> int:
     try:
-        generation: GenerationConfig = GenerationConfig.from_pretrained(source.path)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{source.path}/generation_config.json cannot be used: {error}; mend or delete it") from error
-    return generation
-
-
-def _trained_context(source: ModelSource, hf_config: CheckpointConfig, config: ModelConfig) -> int:
-    try:
-        return read_trained_context(hf_config)
+        return read_trained_context(checkpoint.config)
     except ValueError as error:
         if isinstance(config.max_model_len, int):
             return config.max_model_len
-        raise ModelError(f"{source.path}: {error}") from error
-
-
-def _architecture(hf_config: CheckpointConfig) -> str:
-    return hf_config.architectures[0] if hf_config.architectures else str(hf_config.model_type)
+        raise ModelError(f"{checkpoint.source.path}: {error}") from error

@@ -58,6 +58,10 @@ class Model(nn.Module, ABC):
         """What keeps `engine.models.llama_numba` from running it; empty where nothing does."""
         return "layers of another kind than Llama's"
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that a checkpoint's weights must have, by its names; of some or all of them."""
+        return {}
+
     @abstractmethod
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
         """The last layer's normalised hidden states of all rows, [num_tokens, hidden_size]. Writes the KV cache."""

@@ -35,7 +35,7 @@ def read_plain_config(directory: Path) -> BareConfig | None:
     """The config in `directory`, or None where transformers must read it. Never raises for a file's content."""
     try:
         fields: object = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(fields, dict) or not _is_plain(fields):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from engine.config import DEFAULT_MODEL, ModelConfig
 from engine.models.default_model import Report, ensure_model
 from engine.models.errors import ModelError
 from engine.models.gguf_header import GGUFHeader, read_gguf_header
+from engine.models.json_file import read_json_object
 
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
@@ -85,7 +85,7 @@ def _directory(path: Path, config: ModelConfig) -> ModelSource:
 def _safetensors(path: Path) -> tuple[Path, ...]:
     index = path / _INDEX
     if index.is_file():
-        files = sorted({path / name for name in _read_index(index).values()})
+        files = sorted({path / name for name in _read_index(index)})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(f"{path} is not complete: {', '.join(missing[:3])} are missing; download it again")
@@ -102,16 +102,21 @@ def _safetensors(path: Path) -> tuple[Path, ...]:
     raise ModelError(f"{path} has a config.json but no weights; download them, or set model.load_format to dummy")
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Weight name -> file name. Names that leave the directory are refused."""
+def files_that_are_there(path: Path) -> tuple[Path, ...]:
+    """Those of a directory's safetensors files that are here; none of a model whose weights were not downloaded."""
     try:
-        names = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index} cannot be read: {error}; download it again") from error
-    files = set(names.values()) if isinstance(names, dict) else set()
+        return tuple(file for file in _safetensors(path) if file.is_file())
+    except ModelError:
+        return ()
+
+
+def _read_index(index: Path) -> list[str]:
+    """The file name of each weight. Names that leave the directory are refused."""
+    names = read_json_object(index).get("weight_map")
+    files = list(names.values()) if isinstance(names, dict) else []
     if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
         raise ModelError(f"{index} does not map weights to files beside it; download it again")
-    return dict(names)
+    return files
 
 
 def _from_hub(config: ModelConfig, report: Report) -> Path:

@@ -38,6 +38,8 @@ _PLAIN_FAMILY = {  # of text parts that have a name of their own for the three d
     "qwen3_vl_moe_text": "qwen3_moe",
 }
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")  # of the rotation: which dimension a position is taken from
+_STACKED_EXPERTS = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
+_HIDDEN_DIM = {"gate_up_proj": 2, "down_proj": 1}  # where a matrix [experts, outputs, inputs] has the hidden size
 _PREFIXES = (  # of the text part's names, from the longest; what releases of transformers have called the same place
     (r"model\.language_model\.model\.", "model."),
     (r"(?:model\.)?language_model\.lm_head\.", "lm_head."),
@@ -81,12 +83,16 @@ def _of_plain_family(text: CheckpointConfig, family: str) -> CheckpointConfig:
     return BareConfig(**fields, model_type=family).of_family()
 
 
-def text_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the language model, under the names that it has as a checkpoint of its own."""
+def text_weights(weights: Iterable[tuple[str, Tensor]], *, hidden_size: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the language model, under the names and in the shapes that it has as a checkpoint of its own."""
     for name, weight in weights:
         text_name = name_in_text_part(name)
-        if text_name is not None:
-            yield text_name, weight
+        if text_name is None:
+            continue
+        stacked = _STACKED_EXPERTS.search(name)
+        if stacked and weight.dim() == 3 and weight.shape[_HIDDEN_DIM[stacked[1]]] != hidden_size:
+            weight = weight.transpose(1, 2)  # Qwen3-VL's experts are kept as [experts, inputs, outputs]
+        yield text_name, weight
 
 
 def name_in_text_part(name: str) -> str | None:

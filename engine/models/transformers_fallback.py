@@ -178,6 +178,11 @@ class TransformersModel(Model):
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0].float()
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        place = self.head.base_model_prefix
+        parameters = [(f"{place}.{name}", parameter) for name, parameter in self.decoder.named_parameters()]
+        return {name: tuple(p.shape) for name, p in [*parameters, *self.head.named_parameters()]}
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """transformers loads: it knows which names changed, and which weights it merges (experts)."""
         kind, config = type(self.head), self.head.config

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from engine.config import ModelConfig
 from engine.models.default_model import SMOLLM2
@@ -20,22 +21,21 @@ from engine.models.registry import build_model
 torch.set_num_threads(1)
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 
 
 @pytest.fixture(scope="module")
 def original() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=7,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, eos_token_id=7))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -186,6 +186,40 @@ def test_weights_that_do_not_fit_the_config_are_named(directory: Path) -> None:
     path.write_text("{")
     with pytest.raises(ModelError, match=r"config\.json"):
         load(directory)
+
+
+def test_an_output_layer_in_the_files_is_used_whatever_the_config_says(tmp_path: Path) -> None:
+    for kind, config_kind in ((LlamaForCausalLM, LlamaConfig), (Olmo2ForCausalLM, Olmo2Config)):
+        directory = tmp_path / kind.__name__
+        config = config_kind(**SIZES, tie_word_embeddings=True)
+        torch.manual_seed(1)
+        kind(config).save_pretrained(directory)
+        weights = load_file(directory / "model.safetensors")
+        embedding = weights["model.embed_tokens.weight"]
+        make_tokenizer().save_pretrained(directory)
+        for output, is_own in ((embedding.clone(), False), (torch.randn(300, 64), True), (embedding.clone(), True)):
+            if is_own and torch.equal(output, embedding):
+                output[299, 63] += 1  # one number is enough
+            save_file({**weights, "lm_head.weight": output}, directory / "model.safetensors", {"format": "pt"})
+            assert read_model_facts(ModelConfig(path=str(directory))).ties_output is not is_own
+            model = load(directory).model
+            hidden = torch.eye(64)
+            assert torch.equal(model.compute_logits(hidden), (hidden @ output.T)), (kind, is_own)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.qweight"])
+def test_weights_that_are_quantised_without_saying_so_are_refused(
+    name: str, directory: Path, original: LlamaForCausalLM
+) -> None:
+    (directory / "model.safetensors.index.json").unlink()
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    weights = {key: value.clone() for key, value in original.state_dict().items()}
+    weights[name] = weights.pop("model.layers.1.mlp.down_proj.weight").mul(100).to(torch.int8)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    for read in (read_model_facts, lambda config: load(config.path)):
+        with pytest.raises(ModelError, match=rf"quantised \({name} is I8\), though its config.json does not say so"):
+            read(ModelConfig(path=str(directory)))
 
 
 def test_an_index_cannot_point_outside_of_its_directory(directory: Path) -> None:

@@ -172,6 +172,18 @@ def test_the_part_is_found_under_each_name_that_releases_gave_it(
     assert largest_difference(whole, tmp_path, "auto") < 1e-5
 
 
+def test_experts_are_read_whichever_way_round_they_are_kept(tmp_path: Path) -> None:
+    whole = save(make_config("qwen3_vl_moe"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {
+        name: weight.transpose(1, 2).contiguous() if ".experts." in name else weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    for implementation in ("auto", "transformers"):
+        assert largest_difference(whole, tmp_path, implementation) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["paligemma", "mllama", "got_ocr2"])
 def test_families_whose_text_is_not_alone_are_refused(family: str, tmp_path: Path) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)

@@ -71,5 +71,15 @@ class BlockPool:
             self.hash_of[block] = block_hash
             self.block_of[block_hash] = block
 
+    def uncache(self, block_hash: bytes) -> None:
+        """Forgets what a hash stands for, if it is known. Whoever owns the block keeps it."""
+        block = self.block_of.pop(block_hash, None)
+        if block is None:
+            return
+        del self.hash_of[block]
+        if self.ref_counts[block] == 0:
+            self.num_cached_free -= 1
+            self.free_blocks.move_to_end(block, last=False)
+
     def lookup(self, block_hash: bytes) -> int | None:
         return self.block_of.get(block_hash)

@@ -45,29 +45,57 @@ class KVCacheManager:
         """The cached blocks of the sequence's longest known prefix; takes no reference.
 
         At least one token stays uncomputed: its logits are what we sample from. A request that wants the
-        log-probabilities of its prompt recomputes all of it.
+        log-probabilities of its prompt recomputes all of it. With a window, null blocks stand for what lies behind it:
+        nobody will look at it again.
         """
         if not self.can_share_prefix(seq):
             return []
+        hashes = self.hashes(seq)[: (seq.num_tokens - 1) // self.block_size]
+        if self.window is not None:
+            return self._find_last_window(hashes)
         blocks: list[int] = []
-        for block_hash in self.hashes(seq)[: (seq.num_tokens - 1) // self.block_size]:
+        for block_hash in hashes:
             block = self.pool.lookup(block_hash)
             if block is None:
                 break
             blocks.append(block)
         return blocks
 
+    def _find_last_window(self, hashes: list[bytes]) -> list[int]:
+        """The longest prefix of which all blocks are cached that the token behind it can see.
+
+        From the right, in one pass: a block that is missing ends every prefix that would need it.
+        """
+        num_blocks = index = len(hashes)
+        found: list[int] = []  # of the prefix, from its end
+        while index > self._first_seen_block(num_blocks * self.block_size):
+            index -= 1
+            block = self.pool.lookup(hashes[index])
+            if block is None:
+                num_blocks, found = index, []
+            else:
+                found.append(block)
+        return [NULL_BLOCK] * (num_blocks - len(found)) + found[::-1]
+
+    def _first_seen_block(self, position: int) -> int:
+        """The first block of which a token at this position sees anything."""
+        assert self.window is not None
+        return max(position - self.window + 1, 0) // self.block_size
+
     def num_new_blocks(self, seq: Sequence, num_tokens: int, prefix: list[int]) -> int:
         """Free blocks that `seq` takes if it starts from `prefix` and grows to `num_tokens` tokens."""
-        return self.num_blocks_for(num_tokens) - len(prefix) + sum(map(self.pool.is_free, prefix))
+        num_free = sum(self.pool.is_free(block) for block in prefix if block != NULL_BLOCK)
+        return self.num_blocks_for(num_tokens) - len(prefix) + num_free
 
     def start(self, seq: Sequence, prefix: list[int]) -> None:
         """Points a sequence that owns nothing at the blocks that `find_prefix` found."""
         assert not seq.block_table, f"{seq.request.request_id} owns blocks already"
         for block in prefix:
-            self.pool.share(block)
+            if block != NULL_BLOCK:
+                self.pool.share(block)
         seq.block_table = list(prefix)
         seq.num_committed_blocks = len(prefix)
+        seq.num_released_blocks = prefix.count(NULL_BLOCK)
         seq.num_computed_tokens = len(prefix) * self.block_size
 
     def allocate(self, seq: Sequence, num_tokens: int) -> bool:
@@ -89,7 +117,12 @@ class KVCacheManager:
                 self.pool.cache(seq.block_table[i], hashes[i])
             seq.num_committed_blocks = num_full
         if self.window is not None:
-            self._release_behind_window(seq, self.window)
+            self._release_behind_window(seq)
+
+    def uncache(self, seq: Sequence) -> None:
+        """Takes the sequence's blocks out of the prefix cache, as its keys and values are not to be trusted."""
+        for block_hash in self.hashes(seq)[: seq.num_committed_blocks] if self.prefix_caching else []:
+            self.pool.uncache(block_hash)
 
     def free(self, seq: Sequence) -> None:
         for block in reversed(seq.block_table):  # the tail of a prefix is evicted first
@@ -116,9 +149,9 @@ class KVCacheManager:
     def _root(self, salt: str) -> bytes:
         return blake2b(f"{self.cache_key}\0{salt}".encode(), digest_size=16).digest()
 
-    def _release_behind_window(self, seq: Sequence, window: int) -> None:
-        first_seen = max(seq.num_computed_tokens - window + 1, 0)
-        for i in range(seq.num_released_blocks, min(first_seen // self.block_size, len(seq.block_table))):
+    def _release_behind_window(self, seq: Sequence) -> None:
+        end = min(self._first_seen_block(seq.num_computed_tokens), len(seq.block_table))
+        for i in range(seq.num_released_blocks, end):
             self.pool.free(seq.block_table[i])
             seq.block_table[i] = NULL_BLOCK
             seq.num_released_blocks = i + 1

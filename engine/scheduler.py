@@ -11,6 +11,7 @@ import time
 from bisect import insort
 from dataclasses import dataclass, field, replace
 
+from engine.block_pool import NULL_BLOCK
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_manager import KVCacheManager, needs_prompt_scores
 from engine.step_outputs import one_more_token, output_of
@@ -63,6 +64,7 @@ class _Plan:
     budget: int  # tokens that are left
     num_logits: int  # rows of logits that are left
     num_to_come: int  # sequences that run, or may start, and have had no turn yet: a row of logits is kept for each
+    num_spare_blocks: int | None = None  # free ones that drafts may take; None: nobody has asked yet
     items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
 
     def add(self, item: Scheduled) -> None:
@@ -92,6 +94,14 @@ class Scheduler:
                 f"KV blocks of {kv.block_size} tokens, not {kv.pool.num_blocks}; lower model.max_model_len to "
                 f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
             )
+        if kv.window is not None:
+            num_tokens = min(num_tokens, kv.window + limits.max_num_batched_tokens + 2 * kv.block_size)
+            if kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
+                raise ValueError(
+                    f"one request needs {kv.num_blocks_for(num_tokens)} KV blocks of {kv.block_size} tokens, for a "
+                    f"window of {kv.window} and a step of {limits.max_num_batched_tokens}, not {kv.pool.num_blocks}; "
+                    "lower scheduler.max_num_batched_tokens or raise kv_cache.memory"
+                )
         self.kv = kv
         self.limits = limits
         self.waiting = WaitingQueue()
@@ -183,7 +193,8 @@ class Scheduler:
                     seq.first_token_at = now
                     self.num_first_prompt_tokens += _num_computed_prompt_tokens(seq)
             if result.error is not None:
-                seq.finish_reason = "error"  # what this step wrote into the cache may be wrong: it is not committed
+                seq.finish_reason = "error"  # what it wrote into the cache may be wrong, in earlier steps too
+                self.kv.uncache(seq)
             else:
                 self.kv.commit(seq)
             if token_ids or result.prompt_logprobs or seq.finish_reason:
@@ -251,7 +262,7 @@ class Scheduler:
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
             return
-        item = self._fit(seq, budget, plan.num_logits - plan.num_to_come)
+        item = self._fit(seq, budget, plan)
         num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
         while not self.kv.allocate(seq, num_tokens):
             victim = self.running.pop()
@@ -277,7 +288,8 @@ class Scheduler:
             if len(held) < self.limits.max_num_seqs and self._next_block_is_coming(seq, prefix, coming):
                 held.append(self.waiting.pop())
                 continue
-            num_needed = self.kv.num_new_blocks(seq, self._reserved_tokens(seq), prefix)
+            num_reserved_tokens = self._reserved_tokens(seq, prefix.count(NULL_BLOCK))
+            num_needed = self.kv.num_new_blocks(seq, num_reserved_tokens, prefix)
             if num_needed + num_reserved > self.kv.pool.num_free:
                 break
             self._start(self.waiting.pop(), prefix)
@@ -322,30 +334,58 @@ class Scheduler:
 
     def _num_reserved_blocks(self, seq: Sequence) -> int:
         """Free blocks that are kept for a running sequence."""
-        return max(self.kv.num_blocks_for(self._reserved_tokens(seq)) - len(seq.block_table), 0)
+        num_tokens = self._reserved_tokens(seq, seq.num_released_blocks)
+        return max(self.kv.num_blocks_for(num_tokens) - len(seq.block_table), 0)
 
-    def _reserved_tokens(self, seq: Sequence) -> int:
-        """Tokens that the sequence must be able to hold before another is admitted."""
+    def _reserved_tokens(self, seq: Sequence, num_released_blocks: int) -> int:
+        """Tokens that the sequence must be able to hold before another is admitted.
+
+        num_released_blocks: leading ones of its table that are none, as they lie behind its window
+        """
         limits = self.limits
         headroom = limits.headroom << min(seq.num_preemptions, 20)
         end = min(seq.num_tokens + headroom, seq.max_num_tokens)
         if self.kv.window is not None:  # blocks behind the window are free again; those in it and a chunk are not
-            released = seq.num_released_blocks * self.kv.block_size
-            end = min(end, released + self.kv.window + limits.max_num_batched_tokens + 2 * self.kv.block_size)
+            end = min(end, num_released_blocks * self.kv.block_size + self._num_tokens_in_window(self.kv.window))
         return end + limits.num_lookahead_tokens
 
-    def _fit(self, seq: Sequence, budget: int, num_logits: int) -> Scheduled:
+    def _num_tokens_in_window(self, window: int) -> int:
+        """Tokens that a sequence holds at most, where each layer has a window: those in it and a step's."""
+        return window + self._full_budget + 2 * self.kv.block_size
+
+    def _fit(self, seq: Sequence, budget: int, plan: _Plan) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count.
 
-        num_logits: rows of logits that it may have, at least 1
+        Of the plan's rows of logits it may have all but one for each sequence that is still to come.
         """
+        num_logits = plan.num_logits - plan.num_to_come
         computed = seq.num_computed_tokens
         num_verified = min(seq.num_tokens - computed, budget)
         if needs_prompt_scores(seq):
             return self._fit_scored(seq, num_verified, num_logits)
         samples = computed + num_verified == seq.num_tokens
         num_drafts = _num_verified_drafts(seq, min(budget - num_verified, num_logits - 1)) if samples else 0
+        if num_drafts:
+            num_drafts = self._num_drafts_with_room(seq, num_drafts, plan)
         return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
+
+    def _num_drafts_with_room(self, seq: Sequence, num_drafts: int, plan: _Plan) -> int:
+        """Drafts for which there are blocks that no running sequence needs for its own tokens in this step: a guess
+        must not preempt anybody."""
+        if plan.num_spare_blocks is None:
+            plan.num_spare_blocks = self.kv.pool.num_free - sum(map(self._num_blocks_of_step, self.running))
+        num_tokens = seq.num_tokens + self.limits.num_lookahead_tokens
+        num_blocks = max(self.kv.num_blocks_for(num_tokens), len(seq.block_table))
+        num_extra = max(self.kv.num_blocks_for(num_tokens + num_drafts) - num_blocks, 0)
+        num_extra = min(num_extra, max(plan.num_spare_blocks, 0))
+        plan.num_spare_blocks -= num_extra
+        return max(min(num_drafts, (num_blocks + num_extra) * self.kv.block_size - num_tokens), 0)
+
+    def _num_blocks_of_step(self, seq: Sequence) -> int:
+        """Blocks that a sequence lacks for its own tokens, those of a whole prompt as far as a step may reach."""
+        end = min(seq.num_tokens, seq.num_computed_tokens + self.limits.max_num_batched_tokens)
+        num_tokens = end + self.limits.num_lookahead_tokens
+        return max(self.kv.num_blocks_for(num_tokens) - len(seq.block_table), 0)
 
     def _fit_scored(self, seq: Sequence, num_new_tokens: int, num_logits: int) -> Scheduled:
         """A chunk whose rows score the prompt tokens that follow them.

@@ -15,6 +15,8 @@ from engine.config import SpeculationConfig
 from engine.proposers.budget import draft_budget
 from engine.types import Scheduled, Sequence
 
+MAX_INDEXED_PER_STEP = 2048  # tokens of all sequences together: five milliseconds; long prompts take several steps
+
 
 class NgramProposer:
     """Looks up the newest n tokens, longest n first, and copies what followed their most recent earlier occurrence.
@@ -36,19 +38,23 @@ class NgramProposer:
         return cls(num_drafts=config.num_drafts, ngram_min=config.ngram_min, ngram_max=config.ngram_max)
 
     def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
+        num_left = MAX_INDEXED_PER_STEP
         for item in batch:
+            num_left -= self._index(item.seq, num_left)
             drafts = self._drafts(item.seq)
             item.seq.draft_token_ids = drafts
             item.seq.draft_parents = list(range(-1, len(drafts) - 1))
 
-    def _drafts(self, seq: Sequence) -> list[int]:
-        budget = draft_budget(seq, self._num_drafts)
-        if not budget:
-            return []
+    def _index(self, seq: Sequence, num_tokens: int) -> int:
+        """Indexes so many more of the sequence's tokens, if it has them; returns how many."""
         index = self._indices.get(seq)
         if index is None or index.num_indexed_tokens > seq.num_tokens:
             index = self._indices[seq] = NgramIndex(self._lengths)
-        start = index.find_continuation(seq.token_ids)
+        return index.extend(seq.token_ids, num_tokens)
+
+    def _drafts(self, seq: Sequence) -> list[int]:
+        budget = draft_budget(seq, self._num_drafts)
+        start = self._indices[seq].find_continuation(seq.token_ids) if budget else None
         if start is None:
             return []
         copied = seq.token_ids[start : start + budget]
@@ -67,20 +73,22 @@ class NgramIndex:
         self.num_indexed_tokens = 0
 
     def find_continuation(self, token_ids: list[int]) -> int | None:
-        """The index of the token that followed the last occurrence of the newest tokens. None: they are new.
-
-        token_ids: what was given the last time, and any number of tokens more.
-        """
-        self._extend(token_ids)
+        """The index of the token that followed the last occurrence of the newest tokens. None: they are new, as far as
+        the text is indexed."""
         for length, continuations in self._continuations.items():
             if (found := continuations.get(tuple(token_ids[-length:]))) is not None:
                 return found
         return None
 
-    def _extend(self, token_ids: list[int]) -> None:
-        """Indexes every n-gram that some token follows: all but those at the very end."""
-        num_tokens = len(token_ids)
+    def extend(self, token_ids: list[int], max_num_tokens: int) -> int:
+        """Indexes every n-gram that some token follows, of at most so many tokens more; returns of how many.
+
+        token_ids: what was given the last time, and any number of tokens more.
+        """
+        num_before = self.num_indexed_tokens
+        num_tokens = min(len(token_ids), num_before + max(max_num_tokens, 0))
         for length, continuations in self._continuations.items():
             for end in range(max(self.num_indexed_tokens, length), num_tokens):
                 continuations[tuple(token_ids[end - length : end])] = end
         self.num_indexed_tokens = num_tokens
+        return num_tokens - num_before

@@ -8,7 +8,7 @@ import torch
 
 from engine.config import SpeculationConfig
 from engine.proposers import PROPOSERS, build_proposer
-from engine.proposers.ngram import NgramIndex, NgramProposer
+from engine.proposers.ngram import MAX_INDEXED_PER_STEP, NgramIndex, NgramProposer
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 HIDDEN = torch.zeros(1, 4)
@@ -103,12 +103,27 @@ def test_each_token_is_indexed_once() -> None:
 
     tokens = CountingList(range(2000))
     index = NgramIndex(range(3, 0, -1))
-    index.find_continuation(tokens)
+    assert index.extend(tokens, 10_000) == 2000
     assert tokens.num_slices >= 3 * 1990
     tokens.num_slices = 0
     tokens.append(5)
+    assert index.extend(tokens, 10_000) == 1
     assert index.find_continuation(tokens) == 6
     assert tokens.num_slices <= 6  # three new n-grams, and at most three looked up
+
+
+def test_a_long_prompt_is_indexed_over_several_steps_and_others_are_not_kept_from_it() -> None:
+    proposer = NgramProposer(num_drafts=3, ngram_min=2, ngram_max=3)
+    rng = random.Random(0)
+    long = _sequence([rng.randrange(50, 10_000) for _ in range(5 * MAX_INDEXED_PER_STEP)] + [7, 8, 9, 7, 8])
+    short = _sequence([1, 2, 3, 1, 2])
+    num_steps = 0
+    while _propose(proposer, short, long)[1] != [9, 7, 8]:
+        num_steps += 1
+        indices = proposer._indices
+        assert sum(index.num_indexed_tokens for index in indices.values()) <= num_steps * MAX_INDEXED_PER_STEP
+    assert num_steps == 5
+    assert _propose(proposer, short)[0] == [3, 1, 2]
 
 
 def test_a_sequence_that_is_gone_is_forgotten() -> None:

@@ -228,6 +228,84 @@ def test_a_request_is_preempted_at_most_logarithmically_often(make_world):
     assert 0 < max(seq.num_preemptions for seq in seqs) <= 5  # headroom 8, 16, ... reaches 120 after four doublings
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_windows_of_any_size_share_prefixes_and_never_run_out_of_room(make_world, seed):
+    """Long shared prompts, small caches, random windows: what is admitted has room, and what is found is right."""
+    rng = random.Random(seed)
+    size, window, budget = rng.choice([1, 2, 4]), rng.randrange(1, 30), rng.choice([4, 8, 16])
+    num_blocks = -(-(window + budget + 2 * size) // size) + rng.randrange(2, 40)
+    max_num_seqs = min(budget, rng.randrange(1, 6))
+    world = make_world(
+        num_blocks=num_blocks, block_size=size, budget=budget, window=window, max_num_seqs=max_num_seqs, seed=seed
+    )
+    shared = [rng.randrange(VOCAB_SIZE) for _ in range(45)]
+    requests = {}
+    for i in range(12):
+        prompt = shared[: rng.randrange(1, 46)] + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(6))]
+        requests[str(i)] = _plain(str(i), prompt, rng.randrange(1, 12))
+        world.add(requests[str(i)])
+        for _ in range(rng.randrange(4)):
+            world.step()
+            world.check()
+    world.run()
+    assert world.outputs == {name: _reference(request, 64) for name, request in requests.items()}
+
+
+def test_a_prefix_behind_a_window_is_found_by_its_end(make_world):
+    world = make_world(num_blocks=34, window=8, max_model_len=200, budget=16)
+    shared = [i % VOCAB_SIZE for i in range(100)]
+    world.add(_plain("a", [*shared, 1], 3))
+    world.run()
+    assert world.kv.pool.num_cached_free > 20
+    world.add(_plain("b", [*shared, 2], 3))
+    world.step()
+    assert world.scheduler.num_prefix_hits == 100
+    (seq,) = world.scheduler.running
+    assert seq.num_released_blocks == 23  # of 25; the 100th token sees eight, two blocks of four and itself
+    world.check()
+    world.run()
+    assert world.outputs["b"] == _reference(_plain("b", [*shared, 2], 3), 200)
+
+
+def test_a_window_that_does_not_fit_into_the_cache_is_refused(make_world):
+    with pytest.raises(ValueError, match=r"window of 50 and a step of 16.*raise kv_cache.memory"):
+        make_world(num_blocks=10, window=50, max_model_len=1000)
+
+
+def test_drafts_preempt_nobody(make_world):
+    """Whatever they are: with right drafts, wrong ones and none the same requests are preempted equally seldom."""
+    for seed in range(30):
+        world = make_world(num_blocks=14, budget=32, max_model_len=48, seed=seed)
+        for i in range(4):
+            world.add(_plain(str(i), [i % VOCAB_SIZE] * (3 + 2 * i), 12))
+        while world.scheduler.has_work:
+            needed = {
+                seq: world.kv.num_blocks_for(seq.num_tokens) - len(seq.block_table) for seq in world.scheduler.running
+            }
+            num_free, num_preemptions = world.kv.pool.num_free, world.scheduler.num_preemptions
+            world.step()
+            world.check()
+            if sum(needed.values()) <= num_free:
+                assert world.scheduler.num_preemptions == num_preemptions, "there was room for every token but drafts"
+
+
+def test_a_request_that_fails_takes_what_it_committed_out_of_the_prefix_cache(make_world):
+    world = make_world(budget=8)
+    prompt = [1, 2, 3, 4] * 6
+    world.add(_plain("a", prompt, 5))
+    world.step()
+    world.step()
+    assert world.kv.pool.block_of  # of its first chunks
+    batch = world.scheduler.schedule()
+    world.scheduler.update(batch, [Sampled([], error="its logits are not finite") for _ in batch])
+    assert not world.kv.pool.block_of
+    world.last_batch = []
+    world.check()
+    world.add(_plain("b", prompt, 5))
+    world.run()
+    assert world.scheduler.num_prefix_hits == 0
+
+
 def test_equal_prompts_are_computed_once(make_world):
     world = make_world(num_blocks=100, budget=64)
     world.with_drafts = False

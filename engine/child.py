@@ -69,8 +69,9 @@ class OutputTail(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         text = data.decode(errors="replace")
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk must not end the engine
+            sys.stderr.write(text)
+            sys.stderr.flush()
         *lines, self._partial = (self._partial + text).split("\n")
         self._lines.extend(line[:1000] for line in lines if line.strip())
         self._partial = self._partial[-1000:]

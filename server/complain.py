@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
 def complain(message: str) -> None:
-    """The last line of a command that failed: one line, whatever is in it."""
-    sys.stdout.flush()
-    print("peregrine: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """The last line of a command that failed: one line, whatever is in it. Lost where it cannot be written."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print("peregrine: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -30,7 +31,9 @@ class Console(Deaf):
         self._window = StepWindow()
 
     def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        """Lost where the stream cannot be written: a full disk, or a reader that has left, must not end the server."""
+        with contextlib.suppress(OSError):
+            print(text, file=self._stream, flush=True)
 
     def timed(self, name: str, detail: str) -> None:
         self.say(f"{time.monotonic() - self._begun_at:6.2f} s  {name:<10} {detail}".rstrip())

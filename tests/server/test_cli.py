@@ -86,11 +86,12 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 
 @contextlib.contextmanager
-def serving(tmp_path: Path, *arguments: str, ready: bool = True) -> Iterator[Running]:
+def serving(tmp_path: Path, *arguments: str, ready: bool = True, output: str | None = None) -> Iterator[Running]:
+    """output: a file to write to instead of a log"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path / "log"
+    log = Path(output) if output is not None else tmp_path / "log"
     with log.open("w") as stream:
         command = [*COUNTING, *arguments, "--port", str(port), "--served-model-name", "tiny"]
         process = subprocess.Popen(command, stdout=stream, stderr=stream, text=True, cwd=ROOT, env=environment())
@@ -243,6 +244,25 @@ def test_an_engine_that_keeps_dying_ends_the_server_with_a_code_of_its_own(tmp_p
             wait_for(lambda gone=engine: not gone.is_running())
         assert server.end() == EXIT_CODES["crash_loop"]
         assert server.log.read_text().rstrip().rpartition("\n")[2].startswith("peregrine: crash_loop: ")
+
+
+def test_a_full_disk_under_the_log_costs_the_log_only(tmp_path):
+    with serving(tmp_path, output="/dev/full") as server:
+        [engine] = psutil.Process(server.process.pid).children()
+        engine.kill()  # which is told in lines that cannot be written
+        wait_for(lambda: not engine.is_running())
+        server.wait_until_ready()
+        answered = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 2})
+        assert answered.status_code == 200
+        server.send(signal.SIGTERM)
+        assert server.end() == 0
+
+
+def test_a_failure_has_its_exit_code_where_it_cannot_be_told():
+    with open("/dev/full", "w") as full:
+        command = [*COUNTING, "counting?fail=memory", "--port", "0"]
+        result = subprocess.run(command, stdout=full, stderr=full, cwd=ROOT, env=environment(), timeout=60, check=False)
+    assert result.returncode == EXIT_CODES["memory"]
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded():

@@ -191,12 +191,14 @@ class Sizer:
     def _wanted_length(self) -> int:
         """max_model_len as set, or as trained."""
         wanted, trained = self.config.model.max_model_len, self.facts.trained_context
+        longest = max(trained, self.facts.longest_context)
         if wanted == "auto":
             return trained
-        if wanted > trained:
+        if wanted > longest:
+            stretched = f" (its rope scaling stretches that to {longest} at most)" if longest > trained else ""
             raise SettingError(
-                f"model.max_model_len is {wanted}, but the model was trained for {trained} tokens and answers "
-                f"nonsense beyond; set it to {trained} or less"
+                f"model.max_model_len is {wanted}, but the model was trained for {trained} tokens{stretched} and "
+                f"answers nonsense beyond; set it to {longest} or less"
             )
         return wanted
 

@@ -13,7 +13,8 @@ import torch
 
 from engine.attention import AttentionLayer
 from engine.models.checkpoint_config import CheckpointConfig
-from engine.models.rope import Rope, default_rope, scaled_rope
+from engine.models.context_length import read_trained_context
+from engine.models.rope import Rope, default_rope, rope_parameters, scaled_rope
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -95,26 +96,6 @@ def check_is_causal_lm(config: CheckpointConfig) -> None:
             f"the checkpoint's weights are quantised ({method}), which is not supported; use the original checkpoint, "
             "with model.quantization if its weights are to be small"
         )
-
-
-def read_trained_context(config: CheckpointConfig) -> int:
-    """Longest context the model was made for, in tokens: max_position_embeddings, or what stands for it."""
-    for field in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
-        length = getattr(config, field, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    raise ValueError(f"{config.model_type}'s config names no longest context; set model.max_model_len")
-
-
-def length_where_rope_changes(config: CheckpointConfig) -> int | None:
-    """The context length beyond which transformers computes other rotations for the whole batch, or None."""
-    lengths = []
-    for rope in _rope_parameters(config).values():
-        if "dynamic" in str(rope.get("rope_type")):
-            lengths.append(read_trained_context(config))
-        elif rope.get("rope_type") == "longrope":
-            lengths.append(int(cast(int, rope["original_max_position_embeddings"])))
-    return min(lengths, default=None)
 
 
 def check_attention_layers(config: CheckpointConfig, layers: list[AttentionLayer]) -> None:
@@ -202,7 +183,7 @@ def _ropes(
     config: CheckpointConfig, head_dim: int, max_model_len: int
 ) -> tuple[tuple[Rope, ...], tuple[int | None, ...]]:
     """The distinct rotations, and which one each layer has."""
-    parameters = _rope_parameters(config)
+    parameters = rope_parameters(config)
     ropes = tuple(
         _read_rope(config, values, head_dim, layer_type=layer_type, max_model_len=max_model_len)
         for layer_type, values in parameters.items()
@@ -232,15 +213,6 @@ def _read_rope(
         return scaled_rope(config, rope_type, layer_type=layer_type, max_model_len=max_model_len)
     fraction = float(cast(float, parameters.get("partial_rotary_factor") or 1.0))
     return default_rope(float(cast(float, parameters["rope_theta"])), int(head_dim * fraction))
-
-
-def _rope_parameters(config: CheckpointConfig) -> dict[str | None, dict[str, object]]:
-    """`config.rope_parameters` by layer type; a single set of parameters stands under None."""
-    parameters: dict[str, object] = getattr(config, "rope_parameters", None) or {}
-    nested: dict[str | None, dict[str, object]] = {k: v for k, v in parameters.items() if isinstance(v, dict)}
-    if nested or not parameters:
-        return nested
-    return {None: parameters}
 
 
 def _number(config: CheckpointConfig, field: str) -> int:

@@ -90,7 +90,7 @@ def _common(header: GGUFHeader) -> ConfigFields:
         "hidden_act": "silu",
         "rope_parameters": _rope(header),
         "bos_token_id": _token_id(header, "bos"),
-        "eos_token_id": _token_id(header, "eos"),
+        "eos_token_id": _end_ids(header),
         "pad_token_id": _token_id(header, "padding"),
     }
 
@@ -98,6 +98,12 @@ def _common(header: GGUFHeader) -> ConfigFields:
 def _token_id(header: GGUFHeader, name: str) -> int | None:
     value = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
     return value if isinstance(value, int) else None
+
+
+def _end_ids(header: GGUFHeader) -> list[int]:
+    """What ends a text, a turn and a message: any of them ends an answer."""
+    found = [_token_id(header, name) for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
 
 def _rope(header: GGUFHeader) -> dict[str, FieldValue]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from engine.attention import AttentionLayer
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
-from engine.models.architecture import read_trained_context
 from engine.models.checkpoint import Checkpoint, open_checkpoint, read_generation_config
+from engine.models.context_length import read_longest_context, read_trained_context
 from engine.models.default_model import Report
 from engine.models.dummy import byte_tokenizer, fill_with_random_weights
 from engine.models.errors import FOREIGN_ERRORS, ModelError
@@ -47,6 +47,7 @@ class ModelFacts:
     why_not_compiled: str = ""  # as of the model
     widest: int  # most elements that one token has in a layer, other than the output layer
     trained_context: int  # tokens
+    longest_context: int = 0  # that may be asked for, where it is longer than the trained one
     matrices: tuple[Matrix, ...] = ()  # those of linear layers, in the order in which they are packed
 
     @property
@@ -84,6 +85,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
     with torch.device("meta"):
         model = _build(checkpoint, config, torch.float32)
     _check_shapes(checkpoint, model)
+    trained_context, longest_context = _contexts(checkpoint, config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     inner = [module for module in linears.values() if id(module.weight) not in embeddings]
@@ -102,7 +104,8 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         experts=model.experts,
         why_not_compiled=model.why_not_compiled,
         widest=max(widths) or model.hidden_size,
-        trained_context=_trained_context(checkpoint, config),
+        trained_context=trained_context,
+        longest_context=longest_context,
         matrices=_matrices(model, set(embeddings)),
     )
 
@@ -146,7 +149,7 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
         num_parameters=sum(parameter.numel() for parameter in parameters),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),
         vocab_size=model.vocab_size,
-        trained_context=_trained_context(checkpoint, config),
+        trained_context=_contexts(checkpoint, config)[0],
         eos_token_ids=[token_id for token_id in eos_token_ids if 0 <= token_id < model.vocab_size],
         generation_defaults=read_generation_defaults(generation, f"{source.path}/generation_config.json"),
         tokenizer=tokenizer,
@@ -211,10 +214,11 @@ def _load_tokenizer(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int
     return load_tokenizer_assets(source, config, checkpoint.whole_config)
 
 
-def _trained_context(checkpoint: Checkpoint, config: ModelConfig) -> int:
+def _contexts(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, int]:
+    """(the trained context, the longest that may be asked for), in tokens."""
     try:
-        return read_trained_context(checkpoint.config)
+        return read_trained_context(checkpoint.config), read_longest_context(checkpoint.config)
     except ValueError as error:
         if isinstance(config.max_model_len, int):
-            return config.max_model_len
+            return config.max_model_len, config.max_model_len
         raise ModelError(f"{checkpoint.source.path}: {error}") from error

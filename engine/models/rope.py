@@ -19,6 +19,15 @@ class Rope:
     scale: float = 1.0  # of cosine and sine (YaRN section 3.4, LongRoPE section 3.3)
 
 
+def rope_parameters(config: CheckpointConfig) -> dict[str | None, dict[str, object]]:
+    """`config.rope_parameters` by layer type; a single set of parameters stands under None."""
+    parameters: dict[str, object] = getattr(config, "rope_parameters", None) or {}
+    nested: dict[str | None, dict[str, object]] = {k: v for k, v in parameters.items() if isinstance(v, dict)}
+    if nested or not parameters:
+        return nested
+    return {None: parameters}
+
+
 def default_rope(theta: float, rotary_dim: int) -> Rope:
     """The unscaled frequencies theta^(-2i / rotary_dim) (Su et al., 2021, section 3.2.2), in float32."""
     frequencies = 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim)

@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from engine.attention import AttentionBackend, AttentionLayer
 from engine.forward_batch import ForwardBatch
-from engine.models.architecture import check_attention_layers, length_where_rope_changes, read_trained_context
+from engine.models.architecture import check_attention_layers
+from engine.models.context_length import length_where_rope_changes, read_trained_context
 from engine.models.errors import FOREIGN_ERRORS
 from engine.models.model import Model, check_weight_names
 

@@ -140,8 +140,12 @@ def write_gguf(
     state: dict[str, Tensor],
     format: Format = Format.F32,
     rope_freqs: np.ndarray | None = None,
+    extra: dict[str, int] | None = None,
 ) -> Path:
+    """extra: numbers of the metadata besides those of the shape"""
     writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (extra or {}).items():
+        writer.add_uint32(key, value)
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])
     writer.add_block_count(SHAPE["num_hidden_layers"])
@@ -285,6 +289,14 @@ def test_the_loaded_model_has_the_files_facts(tiny_file: Path) -> None:
     assert loaded.generation_defaults == {}
     assert loaded.weight_bytes == 2 * loaded.num_parameters
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "transformers"])
+def test_ends_of_turns_and_messages_end_an_answer_too(tmp_path: Path, implementation: str) -> None:
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9, "tokenizer.ggml.fim_pre_token_id": 11}
+    path = write_gguf(tmp_path / "m.gguf", "llama", state_of(make_model("llama", tied=True)), extra=ends)
+    config = ModelConfig.model_validate({"path": str(path), "implementation": implementation})
+    assert load_model(config, dtype=torch.float32, seed=0).eos_token_ids == [0, 2, 7, 9]
 
 
 def test_the_digest_follows_the_weights_and_nothing_else(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 
@@ -89,7 +91,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         eos_token_ids=loaded.eos_token_ids,
         generation_defaults=loaded.generation_defaults,
         tokenizer=loaded.tokenizer,
-        fingerprint=_fingerprint(config, plan, loaded),
+        fingerprint=_fingerprint(config, plan, loaded, has_independent_rows),
         settings=plan.settings | {"device.determinism": _determinism(config, has_independent_rows)},
         phase_seconds=clock.seconds,
         bytes_per_second=machine.ceilings.bytes_per_second,
@@ -207,7 +209,22 @@ def _determinism(config: EngineConfig, has_independent_rows: bool) -> Setting:
     return Setting(config.device.determinism, "config" if config.device.is_strict else "default", reason)
 
 
-def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) -> str:
+def _numerics_of_device(plan: MemoryPlan) -> list[str]:
+    """Whatever of the device and its compilers decides in which order numbers are summed."""
+    if plan.device == "cuda":
+        parts = [str(torch.cuda.get_device_capability()), str(torch.version.cuda)]
+        if plan.kernels == "torch":
+            return parts
+        from kernels.triton.configs import chip_of, table_digest  # which need triton
+
+        return [*parts, version("triton"), table_digest(chip_of(torch.device("cuda")))]
+    parts = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    if plan.kernels == "numba":
+        return [*parts, version("numba"), version("llvmlite")]
+    return [*parts, str(plan.num_threads)]  # torch cuts sums by threads
+
+
+def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, has_independent_rows: bool) -> str:
     parts = [
         release(),
         torch.__version__,
@@ -217,8 +234,11 @@ def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel) ->
         config.model.implementation,
         str(plan.dtype),
         str(plan.kv_dtype),
-        plan.device,
+        str(plan.max_model_len),
+        str(plan.block_size),
         config.device.determinism,
-        torch.backends.cpu.get_cpu_capability(),
+        str(has_independent_rows),
+        hashlib.sha256(loaded.tokenizer.tokenizer_json.encode()).hexdigest(),
+        *_numerics_of_device(plan),
     ]
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

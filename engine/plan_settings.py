@@ -89,8 +89,13 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
     why_not_compiled: of the model
     """
     wanted = config.device.kernels
-    if device == "cpu" and config.kv_cache.block_size % PANEL and not why_not_compiled:
-        why_not_compiled = f"kv_cache.block_size {config.kv_cache.block_size}, no multiple of {PANEL}"
+    block_size = config.kv_cache.block_size
+    if device == "cpu" and block_size % PANEL and not why_not_compiled and wanted in ("auto", "numba"):
+        nearest = max(PANEL, round(block_size / PANEL) * PANEL)
+        raise SettingError(
+            f"kv_cache.block_size is {block_size}, but the compiled layers of a CPU take multiples of {PANEL}; set it "
+            f"to {nearest}, or device.kernels to torch, which is several times slower"
+        )
     if wanted == "auto":
         if device == "cuda":
             return Resolved("triton", "default", "for cuda")

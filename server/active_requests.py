@@ -53,30 +53,34 @@ class ActiveRequest:
 
 
 class ActiveRequests:
-    """Several requests may carry the same id, such as a retry and what it retries: an abort ends them all."""
+    """Several requests of a tenant may carry the same id, such as a retry and what it retries: an abort ends them all.
+
+    Another tenant's id is another id, whatever it looks like.
+    """
 
     def __init__(self) -> None:
-        self._by_id: dict[str, set[ActiveRequest]] = {}
+        self._by_id: dict[tuple[str, str], set[ActiveRequest]] = {}  # by tenant and id
 
     def __len__(self) -> int:
         return len(set().union(*self._by_id.values()))
 
     @contextmanager
-    def register(self, ids: tuple[str, ...], deadline: float | None) -> Iterator[ActiveRequest]:
+    def register(self, tenant: str, ids: tuple[str, ...], deadline: float | None) -> Iterator[ActiveRequest]:
         active = ActiveRequest(deadline)
-        for name in ids:
+        names = [(tenant, request_id) for request_id in ids]
+        for name in names:
             self._by_id.setdefault(name, set()).add(active)
         try:
             yield active
         finally:
-            for name in ids:
+            for name in names:
                 self._by_id[name].discard(active)
                 if not self._by_id[name]:
                     del self._by_id[name]
 
-    def abort(self, request_id: str) -> bool:
-        """Ends the requests of that id. False if there is none."""
-        found = self._by_id.get(request_id)
+    def abort(self, tenant: str, request_id: str) -> bool:
+        """Ends the tenant's requests of that id. False if there is none."""
+        found = self._by_id.get((tenant, request_id))
         for active in found or ():
             active.abort(ApiError(409, f"request {request_id} was aborted", code="request_aborted"))
         return found is not None

@@ -51,6 +51,7 @@ class LimitsConfig(Section):
         default=1048576, description="prompt tokens that may wait; beyond: 429, and 400 for one request of more"
     )
     max_body_bytes: Count = Field(default=16777216, description="size of a request body; beyond: 413")
+    priority: bool = Field(default=False, description="requests may ask for a priority; else other than 0 is a 400")
     max_body_fields: Count = Field(default=32768, description="JSON fields of a body above 256 KiB; beyond: 400")
     max_body_values: Count = Field(
         default=262144, description="JSON values of such a body, token ids included; beyond: 400"

@@ -25,11 +25,13 @@ ENGINE_ERROR_STATUS = {"constraints": 400, "request": 500, "quarantined": 500, "
 class Job:
     """What one HTTP request asks for, after all checks.
 
-    deadline: in the event loop's time, seconds. choices_per_prompt: choice i belongs to prompt i // choices_per_prompt.
+    tenant: whose it is. deadline: in the event loop's time, seconds.
+    choices_per_prompt: choice i belongs to prompt i // choices_per_prompt.
     """
 
     response_id: str
     request_id: str
+    tenant: str
     model: str
     created: int
     fingerprint: str
@@ -69,7 +71,7 @@ class Generation:
         num_tokens = sum(len(choice.prompt.token_ids) for choice in self.job.choices)
         with (
             self._admission.admit(len(self.job.choices), num_tokens) as place,
-            self._active_requests.register(ids, self.job.deadline) as active,
+            self._active_requests.register(self.job.tenant, ids, self.job.deadline) as active,
             self._record.running(self),
         ):
             streams = [self._read_choice(reader, active, place) for reader in self.readers]

@@ -20,8 +20,11 @@ class Deletion(msgspec.Struct, kw_only=True):
 
 @router.delete("/v1/requests/{request_id:path}", response_model=None, responses=replies(Deletion))
 async def abort_request(request: Request, request_id: str) -> Response:
-    """Aborts by the id of the answer or by the caller's X-Request-Id. Whoever waits for it gets an error."""
+    """Aborts by the id of the answer or by the caller's X-Request-Id. Whoever waits for it gets an error.
+
+    A request belongs to the API key that it came with: to other keys it does not exist.
+    """
     state: ServerState = request.app.state.server
-    if not state.active_requests.abort(request_id):
+    if not state.active_requests.abort(str(request.state.tenant), request_id):
         raise ApiError(404, f"no request {request_id[:200]!r} is queued or running", code="request_not_found")
     return Response(msgspec.json.encode(Deletion(id=request_id)), media_type="application/json")

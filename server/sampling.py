@@ -58,6 +58,15 @@ def make_params(
     )
 
 
+def check_priority(priority: int | None, config: Config) -> None:
+    if priority and not config.limits.priority:
+        raise bad_request(
+            f"priority is {priority}, but this server serves first come, first served; leave it out, or ask its "
+            "operator for limits.priority",
+            param="priority",
+        )
+
+
 def check_limits(body: RequestFields, config: Config) -> None:
     """The configured limits of the shared fields. Raises ApiError 400 with both numbers and the limit's name."""
     limits = config.limits

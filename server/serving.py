@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import msgspec
 from fastapi import Request as HttpRequest
@@ -22,10 +23,11 @@ from server.generation import Generation, Job
 from server.prompts import Prompt
 from server.protocol import Body, RequestFields
 from server.record import RequestRecord
-from server.sampling import check_limits, choice_seeds
+from server.sampling import check_limits, check_priority, choice_seeds
 from server.state import ServerState
 from server.tokenizer import Tokenizer
 
+_NUMBERS = count()  # of the requests of this process
 MILLISECONDS = re.compile(r"[0-9]{1,10}")
 MAX_TIMEOUT = 86400.0  # seconds
 
@@ -38,6 +40,7 @@ class Serving:
     model: ModelInfo
     tokenizer: Tokenizer
     request_id: str
+    tenant: str
     salt: str
     deadline: float | None  # the event loop's time, seconds
     headers: dict[str, str]
@@ -49,11 +52,13 @@ def accept(request: HttpRequest, body: RequestFields, *, arrived_at: float) -> S
     headers = check_known(body, strict=state.config.server.strict or bool(body.strict))
     model, tokenizer = served_model(state, body.model)
     check_limits(body, state.config)
+    check_priority(body.priority, state.config)
     return Serving(
         state=state,
         model=model,
         tokenizer=tokenizer,
         request_id=_request_id(request, body),
+        tenant=str(request.state.tenant),
         salt=_salt(str(request.state.tenant), body.cache_salt),
         deadline=_deadline(request, body, state, arrived_at),
         headers=headers,
@@ -91,7 +96,7 @@ def make_generation(
     response_id = f"{id_prefix}-{serving.request_id}"
     text = _text_options(body, params)
     asked_stop_ids = frozenset(body.stop_token_ids or ())
-    unique = f"{response_id}.{time.monotonic_ns():x}"  # a retry may carry the id of a request that has not ended
+    unique = f"{response_id}.{next(_NUMBERS)}"  # a retry, or another tenant, may have the id of one that has not ended
     choices: list[Choice] = []
     for prompt in prompts:
         for seed in choice_seeds(body.seed, num_choices):
@@ -114,6 +119,7 @@ def make_generation(
     job = Job(
         response_id=response_id,
         request_id=serving.request_id,
+        tenant=serving.tenant,
         model=body.model,
         created=int(time.time()),
         fingerprint=serving.model.fingerprint,

@@ -7,6 +7,7 @@ chip ("sm_90.json") wins over it; `python -m loadtest.gpu tune` measures and wri
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +82,12 @@ def chip_of(device: torch.device) -> str:
 def provenance(chip: str) -> str:
     """Where the chip's tile shapes come from, in words."""
     return f"of {chip}.json ({_text(chip)})" if _table(chip) else f"of default.json ({_text('default')})"
+
+
+def table_digest(chip: str) -> str:
+    """Changes with any tile shape of the chip, and so with the order in which its kernels sum."""
+    tables = [json.dumps(_table(name), sort_keys=True) for name in (chip, "default")]
+    return hashlib.sha256("\n".join(tables).encode()).hexdigest()
 
 
 def _text(name: str) -> str:

@@ -296,13 +296,13 @@ def test_compiled_layers_run_on_cpus_whose_own_matrix_products_are_no_faster() -
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 24])
-def test_compiled_attention_needs_whole_panels_in_a_block(block_size: int) -> None:
+def test_blocks_that_compiled_layers_cannot_use_are_refused_instead_of_serving_slowly(block_size: int) -> None:
     cache: Section = {"block_size": block_size}
-    setting = plan(make_machine(), facts=COMPILED, kv_cache=cache).settings["device.kernels"]
-    assert setting.value == "torch"
-    assert f"block_size {block_size}, no multiple of 16" in setting.reason
-    with pytest.raises(SettingError, match=f"block_size {block_size}, no multiple of 16"):
-        plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": "numba"})
+    for kernels in ("auto", "numba"):
+        with pytest.raises(SettingError, match=rf"block_size is {block_size}, .* multiples of 16; set it to (16|32)"):
+            plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": kernels})
+    assert plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": "torch"}).kernels == "torch"
+    assert plan(make_machine(), kv_cache=cache).kernels == "torch"  # no compiled layers, and nothing to lose
 
 
 def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:

@@ -122,14 +122,14 @@ async def test_an_abort_between_two_waits_is_not_lost() -> None:
         yield 1
         yield 2
 
-    with requests.register(("a", "b"), None) as active:
+    with requests.register("", ("a", "b"), None) as active:
         items = numbers()
         assert await active.next(items) == 1
-        assert requests.abort("b")
+        assert requests.abort("", "b")
         with pytest.raises(ApiError, match="aborted"):
             await active.next(items)
         await items.aclose()
-    assert not requests.abort("a")
+    assert not requests.abort("", "a")
 
 
 async def test_an_abort_at_the_moment_of_the_deadline_raises_one_of_the_two() -> None:
@@ -141,8 +141,8 @@ async def test_an_abort_at_the_moment_of_the_deadline_raises_one_of_the_two() ->
 
     loop = asyncio.get_running_loop()
     for lead in (-0.001, 0.0, 0.001):
-        with requests.register(("a",), loop.time() + 0.01) as active:
-            loop.call_at(loop.time() + 0.01 + lead, requests.abort, "a")
+        with requests.register("", ("a",), loop.time() + 0.01) as active:
+            loop.call_at(loop.time() + 0.01 + lead, requests.abort, "", "a")
             with pytest.raises((ApiError, TimeoutError)):
                 await active.next(never())
 

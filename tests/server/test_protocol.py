@@ -34,7 +34,7 @@ SHARED_ACCEPTED = [
     {"truncate_prompt_tokens": 1}, {"truncate_prompt_tokens": -1}, {"truncation_side": "left"},
     {"truncate_prompt_tokens": 1, "truncation_side": "right"},
     {"return_token_ids": True}, {"return_tokens_as_token_ids": True}, {"prompt_logprobs": 0}, {"prompt_logprobs": 20},
-    {"priority": -5}, {"cache_salt": "salt"}, {"request_id": "mine-1"}, {"response_format": {"type": "text"}},
+    {"priority": 0}, {"cache_salt": "salt"}, {"request_id": "mine-1"}, {"response_format": {"type": "text"}},
     {"speculation": {"enabled": False}}, {"speculation": {"num_drafts": 3}}, {"speculation": {}},
     {"timeout": 30}, {"timing": True}, {"strict": True}, {"echo": True},
 ]  # fmt: skip
@@ -305,7 +305,19 @@ async def test_whole_numbers_may_have_a_fraction_of_nothing(world, client) -> No
     assert all(type(getattr(params, name)) is int for name in ("seed", "top_k", "min_tokens", "max_tokens"))
 
 
+async def test_a_priority_needs_the_operator_s_permission(world, client) -> None:
+    for priority in (1, -1, 2**31 - 1):
+        response = await client.post("/v1/completions", json=COMPLETION | {"priority": priority})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "priority")
+        assert "limits.priority" in response.json()["error"]["message"]
+    assert (await client.post("/v1/completions", json=COMPLETION | {"priority": 0})).status_code == 200
+    world.configure({"limits": {"priority": True}})
+    assert (await client.post("/v1/completions", json=COMPLETION | {"priority": -7})).status_code == 200
+    assert world.engine.requests[-1].priority == -7
+
+
 async def test_sampling_fields_reach_the_engine(world, client) -> None:
+    world.configure({"limits": {"priority": True}})
     body = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.3,
         "repetition_penalty": 1.1, "logit_bias": {"5": 2}, "allowed_token_ids": [5, 6], "stop_token_ids": [9],

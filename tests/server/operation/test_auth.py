@@ -1,5 +1,8 @@
 """Keys: what is open is listed, all else is closed, and no spelling of a path gets around it."""
 
+import threading
+import time
+
 import httpx
 import pytest
 
@@ -114,3 +117,34 @@ def test_requests_with_different_keys_do_not_share_cached_prefixes(operate):
             assert httpx.post(operation.url + "/v1/completions", json=body, headers=headers).status_code == 200
         first, second, third = (request.cache_salt for request in operation.engine.requests)
         assert first == third != second
+
+
+def test_a_request_belongs_to_the_key_that_it_came_with(operate):
+    """Equal ids of two keys are two requests, and neither key ends the other's."""
+    with operate(KEYS) as operation:
+        operation.engine._answers.delay = 0.05
+        answers: dict[str, httpx.Response] = {}
+
+        def ask(key: str) -> None:
+            headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine"}
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 100, "stop_token_ids": [1]}
+            answers[key] = httpx.post(operation.url + "/v1/completions", json=body, headers=headers, timeout=60)
+
+        threads = [threading.Thread(target=ask, args=(key,)) for key in ("key-one", "key-two")]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 30
+        while len(operation.engine._answers.running) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ids = [request.request_id for request in operation.engine.requests]
+        assert len(set(ids)) == 2, "in the engine too"
+        url = operation.url + "/v1/requests/"
+        assert httpx.delete(url + "somebody-else-s", headers=GOOD).status_code == 404
+        assert httpx.delete(url + "mine", headers=GOOD).status_code == 200
+        threads[1].join()
+        assert httpx.delete(url + "mine", headers=GOOD).status_code == 404, "the other one is not there for this key"
+        threads[0].join()
+        assert answers["key-two"].status_code == 409
+        assert answers["key-one"].status_code == 200
+        assert answers["key-one"].json()["usage"]["completion_tokens"] == 100

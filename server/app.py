@@ -16,10 +16,11 @@ from engine.messages import Failed
 from server import chat, completions, health, models, requests, tokenize
 from server.admission import Admission, DrainRate
 from server.auth import Authentication
+from server.body_reader import BodyBudget, BodyReader
 from server.config import Config
 from server.errors import install_error_handlers
 from server.metrics import EngineCollector, Metrics
-from server.middleware import BodyLimit, RequestContext
+from server.middleware import RequestContext
 from server.observers import Observers, StateWatch
 from server.state import ServerState
 from server.version import VERSION
@@ -72,7 +73,7 @@ def create_app(
     for module in (completions, chat, tokenize, requests, models, health):
         app.include_router(module.router)
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)  # the last one added is the outermost
+    app.add_middleware(BodyReader, config=config, budget=state.body_budget)  # the last one added is the outermost
     app.add_middleware(Authentication, config=config)
     app.add_middleware(RequestContext)
     return app
@@ -99,6 +100,7 @@ def _make_state(
         tokenizer=None,
         model_names=names,
         started_at=time.monotonic(),
+        body_budget=BodyBudget(config.operation.max_total_body_bytes),
         setting_sources=dict(sources),
     )
     for observer in (StateWatch(state), *observers):

@@ -18,6 +18,7 @@ def _as_list(value: JsonValue) -> JsonValue:
 
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
+Timeout = Annotated[float, Field(gt=0, le=86400)]
 
 
 class ServerConfig(Section):
@@ -67,6 +68,43 @@ class LimitsConfig(Section):
     )
 
 
+class OperationConfig(Section):
+    """What all clients together may take of the server before it knows who they are."""
+
+    for_operators: ClassVar[bool] = True
+
+    max_connections: Count = Field(
+        default=2048, description="open connections; beyond, the one that has idled longest is closed, or if none: 503"
+    )
+    max_head_bytes: Annotated[int, Field(ge=1024, le=2**24)] = Field(
+        default=65536,
+        description="request line and headers, and likewise what surrounds the chunks of a body; beyond: 431",
+    )
+    max_total_head_bytes: Count = Field(
+        default=16777216,
+        description="unfinished heads of all connections together; beyond, the oldest of them is closed with 408",
+    )
+    max_total_body_bytes: Count = Field(
+        default=33554432,
+        description="bodies being read, all connections together; beyond: 503. One alone may always have "
+        "limits.max_body_bytes",
+    )
+    head_timeout: Timeout = Field(
+        default=30.0,
+        description="seconds from the opening of a connection, or the first byte of a further request, "
+        "to the end of the request's headers; beyond: 408",
+    )
+    body_timeout: Timeout = Field(default=60.0, description="seconds that a body may take to come; beyond: 408")
+    send_timeout: Timeout = Field(
+        default=300.0, description="seconds that a client may take nothing of its answer before it is left"
+    )
+    keep_alive_timeout: Timeout = Field(
+        default=75.0,
+        description="seconds that a connection may idle between requests; longer than clients and load balancers "
+        "keep theirs, so that they close them first",
+    )
+
+
 class MetricsConfig(Section):
     vllm_names: bool = Field(default=False, description="also under the names that vLLM's dashboards read")
     public: bool = Field(default=False, description="GET /metrics needs no API key")
@@ -75,6 +113,7 @@ class MetricsConfig(Section):
 class Config(EngineConfig):
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
+    operation: OperationConfig = OperationConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     def engine_config(self) -> EngineConfig:

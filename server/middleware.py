@@ -1,4 +1,4 @@
-"""What happens to every request around the routes: an id, a log line, a last resort for errors, a bound on bodies."""
+"""What happens to every request around the routes: an id, a log line, a last resort for errors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 import time
 import uuid
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, error_response, internal_error
+from server.errors import error_response, internal_error
 
 access_log = logging.getLogger("peregrine.access")
 logger = logging.getLogger("peregrine.server")
@@ -34,6 +35,8 @@ class RequestContext:
         reply = Reply(send, state)
         try:
             await self._app(scope, receive, reply.send)
+        except ClientDisconnect:
+            pass  # in the middle of its body; there is nobody to answer
         except Exception:
             logger.exception("request %s failed", request_id)
             if reply.status is None:  # else the connection is closed in the middle, which clients notice
@@ -83,58 +86,6 @@ class Reply:
             now - self._started_at,
             "yes" if self._is_complete else "no",
             f" {fields}" if (fields := self._state.get("log_fields")) else "",
-        )
-
-
-class BodyLimit:
-    """Middleware: reads a request's body while it fits, so that a longer one is neither read nor kept."""
-
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
-            await self._app(scope, receive, send)
-            return
-        try:
-            body = await self._read(scope, receive)
-        except ApiError as error:
-            response = error_response(error)
-            response.headers["Connection"] = "close"  # the rest of the body is not wanted
-            await response(scope, receive, send)
-            return
-        if body is None:
-            return  # the client left in the middle of it
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            return messages.pop() if messages else await receive()
-
-        await self._app(scope, replay, send)
-
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            raise self._too_large(int(declared))
-        chunks: list[bytes] = []
-        num_bytes = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            num_bytes += len(chunks[-1])
-            if num_bytes > self._max_bytes:
-                raise self._too_large(num_bytes)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
-
-    def _too_large(self, num_bytes: int) -> ApiError:
-        return ApiError(
-            413,
-            f"the body has {num_bytes} bytes or more, but limits.max_body_bytes is {self._max_bytes}; "
-            "send less, or raise the limit",
         )
 
 

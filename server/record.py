@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from starlette.datastructures import State
+from starlette.requests import ClientDisconnect
 
 from server.errors import ApiError
 
@@ -97,4 +98,5 @@ class RequestRecord:
 def _outcome_of(error: BaseException | None, by_status: dict[int, str], otherwise: str) -> str:
     if isinstance(error, ApiError):
         return by_status.get(error.status, otherwise)
-    return "error" if isinstance(error, Exception) else "abort"  # a client that left raises nothing, or cancels
+    is_error = isinstance(error, Exception) and not isinstance(error, ClientDisconnect)
+    return "error" if is_error else "abort"  # a client that left in the middle of an answer raises nothing, or cancels

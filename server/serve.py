@@ -8,22 +8,28 @@ import errno
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
-from typing import TypeVar
+from functools import partial
+from math import ceil
+from typing import Literal, TypeVar, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from engine.client import EngineClient
 from engine.messages import EXIT_CODES
 from server.app import MakeEngine, create_app
 from server.complain import complain
+from server.config import Config
 from server.console import Console, process_begun_at
 from server.http_protocol import HttpProtocol
+from server.intake import Intake
 from server.settings import LoadedConfig
 from server.state import ServerState
 from server.tokenizer import import_chat_renderer
@@ -31,7 +37,7 @@ from server.tokenizer import import_chat_renderer
 T = TypeVar("T")
 logger = logging.getLogger("peregrine.server")
 
-KEEP_ALIVE = 75  # seconds; longer than load balancers and clients keep connections, so that they close them first
+OWN_FILES = 128  # descriptors of the server that are no connections, with some to spare
 LAST_BYTES = 5  # seconds that answers get to be written after all of them have ended
 
 
@@ -60,19 +66,7 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
         logger.warning("anybody who reaches %s may use the model: no server.api_keys are set", url)
     app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
     state: ServerState = app.state.server
-    server = HttpServer(
-        uvicorn.Config(
-            app,
-            http=HttpProtocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=LAST_BYTES,
-        )
-    )
+    server = make_http_server(app, config)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(_run(state, server, listener, console, url))
     if state.failure is None:
@@ -80,6 +74,41 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
         return 0
     complain(f"{state.failure.kind}: {state.failure.message}")
     return EXIT_CODES[state.failure.kind]
+
+
+def make_http_server(app: FastAPI, config: Config, *, lifespan: Literal["on", "off"] = "on") -> HttpServer:
+    """uvicorn with our bounds on what comes before a request is authorised."""
+    operation = config.operation
+    max_connections = _usable_connections(operation.max_connections)
+    intake = Intake(max_connections=max_connections, max_held_bytes=operation.max_total_head_bytes)
+    protocol = partial(HttpProtocol, settings=config, intake=intake)
+    return HttpServer(
+        uvicorn.Config(
+            app,
+            http=cast(type[asyncio.Protocol], protocol),  # uvicorn only calls it
+            ws="none",
+            lifespan=lifespan,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=ceil(operation.keep_alive_timeout),
+            timeout_graceful_shutdown=LAST_BYTES,
+        )
+    )
+
+
+def _usable_connections(max_connections: int) -> int:
+    """As many as the process may have open, beside its own files; that limit is raised as far as it may be."""
+    wanted = max_connections + OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections
+    usable = max(soft - OWN_FILES, soft // 2)
+    logger.warning("ulimit -n is %d: %d connections are kept open, not operation.max_connections", soft, usable)
+    return usable
 
 
 async def _run(state: ServerState, server: HttpServer, listener: socket.socket, console: Console, url: str) -> None:

@@ -14,6 +14,7 @@ from server.config import Config
 if TYPE_CHECKING:
     from engine.client import EngineClient
     from server.admission import Admission
+    from server.body_reader import BodyBudget
     from server.metrics import Metrics
     from server.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ class ServerState:
     tokenizer: Tokenizer | None  # None until the model is there
     model_names: list[str]  # the first is the one that answers carry
     started_at: float  # seconds, time.monotonic
+    body_budget: BodyBudget
     active_requests: ActiveRequests = field(default_factory=ActiveRequests)
     draining: bool = False  # no new requests; the running ones end
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent
@@ -63,8 +65,9 @@ class ServerState:
         self.first_ready.set()
 
     def drain(self) -> None:
-        """Closes admission and turns readiness off, for good."""
+        """Closes admission, gives up bodies that are half read, and turns readiness off, for good."""
         self.draining = True
+        self.body_budget.close()
         self.state_since = time.monotonic()
         self.admission.close()
 

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -25,9 +24,10 @@ from engine.client import EngineError
 from engine.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
 from server import chat, completions, requests, tokenize
+from server.body_reader import BodyBudget
 from server.config import Config
 from server.errors import ApiError, install_error_handlers
-from server.http_protocol import HttpProtocol
+from server.serve import make_http_server
 from server.state import ServerState
 from server.tokenizer import Tokenizer
 
@@ -273,7 +273,7 @@ class World:
 def serve_app(app: FastAPI, *, lifespan: str) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, http=HttpProtocol, log_level="warning", lifespan=lifespan))
+        server = make_http_server(app, app.state.server.config, lifespan=lifespan)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
@@ -306,7 +306,7 @@ def make_world(template: str | None = CHAT_TEMPLATE, *, tokenizer: Tokenizer | N
         app.include_router(module.router)
     state = ServerState(
         config=Config(), engine=engine, admission=admission, metrics=metrics, tokenizer=engine.tokenizer,
-        model_names=[MODEL_NAME, "other-name"], started_at=time.monotonic(),
+        model_names=[MODEL_NAME, "other-name"], started_at=time.monotonic(), body_budget=BodyBudget(2**25),
     )  # fmt: skip
     app.state.server = state
     return World(app, engine, metrics, admission, state, engine.tokenizer)

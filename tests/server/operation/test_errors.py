@@ -10,8 +10,10 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from server.config import OperationConfig
 from server.errors import ERRORS, ApiError, bad_request, error_body, error_headers, field_path
-from server.http_protocol import MAX_HEAD_BYTES
+
+MAX_HEAD_BYTES = OperationConfig().max_head_bytes
 
 
 def check(response: httpx.Response, status: int) -> dict:

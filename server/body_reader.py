@@ -1,0 +1,223 @@
+"""Middleware that reads bodies: on demand, decompressed, within a limit for each and a budget for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.config import Config
+from server.errors import ApiError, bad_request, error_response
+
+PIECE = 262144  # bytes that are decompressed before others have a turn: about a millisecond
+ACCEPTED_CODINGS = "gzip, deflate"
+
+
+class BodyBudget:
+    """Bytes that all requests together may hold of their bodies, from the first one read until the whole is parsed."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._reads: set[asyncio.Timeout] = set()
+        self._is_closed = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def take(self, num_bytes: int, *, already: int) -> None:
+        """Raises ApiError 503 where others' bodies leave no room; the only body always has some."""
+        others = self._num_bytes - already
+        if others and self._num_bytes + num_bytes > self._max_bytes:
+            message = (
+                f"bodies of {self._num_bytes} bytes are being read, and all of them together may have "
+                f"operation.max_total_body_bytes ({self._max_bytes}); try again"
+            )
+            raise ApiError(503, message, code="overloaded")
+        self._num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._num_bytes -= num_bytes
+
+    def close(self) -> None:
+        """The server ends: nobody waits for the rest of a body any more."""
+        self._is_closed = True
+        for read in self._reads:
+            if not read.expired():
+                read.reschedule(0)
+
+    @contextmanager
+    def reading(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """Around the reading of one body, which times out at once if the server ends."""
+        self.refuse_if_closed()
+        self._reads.add(timeout)
+        try:
+            yield
+        finally:
+            self._reads.discard(timeout)
+
+    def refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise ApiError(503, "the server is shutting down and reads no more requests", code="draining")
+
+
+class BodyReader:
+    """Middleware: the application receives a body whole, when it asks for it, or an ApiError."""
+
+    def __init__(self, app: ASGIApp, *, config: Config, budget: BodyBudget) -> None:
+        self._app = app
+        self._config = config
+        self._budget = budget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = IncomingBody(scope, receive, config=self._config, budget=self._budget)
+        try:
+            body.check_declared()
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+
+        async def send_and_close(message: Message) -> None:
+            if body.is_late and message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        try:
+            await self._app(scope, body.receive, send_and_close)
+        finally:
+            body.release()
+
+
+class IncomingBody:
+    """The body of one request. It counts towards the budget until the application asks for what comes after it."""
+
+    def __init__(self, scope: Scope, receive: Receive, *, config: Config, budget: BodyBudget) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._max_bytes = config.limits.max_body_bytes
+        self._timeout = config.operation.body_timeout
+        self._budget = budget
+        self._is_read = False
+        self._num_received = 0
+        self._num_held = 0
+        self.is_late = False  # its rest is not waited for
+
+    def check_declared(self) -> None:
+        """Raises ApiError 413 for a length that would not be read to its end."""
+        declared = self._header(b"content-length")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            raise self._too_large(int(declared))
+
+    async def receive(self) -> Message:
+        """Raises ApiError: 400 for what cannot be decompressed, 408, 413, 415, 503."""
+        if self._is_read:
+            self.release()
+            return await self._receive()
+        self._is_read = True
+        decoding = _decoding(self._header(b"content-encoding"))
+        try:
+            async with asyncio.timeout(self._timeout) as timeout:
+                with self._budget.reading(timeout):
+                    return await self._read(decoding)
+        except TimeoutError:
+            self.is_late = True
+            self._budget.refuse_if_closed()
+            message = (
+                f"the body was not complete within {self._timeout:g} s (operation.body_timeout), "
+                f"{self._num_received} bytes of it came; send it faster, or less"
+            )
+            raise ApiError(408, message, code="request_timeout") from None
+
+    def release(self) -> None:
+        self._budget.give_back(self._num_held)
+        self._num_held = 0
+
+    async def _read(self, decoding: Decompression | None) -> Message:
+        kept: list[bytes] = []
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return message
+            data = message.get("body", b"")
+            self._num_received += len(data)
+            if self._num_received > self._max_bytes:
+                raise self._too_large(self._num_received)
+            if decoding is None:
+                self._keep(data, kept)
+            else:
+                for piece in decoding.pieces(data):
+                    self._keep(piece, kept)
+                    await asyncio.sleep(0)
+            if not message.get("more_body", False):
+                break
+        if decoding is not None:
+            decoding.finish()
+        return {"type": "http.request", "body": b"".join(kept), "more_body": False}
+
+    def _keep(self, data: bytes, kept: list[bytes]) -> None:
+        if self._num_held + len(data) > self._max_bytes:
+            raise self._too_large(self._num_held + len(data))
+        self._budget.take(len(data), already=self._num_held)
+        self._num_held += len(data)
+        kept.append(data)
+
+    def _header(self, name: bytes) -> bytes:
+        return b",".join(value for each, value in self._scope["headers"] if each == name).strip().lower()
+
+    def _too_large(self, num_bytes: int) -> ApiError:
+        return ApiError(
+            413,
+            f"the body has {num_bytes} bytes or more, but limits.max_body_bytes is {self._max_bytes}; "
+            "send less, or raise the limit",
+        )
+
+
+class Decompression:
+    """A body in one of gzip's or deflate's formats (RFC 1952; RFC 1950, and RFC 1951 as some clients understand it)."""
+
+    def __init__(self, *, is_gzip: bool) -> None:
+        self._decoder = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS) if is_gzip else None
+        self._start = b""  # of a deflate body, until it shows whether it has zlib's header
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """What follows from the next bytes, at most PIECE at a time. Raises ApiError 400."""
+        if self._decoder is None:
+            data = self._start = self._start + data
+            if len(data) < 2:
+                return
+            has_header = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+            self._decoder = zlib.decompressobj(wbits=zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS)
+        is_full = False
+        while data or is_full:
+            if self._decoder.eof:
+                raise bad_request("the compressed body goes on after its end; send one compressed stream")
+            try:
+                piece = self._decoder.decompress(data, PIECE)
+            except zlib.error as error:
+                raise bad_request(f"the body is not what its Content-Encoding says: {error}") from None
+            is_full = len(piece) == PIECE and not self._decoder.eof
+            data = self._decoder.unused_data or self._decoder.unconsumed_tail
+            yield piece
+
+    def finish(self) -> None:
+        """Raises ApiError 400 if the end is missing."""
+        if self._decoder is None or not self._decoder.eof:
+            raise bad_request("the compressed body ends in the middle; send all of it")
+
+
+def _decoding(coding: bytes) -> Decompression | None:
+    """Raises ApiError 415."""
+    if coding in (b"", b"identity"):
+        return None
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
+        shown = coding[:100].decode("latin-1")
+        message = f"the Content-Encoding {shown!r} is not read; send the body as it is, or as one of {ACCEPTED_CODINGS}"
+        raise ApiError(415, message, code="unsupported_content_encoding")
+    return Decompression(is_gzip=coding != b"deflate")

@@ -1,0 +1,92 @@
+"""Backpressure on connections: how many may be open, and how much all of them may hold before anybody is authorised."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol
+
+logger = logging.getLogger("peregrine.server")
+
+SECONDS_BETWEEN_WARNINGS = 60.0
+
+
+class Connection(Protocol):
+    """As much of a connection as its eviction needs."""
+
+    def make_room(self) -> None:
+        """Closes, or drops what it holds."""
+        ...
+
+
+class Intake:
+    """The open connections of one server. Where room is short, the one that has waited longest makes it.
+
+    Whoever sends a whole request at once waits for microseconds, so eviction meets those who hold places without using
+    them: idle connections, and requests that come a byte at a time.
+    """
+
+    def __init__(self, *, max_connections: int, max_held_bytes: int) -> None:
+        self._max_connections = max_connections
+        self._max_held_bytes = max_held_bytes
+        self._open: set[Connection] = set()
+        self._waiting: dict[Connection, None] = {}  # without a request that is being answered; the oldest first
+        self._held: dict[Connection, int] = {}  # bytes of unfinished or unread heads; the oldest first
+        self._num_held_bytes = 0
+        self._num_evicted = 0
+        self._warned_at = float("-inf")
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_held_bytes(self) -> int:
+        return self._num_held_bytes
+
+    def connect(self, connection: Connection) -> bool:
+        """Takes a new connection in. False if every place is taken by a request that is being answered."""
+        while len(self._open) >= self._max_connections:
+            oldest = next(iter(self._waiting), None)
+            if oldest is None:
+                return False
+            self._evict(oldest, f"operation.max_connections ({self._max_connections})")
+            self.leave(oldest)
+        self._open.add(connection)
+        self._waiting[connection] = None
+        return True
+
+    def wait(self, connection: Connection) -> None:
+        """The connection has no request that is being answered."""
+        if connection in self._open:
+            self._waiting[connection] = None
+
+    def work(self, connection: Connection) -> None:
+        """The connection has one, and keeps its place until it is answered."""
+        self._waiting.pop(connection, None)
+
+    def hold(self, connection: Connection, num_bytes: int) -> None:
+        """How much the connection holds now. May evict any connection, this one included."""
+        self._num_held_bytes += num_bytes - self._held.get(connection, 0)
+        if num_bytes:
+            self._held[connection] = num_bytes  # keeps its place in the order
+        else:
+            self._held.pop(connection, None)
+        while self._num_held_bytes > self._max_held_bytes:
+            oldest = next(iter(self._held))
+            self._num_held_bytes -= self._held.pop(oldest)
+            self._evict(oldest, f"operation.max_total_head_bytes ({self._max_held_bytes})")
+
+    def leave(self, connection: Connection) -> None:
+        """The connection is closed, or as good as closed."""
+        self._open.discard(connection)
+        self._waiting.pop(connection, None)
+        self._num_held_bytes -= self._held.pop(connection, 0)
+
+    def _evict(self, connection: Connection, limit: str) -> None:
+        connection.make_room()
+        self._num_evicted += 1
+        now = time.monotonic()
+        if now - self._warned_at >= SECONDS_BETWEEN_WARNINGS:
+            self._warned_at = now
+            logger.warning("connections are closed to make room: %s is reached (%d so far)", limit, self._num_evicted)

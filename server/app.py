@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from pydantic import JsonValue
+from starlette.routing import Route
 
 from engine.client import EngineClient, EngineObserver
 from engine.config import EngineConfig
@@ -22,9 +24,11 @@ from server.errors import install_error_handlers
 from server.metrics import EngineCollector, Metrics
 from server.middleware import RequestContext
 from server.observers import Observers, StateWatch
+from server.paths import TidyPath
 from server.state import ServerState
 from server.version import VERSION
 
+EXPOSED_HEADERS = ["x-request-id", "x-ignored-fields", "retry-after", "retry-after-ms", "x-should-retry"]
 MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]
 
 
@@ -70,11 +74,23 @@ def create_app(
         responses={401: {"description": "no valid API key"}},
     )
     app.state.server = state
-    for module in (completions, chat, tokenize, requests, models, health):
-        app.include_router(module.router)
+    routers = [module.router for module in (completions, chat, tokenize, requests, models, health)]
+    for router in routers:
+        app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(BodyReader, config=config, budget=state.body_budget)  # the last one added is the outermost
     app.add_middleware(Authentication, config=config)
+    routes = [route.path for owner in (app, *routers) for route in owner.routes if isinstance(route, Route)]
+    app.add_middleware(TidyPath, routes=routes)
+    if config.server.cors_origins:  # before the key: browsers send none with a preflight
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.server.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+            max_age=600,
+        )
     app.add_middleware(RequestContext)
     return app
 

@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.config import Config
 from server.errors import ApiError, error_response
 
-PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz"})  # what load balancers and orchestrators ask
+PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping"})
+"""What load balancers and orchestrators ask."""
 
 
 class Keyring:

@@ -37,6 +37,10 @@ class ServerConfig(Section):
     shutdown_timeout: Annotated[Seconds, Flag("--shutdown-timeout")] = Field(
         default=30.0, description="seconds that running requests get to finish at SIGTERM"
     )
+    cors_origins: Annotated[Texts, Flag("--allowed-origins")] = Field(
+        default=[],
+        description='web pages whose scripts may call the server, as "https://chat.example"; "*": any; empty: none',
+    )
     strict: bool = Field(default=False, description="refuse unknown fields in requests, instead of naming them")
 
 

@@ -54,6 +54,14 @@ async def health(request: Request) -> Response:
     return _report(state, is_good=state.is_ready)
 
 
+@router.get("/ping", responses={503: {"description": "the engine is not ready"}})
+@router.head("/ping", include_in_schema=False)
+@router.post("/ping", include_in_schema=False)
+async def ping(request: Request) -> Response:
+    """As /health, by the name under which hosting services ask."""
+    return await health(request)
+
+
 @router.get("/version")
 async def version(request: Request) -> Response:
     state: ServerState = request.app.state.server

@@ -16,7 +16,8 @@ access_log = logging.getLogger("peregrine.access")
 logger = logging.getLogger("peregrine.server")
 
 USABLE_ID = re.compile(rb"[A-Za-z0-9._:=+/@-]{1,128}")  # goes into logs, bodies and headers
-QUIET_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/metrics"})  # asked every few seconds, forever
+QUIET_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping", "/metrics"})
+"""Asked every few seconds, forever."""
 
 
 class RequestContext:

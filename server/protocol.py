@@ -182,6 +182,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     content: str | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = Field(None, description="each token's text beside its id")
 
 
 class DetokenizeBody(Body):

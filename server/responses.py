@@ -166,10 +166,24 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     timing: Timing | UnsetType = UNSET
 
 
-class TokenizeReply(msgspec.Struct):
+class TokenizeReply(msgspec.Struct, omit_defaults=True):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET  # if asked for
+
+
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """What a client needs to count tokens as this server does."""
+
+    model: str
+    vocab_size: int
+    model_max_length: int  # tokens
+    add_bos_token: bool
+    special_tokens: dict[str, str]  # "bos_token", "eos_token", ...
+    eos_token_ids: list[int]
+    chat_template: str | None
+    tokenizer_json: msgspec.Raw  # as the `tokenizers` library reads it
 
 
 class DetokenizeReply(msgspec.Struct):

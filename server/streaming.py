@@ -26,6 +26,9 @@ KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 LARGE_DELTA = 256  # scored tokens; what tells of more is put into words off the event loop
+LINE_ENDS = {text.encode(): b"\\u%04x" % ord(text) for text in "\u2028\u2029\x85"}
+"""Characters that may stand in JSON as they are, but at which many readers of events cut lines."""
+
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 encode = msgspec.json.Encoder().encode
@@ -218,6 +221,10 @@ def _event(message: msgspec.Struct | dict[str, dict[str, str | None]]) -> bytes:
 
 
 def _framed(message: bytes) -> bytes:
+    if not message.isascii():
+        for character, escaped in LINE_ENDS.items():
+            if character in message:
+                message = message.replace(character, escaped)
     return b"data: " + message + b"\n\n"
 
 

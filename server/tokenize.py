@@ -10,7 +10,7 @@ from server.errors import bad_request
 from server.off_loop import off_loop
 from server.openapi import replies, request_body
 from server.protocol import DetokenizeBody, TokenizeBody
-from server.responses import DetokenizeReply, TokenizeReply
+from server.responses import DetokenizeReply, TokenizeReply, TokenizerInfo
 from server.serving import check_known, served_model
 from server.state import ServerState
 from server.tokenizer import LONG_TEXT
@@ -40,7 +40,10 @@ async def tokenize(request: Request) -> Response:
 
     def answer() -> Response:
         token_ids = tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
-        return _json(TokenizeReply(len(token_ids), model.max_model_len, token_ids), headers)
+        reply = TokenizeReply(len(token_ids), model.max_model_len, token_ids)
+        if body.return_token_strs:
+            reply.token_strs = [tokenizer.token_text(token_id) for token_id in token_ids]
+        return _json(reply, headers)
 
     return answer() if len(text) < LONG_TEXT else await off_loop(answer)
 
@@ -66,6 +69,26 @@ async def detokenize(request: Request) -> Response:
         return _json(DetokenizeReply(text, text), headers)
 
     return answer() if len(body.tokens) < LONG_TEXT else await off_loop(answer)
+
+
+@router.get("/tokenizer_info", response_model=None, responses=replies(TokenizerInfo))
+@router.get("/v1/tokenizer_info", include_in_schema=False, response_model=None)
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer itself, with the chat template and the names of its special tokens."""
+    state: ServerState = request.app.state.server
+    model, _ = served_model(state, None)
+    assets = model.tokenizer
+    info = TokenizerInfo(
+        model=state.model_names[0],
+        vocab_size=model.vocab_size,
+        model_max_length=model.max_model_len,
+        add_bos_token=assets.add_bos_token,
+        special_tokens=assets.special_tokens,
+        eos_token_ids=model.eos_token_ids,
+        chat_template=assets.chat_template,
+        tokenizer_json=msgspec.Raw(assets.tokenizer_json.encode()),
+    )
+    return await off_loop(_json, info, {})
 
 
 def _json(reply: msgspec.Struct, headers: dict[str, str]) -> Response:

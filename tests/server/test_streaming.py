@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -193,3 +194,15 @@ async def test_a_cancelled_handler_closes_its_generation() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert words.is_closed
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+async def test_no_character_of_an_answer_ends_a_line_of_a_stream(world, client, character: str) -> None:
+    """JSON may hold them as they are, but Python's splitlines and many event readers cut there."""
+    text = f"a{character}b é🙂"
+    world.engine.say(text)
+    body = {"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 30}
+    raw = (await client.post("/v1/completions", json=body)).content.decode()
+    assert all(line.startswith("data: ") for line in raw.splitlines() if line)
+    events = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == text

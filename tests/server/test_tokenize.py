@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Tokenizer as Backend
 
 PATHS = pytest.mark.parametrize("prefix", ["", "/v1"])
 
@@ -62,3 +65,20 @@ async def test_unknown_fields_are_named(world, client) -> None:
     assert response.headers["x-ignored-fields"] == "bogus"
     world.configure({"server": {"strict": True}})
     assert (await client.post("/tokenize", json={"prompt": "a", "bogus": 1})).status_code == 400
+
+
+async def test_tokens_are_shown_as_text_if_asked(world, client) -> None:
+    plain = (await client.post("/tokenize", json={"prompt": "héllo 🙂"})).json()
+    answer = (await client.post("/tokenize", json={"prompt": "héllo 🙂", "return_token_strs": True})).json()
+    assert "token_strs" not in plain
+    assert answer["tokens"] == plain["tokens"]
+    assert answer["token_strs"] == [world.tokenizer.token_text(token_id) for token_id in plain["tokens"]]
+
+
+async def test_a_client_can_count_tokens_by_itself(world, client) -> None:
+    info = (await client.get("/tokenizer_info")).json()
+    own = Backend.from_str(json.dumps(info["tokenizer_json"]))
+    tokens = (await client.post("/tokenize", json={"prompt": "hello world 🙂"})).json()["tokens"]
+    assert own.encode("hello world 🙂").ids == tokens
+    assert (info["model_max_length"], info["special_tokens"]["eos_token"]) == (256, "</s>")
+    assert "im_start" in info["chat_template"]

@@ -6,7 +6,7 @@ import time
 import httpx
 import pytest
 
-from server.auth import Keyring
+from server.auth import PUBLIC_PATHS, Keyring
 
 KEYS = {"server": {"api_keys": ["key-one", "key-two"]}}
 GOOD = {"Authorization": "Bearer key-two"}
@@ -21,17 +21,17 @@ def test_without_keys_nothing_is_closed(operate):
         assert httpx.get(operation.url + "/v1/models").status_code == 200
 
 
-def test_every_route_needs_a_key_but_the_three_probes(operate):
+def test_every_route_needs_a_key_but_the_probes(operate):
     with operate(KEYS) as operation:
         paths = paths_of(operation) | {"/docs", "/redoc", "/openapi.json", "/no/such/route", "/v1/tokenize", "/"}
         assert len(paths) > 15
         client = httpx.Client(base_url=operation.url)
-        for path in paths - {"/livez", "/readyz", "/startupz"}:
+        for path in paths - PUBLIC_PATHS:
             for method in ("GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"):
                 response = client.request(method, path)
                 assert response.status_code == 401, (method, path)
                 assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/livez", "/readyz", "/startupz"):
+        for path in PUBLIC_PATHS:
             assert client.get(path).status_code == 200
         client.close()
 
@@ -55,7 +55,8 @@ def test_metrics_are_open_only_if_configured(operate):
         assert httpx.get(operation.url + "/metrics", headers=GOOD).status_code == 200
     with operate({**KEYS, "metrics": {"public": True}}) as operation:
         assert httpx.get(operation.url + "/metrics").status_code == 200
-        assert httpx.get(operation.url + "/metrics/").status_code == 401
+        assert httpx.get(operation.url + "//metrics/").status_code == 200
+        assert httpx.get(operation.url + "/metrics/x").status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_metrics_are_open_only_if_configured(operate):
     [
         "//v1/models", "/v1//models", "/v1/models/", "/V1/MODELS", "/livez/../v1/models", "/livez/..%2fv1/models",
         "/livez%2f..%2fv1/models", "/%6civez/../v1/models", "/livez;/v1/models", "/livez%00/v1/models", "/./v1/models",
-        "/v1/models?path=/livez", "/v1/models#/livez", "/v1%2fmodels", "/%76%31/models", "/livez/", "//livez", "/LIVEZ",
+        "/v1/models?path=/livez", "/v1/models#/livez", "/v1%2fmodels", "/%76%31/models", "/livez/x", "/LIVEZ",
         "http://livez/v1/models", "http://localhost/livez/../v1/models", "/v1/models%3f/livez", "/livez%20", "*",
     ],
 )  # fmt: skip

@@ -19,6 +19,7 @@ from server import chat, completions, health, models, requests, tokenize
 from server.admission import Admission, DrainRate
 from server.auth import Authentication
 from server.body_reader import BodyBudget, BodyReader
+from server.chat_renderer import ChatRenderer, TemplateLimits
 from server.config import Config
 from server.errors import install_error_handlers
 from server.metrics import EngineCollector, Metrics
@@ -58,6 +59,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        state.chat_renderer.start()
         await state.engine.start()
         watching = asyncio.create_task(_watch_for_failure(state))
         try:
@@ -65,6 +67,7 @@ def create_app(
         finally:
             watching.cancel()
             await state.engine.stop()
+            state.chat_renderer.close()
 
     app = Application(
         title="Peregrine",
@@ -117,11 +120,20 @@ def _make_state(
         model_names=names,
         started_at=time.monotonic(),
         body_budget=BodyBudget(config.operation.max_total_body_bytes),
+        chat_renderer=ChatRenderer(_template_limits(config)),
         setting_sources=dict(sources),
     )
     for observer in (StateWatch(state), *observers):
         all_observers.add(observer)
     return state
+
+
+def _template_limits(config: Config) -> TemplateLimits:
+    return TemplateLimits(
+        max_seconds=config.limits.max_template_seconds,
+        max_characters=config.limits.max_template_characters,
+        max_bytes=config.operation.template_memory_bytes,
+    )
 
 
 async def _watch_for_failure(state: ServerState) -> None:

@@ -8,13 +8,14 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
 from server.body import read_body
+from server.chat_renderer import ChatRenderer
 from server.choice import Delta
 from server.errors import bad_request
 from server.generation import Generation
 from server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from server.openapi import replies, request_body
 from server.prompts import PromptOptions, read_prompt
-from server.protocol_chat import AssistantMessage, ChatBody, ChatMessage, Content, InstructionMessage
+from server.protocol_chat import AssistantMessage, ChatBody, ChatMessage, Content, InstructionMessage, TokenizeBody
 from server.record import RequestRecord
 from server.responses import (
     ChatChoice,
@@ -28,7 +29,8 @@ from server.responses import (
 from server.sampling import check_num_logprobs, make_params
 from server.serving import Serving, accept, make_generation
 from server.streaming import deliver, deliver_stream
-from server.tokenizer import Plain
+from server.template_worker import Plain
+from server.tokenizer import Tokenizer
 from server.usage import StreamUsage
 
 router = APIRouter()
@@ -64,7 +66,7 @@ async def _prepare(body: ChatBody, serving: Serving, record: RequestRecord) -> G
         param="messages",
         limit_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
     )
-    text = _render(body, serving)
+    text = await render_messages(body, serving.tokenizer, serving.state.chat_renderer)
     prompt = await read_prompt(text, options, tokenizer=serving.tokenizer, model=serving.model)
     params = make_params(
         body,
@@ -77,7 +79,8 @@ async def _prepare(body: ChatBody, serving: Serving, record: RequestRecord) -> G
     return make_generation(serving, body, [prompt], params, id_prefix="chatcmpl", record=record)
 
 
-def _render(body: ChatBody, serving: Serving) -> str:
+async def render_messages(body: ChatBody | TokenizeBody, tokenizer: Tokenizer, renderer: ChatRenderer) -> str:
+    """The prompt that the model's template makes of the body's messages. Raises ApiError 400."""
     continues = bool(body.continue_final_message)
     generates = body.add_generation_prompt is not False
     if continues and body.add_generation_prompt:
@@ -85,8 +88,9 @@ def _render(body: ChatBody, serving: Serving) -> str:
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
         )
     try:
-        return serving.tokenizer.render_chat(
-            [_turn(message) for message in body.messages],
+        return await tokenizer.render_chat(
+            renderer,
+            [_turn(message) for message in body.messages or ()],
             add_generation_prompt=generates and not continues,
             continue_final_message=continues,
             variables=_variables(body),
@@ -95,7 +99,7 @@ def _render(body: ChatBody, serving: Serving) -> str:
         raise bad_request(str(error), param="messages") from error
 
 
-def _variables(body: ChatBody) -> dict[str, Plain]:
+def _variables(body: ChatBody | TokenizeBody) -> dict[str, Plain]:
     variables: dict[str, Plain] = {}
     for name, value in (body.chat_template_kwargs or {}).items():
         if isinstance(value, list | dict):

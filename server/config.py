@@ -61,6 +61,12 @@ class LimitsConfig(Section):
     max_body_values: Count = Field(
         default=262144, description="JSON values of such a body, token ids included; beyond: 400"
     )
+    max_template_seconds: Annotated[float, Field(ge=0.01, le=600)] = Field(
+        default=2.0, description="processor time that a chat template may take for a conversation; beyond: 400"
+    )
+    max_template_characters: Count = Field(
+        default=16777216, description="text that a chat template may make of a conversation; beyond: 400"
+    )
     max_tokenize_bytes: Count = Field(default=1048576, description="text that POST /tokenize takes; beyond: 400")
     max_n: Annotated[int, Field(ge=1, le=128)] = Field(default=128, description="choices per prompt")
     max_prompts: Count = Field(default=64, description="prompts in one request")
@@ -92,6 +98,9 @@ class OperationConfig(Section):
         default=33554432,
         description="bodies being read, all connections together; beyond: 503. One alone may always have "
         "limits.max_body_bytes",
+    )
+    template_memory_bytes: Annotated[int, Field(ge=2**20)] = Field(
+        default=536870912, description="memory that a chat template may take while it is rendered"
     )
     head_timeout: Timeout = Field(
         default=30.0,

@@ -175,16 +175,6 @@ class CompletionBody(RequestFields):
     suffix: Literal[""] | None = Field(None, description="no served model can fill in the middle")
 
 
-class TokenizeBody(Body):
-    """The body of POST /tokenize: one of `prompt` and `content`."""
-
-    model: str | None = None
-    prompt: str | None = None
-    content: str | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = Field(None, description="each token's text beside its id")
-
-
 class DetokenizeBody(Body):
     """The body of POST /detokenize."""
 

@@ -61,8 +61,27 @@ ChatMessage = Annotated[
 ]
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Variables = Annotated[dict[str, JsonValue], WithJsonSchema(PLAIN_SCHEMA)]
+
+
+class TokenizeBody(Body):
+    """The body of POST /tokenize: one of `prompt`, `content` and `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Messages | None = Field(None, description="a conversation, as a chat's prompt would have it")
+    add_generation_prompt: bool | None = Field(None, description="default true")
+    continue_final_message: bool | None = Field(None, description="go on writing the last message")
+    chat_template_kwargs: Variables | None = None
+    tools: NotYet = None
+    add_special_tokens: bool | None = Field(None, description="default true, with messages false")
+    return_token_strs: bool | None = Field(None, description="each token's text beside its id")
+
+
 class ChatBody(RequestFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     max_completion_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKEN_ID)] | None = Field(
         None, description="default: what the context leaves"
     )
@@ -73,7 +92,7 @@ class ChatBody(RequestFields):
     top_logprobs: NumLogprobs | None = Field(None, description="only with logprobs")
     add_generation_prompt: bool | None = Field(None, description="default true")
     continue_final_message: bool | None = Field(None, description="go on writing the last message")
-    chat_template_kwargs: Annotated[dict[str, JsonValue], WithJsonSchema(PLAIN_SCHEMA)] | None = Field(
+    chat_template_kwargs: Variables | None = Field(
         None, description="variables for the chat template; plain values only"
     )
 

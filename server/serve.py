@@ -12,7 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Coroutine, Iterator
 from functools import partial
@@ -32,7 +31,6 @@ from server.http_protocol import HttpProtocol
 from server.intake import Intake
 from server.settings import LoadedConfig
 from server.state import ServerState
-from server.tokenizer import import_chat_renderer
 
 T = TypeVar("T")
 logger = logging.getLogger("peregrine.server")
@@ -113,8 +111,6 @@ def _usable_connections(max_connections: int) -> int:
 
 async def _run(state: ServerState, server: HttpServer, listener: socket.socket, console: Console, url: str) -> None:
     stop = _catch_signals(console)
-    # a thread of no pool, so that a server that is stopped early does not wait for it
-    threading.Thread(target=import_chat_renderer, name="import-chat-renderer", daemon=True).start()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(state, console, url))
     await _first_of(stop.wait(), state.failed.wait(), asyncio.shield(serving))

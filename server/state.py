@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.client import EngineClient
     from server.admission import Admission
     from server.body_reader import BodyBudget
+    from server.chat_renderer import ChatRenderer
     from server.metrics import Metrics
     from server.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ class ServerState:
     model_names: list[str]  # the first is the one that answers carry
     started_at: float  # seconds, time.monotonic
     body_budget: BodyBudget
+    chat_renderer: ChatRenderer
     active_requests: ActiveRequests = field(default_factory=ActiveRequests)
     draining: bool = False  # no new requests; the running ones end
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent

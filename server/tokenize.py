@@ -6,10 +6,12 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.body import read_body
+from server.chat import render_messages
 from server.errors import bad_request
 from server.off_loop import off_loop
 from server.openapi import replies, request_body
-from server.protocol import DetokenizeBody, TokenizeBody
+from server.protocol import DetokenizeBody
+from server.protocol_chat import TokenizeBody
 from server.responses import DetokenizeReply, TokenizeReply, TokenizerInfo
 from server.serving import check_known, served_model
 from server.state import ServerState
@@ -27,19 +29,23 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeBody)
     state: ServerState = request.app.state.server
     headers = check_known(body, strict=state.config.server.strict)
-    text = body.prompt if body.prompt is not None else body.content
-    if text is None or (body.prompt is not None and body.content is not None):
-        raise bad_request("give the text as one of prompt and content", param="prompt")
+    given = [name for name in ("prompt", "content", "messages") if getattr(body, name) is not None]
+    if len(given) != 1:
+        raise bad_request("give the text as one of prompt, content and messages", param="prompt")
     model, tokenizer = served_model(state, body.model)
+    text = body.prompt if body.prompt is not None else body.content
+    if text is None:
+        text = await render_messages(body, tokenizer, state.chat_renderer)
+    has_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     num_bytes, most = len(text.encode(errors="replace")), state.config.limits.max_tokenize_bytes
     if num_bytes > most:
         raise bad_request(
             f"the text has {num_bytes} bytes, and /tokenize takes {most} (limits.max_tokenize_bytes); send it in parts",
-            param="prompt" if body.prompt is not None else "content",
+            param=given[0],
         )
 
     def answer() -> Response:
-        token_ids = tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
+        token_ids = tokenizer.encode(text, add_special_tokens=has_special)
         reply = TokenizeReply(len(token_ids), model.max_model_len, token_ids)
         if body.return_token_strs:
             reply.token_strs = [tokenizer.token_text(token_id) for token_id in token_ids]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from engine.messages import TokenizerAssets
+from server.chat_renderer import ChatRenderer
 from server.off_loop import off_loop
+from server.template_worker import Plain, Render
 
-Plain = str | int | float | bool | None
 Message = Mapping[str, str | None]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -49,7 +49,6 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self._backend.decode(self._anchor, skip_special_tokens=False)
-        self._render = import_chat_renderer() if assets.chat_template is not None else None
         self.max_token_characters = max(map(len, self._backend.get_vocab()), default=1)
 
     def _find_bos_id(self) -> int:
@@ -146,37 +145,38 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
-    def render_chat(
+    async def render_chat(
         self,
+        renderer: ChatRenderer,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Plain],
     ) -> str:
-        """The prompt that the model's chat template makes of a conversation, in a sandbox.
+        """The prompt that the model's chat template makes of a conversation, in a sandbox and within limits.
 
-        Raises ValueError if there is no template, or if the template refuses the conversation.
+        Raises ValueError if there is no template, or if the template or a limit refuses the conversation.
         """
-        if self._assets.chat_template is None or self._render is None:
+        template = self._assets.chat_template
+        if template is None:
             raise ValueError("this model has no chat template; use /v1/completions, or start with model.chat_template")
         if taken := sorted((RESERVED_VARIABLES | set(self._assets.special_tokens)) & set(variables)):
             raise ValueError(f"chat_template_kwargs must not set {', '.join(taken)}: the server sets it")
-        developer = "developer" if "developer" in self._assets.chat_template else "system"
-        turns = [dict(turn, role=developer if turn["role"] == "developer" else turn["role"]) for turn in messages]
-        try:
-            rendered, _ = self._render(
-                [turns],
-                chat_template=self._assets.chat_template,
+        developer = "developer" if "developer" in template else "system"
+        limits = renderer.limits
+        return await renderer.render(
+            Render(
+                template=template,
+                turns=[dict(turn, role=developer) if turn["role"] == "developer" else dict(turn) for turn in messages],
+                variables={**self._assets.special_tokens, **variables},
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **self._assets.special_tokens,
-                **variables,
+                max_seconds=limits.max_seconds,
+                max_characters=limits.max_characters,
+                max_bytes=limits.max_bytes,
             )
-        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-            reason = str(error).split("Final message to continue:")[0]  # not the conversation itself
-            raise ValueError(f"the model's chat template refused the messages: {reason}") from error
-        return rendered[0]
+        )
 
 
 def _word_end(text: str, place: int) -> int:
@@ -185,14 +185,6 @@ def _word_end(text: str, place: int) -> int:
         if text[end].isspace() and not text[end - 1].isspace():
             return end
     return place
-
-
-def import_chat_renderer() -> Callable[..., tuple[list[str], object]]:
-    """transformers' sandboxed Jinja. Over a second to import, which the server does while its model loads."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    render: Callable[..., tuple[list[str], object]] = render_jinja_template
-    return render
 
 
 def _decoder_types(backend: Backend) -> frozenset[str]:

@@ -25,6 +25,7 @@ from engine.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
 from server import chat, completions, requests, tokenize
 from server.body_reader import BodyBudget
+from server.chat_renderer import ChatRenderer
 from server.config import Config
 from server.errors import ApiError, install_error_handlers
 from server.serve import make_http_server
@@ -64,6 +65,12 @@ def make_assets(template: str | None = CHAT_TEMPLATE) -> TokenizerAssets:
 @cache
 def make_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     return Tokenizer(make_assets(template))
+
+
+@cache
+def make_renderer() -> ChatRenderer:
+    """One for all tests: its processes import for half a second."""
+    return ChatRenderer()
 
 
 def make_model(assets: TokenizerAssets, vocab_size: int) -> ModelInfo:
@@ -307,6 +314,7 @@ def make_world(template: str | None = CHAT_TEMPLATE, *, tokenizer: Tokenizer | N
     state = ServerState(
         config=Config(), engine=engine, admission=admission, metrics=metrics, tokenizer=engine.tokenizer,
         model_names=[MODEL_NAME, "other-name"], started_at=time.monotonic(), body_budget=BodyBudget(2**25),
+        chat_renderer=make_renderer(),
     )  # fmt: skip
     app.state.server = state
     return World(app, engine, metrics, admission, state, engine.tokenizer)

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine.messages import TokenizerAssets
 from server.encoding import encode_json
-from server.protocol import CompletionBody, DetokenizeBody, TokenizeBody
-from server.protocol_chat import ChatBody
+from server.protocol import CompletionBody, DetokenizeBody
+from server.protocol_chat import ChatBody, TokenizeBody
 from server.tokenizer import Tokenizer
 
 MEGABYTE = 1_000_000

@@ -82,3 +82,15 @@ async def test_a_client_can_count_tokens_by_itself(world, client) -> None:
     assert own.encode("hello world 🙂").ids == tokens
     assert (info["model_max_length"], info["special_tokens"]["eos_token"]) == (256, "</s>")
     assert "im_start" in info["chat_template"]
+
+
+@PATHS
+async def test_a_conversation_becomes_the_ids_that_a_chat_would_see(world, client, prefix: str) -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "héllo 🙂"}]
+    answer = (await client.post(prefix + "/tokenize", json={"messages": messages})).json()
+    await client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 1})
+    assert answer["tokens"] == world.engine.requests[0].prompt_token_ids
+    closed = (await client.post("/tokenize", json={"messages": messages, "add_generation_prompt": False})).json()
+    assert closed["count"] < answer["count"]
+    for wrong in ({"messages": messages, "prompt": "a"}, {"messages": []}, {"messages": [{"role": "user"}]}):
+        assert (await client.post("/tokenize", json=wrong)).status_code == 400

@@ -1,5 +1,6 @@
 """The model that a newcomer meets: the engine's greedy text is transformers' own, token for token."""
 
+import asyncio
 import copy
 
 import pytest
@@ -14,6 +15,7 @@ from engine.models.default_model import ensure_model
 from engine.models.gguf_file import gguf_config, gguf_weights
 from engine.models.gguf_header import read_gguf_header
 from engine.types import Request, SamplingParams
+from server.chat_renderer import ChatRenderer
 from server.tokenizer import Tokenizer
 
 PROMPTS = [
@@ -59,14 +61,17 @@ def with_rounded_linears(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def encode_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     """Every other one as a chat."""
-    prompts = list(PROMPTS)
+    prompts, renderer = list(PROMPTS), ChatRenderer()
     for i in range(1, len(prompts), 2):
-        prompts[i] = tokenizer.render_chat(
+        rendering = tokenizer.render_chat(
+            renderer,
             [{"role": "user", "content": prompts[i]}],
             add_generation_prompt=True,
             continue_final_message=False,
             variables={},
         )
+        prompts[i] = asyncio.run(rendering)
+    renderer.close()
     return [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
 
 

@@ -1,0 +1,118 @@
+"""A process that renders chat templates: `python -m server.template_worker`, started by `server.chat_renderer` alone.
+
+A template is a program, and what clients send is its input: nested loops over a conversation may take for ever, and one
+multiplication may ask for gigabytes. Here both meet limits, and where those do not help, the process is killed and
+nothing is lost with it. It reads requests from its standard input and ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+import msgspec
+
+Plain = str | int | float | bool | None
+GRACE = 2  # seconds of processor time from the alarm, which a call into C does not hear, to the end of the process
+
+
+class Render(msgspec.Struct, kw_only=True):
+    """A conversation and the template to render it with. Limits: processor seconds, characters, bytes of memory."""
+
+    template: str
+    turns: list[dict[str, str | None]]
+    variables: dict[str, Plain]
+    tools: list[dict[str, object]] | None = None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    max_seconds: float
+    max_characters: int
+    max_bytes: int
+
+
+class Rendered(msgspec.Struct):
+    """text: None where the template, or a limit, refused the conversation; then why."""
+
+    text: str | None
+    reason: str = ""
+
+
+class TimeIsUp(BaseException):
+    """No Exception, so that no template and no library catches it."""
+
+
+def write_frame(stream: BinaryIO, message: msgspec.Struct) -> None:
+    data = msgspec.msgpack.encode(message)
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """None at the end of the stream."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    size = int.from_bytes(head, "little")
+    data = stream.read(size)
+    return data if len(data) == size else None
+
+
+def render(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> Rendered:
+    """Within the limits. Exceptions of the template become the reason."""
+    from jinja2 import TemplateError
+
+    own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    end = int(used.ru_utime + used.ru_stime + request.max_seconds) + 1 + GRACE
+    resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (own_bytes + request.max_bytes, resource.RLIM_INFINITY))
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, request.max_seconds)
+        texts, _ = render_template(
+            [request.turns],
+            tools=request.tools,
+            chat_template=request.template,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            **request.variables,
+        )
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    except TimeIsUp:
+        return Rendered(None, f"it took more than {request.max_seconds:g} s of processor time")
+    except MemoryError:
+        return Rendered(None, f"it took more than {request.max_bytes >> 20} MiB of memory")
+    except RecursionError:
+        return Rendered(None, "it called itself too often")
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        return Rendered(None, str(error).split("Final message to continue:")[0])  # not the conversation itself
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if len(texts[0]) > request.max_characters:
+        return Rendered(None, f"it made {len(texts[0])} characters, more than {request.max_characters}")
+    return Rendered(texts[0])
+
+
+def _time_is_up(number: int, frame: FrameType | None) -> None:
+    raise TimeIsUp
+
+
+def main() -> None:
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    signal.signal(signal.SIGVTALRM, _time_is_up)
+    decoder = msgspec.msgpack.Decoder(Render)
+    while (data := read_frame(requests)) is not None:
+        write_frame(answers, render(decoder.decode(data), render_jinja_template))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Chat templates that would run for ever or take all memory: a sentence for whoever asked, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import psutil
+import pytest
+
+from server.chat_renderer import ChatRenderer, TemplateLimits
+from server.template_worker import Render
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+FINE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+NESTED = "{% for i in range(99999) %}" * 6 + "{% endfor %}" * 6
+ENDLESS = {
+    "nested loops": (NESTED, "processor time"),
+    "a loop inside a call": ("{{ (range(99999) | list) | sort | unique | list | length }}" * 100_000, "processor time"),
+    "one long string": ("{{ 'a' * 10 ** 9 }}", "memory"),
+    "long strings in a loop": (
+        "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "memory",
+    ),
+    "a huge number": ("{{ (9 ** (10 ** 8)) % 7 }}", "processor time"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "called itself"),
+    "a long answer": ("{{ 'a' * 2000000 }}", "characters"),
+}
+
+
+def make_request(template: str, limits: TemplateLimits, content: str = "hello") -> Render:
+    return Render(
+        template=template,
+        turns=[{"role": "user", "content": content}],
+        variables={},
+        add_generation_prompt=False,
+        continue_final_message=False,
+        max_seconds=limits.max_seconds,
+        max_characters=limits.max_characters,
+        max_bytes=limits.max_bytes,
+    )
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    renderer = ChatRenderer(TemplateLimits(max_seconds=0.3, max_characters=1_000_000, max_bytes=200 << 20))
+    renderer.start()
+    yield renderer
+    renderer.close()
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+async def test_a_template_without_an_end_is_a_sentence_and_others_are_rendered_meanwhile(renderer, kind: str) -> None:
+    template, reason = ENDLESS[kind]
+    hostile = asyncio.ensure_future(renderer.render(make_request(template, renderer.limits)))
+    assert await renderer.render(make_request(FINE, renderer.limits)) == "hello"
+    with pytest.raises(ValueError, match=f"refused the messages: .*({reason}|too much memory)"):
+        await hostile
+    assert await renderer.render(make_request(FINE, renderer.limits)) == "hello"
+
+
+async def test_what_a_client_says_can_be_endless_too(world, client, tools) -> None:
+    """A template may be harmless and its loops be driven by the conversation."""
+    template = (
+        "{% for m in messages %}{% for n in messages %}{% for c in n['content'] %}{% endfor %}{% endfor %}{% endfor %}x"
+    )
+    async with tools.connect(tools.make_world(template)) as other:
+        messages = [{"role": "user", "content": "x" * 1000}] * 2000
+        response = await other.post("/v1/chat/completions", json={"model": "tiny", "messages": messages})
+        assert response.status_code == 400
+        assert "processor time" in response.json()["error"]["message"]
+        short = await other.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "max_tokens": 2})
+        assert short.status_code == 200
+
+
+async def test_a_worker_that_somebody_kills_is_replaced() -> None:
+    renderer = ChatRenderer()
+    try:
+        for _ in range(4):
+            assert await renderer.render(make_request(FINE, renderer.limits)) == "hello"
+            for child in list(renderer._processes):
+                os.kill(child.pid, signal.SIGKILL)
+    finally:
+        renderer.close()
+
+
+async def test_many_conversations_at_once_are_each_answered_with_their_own(renderer) -> None:
+    texts = [f"{i} é🙂" * (1 + 3000 * (i % 3)) for i in range(40)]
+    requests = [make_request(FINE, renderer.limits, text) for text in texts]
+    assert await asyncio.gather(*map(renderer.render, requests)) == texts
+
+
+async def test_workers_know_no_secrets_and_end_with_their_renderer(monkeypatch) -> None:
+    monkeypatch.setenv("PEREGRINE_API_KEY", "secret-key")
+    renderer = ChatRenderer()
+    await renderer.render(make_request(FINE, renderer.limits))
+    (process,) = renderer._processes
+    assert "PEREGRINE_API_KEY" not in psutil.Process(process.pid).environ()
+    renderer.close()
+    assert not psutil.pid_exists(process.pid)

@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
@@ -15,12 +16,15 @@ from engine.back_end import BackEnd
 from engine.ceilings import Ceilings, ceilings_file, release, with_ceilings
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.kept_weights import kept_weights
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
+from engine.kv_range import bound_of_keys_and_values, with_cache_that_holds
 from engine.machine import Machine, freeing_at_once, read_machine
 from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
 from engine.messages import ModelInfo, Setting
 from engine.models.loader import LoadedModel, load_model, read_model_facts
+from engine.models.notes import length_notes
 from engine.plan_settings import resolve_device
 from engine.plan_sizes import gib
 from engine.planner import MemoryPlan, plan_memory
@@ -68,9 +72,13 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     clock.enter("plan", config.model.path)
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
+    for note in [*facts.notes, *length_notes(facts, plan.max_model_len)]:
+        report("note", note)
     back_end = BackEnd(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
     with freeing_at_once():
-        loaded, has_independent_rows = _load(config, plan, back_end, clock)
+        loaded, bound, has_independent_rows = _load(config, plan, back_end, clock)
+    plan = with_cache_that_holds(plan, bound, config, machine)
+    back_end = replace(back_end, plan=plan)
     if plan.device == "cuda":
         clock.enter("profile", f"a step of {plan.max_num_batched_tokens:,} tokens")
         plan = _with_measured_workspace(config, plan, machine, loaded, back_end)
@@ -93,6 +101,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         tokenizer=loaded.tokenizer,
         fingerprint=_fingerprint(config, plan, loaded, has_independent_rows),
         settings=plan.settings | {"device.determinism": _determinism(config, has_independent_rows)},
+        weights=kept_weights(loaded.model),
         phase_seconds=clock.seconds,
         bytes_per_second=machine.ceilings.bytes_per_second,
         flops_per_second=machine.ceilings.flops_per_second,
@@ -107,8 +116,10 @@ def _pace(machine: Machine, plan: MemoryPlan) -> StepPace:
     return StepPace(known, lambda rate: file.add(Ceilings(step_flops_per_second={plan.step_name: rate})))
 
 
-def _load(config: EngineConfig, plan: MemoryPlan, back_end: BackEnd, clock: PhaseClock) -> tuple[LoadedModel, bool]:
-    """The model with packed weights, and whether its rows depend on themselves alone."""
+def _load(
+    config: EngineConfig, plan: MemoryPlan, back_end: BackEnd, clock: PhaseClock
+) -> tuple[LoadedModel, float, bool]:
+    """The model with packed weights, a bound of its keys and values, and whether its rows depend on the row alone."""
     if not plan.can_load:
         logger.warning(
             "loading %s takes %s at its peak, but %s are free: the system may end this process; free some, or set "
@@ -120,11 +131,12 @@ def _load(config: EngineConfig, plan: MemoryPlan, back_end: BackEnd, clock: Phas
     torch.set_num_threads(plan.num_threads)
     with torch.device(plan.device):
         loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+    bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
     if back_end.has_compiled_attention(loaded.model):
         clock.enter("kernels", "compiled on the first start, read from a cache after that")
         back_end.compile()
     clock.enter("pack", f"weights for {plan.num_threads} threads")
-    return loaded, back_end.prepare(loaded.model)
+    return loaded, bound, back_end.prepare(loaded.model)
 
 
 def _assemble(

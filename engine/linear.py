@@ -41,6 +41,7 @@ COMPILED_FORMATS = {  # of `engine.linear_numba`, which is imported only where i
 class QuantFormat(Protocol[W]):
     """A way to store a weight matrix: W is what is stored."""
 
+    kept_as: ClassVar[str]  # for people; empty: in the model's own dtype
     packs_with_one_thread: ClassVar[bool]  # `quantize` is not parallel in itself: several matrices are packed at once
 
     def accepts(self, weight: Tensor) -> bool:
@@ -122,6 +123,7 @@ class PackedFormat:
     float32: from 16 MB up, where it doubles the speed of 2 to 64 rows; below, both run at the memory's speed.
     """
 
+    kept_as: ClassVar[str] = ""
     packs_with_one_thread: ClassVar[bool] = False
 
     min_float32_elements: int = 1 << 22
@@ -152,6 +154,7 @@ class HalfFormat:
     Bound: 2**-11 of each element, or 2**-25 where that is more. Rounding a bfloat16 checkpoint loses less than that.
     """
 
+    kept_as: ClassVar[str] = "float16"
     packs_with_one_thread: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -192,6 +195,7 @@ class Int8Format:
     that kernel would be up to twice as fast for one row, but then a batch's size would change its sequences' tokens.
     """
 
+    kept_as: ClassVar[str] = "int8"
     packs_with_one_thread: ClassVar[bool] = False
 
     max_few_rows: int = 16

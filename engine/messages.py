@@ -39,6 +39,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerAssets
     fingerprint: str  # changes exactly when something that may change numerics changes
     settings: dict[str, Setting]  # every "auto", resolved
+    weights: dict[str, dict[str, int]] = {}  # by matrix, without the layer's number: format -> in how many layers
     phase_seconds: dict[str, float]  # how long each phase of the start took
     bytes_per_second: float  # measured ceiling of memory reads, 0 if not measured
     flops_per_second: float  # measured ceiling of matrix products, 0 if not measured

@@ -11,6 +11,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.graph_runner import MAX_NUM_GRAPHS
 from engine.messages import Setting
 from engine.models.loader import ModelFacts
+from engine.models.notes import length_notes
 from engine.plan_loading import COMPILER_BYTES
 from engine.plan_settings import (
     Resolved,
@@ -189,6 +190,8 @@ def render_plan(plan: MemoryPlan) -> str:
     width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
+    notes = [*facts.notes, *length_notes(facts, plan.max_model_len)]
+    lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     return "\n".join(lines)
 
 

@@ -90,17 +90,25 @@ def _seconds(stats: StepStats) -> float:
 
 def banner(config: Config, model: ModelInfo, url: str, *, seconds: float) -> str:
     dtype = _resolved(model, "model.dtype", config.model.dtype)
-    quantization = _resolved(model, "model.quantization", config.model.quantization)
-    weights = "" if quantization == "none" else f", {quantization} weights"
     rows = [
         ("url", url),
         ("model", f"{config.model_names()[0]} ({model.architecture}, {model.num_parameters / 1e6:,.1f} M parameters)"),
-        ("dtype", f"{dtype}{weights}"),
+        ("dtype", f"{dtype}{_kept_as(model)}"),
         ("context", f"{model.max_model_len:,} tokens per request, {model.num_kv_tokens:,} tokens of KV cache"),
         ("try", example(config, url, has_chat_template=model.tokenizer.chat_template is not None)),
     ]
     lines = [f"Peregrine {VERSION} is ready after {seconds:.1f} s", *(f"  {name:<8} {value}" for name, value in rows)]
     return "\n".join(["", *lines, ""])
+
+
+def _kept_as(model: ModelInfo) -> str:
+    """The formats that the matrices are kept in, as counted: what was asked for is not what each of them can have."""
+    counts: dict[str, int] = {}
+    for formats in model.weights.values():
+        for name, count in formats.items():
+            counts[name] = counts.get(name, 0) + count
+    most_first = sorted(counts.items(), key=lambda item: -item[1])
+    return f", matrices kept as {', '.join(f'{name} ({n})' for name, n in most_first)}" if counts else ""
 
 
 def _resolved(model: ModelInfo, name: str, configured: str) -> str:

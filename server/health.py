@@ -98,7 +98,15 @@ def effective_settings(state: ServerState) -> dict[str, JsonValue]:
     for name, default in (model.generation_defaults if model is not None else {}).items():
         reason = "what requests get that do not name it"
         shown[f"sampling.{name}"] = {"value": default, "source": "model", "reason": reason}
+    for name, formats in (model.weights if model is not None else {}).items():
+        kept_as = ", ".join(formats) if len(formats) == 1 else ", ".join(f"{k} ({n})" for k, n in formats.items())
+        shown[f"weights.{name}"] = {"value": kept_as, "source": "measured", "reason": _in_layers(formats)}
     return shown
+
+
+def _in_layers(formats: dict[str, int]) -> str:
+    count = sum(formats.values())
+    return "how it is kept in memory" if count == 1 else f"how it is kept in memory, in {count} layers"
 
 
 def _report(state: ServerState, *, is_good: bool) -> Response:

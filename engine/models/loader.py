@@ -13,13 +13,14 @@ from engine.attention import AttentionLayer
 from engine.config import ModelConfig
 from engine.messages import TokenizerAssets
 from engine.models.checkpoint import Checkpoint, open_checkpoint, read_generation_config
-from engine.models.context_length import read_longest_context, read_trained_context
+from engine.models.context_length import length_where_rope_changes, read_longest_context, read_trained_context
 from engine.models.default_model import Report
 from engine.models.dummy import byte_tokenizer, fill_with_random_weights
 from engine.models.errors import FOREIGN_ERRORS, ModelError
 from engine.models.generation_defaults import find_eos_token_ids, read_generation_defaults
 from engine.models.gguf_file import gguf_weights
 from engine.models.model import ExpertFacts, Model
+from engine.models.notes import checkpoint_notes
 from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.models.stored_weights import check_shapes
@@ -48,6 +49,8 @@ class ModelFacts:
     widest: int  # most elements that one token has in a layer, other than the output layer
     trained_context: int  # tokens
     longest_context: int = 0  # that may be asked for, where it is longer than the trained one
+    rope_changes_at: int | None = None  # tokens, beyond which the rotations of a text depend on its length
+    notes: tuple[str, ...] = ()  # what is different from what the files may seem to say
     matrices: tuple[Matrix, ...] = ()  # those of linear layers, in the order in which they are packed
 
     @property
@@ -106,6 +109,8 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         widest=max(widths) or model.hidden_size,
         trained_context=trained_context,
         longest_context=longest_context,
+        rope_changes_at=length_where_rope_changes(checkpoint.config),
+        notes=checkpoint_notes(checkpoint),
         matrices=_matrices(model, set(embeddings)),
     )
 

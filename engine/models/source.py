@@ -73,6 +73,8 @@ def _gguf(path: Path, config: ModelConfig) -> ModelSource:
 
 
 def _directory(path: Path, config: ModelConfig) -> ModelSource:
+    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        raise ModelError(_explain_adapter(path))
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         found = f"; it has {', '.join(file.name for file in ggufs[:3])}: name the file itself" if ggufs else ""
@@ -80,6 +82,15 @@ def _directory(path: Path, config: ModelConfig) -> ModelSource:
     if config.load_format == "gguf":
         raise ModelError(f"{path} is a directory, but model.load_format is gguf; name the .gguf file or set it to auto")
     return ModelSource("directory", path, () if config.load_format == "dummy" else _safetensors(path))
+
+
+def _explain_adapter(path: Path) -> str:
+    base = read_json_object(path / "adapter_config.json").get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return (
+        f"{path} is an adapter (LoRA){of}, and adapters are not supported; merge it into its base model with peft's "
+        "merge_and_unload, save that with save_pretrained, and serve the result"
+    )
 
 
 def _safetensors(path: Path) -> tuple[Path, ...]:
@@ -91,7 +102,8 @@ def _safetensors(path: Path) -> tuple[Path, ...]:
             raise ModelError(f"{path} is not complete: {', '.join(missing[:3])} are missing; download it again")
         return tuple(files)
     single = path / "model.safetensors"
-    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    others = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    files = [single] if single.is_file() else others
     if files:
         return tuple(files)
     if any(file.suffix in _PICKLED for file in path.iterdir()):

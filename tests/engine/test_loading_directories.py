@@ -228,6 +228,21 @@ def test_an_index_cannot_point_outside_of_its_directory(directory: Path) -> None
         load(directory)
 
 
+def test_an_adapter_beside_the_weights_is_ignored_and_said_so(directory: Path, original: LlamaForCausalLM) -> None:
+    assert read_model_facts(ModelConfig(path=str(directory))).notes == ()
+    save_file({"base_model.model.lora_A.weight": torch.zeros(4, 64)}, directory / "adapter_model.safetensors")
+    (note,) = read_model_facts(ModelConfig(path=str(directory))).notes
+    assert note.startswith("adapter_model.safetensors lies beside the weights and is ignored")
+    assert same_weights(load(directory), original)
+
+
+def test_an_adapter_alone_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "meta/base", "r": 8}))
+    save_file({"base_model.model.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"is an adapter \(LoRA\) of meta/base.*merge_and_unload"):
+        load(tmp_path)
+
+
 def test_pickled_weights_are_never_opened(directory: Path) -> None:
     for file in [*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"]:
         file.unlink()

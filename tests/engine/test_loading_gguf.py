@@ -34,7 +34,7 @@ from engine.models.gguf_dequantize import dequantize
 from engine.models.gguf_file import gguf_config, gguf_weights
 from engine.models.gguf_header import read_gguf_header
 from engine.models.gguf_tokenizer import gguf_tokenizer
-from engine.models.loader import load_model
+from engine.models.loader import load_model, read_model_facts
 from engine.models.registry import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +238,7 @@ def test_our_own_layers_are_loaded_without_transformers(tiny_file: Path) -> None
     code = f"""
 import sys, torch, engine.build
 from engine.config import ModelConfig
-from engine.models.loader import load_model
+from engine.models.loader import load_model, read_model_facts
 load_model(ModelConfig(path={str(tiny_file)!r}), dtype=torch.float32, seed=0)
 print("transformers" in sys.modules)
 """
@@ -297,6 +297,13 @@ def test_ends_of_turns_and_messages_end_an_answer_too(tmp_path: Path, implementa
     path = write_gguf(tmp_path / "m.gguf", "llama", state_of(make_model("llama", tied=True)), extra=ends)
     config = ModelConfig.model_validate({"path": str(path), "implementation": implementation})
     assert load_model(config, dtype=torch.float32, seed=0).eos_token_ids == [0, 2, 7, 9]
+
+
+def test_a_window_that_the_format_cannot_say_is_said(tmp_path: Path) -> None:
+    state = state_of(make_model("llama", tied=True))
+    for name, is_said in (("mistral-7b-v0.1.Q4_0.gguf", True), ("llama-3.gguf", False)):
+        facts = read_model_facts(ModelConfig(path=str(write_gguf(tmp_path / name, "llama", state))))
+        assert any("sliding window" in note for note in facts.notes) is is_said
 
 
 def test_the_digest_follows_the_weights_and_nothing_else(tmp_path: Path) -> None:

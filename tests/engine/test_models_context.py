@@ -13,7 +13,8 @@ from transformers import LlamaConfig, Olmo3Config, PreTrainedConfig, Qwen2Config
 from engine.config import EngineConfig, ModelConfig
 from engine.machine import read_machine
 from engine.models.loader import read_model_facts
-from engine.planner import MemoryPlan, plan_memory
+from engine.models.notes import length_notes
+from engine.planner import MemoryPlan, plan_memory, render_plan
 
 models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_models.py"))))
 
@@ -93,3 +94,13 @@ def test_so_they_are_at_a_length_that_was_asked_for(kind: str, tmp_path: Path) -
 def test_learned_positions_are_not_stretched(tmp_path: Path) -> None:
     facts = read_model_facts(ModelConfig(path=str(save(models.FALLBACK["gpt-2"].config, tmp_path))))
     assert facts.trained_context == facts.longest_context == 64
+
+
+def test_rotations_that_follow_the_longest_text_served_are_said_once(tmp_path: Path) -> None:
+    rope = scaled("dynamic", 4.0)
+    save(LlamaConfig(**SIZES, max_position_embeddings=64, rope_parameters=rope), tmp_path)
+    long, short = (plan(tmp_path, max_model_len=length) for length in (128, 64))
+    assert length_notes(short.facts, short.max_model_len) == []
+    assert "rotated as one of 128 tokens" in render_plan(long)
+    save(models.OWN["phi3 longrope, long"].config, tmp_path)
+    assert "rotated as one of 64 tokens" in render_plan(plan(tmp_path))

@@ -87,6 +87,7 @@ def make_model(assets: TokenizerAssets, vocab_size: int) -> ModelInfo:
         tokenizer=assets,
         fingerprint="fp_test",
         settings={},
+        weights={"layers.mlp.down_proj": {"int4": 29, "float16": 1}, "lm_head": {"int8": 1}},
         phase_seconds={},
         bytes_per_second=0.0,
         flops_per_second=0.0,

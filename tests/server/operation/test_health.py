@@ -121,6 +121,14 @@ def test_the_effective_config_names_the_source_of_every_setting_and_hides_keys(o
         assert all(set(entry) == {"value", "source", "reason"} for entry in settings.values())
 
 
+def test_the_effective_config_says_what_each_matrix_is_kept_as(operate):
+    with operate() as operation:
+        settings = httpx.get(operation.url + "/v1/server/effective-config").json()
+        assert settings["weights.layers.mlp.down_proj"]["value"] == "int4 (29), float16 (1)"
+        assert "in 30 layers" in settings["weights.layers.mlp.down_proj"]["reason"]
+        assert settings["weights.lm_head"]["value"] == "int8"
+
+
 def test_the_version_is_told(operate):
     with operate() as operation:
         body = httpx.get(operation.url + "/version").json()

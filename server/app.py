@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from pydantic import JsonValue
 from starlette.routing import Route
 
@@ -21,6 +20,7 @@ from server.auth import Authentication
 from server.body_reader import BodyBudget, BodyReader
 from server.chat_renderer import ChatRenderer, TemplateLimits
 from server.config import Config
+from server.cors import CrossOrigin
 from server.errors import install_error_handlers
 from server.metrics import EngineCollector, Metrics
 from server.middleware import RequestContext
@@ -29,7 +29,6 @@ from server.paths import TidyPath
 from server.state import ServerState
 from server.version import VERSION
 
-EXPOSED_HEADERS = ["x-request-id", "x-ignored-fields", "retry-after", "retry-after-ms", "x-should-retry"]
 MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]
 
 
@@ -86,14 +85,7 @@ def create_app(
     routes = [route.path for owner in (app, *routers) for route in owner.routes if isinstance(route, Route)]
     app.add_middleware(TidyPath, routes=routes)
     if config.server.cors_origins:  # before the key: browsers send none with a preflight
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.server.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED_HEADERS,
-            max_age=600,
-        )
+        app.add_middleware(CrossOrigin, origins=config.server.cors_origins)
     app.add_middleware(RequestContext)
     return app
 

@@ -84,13 +84,18 @@ class BodyReader:
             await error_response(error)(scope, receive, send)
             return
 
-        async def send_and_close(message: Message) -> None:
-            if body.is_late and message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        async def send_with_advice(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                if body.is_late:
+                    headers.append((b"connection", b"close"))
+                if message["status"] == 415:
+                    headers.append((b"accept-encoding", ACCEPTED_CODINGS.encode()))
+                message["headers"] = headers
             await send(message)
 
         try:
-            await self._app(scope, body.receive, send_and_close)
+            await self._app(scope, body.receive, send_with_advice)
         finally:
             body.release()
 

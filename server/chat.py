@@ -94,6 +94,7 @@ async def render_messages(body: ChatBody | TokenizeBody, tokenizer: Tokenizer, r
             add_generation_prompt=generates and not continues,
             continue_final_message=continues,
             variables=_variables(body),
+            tools=body.tools if isinstance(body, TokenizeBody) else None,
         )
     except ValueError as error:
         raise bad_request(str(error), param="messages") from error

@@ -17,6 +17,8 @@ def _as_list(value: JsonValue) -> JsonValue:
 
 
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
+Origins = Annotated[list[Origin], BeforeValidator(_as_list)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
 Timeout = Annotated[float, Field(gt=0, le=86400)]
 
@@ -37,7 +39,7 @@ class ServerConfig(Section):
     shutdown_timeout: Annotated[Seconds, Flag("--shutdown-timeout")] = Field(
         default=30.0, description="seconds that running requests get to finish at SIGTERM"
     )
-    cors_origins: Annotated[Texts, Flag("--allowed-origins")] = Field(
+    cors_origins: Annotated[Origins, Flag("--allowed-origins")] = Field(
         default=[],
         description='web pages whose scripts may call the server, as "https://chat.example"; "*": any; empty: none',
     )

@@ -51,6 +51,7 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, model_id: str) -> Response:
     """One of them."""
     state: ServerState = request.app.state.server
+    model_id = model_id.rstrip("/")
     if model_id not in state.model_names:
         message = f"there is no model {model_id[:200]!r}; this server has {', '.join(state.model_names)}"
         raise ApiError(404, message, param="model", code="model_not_found")

@@ -13,17 +13,26 @@ _SLASHES = re.compile("/{2,}")
 class TidyPath:
     """Lets `//v1/models` and `/v1/models/` find `/v1/models`, as clients join base URLs and paths in many ways.
 
-    It must come before authentication, which decides on the path that the router will see. Only whole routes are
-    spelt for the client: behind a route that ends in an id, slashes belong to the id.
+    It must come before authentication, which decides on the path that the router will see. Of a route that ends in an
+    id, what comes before the id is spelt for the client; slashes in it and behind it belong to it.
     """
 
     def __init__(self, app: ASGIApp, *, routes: Collection[str]) -> None:
         self._app = app
         self._routes = frozenset(routes)
+        prefixes = {route.partition("{")[0] for route in routes if "{" in route}
+        self._prefixes = {prefix: re.compile(prefix.replace("/", "/+")) for prefix in prefixes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._routes:
-            tidy = _SLASHES.sub("/", scope["path"]).rstrip("/")
-            path = tidy if tidy in self._routes else f"/{scope['path'].lstrip('/')}"
-            scope = {**scope, "path": path}
+            scope = {**scope, "path": self._tidy(scope["path"])}
         await self._app(scope, receive, send)
+
+    def _tidy(self, path: str) -> str:
+        tidy = _SLASHES.sub("/", path).rstrip("/")
+        if tidy in self._routes:
+            return tidy
+        for prefix, pattern in self._prefixes.items():
+            if match := pattern.match(path):
+                return prefix + path[match.end() :]
+        return path

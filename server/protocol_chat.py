@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, JsonValue, Tag, WithJsonSchema
 from server.protocol import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, RequestFields, Whole
 
 MAX_MESSAGES = 2048
+MAX_TOOLS = 1024
 PLAIN_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}
 
 
@@ -62,6 +63,7 @@ ChatMessage = Annotated[
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Tools = Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Variables = Annotated[dict[str, JsonValue], WithJsonSchema(PLAIN_SCHEMA)]
 
 
@@ -75,7 +77,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = Field(None, description="default true")
     continue_final_message: bool | None = Field(None, description="go on writing the last message")
     chat_template_kwargs: Variables | None = None
-    tools: NotYet = None
+    tools: Tools | None = Field(None, description="functions that the template describes to the model")
     add_special_tokens: bool | None = Field(None, description="default true, with messages false")
     return_token_strs: bool | None = Field(None, description="each token's text beside its id")
 

@@ -153,6 +153,7 @@ class Tokenizer:
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Plain],
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> str:
         """The prompt that the model's chat template makes of a conversation, in a sandbox and within limits.
 
@@ -170,6 +171,7 @@ class Tokenizer:
                 template=template,
                 turns=[dict(turn, role=developer) if turn["role"] == "developer" else dict(turn) for turn in messages],
                 variables={**self._assets.special_tokens, **variables},
+                tools=[dict(tool) for tool in tools] if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 max_seconds=limits.max_seconds,

@@ -94,3 +94,16 @@ async def test_a_conversation_becomes_the_ids_that_a_chat_would_see(world, clien
     assert closed["count"] < answer["count"]
     for wrong in ({"messages": messages, "prompt": "a"}, {"messages": []}, {"messages": [{"role": "user"}]}):
         assert (await client.post("/tokenize", json=wrong)).status_code == 400
+
+
+async def test_tools_are_what_the_template_says_of_them(tools) -> None:
+    template = "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{{ messages[0].content }}"
+    world = tools.make_world(template)
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    described = [{"type": "function", "function": {"name": name, "parameters": {"a": [1, None]}}} for name in "fg"]
+    async with tools.connect(world) as client:
+        for given, text in ((described, "f;g;hi"), ([], "hi"), (None, "hi")):
+            answer = await client.post("/tokenize", json=body | {"tools": given})
+            assert world.tokenizer.decode(answer.json()["tokens"]) == text
+        for wrong in ("f", ["f"], [1], {"a": 1}):
+            assert (await client.post("/tokenize", json=body | {"tools": wrong})).status_code == 400

@@ -3,6 +3,8 @@
 import httpx
 import pytest
 
+from server.config import Config
+
 ORIGIN = "https://chat.example"
 KEYS = {"api_keys": ["key-one"], "cors_origins": [ORIGIN]}
 PREFLIGHT = {
@@ -22,6 +24,23 @@ def test_a_preflight_needs_no_key_and_allows_the_configured_origin_alone(operate
         assert "x-stainless-lang" in answer.headers["access-control-allow-headers"]
         other = httpx.options(url, headers={**PREFLIGHT, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        assert other.status_code == 400
+        assert other.json()["error"]["code"] == "origin_not_allowed"
+        assert "evil.example" in other.json()["error"]["message"]
+        put = httpx.options(url, headers={**PREFLIGHT, "Access-Control-Request-Method": "PUT"})
+        assert (put.status_code, put.headers["access-control-allow-origin"]) == (400, ORIGIN)
+
+
+def test_any_page_may_call_where_every_origin_is_allowed(operate):
+    with operate({"server": {**KEYS, "cors_origins": "*"}}) as operation:
+        answer = httpx.options(operation.url + "/v1/models", headers=PREFLIGHT)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example/", "chat.example", "https://chat.example/app", ""])
+def test_what_no_browser_sends_as_an_origin_is_refused_at_the_start(origin):
+    with pytest.raises(ValueError, match="cors_origins"):
+        Config.model_validate({"server": {"cors_origins": [origin]}})
 
 
 @pytest.mark.parametrize("key", ["key-one", "wrong"])
@@ -48,7 +67,8 @@ def test_doubled_and_trailing_slashes_find_their_route(operate):
             assert httpx.get(operation.url + path).status_code == 200, path
         body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
         assert httpx.post(operation.url + "//v1/completions/", json=body).status_code == 200
-        assert httpx.get(operation.url + "//v1/models/tiny").json()["id"] == "tiny"
+        for path in ("//v1/models/tiny", "/v1//models///tiny", "/v1/models/tiny/", "/v1/models/org/other-name//"):
+            assert httpx.get(operation.url + path).status_code == 200, path
         assert httpx.get(operation.url + "/v1/models/ti/ny").status_code == 404
         assert httpx.get(operation.url + "/").status_code == 404
 

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from engine.client import EngineClient, launch_engine
 from engine.messages import EXIT_CODES
-from server.complain import complain
+from server.complain import complain, until_the_reader_leaves
 from server.settings import (
     ConfigError,
     Layer,
@@ -36,6 +36,20 @@ COMMANDS = {
     "doctor": "say what this machine has, and which kernel each part of a model will use",
 }
 
+_MERGE = "merge the adapter into its base model with peft's merge_and_unload, and serve the result as MODEL"
+_ONE_PROCESS = "a model runs on one device; start a server for each"
+NOT_SUPPORTED = {  # vLLM's flags that have no counterpart, and what to do instead
+    "--enable-lora": f"there are no LoRA adapters; {_MERGE}",
+    "--lora-modules": f"there are no LoRA adapters; {_MERGE}",
+    "--max-loras": f"there are no LoRA adapters; {_MERGE}",
+    "--max-lora-rank": f"there are no LoRA adapters; {_MERGE}",
+    "--tensor-parallel-size": _ONE_PROCESS,
+    "--pipeline-parallel-size": _ONE_PROCESS,
+    "--data-parallel-size": _ONE_PROCESS,
+    "--trust-remote-code": "code of a checkpoint is never run; families that transformers or Peregrine know need none",
+    "--limit-mm-per-prompt": "images are not read; of multimodal checkpoints the language model answers text",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """Unknown flags name the nearest known one; every complaint is the last line, and exit code 2."""
@@ -48,6 +62,9 @@ class Parser(argparse.ArgumentParser):
     def parse_fully(self, arguments: Sequence[str]) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
+            flag = unknown[0].partition("=")[0]
+            if flag in NOT_SUPPORTED:
+                self.error(f"{flag} is not supported: {NOT_SUPPORTED[flag]}")
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._flags(parsed.command), n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; peregrine {parsed.command} --help lists the flags"
             self.error(f"there is no flag {unknown[0]}{hint}")
@@ -59,6 +76,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    return until_the_reader_leaves(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
     parser = make_parser()
     parsed = parser.parse_fully(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -1,9 +1,18 @@
-"""How a command ends that could not do its work. Imports nothing: the engine's start must not wait for the server's."""
+"""How a command ends that could not do its work, or that nobody listens to any more.
+
+Imports nothing of ours: the engine's start must not wait for the server's.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import signal
 import sys
+from collections.abc import Callable
+
+READER_LEFT = 128 + signal.SIGPIPE  # the exit code that a shell gives to a command which SIGPIPE ended
 
 
 def complain(message: str) -> None:
@@ -12,3 +21,49 @@ def complain(message: str) -> None:
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         print("peregrine: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def until_the_reader_leaves(command: Callable[[], int]) -> int:
+    """Runs a command, and writes out what it printed. Ends it without a word where a pipe it prints to is closed.
+
+    SIGPIPE itself would do the same for a filter; a server must not die of a client that leaves.
+    """
+    try:
+        try:
+            exit_code = command()
+        except SystemExit as ending:  # argparse's way to end after it has printed
+            exit_code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except BrokenPipeError:
+        if not _discard_output():
+            raise
+        return READER_LEFT
+    return exit_code
+
+
+def print_all(page: str) -> int:
+    """The command that prints one page, which ends as it is."""
+
+    def command() -> int:
+        print(page, end="")
+        return 0
+
+    return until_the_reader_leaves(command)
+
+
+def _discard_output() -> bool:
+    """Whether it was the output that broke. What is left of it goes nowhere: the interpreter writes it at its end."""
+    broken = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _has_no_reader(stream.fileno())]
+    for stream in broken:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return bool(broken)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

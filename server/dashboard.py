@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from pydantic import JsonValue
 
+from server.complain import print_all
 from server.metric_families import FAMILIES, Family
 
 _WIDTH, _HEIGHT, _PER_ROW = 8, 7, 3
@@ -66,4 +68,4 @@ def _unit(family: Family) -> str:
 
 
 if __name__ == "__main__":
-    print(dashboard_page(), end="")
+    sys.exit(print_all(dashboard_page()))

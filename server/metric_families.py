@@ -5,10 +5,13 @@ Conventions are Prometheus's: base units (seconds, bytes), `_total` for counters
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from server.complain import print_all
 
 PREFIX = "peregrine_"
 
@@ -327,4 +330,4 @@ def docs_page() -> str:
 
 
 if __name__ == "__main__":
-    print(docs_page(), end="")
+    sys.exit(print_all(docs_page()))

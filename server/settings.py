@@ -16,6 +16,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config import Flag, Section
+from server.complain import print_all
 from server.config import Config
 
 API_KEY_VARIABLE = "PEREGRINE_API_KEY"
@@ -258,4 +259,5 @@ def _join(reasons: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(operators_page() if sys.argv[1:] == ["operators"] else default_yaml(), end="")
+    page = operators_page() if sys.argv[1:] == ["operators"] else default_yaml()
+    sys.exit(print_all(page))

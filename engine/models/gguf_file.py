@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,17 +61,16 @@ def gguf_config(header: GGUFHeader, *, implementation: str = "auto") -> Checkpoi
 
 
 def gguf_weights(header: GGUFHeader, dtype: torch.dtype, *, num_threads: int = 1) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor of `dtype`) in the order of the file.
+    """(Hugging Face name, tensor of `dtype`) in the order of the file, or of its parts.
 
     A few are computed ahead while the consumer copies one: never is there a second copy of the model.
     """
     heads = _rope_heads(header)
-    with header.path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable to torch, but never written
+    data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
 
     def compute(info: TensorInfo) -> tuple[str, Tensor]:
         name = hugging_face_name(header, info.name)
-        return name, _restore(header, info, _read(header, data, info), heads).to(dtype)
+        return name, _restore(header, info, _read(data[info.file], info), heads).to(dtype)
 
     infos = [info for info in header.tensors.values() if info.name != _ROPE_FREQS]
     num_at_once = min(num_threads, _MAX_AHEAD)
@@ -102,14 +102,19 @@ def _rope_heads(header: GGUFHeader) -> dict[str, int]:
     return {"attn_q": num_heads, "attn_k": header.integer(f"{header.architecture}.attention.head_count_kv", num_heads)}
 
 
-def _read(header: GGUFHeader, data: mmap.mmap, info: TensorInfo) -> Tensor:
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as opened:
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # writable to torch, but never written
+
+
+def _read(data: mmap.mmap, info: TensorInfo) -> Tensor:
     raw = torch.frombuffer(data, dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
     if info.offset % 8:
         raw = raw.clone()  # only an aligned tensor can be viewed as another type
     try:
         return dequantize(raw, info.type, info.shape)
     except ValueError as error:
-        raise ModelError(f"{header.path}: tensor {info.name!r}: {error}") from error
+        raise ModelError(f"{info.file}: tensor {info.name!r}: {error}") from error
 
 
 def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor, heads: dict[str, int]) -> Tensor:
@@ -127,7 +132,5 @@ def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor, heads: dict[s
 
 def _read_rope_freqs(header: GGUFHeader) -> np.ndarray:
     info = header.tensors[_ROPE_FREQS]
-    with header.path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    freqs: np.ndarray = _read(header, data, info).double().numpy()
+    freqs: np.ndarray = _read(_map(info.file), info).double().numpy()
     return freqs

@@ -31,8 +31,9 @@ _DEFAULT_ALIGNMENT = 32  # bytes
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of the file. `shape` is in torch's order; `offset` counts bytes from the start of the file."""
+    """One tensor of a file. `shape` is in torch's order; `offset` counts bytes from the start of that file."""
 
+    file: Path
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
@@ -90,7 +91,10 @@ class GGUFHeader:
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:
-    """Parses and checks everything but the tensors' bytes. ModelError for files that are not whole or not GGUF."""
+    """Parses and checks everything but the tensors' bytes. ModelError for files that are not whole or not GGUF.
+
+    One file may have no tensors: the first part of a set may only describe the model (`engine.models.gguf_parts`).
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, data)
@@ -122,8 +126,6 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFHeader:
         raise ModelError(f"{path}: general.alignment is {_brief(alignment)}; the file is damaged")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {info[0]: _tensor(path, info, data_start, len(data)) for info in infos}
-    if not tensors:
-        raise ModelError(f"{path} has no tensors; it is a vocabulary-only file or an unfinished conversion")
     return GGUFHeader(path, metadata, tensors, data_start, len(data))
 
 
@@ -143,7 +145,7 @@ def _tensor(path: Path, info: tuple[str, tuple[int, ...], int, int], data_start:
             f"{path} is cut short: tensor {name!r} ends at byte {end:,}, but the file has {file_size:,} bytes; "
             "download it again"
         )
-    return TensorInfo(name, shape, quantization, data_start + offset, num_bytes)
+    return TensorInfo(path, name, shape, quantization, data_start + offset, num_bytes)
 
 
 class _Cursor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from engine.config import DEFAULT_MODEL, ModelConfig
 from engine.models.default_model import Report, ensure_model
 from engine.models.errors import ModelError
-from engine.models.gguf_header import GGUFHeader, read_gguf_header
+from engine.models.gguf_header import GGUFHeader
+from engine.models.gguf_parts import gguf_parts, read_gguf_parts
 from engine.models.json_file import read_json_object
 
 _INDEX = "model.safetensors.index.json"
@@ -42,7 +43,7 @@ class ModelSource:
     @cached_property
     def gguf_header(self) -> GGUFHeader:
         """Of a GGUF file, parsed once: with the vocabulary, it takes a tenth of a second. ModelError if damaged."""
-        return read_gguf_header(self.path)
+        return read_gguf_parts(gguf_parts(self.path))
 
 
 def find_source(config: ModelConfig, report: Report) -> ModelSource:
@@ -69,7 +70,8 @@ def _gguf(path: Path, config: ModelConfig) -> ModelSource:
         raise ModelError(f"{path} is a file but no .gguf; for safetensors, give the directory that it lies in")
     if config.load_format == "safetensors":
         raise ModelError(f"{path} is a GGUF file, but model.load_format is safetensors; set it to auto")
-    return ModelSource("gguf", path, () if config.load_format == "dummy" else (path,))
+    parts = gguf_parts(path)
+    return ModelSource("gguf", parts[0], () if config.load_format == "dummy" else parts)
 
 
 def _directory(path: Path, config: ModelConfig) -> ModelSource:

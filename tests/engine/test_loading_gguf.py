@@ -141,9 +141,10 @@ def write_gguf(
     format: Format = Format.F32,
     rope_freqs: np.ndarray | None = None,
     extra: dict[str, int] | None = None,
+    **split: int,
 ) -> Path:
-    """extra: numbers of the metadata besides those of the shape"""
-    writer = gguf.GGUFWriter(path, architecture)
+    """extra: numbers of the metadata besides those of the shape; split: how the writer cuts the file into parts"""
+    writer = gguf.GGUFWriter(path, architecture, **split)
     for key, value in (extra or {}).items():
         writer.add_uint32(key, value)
     writer.add_context_length(SHAPE["max_position_embeddings"])

@@ -265,6 +265,46 @@ def test_a_failure_has_its_exit_code_where_it_cannot_be_told():
     assert result.returncode == EXIT_CODES["memory"]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command", ["server.cli plan", "server.cli doctor", "server.cli plan --help", "server.settings", "loadtest --help"]
+)
+def test_a_command_ends_quietly_when_nobody_reads_it_any_more(command, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", *command.split()],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment() | {"PYTHONUNBUFFERED": unbuffered},
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert result.stderr == ""
+    assert result.returncode in (0, 128 + signal.SIGPIPE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--enable-lora"], "merge the adapter into its base model"),
+        (["--lora-modules", "a=b"], "merge the adapter into its base model"),
+        (["--tensor-parallel-size=2"], "one device"),
+        (["--trust-remote-code"], "never run"),
+    ],
+)
+def test_flags_of_others_that_have_no_counterpart_say_what_to_do(flags, advice):
+    result = run(PEREGRINE, "serve", *flags)
+    assert result.returncode == EXIT_CODES["config"]
+    assert f"{flags[0].partition('=')[0]} is not supported: " in last_line(result)
+    assert advice in last_line(result)
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

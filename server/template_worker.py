@@ -20,6 +20,9 @@ import msgspec
 
 Plain = str | int | float | bool | None
 GRACE = 2  # seconds of processor time from the alarm, which a call into C does not hear, to the end of the process
+_PROBE = "peregrine-probe"
+_MOST_KNOWN = 16  # templates
+_WANT_PARTS: dict[str, bool] = {}  # by template
 
 
 class Render(msgspec.Struct, kw_only=True):
@@ -65,8 +68,6 @@ def read_frame(stream: BinaryIO) -> bytes | None:
 
 def render(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> Rendered:
     """Within the limits. Exceptions of the template become the reason."""
-    from jinja2 import TemplateError
-
     own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     used = resource.getrusage(resource.RUSAGE_SELF)
     end = int(used.ru_utime + used.ru_stime + request.max_seconds) + 1 + GRACE
@@ -74,8 +75,9 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes + request.max_bytes, resource.RLIM_INFINITY))
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, request.max_seconds)
+        turns = [_in_parts(turn) for turn in request.turns] if _wants_parts(request, render_template) else request.turns
         texts, _ = render_template(
-            [request.turns],
+            [turns],
             tools=request.tools,
             chat_template=request.template,
             add_generation_prompt=request.add_generation_prompt,
@@ -89,7 +91,7 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
         return Rendered(None, f"it took more than {request.max_bytes >> 20} MiB of memory")
     except RecursionError:
         return Rendered(None, "it called itself too often")
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except _template_errors() as error:
         return Rendered(None, str(error).split("Final message to continue:")[0])  # not the conversation itself
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -97,6 +99,41 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
     if len(texts[0]) > request.max_characters:
         return Rendered(None, f"it made {len(texts[0])} characters, more than {request.max_characters}")
     return Rendered(texts[0])
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a template raises that does not fit a conversation."""
+    from jinja2 import TemplateError
+
+    return TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError
+
+
+def _in_parts(turn: dict[str, str | None]) -> dict[str, object]:
+    if turn["content"] is None:
+        return dict(turn)
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+
+
+def _wants_parts(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> bool:
+    """Whether the template looks for a message's text in a list of parts, as those of some multimodal models do.
+
+    Such a template makes nothing of a text: it is shown one, once, and then the same in a part.
+    """
+    wants = _WANT_PARTS.get(request.template)
+    if wants is None:
+        turn: dict[str, str | None] = {"role": "user", "content": _PROBE}
+        shown = []
+        for probe in (turn, _in_parts(turn)):
+            try:
+                texts, _ = render_template([[probe]], chat_template=request.template, **request.variables)
+                shown.append(_PROBE in texts[0] and "'type'" not in texts[0])
+            except _template_errors():  # it wants another conversation than this; the real one will show what
+                shown.append(False)
+        wants = shown == [False, True]
+        if len(_WANT_PARTS) >= _MOST_KNOWN:
+            _WANT_PARTS.clear()
+        _WANT_PARTS[request.template] = wants
+    return wants
 
 
 def _time_is_up(number: int, frame: FrameType | None) -> None:

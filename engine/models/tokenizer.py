@@ -12,6 +12,7 @@ from engine.messages import TokenizerAssets
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.errors import ModelError
 from engine.models.gguf_tokenizer import gguf_tokenizer
+from engine.models.json_file import read_json_object
 from engine.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def hugging_face_tokenizer(name: str, hf_config: CheckpointConfig | None = None)
     backend.no_padding()
     return TokenizerAssets(
         tokenizer_json=backend.to_str(),
-        chat_template=_default_template(tokenizer.chat_template),
+        chat_template=_default_template(tokenizer.chat_template) or _processor_template(Path(name)),
         special_tokens=_special_tokens(tokenizer),
     )
 
@@ -81,6 +82,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def _default_template(template: str | dict[str, str] | None) -> str | None:
     """A tokenizer may carry several templates by name; requests cannot choose, so the one called default is it."""
     return template.get("default") if isinstance(template, dict) else template
+
+
+def _processor_template(directory: Path) -> str | None:
+    """That of a multimodal model's processor, which is beside the tokenizer in older checkpoints."""
+    path = directory / "chat_template.json"
+    template = read_json_object(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def _read_template(path: Path) -> str:

@@ -184,6 +184,13 @@ def test_experts_are_read_whichever_way_round_they_are_kept(tmp_path: Path) -> N
         assert largest_difference(whole, tmp_path, implementation) < 1e-5
 
 
+def test_the_template_of_a_processor_is_the_models(tmp_path: Path) -> None:
+    save(make_config("qwen2_5_vl"), tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    loaded = load_model(ModelConfig(path=str(tmp_path)), dtype=torch.float32, seed=0)
+    assert loaded.tokenizer.chat_template == "{{ messages[0].content }}"
+
+
 @pytest.mark.parametrize("family", ["paligemma", "mllama", "got_ocr2"])
 def test_families_whose_text_is_not_alone_are_refused(family: str, tmp_path: Path) -> None:
     AutoConfig.for_model(family).save_pretrained(tmp_path)

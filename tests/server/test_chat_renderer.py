@@ -60,6 +60,24 @@ async def test_a_template_without_an_end_is_a_sentence_and_others_are_rendered_m
     assert await renderer.render(make_request(FINE, renderer.limits)) == "hello"
 
 
+OF_PARTS = {  # ways in which templates of multimodal models look for a text, and what a text alone would come to
+    "parts by their type": "{% for m in messages %}[{{ m.role }}]{% for c in m.content | selectattr('type', 'equalto', "
+    "'text') %}{{ c.text }}{% endfor %}{% endfor %}",
+    "parts by their number": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'][0]['text'] }}{% endfor %}",
+    "parts or a text": "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if 'text' in c %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}",
+    "a text": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+    "a text that starts with something": "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", OF_PARTS)
+async def test_a_text_is_shown_to_a_template_in_the_form_that_it_reads(renderer, kind: str) -> None:
+    for content in ("hello", "{'type': 'text'}", "two\nlines", "again"):
+        request = make_request(OF_PARTS[kind], renderer.limits, content)
+        assert await renderer.render(request) == f"[user]{content}"
+
+
 async def test_what_a_client_says_can_be_endless_too(world, client, tools) -> None:
     """A template may be harmless and its loops be driven by the conversation."""
     template = (

@@ -58,6 +58,11 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError where it can never run."""
         token_ids = request.prompt_token_ids + request.output_token_ids
+        lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
+        if lowest < 0 or highest >= self.runner.model.vocab_size:
+            raise ValueError(
+                f"token ids {lowest} to {highest} reach beyond the vocabulary of {self.runner.model.vocab_size}"
+            )
         self.scheduler.add(Sequence(request, token_ids, added_at=time.monotonic()))
 
     def abort(self, request_id: str) -> None:

@@ -25,7 +25,7 @@ from engine.models.registry import build_model
 from engine.models.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.models.stored_weights import check_shapes
 from engine.models.text_part import name_in_text_part, text_weights
-from engine.models.tokenizer import load_tokenizer_assets
+from engine.models.tokenizer import check_token_ids, load_tokenizer_assets
 from engine.plan_loading import Matrix
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -216,7 +216,9 @@ def _load_tokenizer(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int
     is_dummy = config.load_format == "dummy" and config.tokenizer is None and source.kind == "directory"
     if is_dummy and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         return byte_tokenizer(vocab_size)
-    return load_tokenizer_assets(source, config, checkpoint.whole_config)
+    assets = load_tokenizer_assets(source, config, checkpoint.whole_config)
+    check_token_ids(assets, vocab_size, config.tokenizer or str(source.path))
+    return assets
 
 
 def _contexts(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, int]:

@@ -42,6 +42,18 @@ def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: C
     )
 
 
+def check_token_ids(assets: TokenizerAssets, vocab_size: int, name: str) -> None:
+    """ModelError where a text could become an id that the model's embedding has no row for."""
+    vocabulary = Tokenizer.from_str(assets.tokenizer_json).get_vocab(with_added_tokens=True)
+    beyond = sorted((token_id, token) for token, token_id in vocabulary.items() if token_id >= vocab_size)
+    if beyond:
+        shown = ", ".join(f"{token!r} is {token_id}" for token_id, token in beyond[:3])
+        raise ModelError(
+            f"the tokenizer of {name} makes {len(beyond)} ids for which the model's embedding of {vocab_size} rows has "
+            f"none ({shown}); name the model's own in model.tokenizer, or resize the embedding"
+        )
+
+
 def hugging_face_tokenizer(name: str, hf_config: CheckpointConfig | None = None) -> TokenizerAssets:
     """The tokenizer of a directory or hub id. ModelError where transformers cannot make a fast one.
 

@@ -325,3 +325,12 @@ def test_steps_count_the_tokens_that_requests_get_and_the_prompts_behind_a_first
         prompts = [len(_prompts()[int(output.request_id)]) - output.num_cached_tokens for output in firsts]
         assert stats.num_first_prompt_tokens == sum(prompts)
     assert len(begun) == len(_prompts())
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**6])
+def test_ids_that_have_no_row_in_the_embedding_are_refused_by_the_engine_itself(llama, token_id: int) -> None:
+    engine = _make_engine(llama)
+    params = SamplingParams(seed=0, max_tokens=1)
+    with pytest.raises(ValueError, match="beyond the vocabulary"):
+        engine.add(Request(request_id="a", prompt_token_ids=[1, token_id], params=params))
+    assert not engine.has_work

@@ -285,3 +285,14 @@ def test_the_phases_of_a_load_are_reported(directory: Path) -> None:
 
 def test_the_default_models_pins_are_whole_digests() -> None:
     assert {len(SMOLLM2.sha256), len(SMOLLM2.wheel_sha256)} == {64}
+
+
+def test_a_tokenizer_whose_ids_reach_beyond_the_embedding_is_refused(directory: Path) -> None:
+    """Compiled layers would read whatever lies behind the table."""
+    fast = make_tokenizer()
+    fast.add_tokens([f"<extra {i}>" for i in range(60)])
+    fast.save_pretrained(directory)
+    with pytest.raises(
+        ModelError, match=r"makes 19 ids .* embedding of 300 rows .*'<extra 41>' is 300.*model.tokenizer"
+    ):
+        load(directory)

@@ -81,13 +81,13 @@ class ChatRenderer:
         assert process.stdout is not None
         try:
             write_frame(process.stdin, request)  # type: ignore[arg-type]
-            waited = select.select([process.stdout], [], [], request.max_seconds + GRACE + PATIENCE)[0]
-            data = read_frame(process.stdout) if waited else None  # type: ignore[arg-type]
+            is_over = _wait(process.stdout.fileno(), request.max_seconds + GRACE + PATIENCE)
+            data = read_frame(process.stdout) if is_over else None  # type: ignore[arg-type]
         except OSError:  # it ended before it had read all
-            waited, data = [process.stdout], None
+            is_over, data = True, None
         if data is not None:
             return msgspec.msgpack.decode(data, type=Rendered)
-        was_killed = bool(waited) and process.wait() == -signal.SIGKILL
+        was_killed = is_over and process.wait() == -signal.SIGKILL
         self._kill(process)
         if was_killed:
             return None
@@ -120,6 +120,13 @@ class ChatRenderer:
         self._processes.discard(process)
         _stop(process)
         self._own.process = None
+
+
+def _wait(file: int, seconds: float) -> bool:
+    """Until there is something to read, or the end. Unlike `select`, it takes files above the number of 1023."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -71,8 +71,8 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
     own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     used = resource.getrusage(resource.RUSAGE_SELF)
     end = int(used.ru_utime + used.ru_stime + request.max_seconds) + 1 + GRACE
-    resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_AS, (own_bytes + request.max_bytes, resource.RLIM_INFINITY))
+    _limit(resource.RLIMIT_CPU, end)
+    _limit(resource.RLIMIT_AS, own_bytes + request.max_bytes)
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, request.max_seconds)
         turns = [_in_parts(turn) for turn in request.turns] if _wants_parts(request, render_template) else request.turns
@@ -95,7 +95,7 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
         return Rendered(None, str(error).split("Final message to continue:")[0])  # not the conversation itself
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
     if len(texts[0]) > request.max_characters:
         return Rendered(None, f"it made {len(texts[0])} characters, more than {request.max_characters}")
     return Rendered(texts[0])
@@ -134,6 +134,13 @@ def _wants_parts(request: Render, render_template: Callable[..., tuple[list[str]
             _WANT_PARTS.clear()
         _WANT_PARTS[request.template] = wants
     return wants
+
+
+def _limit(kind: int, value: int) -> None:
+    """As far as the limits allow with which the server itself was started."""
+    hard = resource.getrlimit(kind)[1]
+    bounds = [bound for bound in (value, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(kind, (min(bounds, default=resource.RLIM_INFINITY), hard))
 
 
 def _time_is_up(number: int, frame: FrameType | None) -> None:

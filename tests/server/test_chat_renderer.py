@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -117,3 +120,34 @@ async def test_workers_know_no_secrets_and_end_with_their_renderer(monkeypatch) 
     assert "PEREGRINE_API_KEY" not in psutil.Process(process.pid).environ()
     renderer.close()
     assert not psutil.pid_exists(process.pid)
+
+
+async def test_conversations_are_rendered_beside_thousands_of_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, hard)), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    renderer = ChatRenderer()
+    try:
+        assert await renderer.render(make_request(FINE, renderer.limits)) == "hello"
+    finally:
+        renderer.close()
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", ["-v 33554432", "-t 600"])
+def test_a_worker_lives_within_the_limits_that_its_server_has(limit: str) -> None:
+    """ulimit sets the hard limits, too, which no process may raise again."""
+    code = (
+        "import asyncio; from server.chat_renderer import ChatRenderer; from server.template_worker import Render\n"
+        "renderer = ChatRenderer()\n"
+        "for _ in range(2):\n"
+        f"    print(asyncio.run(renderer.render(Render(template={FINE!r}, turns={MESSAGES!r}, variables={{}}, "
+        "add_generation_prompt=False, continue_final_message=False, max_seconds=1, max_characters=99, "
+        "max_bytes=1 << 28))))\n"
+        "renderer.close()"
+    )
+    command = ["bash", "-c", f'ulimit {limit} && exec "$0" -c "$1"', sys.executable, code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["hello", "hello"], result.stderr[-2000:]

@@ -18,7 +18,8 @@ from engine.proposers.proposer import Proposer
 from engine.run_ahead import LaunchingSampler, RunAhead
 from engine.scheduler import Scheduler
 from engine.step_stats import ModelCost, StepClock, StepPace, StepRecorder
-from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, StepOutput, StepStats
+from engine.trial import compute_one_token
+from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +156,8 @@ class Engine:
 
     def _probe(self, failure: Exception) -> None:
         """Runs one token of nobody's through the model. Raises EngineFaultError where even that fails."""
-        params = SamplingParams(seed=0, max_tokens=1, temperature=0.0)
-        request = Request(request_id="probe", prompt_token_ids=[0], params=params)
-        item = Scheduled(Sequence(request, [0], block_table=[NULL_BLOCK]), 1, 0, samples=True)
         try:
-            self.sampler.launch(self.runner.forward([item])[1], [item]).finish()
+            compute_one_token(self.runner, self.sampler, block=NULL_BLOCK)
         except Exception as error:
             logger.exception("a single token could not be computed either")
             raise EngineFaultError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.models.errors import FOREIGN_ERRORS, ModelError
 from engine.run_ahead import LaunchingSampler
-from engine.types import Request, SamplingParams, Scheduled, Sequence
+from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
 _FIRST_BLOCK = 1  # after the null block; free, and written anew by whoever gets it
 
@@ -20,18 +20,23 @@ class TriedRunner(Protocol):
     def forward(self, batch: list[Scheduled]) -> tuple[Tensor, Tensor]: ...
 
 
+def compute_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, block: int) -> Sampled:
+    """What follows token 0 at position 0. Its keys and values go into the block, whatever is there."""
+    request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
+    batch = [Scheduled(Sequence(request, [0], block_table=[block]), 1, 0, samples=True)]
+    _, logits = runner.forward(batch)
+    (sampled,) = sampler.launch(logits, batch).finish()
+    return sampled
+
+
 @torch.inference_mode()
 def try_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, path: str, dtype: torch.dtype) -> None:
     """Computes token 0 at position 0 and samples what follows. ModelError where a layer, the head or the sampler fails.
 
     Memory that runs out, or a device that is lost, is no fault of the model's, and is raised as it comes.
     """
-    request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
-    seq = Sequence(request, [0], block_table=[_FIRST_BLOCK])
-    batch = [Scheduled(seq, 1, 0, samples=True)]
     try:
-        _, logits = runner.forward(batch)
-        (sampled,) = sampler.launch(logits, batch).finish()
+        sampled = compute_one_token(runner, sampler, block=_FIRST_BLOCK)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except FOREIGN_ERRORS as error:

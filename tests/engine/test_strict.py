@@ -109,7 +109,7 @@ def test_a_request_is_the_same_in_any_chunks(run, model: PreTrainedModel, alone:
 
 def test_a_request_is_the_same_after_preemption(run, model: PreTrainedModel, alone: Answers) -> None:
     has_window = model.config.model_type == "mistral"  # and gives blocks back
-    engine = _make_engine(model, num_blocks=14 if has_window else 24)
+    engine = _make_engine(model, num_blocks=14 if has_window else 24, budget=32 if has_window else 64)
     assert run(engine, _requests(), at_once=14).answers == alone
     assert engine.scheduler.num_preemptions > 0
 

@@ -46,7 +46,7 @@ FLAGS_OF_VLLM = [
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": "/nonexistent/cache"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": "/dev/null/cache"}
 
 
 def run(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +64,15 @@ class Running:
     process: subprocess.Popen[str]
     url: str
     log: Path
+
+    @property
+    def engine(self) -> psutil.Process:
+        [engine] = self.children("engine.process")
+        return engine
+
+    def children(self, module: str) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if any(part.endswith(module) for part in child.cmdline())]
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
@@ -239,7 +248,7 @@ def test_an_engine_that_keeps_dying_ends_the_server_with_a_code_of_its_own(tmp_p
                 server.url + "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1}
             )
             assert answered.status_code == 200  # a kill of a process that has computed nothing would not count
-            [engine] = psutil.Process(server.process.pid).children()
+            engine = server.engine
             engine.kill()
             wait_for(lambda gone=engine: not gone.is_running())
         assert server.end() == EXIT_CODES["crash_loop"]
@@ -248,7 +257,7 @@ def test_an_engine_that_keeps_dying_ends_the_server_with_a_code_of_its_own(tmp_p
 
 def test_a_full_disk_under_the_log_costs_the_log_only(tmp_path):
     with serving(tmp_path, output="/dev/full") as server:
-        [engine] = psutil.Process(server.process.pid).children()
+        engine = server.engine
         engine.kill()  # which is told in lines that cannot be written
         wait_for(lambda: not engine.is_running())
         server.wait_until_ready()
@@ -343,10 +352,14 @@ def test_a_start_shows_its_phases_and_a_curl_that_works(tmp_path):
         assert server.log.read_text().endswith("stopped\n")
 
 
-def test_the_code_for_chats_is_imported_before_a_model_asks_for_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # the log tells; this engine's model has no chat template
-    with serving(tmp_path) as server:
-        wait_for(lambda: "transformers.utils.chat_template_utils" in server.log.read_text())
+def test_who_renders_chats_starts_beside_the_model_and_ends_with_the_server(tmp_path):
+    loaded = tmp_path / "loaded"
+    with serving(tmp_path, f"counting?load_until={loaded}", ready=False) as server:
+        wait_for(lambda: len(server.children("server.template_worker")) == 2)
+        workers = server.children("server.template_worker")
+        server.send(signal.SIGKILL)
+        server.end()
+        wait_for(lambda: not any(worker.is_running() for worker in workers))
 
 
 def stream(url: str, events: list[str], *, max_tokens: int) -> None:
@@ -383,7 +396,7 @@ def test_requests_that_outlast_the_shutdown_end_with_an_error_and_done(tmp_path)
     with serving(tmp_path, "counting?delay=0.02", "--shutdown-timeout", "0.3") as server:
         events: list[str] = []
         thread = start_stream(server.url, events, max_tokens=4000)
-        [engine] = psutil.Process(server.process.pid).children()
+        engine = server.engine
         server.send(signal.SIGTERM)
         thread.join()
         assert events[-1] == "[DONE]"
@@ -394,7 +407,7 @@ def test_requests_that_outlast_the_shutdown_end_with_an_error_and_done(tmp_path)
 
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
     with serving(tmp_path, "counting?delay=0.02", "--shutdown-timeout", "60") as server:
-        [engine] = psutil.Process(server.process.pid).children()
+        engine = server.engine
         body = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "stream": True}
         with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=30):
             server.send(signal.SIGINT)

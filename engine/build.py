@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.kept_weights import kept_weights
 from engine.kv_cache import KVCache
 from engine.kv_manager import KVCacheManager
-from engine.kv_range import bound_of_keys_and_values, with_cache_that_holds
+from engine.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
 from engine.machine import Machine, freeing_at_once, read_machine
 from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
 from engine.messages import ModelInfo, Setting
@@ -78,6 +78,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     with freeing_at_once():
         loaded, bound, has_independent_rows = _load(config, plan, back_end, clock)
     plan = with_cache_that_holds(plan, bound, config, machine)
+    if (overflow := overflow_note(plan, bound)) is not None:
+        report("note", overflow)
     back_end = replace(back_end, plan=plan)
     if plan.device == "cuda":
         clock.enter("profile", f"a step of {plan.max_num_batched_tokens:,} tokens")

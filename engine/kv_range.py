@@ -56,7 +56,7 @@ def with_cache_that_holds(plan: MemoryPlan, bound: float, config: EngineConfig, 
     """
     if plan.kv_dtype != torch.float16 or bound <= FLOAT16_MAX or config.kv_cache.dtype != "auto":
         return plan
-    why = f"keys or values may reach {bound:,.0f}, and float16 ends at {FLOAT16_MAX:,.0f}"
+    why = _why(bound)
     cache = config.kv_cache.model_copy(update={"dtype": "float32"})
     try:
         wide = plan_memory(plan.facts, config.model_copy(update={"kv_cache": cache}), machine)
@@ -65,3 +65,14 @@ def with_cache_that_holds(plan: MemoryPlan, bound: float, config: EngineConfig, 
         return replace(plan, kv_dtype=torch.bfloat16, settings=settings)
     settings = wide.settings | {"kv_cache.dtype": Setting("float32", "measured", why)}
     return replace(wide, model_config=plan.model_config, settings=settings)
+
+
+def overflow_note(plan: MemoryPlan, bound: float) -> str | None:
+    """A line for who asked for a cache that may overflow."""
+    if plan.kv_dtype != torch.float16 or bound <= FLOAT16_MAX:
+        return None
+    return f"kv_cache.dtype is float16, but {_why(bound)}: a text that gets there fails; auto takes float32"
+
+
+def _why(bound: float) -> str:
+    return f"keys or values may reach {bound:,.0f}, and float16 ends at {FLOAT16_MAX:,.0f}"

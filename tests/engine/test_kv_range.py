@@ -62,7 +62,10 @@ def make(kind: str, *, keys: float = 1.0, key_bias: float = 0.0, values: float =
     return model
 
 
-def start(model: PreTrainedModel, directory: Path, **cache: str) -> tuple[Engine, ModelInfo]:
+def start(
+    model: PreTrainedModel, directory: Path, phases: list[tuple[str, str]] | None = None, **cache: str
+) -> tuple[Engine, ModelInfo]:
+    """phases: gets what the start reports"""
     model.save_pretrained(directory)
     settings = {
         "model": {"path": str(directory), "quantization": "none", "tokenizer": str(directory)},
@@ -70,7 +73,8 @@ def start(model: PreTrainedModel, directory: Path, **cache: str) -> tuple[Engine
         "kv_cache": cache,
     }
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))
-    return build_engine(EngineConfig.model_validate(settings), lambda phase, detail: None)
+    heard = [] if phases is None else phases
+    return build_engine(EngineConfig.model_validate(settings), lambda phase, detail: heard.append((phase, detail)))
 
 
 def answer(engine: Engine) -> list[int]:
@@ -107,6 +111,17 @@ def test_ordinary_keys_stay_in_float16_and_a_wish_is_a_wish(tmp_path: Path) -> N
     assert start(make("llama"), tmp_path / "a")[1].settings["kv_cache.dtype"].value == "float16"
     settings = start(make("llama", keys=3e5), tmp_path / "b", dtype="bfloat16")[1].settings
     assert settings["kv_cache.dtype"].value == "bfloat16"
+
+
+def test_a_wish_for_a_cache_that_may_overflow_is_commented(tmp_path: Path) -> None:
+    model = make("llama", keys=300.0)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0].mul_(1e4)  # beyond the bound, if not for token 0
+    phases: list[tuple[str, str]] = []
+    settings = start(model, tmp_path, phases, dtype="float16")[1].settings
+    assert settings["kv_cache.dtype"].value == "float16"
+    (note,) = [detail for phase, detail in phases if phase == "note"]
+    assert note.startswith("kv_cache.dtype is float16, but keys or values may reach")
 
 
 @pytest.mark.parametrize("kind", KINDS)

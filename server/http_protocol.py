@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 MAX_HEADERS = 128  # each costs far more than its bytes
 HEADER_COST = 256  # bytes of memory: a tuple, two strings and their place in a list
-CHUNKED_PIECE = 16384  # bytes of a chunked body that the parser sees at once
+MAX_LINES = (
+    MAX_HEADERS + 8
+)  # with the request line, the empty one at the end, and some that careless clients send before
+CHUNKED_PIECE = 4096  # bytes of a chunked body that the parser sees at once
+MAX_CALLS = 512  # of the parser's, for chunks and trailers, before other connections have a turn
 MAX_FRAMING_PER_BYTE = 8  # of a chunked body: chunks of one byte have five around it
 LINGER = 5.0  # seconds that the last bytes of a closed connection get to leave
 HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
@@ -68,6 +72,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_deaf = False  # nothing more is read of this connection
         self._refusal: ApiError | None = None  # why the parser was stopped
         self._num_head_bytes = 0
+        self._num_head_lines = 0
+        self._num_calls = 0  # of the parser's, in this turn of the event loop
         self._num_body_bytes = 0
         self._num_framing_bytes = 0  # of a body: sizes and extensions of chunks, trailers
         self._num_drained_bytes = 0  # of a body that came after its answer
@@ -99,10 +105,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._unread:
             data, self._unread = self._unread + data, b""
-        start = 0
+        start = self._num_calls = 0
         while start < len(data) and self._phase is not Phase.CLOSING and not self._is_deaf:
             if self._phase is Phase.ANSWER:
                 self._leave_unread(data[start:])
+                return
+            if self._num_calls > MAX_CALLS:
+                self._leave_unread(data[start:])
+                self._intake.read_later(self)
                 return
             if self._phase is Phase.IDLE:
                 self._begin_head()
@@ -128,6 +138,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_calls += 1
         if self._phase is not Phase.HEAD:
             return  # a trailer: nobody asks for them, and added to the headers they would forge some
         if len(self.headers) >= MAX_HEADERS:
@@ -150,6 +161,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.send = AnswerUntilClose(self.cycle).send  # type: ignore[method-assign]
 
     def on_body(self, body: bytes) -> None:
+        self._num_calls += 1
         self._num_body_bytes += len(body)
         self._num_framing_bytes -= len(body)
         if self._num_bytes_left is not None:
@@ -178,7 +190,7 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._become_idle()
             if self._unread:
-                self.loop.call_soon(self._read_on)
+                self._intake.read_later(self)
 
     # What the intake calls
 
@@ -189,8 +201,20 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._phase is Phase.HEAD:
             message = "the rest of the request's head did not come while others needed the room; send it at once"
             self._refuse(ApiError(408, message, code="request_timeout"))
+        elif self._phase is Phase.BODY:
+            message = "bodies in many small chunks keep the server busy; try again, and send larger chunks"
+            self._refuse(ApiError(503, message, code="overloaded"))
         else:
             self._close()
+
+    def read_on(self) -> None:
+        """Reads what was left unread, now that its turn has come."""
+        if self._phase is Phase.CLOSING:
+            return
+        self._intake.hold(self, 0)
+        self.data_received(b"")
+        if not self._unread and not self.flow.read_paused:
+            self.transport.resume_reading()
 
     # Reading
 
@@ -201,7 +225,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _begin_head(self) -> None:
         self._phase = Phase.HEAD
-        self._num_head_bytes = 0
+        self._num_head_bytes = self._num_head_lines = 0
         self._arm(self._operation.head_timeout, self._on_head_timeout)
 
     def _end_of_piece(self, data: bytes, start: int) -> int:
@@ -219,6 +243,10 @@ class HttpProtocol(HttpToolsProtocol):
             if self._num_head_bytes > self._operation.max_head_bytes:
                 limit = f"{self._operation.max_head_bytes} bytes (operation.max_head_bytes)"
                 self._refuse(ApiError(431, f"the request line and headers have more than {limit}; send less"))
+                return len(piece)
+            self._num_head_lines += piece.endswith(b"\n")
+            if self._num_head_lines > MAX_LINES:
+                self._refuse(ApiError(431, f"the request has more than {MAX_HEADERS} headers; send fewer"))
                 return len(piece)
         else:
             self._num_framing_bytes += len(piece)
@@ -239,7 +267,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._phase is Phase.HEAD:
             self._intake.hold(self, self._num_head_bytes + HEADER_COST * len(self.headers or ()))
         elif self._phase is Phase.BODY:
-            max_framing_bytes = self._operation.max_head_bytes + MAX_FRAMING_PER_BYTE * self._num_body_bytes
+            max_framing_bytes = self._operation.max_head_bytes
+            if not self.cycle.response_complete:  # else the body is dropped, and worth no effort
+                max_framing_bytes += MAX_FRAMING_PER_BYTE * self._num_body_bytes
             if self._num_framing_bytes > max_framing_bytes:
                 message = (
                     f"the chunked body has {self._num_framing_bytes} bytes of chunk sizes, extensions and trailers "
@@ -269,13 +299,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.flow.resume_reading()  # it must not know of this pause: the task that answers would end it
         self.transport.pause_reading()
         self._intake.hold(self, len(data))
-
-    def _read_on(self) -> None:
-        if self._phase is Phase.CLOSING:
-            return
-        self._intake.hold(self, 0)
-        self.transport.resume_reading()
-        self.data_received(b"")
 
     def _stop_reading(self) -> None:
         """Answers the request that it has, and closes."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections import deque
 from typing import Protocol
 
 logger = logging.getLogger("peregrine.server")
@@ -16,6 +18,10 @@ class Connection(Protocol):
 
     def make_room(self) -> None:
         """Closes, or drops what it holds."""
+        ...
+
+    def read_on(self) -> None:
+        """Reads some of what it left unread."""
         ...
 
 
@@ -33,6 +39,8 @@ class Intake:
         self._waiting: dict[Connection, None] = {}  # without a request that is being answered; the oldest first
         self._held: dict[Connection, int] = {}  # bytes of unfinished or unread heads; the oldest first
         self._num_held_bytes = 0
+        self._backlog: deque[Connection] = deque()
+        self._is_reading = False
         self._num_evicted = 0
         self._warned_at = float("-inf")
 
@@ -77,11 +85,24 @@ class Intake:
             self._num_held_bytes -= self._held.pop(oldest)
             self._evict(oldest, f"operation.max_total_head_bytes ({self._max_held_bytes})")
 
+    def read_later(self, connection: Connection) -> None:
+        """Lets it read on. Of all that have much to parse, one does so in each turn of the event loop."""
+        self._backlog.append(connection)
+        if not self._is_reading:
+            self._is_reading = True
+            asyncio.get_running_loop().call_soon(self._read_one)
+
     def leave(self, connection: Connection) -> None:
         """The connection is closed, or as good as closed."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
         self._num_held_bytes -= self._held.pop(connection, 0)
+
+    def _read_one(self) -> None:
+        self._backlog.popleft().read_on()
+        self._is_reading = bool(self._backlog)
+        if self._is_reading:
+            asyncio.get_running_loop().call_soon(self._read_one)
 
     def _evict(self, connection: Connection, limit: str) -> None:
         connection.make_room()

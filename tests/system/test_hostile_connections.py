@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import random
 import signal
 import socket
 import threading
@@ -115,6 +116,16 @@ def huge_chunk_extensions(attacker: Attacker) -> None:
         attacker.send(CHUNKED, *[(b"1;" + b"x" * 4096 + b"\r\n \r\n") * 16] * attacker.scaled(1000))
 
 
+def tiny_chunks(attacker: Attacker) -> None:
+    for _ in range(attacker.scaled(50)):
+        attacker.send(CHUNKED, b"1\r\n \r\n" * attacker.scaled(300_000))
+
+
+def empty_lines(attacker: Attacker) -> None:
+    for _ in range(attacker.scaled(500)):
+        attacker.send(b"\r\n" * 30_000)
+
+
 def pipelined_requests(attacker: Attacker) -> None:
     for _ in range(attacker.scaled(100)):
         request = b"GET /livez HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 1000 + b"\r\n\r\n"
@@ -127,14 +138,14 @@ def pipelined_requests(attacker: Attacker) -> None:
 
 def pipelined_garbage(attacker: Attacker) -> None:
     for i in range(attacker.scaled(200)):
-        garbage = bytes((i * 7 + j * 31) % 256 for j in range(4096)) * 16
-        attacker.send(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n" * 20_000, garbage)
+        garbage = random.Random(i).randbytes(4096) * 16
+        attacker.send(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" * (i % 3), garbage)
 
 
 ATTACKS = [
     endless_trailers, one_endless_trailer, unfinished_heads, unfinished_heads_of_one_header,
     heads_of_many_small_headers, half_sent_bodies, half_sent_bodies_to_open_paths, half_requests, byte_by_byte,
-    idle_connections, huge_chunk_extensions, pipelined_requests, pipelined_garbage,
+    idle_connections, huge_chunk_extensions, tiny_chunks, empty_lines, pipelined_requests, pipelined_garbage,
 ]  # fmt: skip
 
 

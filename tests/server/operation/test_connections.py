@@ -172,6 +172,24 @@ def test_headers_are_counted(operation):
         assert answers(connection, 1)[0][0] == 431
 
 
+def test_empty_lines_before_a_request_are_skipped_while_they_are_few(operation):
+    with connected(operation) as connection:
+        connection.sendall(b"\r\n" * 5 + GET)
+        assert answers(connection, 1)[0][0] == 200
+        connection.sendall(b"\r\n" * 1000 + GET)
+        assert answers(connection, 1)[0][0] == 431
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_body_in_many_small_chunks_is_read(operation, size):
+    body = BODY[:-1] + b" " * (LIMIT - len(BODY)) + b"}"
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (body[i : i + size] for i in range(0, LIMIT, size)))
+    with connected(operation) as connection:
+        for _ in range(2):
+            connection.sendall(CHUNKED + chunks + b"0\r\n\r\n")
+            assert answers(connection, 1)[0][0] == 200
+
+
 def test_a_trailer_is_no_header(operate):
     with operate({"server": {"api_keys": ["key"]}}) as operation, connected(operation) as connection:
         connection.sendall(CHUNKED + b"2\r\n{}\r\n0\r\nAuthorization: Bearer key\r\nX-Request-Id: forged\r\n\r\n")

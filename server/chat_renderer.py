@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from server.template_worker import GRACE, Render, Rendered, read_frame, write_frame
+from server.template_worker import GRACE, Render, Rendered, frame, read_frame
 
 logger = logging.getLogger(__name__)
 
@@ -69,20 +69,25 @@ class ChatRenderer:
             return
 
     def _ask(self, request: Render) -> Rendered:
-        answer = self._try(request)
+        try:
+            data = frame(request)
+        except (OverflowError, RecursionError, UnicodeEncodeError) as error:
+            return Rendered(None, f"they cannot be given to it: {error}")
+        answer = self._try(request, data)
         if answer is None:  # killed from outside, perhaps before it had read anything
-            answer = self._try(request)
+            answer = self._try(request, data)
         return answer or Rendered(None, "the process that renders it was killed, twice; look for what kills it")
 
-    def _try(self, request: Render) -> Rendered | None:
-        """None where somebody else has killed the process."""
+    def _try(self, request: Render, sent: bytes) -> Rendered | None:
+        """None where somebody else has killed the process. sent: the request, framed"""
         process = self._process()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            write_frame(process.stdin, request)  # type: ignore[arg-type]
+            process.stdin.write(sent)
+            process.stdin.flush()
             is_over = _wait(process.stdout.fileno(), request.max_seconds + GRACE + PATIENCE)
-            data = read_frame(process.stdout) if is_over else None  # type: ignore[arg-type]
+            data = read_frame(process.stdout) if is_over else None
         except OSError:  # it ended before it had read all
             is_over, data = True, None
         if data is not None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 
@@ -22,6 +22,7 @@ Plain = str | int | float | bool | None
 GRACE = 2  # seconds of processor time from the alarm, which a call into C does not hear, to the end of the process
 _PROBE = "peregrine-probe"
 _MOST_KNOWN = 16  # templates
+_LONGEST_REASON = 1000  # characters; a template may quote all that it was given
 _WANT_PARTS: dict[str, bool] = {}  # by template
 
 
@@ -50,13 +51,13 @@ class TimeIsUp(BaseException):
     """No Exception, so that no template and no library catches it."""
 
 
-def write_frame(stream: BinaryIO, message: msgspec.Struct) -> None:
+def frame(message: msgspec.Struct) -> bytes:
+    """Raises OverflowError for numbers of more than 64 bits, UnicodeEncodeError for halves of characters."""
     data = msgspec.msgpack.encode(message)
-    stream.write(len(data).to_bytes(8, "little") + data)
-    stream.flush()
+    return len(data).to_bytes(8, "little") + data
 
 
-def read_frame(stream: BinaryIO) -> bytes | None:
+def read_frame(stream: IO[bytes]) -> bytes | None:
     """None at the end of the stream."""
     head = stream.read(8)
     if len(head) < 8:
@@ -92,13 +93,18 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
     except RecursionError:
         return Rendered(None, "it called itself too often")
     except _template_errors() as error:
-        return Rendered(None, str(error).split("Final message to continue:")[0])  # not the conversation itself
+        return Rendered(None, _as_unicode(str(error).split("Final message to continue:")[0][:_LONGEST_REASON]))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
     if len(texts[0]) > request.max_characters:
         return Rendered(None, f"it made {len(texts[0])} characters, more than {request.max_characters}")
-    return Rendered(texts[0])
+    return Rendered(_as_unicode(texts[0]))
+
+
+def _as_unicode(text: str) -> str:
+    """A template may write half of a character, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
@@ -155,7 +161,8 @@ def main() -> None:
     signal.signal(signal.SIGVTALRM, _time_is_up)
     decoder = msgspec.msgpack.Decoder(Render)
     while (data := read_frame(requests)) is not None:
-        write_frame(answers, render(decoder.decode(data), render_jinja_template))
+        answers.write(frame(render(decoder.decode(data), render_jinja_template)))
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -151,3 +152,31 @@ def test_a_worker_lives_within_the_limits_that_its_server_has(limit: str) -> Non
     command = ["bash", "-c", f'ulimit {limit} && exec "$0" -c "$1"', sys.executable, code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["hello", "hello"], result.stderr[-2000:]
+
+
+ODD_VALUES = [2**63 - 1, 2**64, 10**30, -(10**30), float("inf"), "\ud800", "x\x00", None, True, 1e-320]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+async def test_what_cannot_be_given_to_a_template_is_a_400(client, value: object) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    bodies = [
+        ("/v1/chat/completions", {"messages": messages, "max_tokens": 1, "chat_template_kwargs": {"shade": value}}),
+        ("/tokenize", {"messages": messages, "tools": [{"type": "function", "function": {"default": [value]}}]}),
+        ("/tokenize", {"messages": messages, "chat_template_kwargs": {"shade": value}}),
+    ]
+    for path, body in bodies:
+        data = json.dumps(body).replace("Infinity", "1e999")
+        response = await client.post(path, content=data, headers={"Content-Type": "application/json"})
+        assert response.status_code in (200, 400), response.text
+        if response.status_code == 400:
+            assert len(response.json()["error"]["message"]) < 1000
+
+
+async def test_half_a_character_that_a_template_writes_is_replaced_and_a_long_reason_cut(renderer) -> None:
+    assert await renderer.render(make_request("{{ '\\ud800' }}x", renderer.limits)) == "?x"
+    for template in ("{{ raise_exception('\\ud800' * 100000) }}", "{{ raise_exception(messages[0]['content']) }}"):
+        with pytest.raises(ValueError, match="refused the messages") as caught:
+            await renderer.render(make_request(template, renderer.limits, "y" * 100_000))
+        assert len(str(caught.value)) < 2000
+        str(caught.value).encode()

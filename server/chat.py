@@ -14,7 +14,7 @@ from server.errors import bad_request
 from server.generation import Generation
 from server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from server.openapi import replies, request_body
-from server.prompts import PromptOptions, read_prompt
+from server.prompts import PromptOptions, read_prompts
 from server.protocol_chat import AssistantMessage, ChatBody, ChatMessage, Content, InstructionMessage, TokenizeBody
 from server.record import RequestRecord
 from server.responses import (
@@ -26,7 +26,7 @@ from server.responses import (
     ChatLogprobs,
     ChatReply,
 )
-from server.sampling import check_num_logprobs, make_params
+from server.sampling import check_num_logprobs, make_params, read_bad_words
 from server.serving import Serving, accept, make_generation
 from server.streaming import deliver, deliver_stream
 from server.template_worker import Plain
@@ -67,11 +67,11 @@ async def _prepare(body: ChatBody, serving: Serving, record: RequestRecord) -> G
         limit_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
     )
     text = await render_messages(body, serving.tokenizer, serving.state.chat_renderer)
-    prompt = await read_prompt(text, options, tokenizer=serving.tokenizer, model=serving.model)
+    (prompt,) = await read_prompts([text], options, tokenizer=serving.tokenizer, model=serving.model)
     params = make_params(
         body,
         serving.model,
-        serving.tokenizer,
+        bad_words=await read_bad_words(body.bad_words or [], serving.tokenizer),
         max_tokens=max_tokens or serving.model.max_model_len - len(prompt.token_ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,

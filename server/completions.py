@@ -9,16 +9,16 @@ from msgspec import UNSET, UnsetType
 
 from server.body import read_body
 from server.choice import Choice, Delta
-from server.echo import Echo, read_echo
+from server.echo import Echo, read_echoes
 from server.errors import bad_request
 from server.generation import Generation
 from server.logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from server.openapi import replies, request_body
-from server.prompts import PromptOptions, read_prompt, split_prompts
+from server.prompts import PromptOptions, read_prompts, split_prompts
 from server.protocol import CompletionBody
 from server.record import RequestRecord
 from server.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
-from server.sampling import check_num_logprobs, check_num_prompts, make_params
+from server.sampling import check_num_logprobs, check_num_prompts, make_params, read_bad_words
 from server.serving import Serving, accept, make_generation
 from server.streaming import deliver, deliver_stream
 from server.usage import StreamUsage
@@ -64,11 +64,11 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
         truncate_to=body.truncate_prompt_tokens,
         keeps_beginning=body.truncation_side == "right",
     )
-    prompts = [await read_prompt(item, options, tokenizer=serving.tokenizer, model=serving.model) for item in inputs]
+    prompts = await read_prompts(inputs, options, tokenizer=serving.tokenizer, model=serving.model)
     params = make_params(
         body,
         serving.model,
-        serving.tokenizer,
+        bad_words=await read_bad_words(body.bad_words or [], serving.tokenizer),
         max_tokens=max(max_tokens, 1),
         logprobs=body.logprobs,
         prompt_logprobs=_num_scored(body),
@@ -82,7 +82,7 @@ async def _read_echoes(body: CompletionBody, generation: Generation, serving: Se
         return []
     prompts = [choice.prompt for choice in generation.job.choices[:: generation.job.choices_per_prompt]]
     has_special = body.add_special_tokens is not False
-    return [await read_echo(prompt, serving.tokenizer, add_special_tokens=has_special) for prompt in prompts]
+    return await read_echoes(prompts, serving.tokenizer, add_special_tokens=has_special)
 
 
 def _num_scored(body: CompletionBody) -> int | None:

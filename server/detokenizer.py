@@ -5,15 +5,17 @@ from __future__ import annotations
 import codecs
 from dataclasses import dataclass
 
-from server.stop_strings import StopStrings
+from server.stop_strings import StopSearch, StopStrings
 from server.tokenizer import Tokenizer
+
+NO_STOPS = StopStrings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
     """How a request wants its tokens turned into text, and which text ends it."""
 
-    stop: tuple[str, ...] = ()
+    stop: StopStrings = NO_STOPS
     include_stop: bool = False
     min_tokens: int = 0  # stop strings that end before this many tokens are ordinary text
     skip_special_tokens: bool = True
@@ -32,7 +34,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._options = options
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = StopStrings(options.stop)
+        self._stops = StopSearch(options.stop)
         self._held = ""
         self._after_special = False
         self.num_tokens = 0
@@ -97,7 +99,7 @@ class Detokenizer:
 
     def _certain(self, piece: str) -> str:
         self.num_characters += len(piece)
-        if not self._stops:
+        if not self._options.stop:
             return piece
         text = self._held + piece
         for end, character in enumerate(piece, start=len(self._held) + 1):

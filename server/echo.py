@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.detokenizer import Detokenizer, TextOptions
@@ -9,7 +10,7 @@ from server.off_loop import off_loop
 from server.prompts import Prompt
 from server.tokenizer import Tokenizer
 
-LONG_PROMPT = 512  # tokens; placing more than this leaves the event loop for a thread
+MANY_TOKENS = 512  # of all prompts of a request; placing more than this leaves the event loop for a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,14 @@ class Echo:
     offsets: list[int]
 
 
-async def read_echo(prompt: Prompt, tokenizer: Tokenizer, *, add_special_tokens: bool) -> Echo:
+async def read_echoes(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[Echo]:
     """A text as the client wrote it; ids as what they spell, special tokens included, as a text would show them."""
-    if len(prompt.token_ids) < LONG_PROMPT:
-        return _place(prompt, tokenizer, add_special_tokens)
-    return await off_loop(_place, prompt, tokenizer, add_special_tokens)
+
+    def place() -> list[Echo]:
+        return [_place(prompt, tokenizer, add_special_tokens) for prompt in prompts]
+
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    return place() if num_tokens < MANY_TOKENS else await off_loop(place)
 
 
 def _place(prompt: Prompt, tokenizer: Tokenizer, add_special_tokens: bool) -> Echo:

@@ -1,7 +1,8 @@
 """JSON of answers of any size.
 
 One call of the encoder holds the interpreter's lock: half a second for the log-probabilities of a long prompt. Long
-lists are therefore encoded in pieces, between which the event loop gets its turn when this runs in a thread.
+lists and each choice are therefore encoded by themselves, and between them the event loop gets its turn when this runs
+in a thread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def encode_json(message: msgspec.Struct) -> bytes:
-    """As msgspec encodes it. The message must not be used afterwards: its long lists are encoded in place."""
+    """As msgspec encodes it. The message must not be used afterwards: its lists are encoded in place."""
     _encode_lists(message)
     return _encode(message)
 
@@ -26,7 +27,5 @@ def _encode_lists(message: msgspec.Struct) -> None:
         elif isinstance(value, list) and len(value) > _PIECE:
             pieces = (_encode(value[start : start + _PIECE])[1:-1] for start in range(0, len(value), _PIECE))
             setattr(message, name, msgspec.Raw(b"[" + b",".join(pieces) + b"]"))
-        elif isinstance(value, list):
-            for item in value:
-                if isinstance(item, msgspec.Struct):
-                    _encode_lists(item)
+        elif isinstance(value, list) and value and isinstance(value[0], msgspec.Struct):
+            setattr(message, name, [msgspec.Raw(encode_json(item)) for item in value])

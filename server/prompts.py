@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from engine.messages import ModelInfo
 from server.errors import bad_request
-from server.tokenizer import Tokenizer
+from server.off_loop import off_lock
+from server.tokenizer import LONG_TEXT, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,23 @@ def split_prompts(prompt: PromptInput) -> list[str | list[int]]:
     return [item if isinstance(item, str) else list(item) for item in prompt if not isinstance(item, int)]
 
 
-async def read_prompt(
-    prompt: str | list[int], options: PromptOptions, *, tokenizer: Tokenizer, model: ModelInfo
-) -> Prompt:
-    """Encodes one prompt and checks that it fits. Raises ApiError 400 with the numbers."""
+async def read_prompts(
+    prompts: Sequence[str | list[int]], options: PromptOptions, *, tokenizer: Tokenizer, model: ModelInfo
+) -> list[Prompt]:
+    """Encodes the prompts and checks that each fits. Raises ApiError 400 with the numbers."""
+
+    def read() -> list[Prompt]:
+        return [_read_prompt(prompt, options, tokenizer, model) for prompt in prompts]
+
+    return await off_lock(read) if sum(map(len, prompts)) >= LONG_TEXT else read()
+
+
+def _read_prompt(prompt: str | list[int], options: PromptOptions, tokenizer: Tokenizer, model: ModelInfo) -> Prompt:
     num_kept = _num_kept(options, model)
     is_whole, text = True, None
     if isinstance(prompt, str):
         _check_length(prompt, options, tokenizer, model)
-        token_ids, is_whole = await tokenizer.encode_part_async(
+        token_ids, is_whole = tokenizer.encode_part(
             prompt,
             model.max_model_len + 1 if num_kept is None else num_kept,
             add_special_tokens=options.add_special_tokens,

@@ -10,29 +10,33 @@ from engine.messages import ModelInfo
 from engine.types import SamplingParams
 from server.config import Config
 from server.errors import bad_request
+from server.off_loop import off_lock
 from server.protocol import RequestFields
-from server.tokenizer import Tokenizer
+from server.tokenizer import LONG_TEXT, Tokenizer
 
 INTEGER = re.compile(r"-?[0-9]{1,20}")
 GREEDY_BELOW = 1e-5  # dividing float32 logits by less than this may overflow, and chooses the most likely token anyway
 SEED_BITS = 63
+MAX_PARAMETER_VALUES = 1 << 19  # of all choices of a request: some milliseconds to encode
 
 
 def make_params(
     body: RequestFields,
     model: ModelInfo,
-    tokenizer: Tokenizer,
     *,
+    bad_words: list[list[int]],
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """The parameters that all choices of a request share; each then gets its own seed. Raises ApiError 400."""
+    """The parameters that all choices of a request share; each then gets its own seed. Raises ApiError 400.
+
+    bad_words: of `read_bad_words`
+    """
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens")
     allowed = _allowed_token_ids(body.allowed_token_ids, model.vocab_size)
-    bad_words = _bad_words(body.bad_words or [], tokenizer)
     stop_token_ids = _stop_token_ids(body, model)
     _check_first_token(allowed, bad_words, stop_token_ids if min_tokens else [], vocab_size=model.vocab_size)
     defaults = model.generation_defaults
@@ -56,6 +60,29 @@ def make_params(
         prompt_logprobs=prompt_logprobs,
         num_drafts=_num_drafts(body),
     )
+
+
+async def read_bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The token sequences that spell a word at the beginning of a text and, with a space before it, inside one."""
+    if not words:
+        return []
+    texts = list(dict.fromkeys(text for word in words for text in (word, " " + word.lstrip())))
+    is_long = sum(map(len, texts)) >= LONG_TEXT
+    spelt = await off_lock(tokenizer.encode_all, texts) if is_long else tokenizer.encode_all(texts)
+    return [list(token_ids) for token_ids in dict.fromkeys(map(tuple, spelt)) if token_ids]
+
+
+def check_parameters(params: SamplingParams, num_choices: int) -> None:
+    """Each choice carries the parameters to the engine and back in every replay. Raises ApiError 400."""
+    num_values = len(params.allowed_token_ids or ()) + len(params.logit_bias) + len(params.stop_token_ids)
+    num_values += sum(map(len, params.bad_words))
+    if num_values * num_choices > MAX_PARAMETER_VALUES:
+        raise bad_request(
+            f"{num_choices} choices that each have {num_values} entries in allowed_token_ids, logit_bias, bad_words "
+            f"and stop_token_ids are more than the {MAX_PARAMETER_VALUES} of one request; ask for fewer choices at "
+            "once, or name fewer tokens",
+            param="n",
+        )
 
 
 def check_priority(priority: int | None, config: Config) -> None:
@@ -148,13 +175,6 @@ def _checked_ids(token_ids: list[int] | None, param: str, vocab_size: int) -> li
             f"{param}: token id {max(token_ids)} is outside the vocabulary of {vocab_size} tokens", param=param
         )
     return token_ids
-
-
-def _bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """The token sequences that spell a word at the beginning of a text and, with a space before it, inside one."""
-    texts = dict.fromkeys(text for word in words for text in (word, " " + word.lstrip()))
-    sequences = dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
-    return [list(token_ids) for token_ids in sequences if token_ids]
 
 
 def _check_first_token(

@@ -23,8 +23,9 @@ from server.generation import Generation, Job
 from server.prompts import Prompt
 from server.protocol import Body, RequestFields
 from server.record import RequestRecord
-from server.sampling import check_limits, check_priority, choice_seeds
+from server.sampling import check_limits, check_parameters, check_priority, choice_seeds
 from server.state import ServerState
+from server.stop_strings import StopStrings
 from server.tokenizer import Tokenizer
 
 _NUMBERS = count()  # of the requests of this process
@@ -93,6 +94,7 @@ def make_generation(
     num_choices = body.n or 1
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts) * num_choices
     serving.state.admission.check_size(len(prompts) * num_choices, num_tokens)
+    check_parameters(params, len(prompts) * num_choices)
     response_id = f"{id_prefix}-{serving.request_id}"
     text = _text_options(body, params)
     asked_stop_ids = frozenset(body.stop_token_ids or ())
@@ -147,7 +149,7 @@ def _request_id(request: HttpRequest, body: RequestFields) -> str:
 def _text_options(body: RequestFields, params: SamplingParams) -> TextOptions:
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return TextOptions(
-        stop=tuple(dict.fromkeys(stops)),
+        stop=StopStrings(list(dict.fromkeys(stops))),
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=params.min_tokens,
         skip_special_tokens=body.skip_special_tokens is not False,

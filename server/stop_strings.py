@@ -6,20 +6,28 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches for several strings at once, a character at a time, and never looks at a character twice.
+    """The strings that end an answer, prepared once for all of its choices: that takes a step a character."""
+
+    def __init__(self, strings: Sequence[str] = ()) -> None:
+        self.strings = sorted(strings, key=len, reverse=True)  # where two end at once, the longer one wins
+        self.borders = [_borders(string) for string in self.strings]
+
+    def __bool__(self) -> bool:
+        return bool(self.strings)
+
+
+class StopSearch:
+    """Watches one text for several strings at once, a character at a time, and never looks at a character twice.
 
     Knuth, Morris and Pratt, "Fast pattern matching in strings" (1977), one automaton per string: its state is the
     length of the longest beginning of the string that the text ends with. A client may send long strings that almost
     match at every character; the cost stays constant per character.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = sorted(strings, key=len, reverse=True)  # where two end at once, the longer one wins
-        self._borders = [_borders(string) for string in self._strings]
-        self._states = [0] * len(strings)
-
-    def __bool__(self) -> bool:
-        return bool(self._strings)
+    def __init__(self, stops: StopStrings) -> None:
+        self._strings = stops.strings
+        self._borders = stops.borders
+        self._states = [0] * len(stops.strings)
 
     def advance(self, character: str) -> str | None:
         """Takes in a character. Returns the longest stop string that ends with it."""

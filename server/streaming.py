@@ -13,10 +13,10 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.choice import Delta, DeltaCollector
+from server.choice import Choice, Delta, DeltaCollector
 from server.encoding import encode_json
 from server.errors import ApiError, error_body, internal_error
-from server.generation import Generation
+from server.generation import Generation, Job
 from server.off_loop import off_loop
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ KEEP_ALIVE_SECONDS = 10.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 LARGE_DELTA = 256  # scored tokens; what tells of more is put into words off the event loop
+PLAIN_TOKENS = 64  # which only add their text, or their number, to an answer: they cost as much as a scored one
 LINE_ENDS = {text.encode(): b"\\u%04x" % ord(text) for text in "\u2028\u2029\x85"}
 """Characters that may stand in JSON as they are, but at which many readers of events cut lines."""
 
@@ -66,7 +67,7 @@ async def deliver(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     work.result()
     deltas = [choice.collected() for choice in choices]
-    if sum(map(_num_items, deltas)) > LARGE_DELTA:
+    if sum(map(_num_items, deltas, generation.job.choices)) > LARGE_DELTA:
         body = await off_loop(lambda: encode_json(writer.reply(deltas)))
     else:
         body = encode(writer.reply(deltas))
@@ -93,7 +94,7 @@ async def deliver_stream(
         if not stays:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         first.result()
-    source = EventSource(deltas, first, writer, request_id=generation.job.request_id)
+    source = EventSource(deltas, first, writer, generation.job)
     return EventStream(source, headers, patience=patience)
 
 
@@ -137,13 +138,13 @@ class EventSource:
         deltas: AsyncGenerator[Delta, None],
         first: asyncio.Future[Delta],
         writer: ReplyWriter,
-        *,
-        request_id: str,
+        job: Job,
     ) -> None:
         self._deltas = deltas
         self._first = first
         self._writer = writer
-        self._request_id = request_id
+        self._choices = job.choices
+        self._request_id = job.request_id
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -166,7 +167,7 @@ class EventSource:
 
     async def _encoded(self, delta: Delta) -> bytes:
         chunks = self._writer.chunks
-        if _num_items(delta) > LARGE_DELTA:  # the scores of a long prompt
+        if _num_items(delta, self._choices[delta.index]) > LARGE_DELTA:  # the scores of a long prompt, or its text
             return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))
         return b"".join(_event(chunk) for chunk in chunks(delta))
 
@@ -228,6 +229,8 @@ def _framed(message: bytes) -> bytes:
     return b"data: " + message + b"\n\n"
 
 
-def _num_items(delta: Delta) -> int:
-    """Of what becomes an object of JSON each, or many."""
-    return len(delta.logprobs) + len(delta.prompt_logprobs)
+def _num_items(delta: Delta, choice: Choice) -> float:
+    """How much an answer may say of it. The first may repeat the prompt."""
+    num_scored = len(delta.logprobs) + len(delta.prompt_logprobs)
+    num_plain = len(delta.token_ids) + (len(choice.prompt.token_ids) if delta.is_first else 0)
+    return num_scored + num_plain / PLAIN_TOKENS

@@ -7,8 +7,9 @@ from fastapi import APIRouter, Request, Response
 
 from server.body import read_body
 from server.chat import render_messages
+from server.encoding import encode_json
 from server.errors import bad_request
-from server.off_loop import off_loop
+from server.off_loop import off_lock, off_loop
 from server.openapi import replies, request_body
 from server.protocol import DetokenizeBody
 from server.protocol_chat import TokenizeBody
@@ -44,14 +45,15 @@ async def tokenize(request: Request) -> Response:
             param=given[0],
         )
 
-    def answer() -> Response:
-        token_ids = tokenizer.encode(text, add_special_tokens=has_special)
+    def answer(token_ids: list[int]) -> Response:
         reply = TokenizeReply(len(token_ids), model.max_model_len, token_ids)
         if body.return_token_strs:
             reply.token_strs = [tokenizer.token_text(token_id) for token_id in token_ids]
         return _json(reply, headers)
 
-    return answer() if len(text) < LONG_TEXT else await off_loop(answer)
+    if len(text) < LONG_TEXT:
+        return answer(tokenizer.encode(text, add_special_tokens=has_special))
+    return await off_loop(answer, await off_lock(tokenizer.encode, text, add_special_tokens=has_special))
 
 
 @router.post(
@@ -70,11 +72,11 @@ async def detokenize(request: Request) -> Response:
         )
     skip = bool(body.skip_special_tokens)
 
-    def answer() -> Response:
+    if len(body.tokens) < LONG_TEXT:
         text = tokenizer.decode(body.tokens, skip_special_tokens=skip)
         return _json(DetokenizeReply(text, text), headers)
-
-    return answer() if len(body.tokens) < LONG_TEXT else await off_loop(answer)
+    text = await off_lock(tokenizer.decode, body.tokens, skip_special_tokens=skip)
+    return await off_loop(_json, DetokenizeReply(text, text), headers)
 
 
 @router.get("/tokenizer_info", response_model=None, responses=replies(TokenizerInfo))
@@ -98,4 +100,4 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 def _json(reply: msgspec.Struct, headers: dict[str, str]) -> Response:
-    return Response(msgspec.json.encode(reply), media_type="application/json", headers=headers)
+    return Response(encode_json(reply), media_type="application/json", headers=headers)

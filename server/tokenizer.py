@@ -10,13 +10,12 @@ from tokenizers import Tokenizer as Backend
 
 from engine.messages import TokenizerAssets
 from server.chat_renderer import ChatRenderer
-from server.off_loop import off_loop
 from server.template_worker import Plain, Render
 
 Message = Mapping[str, str | None]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-LONG_TEXT = 4096  # characters; encoding more than this leaves the event loop for a thread
+LONG_TEXT = 1024  # characters of all texts of a request; reading more than this leaves the event loop for a thread
 _LONGEST_WORD = 1 << 16  # characters; more without a blank are no language
 _CHARACTERS_PER_TOKEN = 8  # twice what texts have; where it is more, more is read
 _TOKENS_NEAR_CUT = 64  # that may differ from those of the whole text
@@ -70,6 +69,10 @@ class Tokenizer:
             return [self._bos_id, *ids]
         return ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, by itself and without special tokens."""
+        return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
     def token_spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, int] | None]:
         """From where to where in the text each of its tokens was read, in characters; None for those added to it.
 
@@ -103,16 +106,6 @@ class Tokenizer:
                 return (ids[-num_tokens:] if from_end else ids[:num_tokens]), False
             size *= 2
         return self.encode(text, add_special_tokens=add_special_tokens), True
-
-    async def encode_part_async(
-        self, text: str, num_tokens: int, *, add_special_tokens: bool, from_end: bool = False
-    ) -> tuple[list[int], bool]:
-        """As `encode_part`; long texts leave the event loop."""
-        if len(text) < LONG_TEXT:
-            return self.encode(text, add_special_tokens=add_special_tokens), True
-        return await off_loop(
-            self.encode_part, text, num_tokens, add_special_tokens=add_special_tokens, from_end=from_end
-        )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Ids without a token give no text."""

@@ -12,16 +12,16 @@ from tokenizers import decoders, models
 
 from engine.messages import TokenizerAssets
 from server.detokenizer import Detokenizer, TextOptions
-from server.stop_strings import StopStrings
+from server.stop_strings import StopSearch, StopStrings
 from server.tokenizer import Tokenizer
 
 TEXTS = st.text(alphabet="ab hé你🙂👩‍🚀\n\u0301", max_size=40)
 STOPS = st.lists(st.text(alphabet="ab h🙂é", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-def run(tokenizer: Tokenizer, token_ids: list[int], **options) -> tuple[list[str], Detokenizer]:
+def run(tokenizer: Tokenizer, token_ids: list[int], *, stop=(), **options) -> tuple[list[str], Detokenizer]:
     """The pieces, one per token and one of the flush."""
-    detokenizer = Detokenizer(tokenizer, TextOptions(**options))
+    detokenizer = Detokenizer(tokenizer, TextOptions(stop=StopStrings(stop), **options))
     pieces = []
     for token_id in token_ids:
         pieces.append(detokenizer.push(token_id))
@@ -155,7 +155,7 @@ def test_spaces_between_special_tokens_can_be_left_out() -> None:
 @settings(max_examples=200)
 @given(text=st.text(alphabet="ab", max_size=60), strings=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4))
 def test_the_automaton_finds_what_a_search_finds(text: str, strings: list[str]) -> None:
-    stops = StopStrings(strings)
+    stops = StopSearch(StopStrings(strings))
     for end, character in enumerate(text, start=1):
         expected = max((s for s in strings if text[:end].endswith(s)), key=len, default=None)
         assert stops.advance(character) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -15,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from engine.messages import TokenizerAssets
 from server.encoding import encode_json
+from server.off_loop import off_loop
 from server.protocol import CompletionBody, DetokenizeBody
 from server.protocol_chat import ChatBody, TokenizeBody
 from server.tokenizer import Tokenizer
@@ -243,4 +245,66 @@ async def test_scores_of_a_long_prompt_are_put_into_words_off_the_loop(world, cl
         response = await client.post("/v1/completions", json=body)
     assert response.status_code == 200
     assert threads
+    assert all(name.startswith("off-loop") for name in threads)
+
+
+async def test_the_sum_of_what_a_request_has_decides_where_it_is_read(world, client, monkeypatch) -> None:
+    """Sixty-four prompts, or two hundred bad words, are each short."""
+    bodies = [
+        {"model": "tiny", "prompt": ["hello world " * 4] * 64},
+        {"model": "tiny", "prompt": "a", "bad_words": [f"hello world {i}" for i in range(200)]},
+        {"model": "tiny", "prompt": ["hello world " * 4] * 64, "echo": True, "max_tokens": 1},
+    ]
+    for body in bodies:
+        with (
+            threads_of(world.tokenizer, "encode", monkeypatch) as one,
+            threads_of(world.tokenizer, "encode_all", monkeypatch) as all_at_once,
+            threads_of(world.tokenizer, "token_spans", monkeypatch) as spans,
+        ):
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert [name for name in one | all_at_once if name.startswith("off-loop")], body
+        if len(body["prompt"]) > 1:
+            assert all(name.startswith("off-loop") for name in one | spans), body
+
+
+async def test_stop_strings_are_prepared_once_for_all_choices(client, monkeypatch) -> None:
+    from server import stop_strings
+
+    prepared: list[str] = []
+    borders = stop_strings._borders
+    monkeypatch.setattr(stop_strings, "_borders", lambda string: prepared.append(string) or borders(string))
+    stops = ["a" * 1000 + str(i) for i in range(16)]
+    body = {"model": "tiny", "prompt": ["a", "b"], "n": 20, "stop": stops, "max_tokens": 1}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    assert sorted(prepared) == sorted(stops)
+
+
+async def test_choices_times_parameters_are_bounded(world, client) -> None:
+    words = [f"hello {i} " + "x" * 80 for i in range(200)]
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1, "bad_words": words, "n": 2}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    response = await client.post("/v1/completions", json={**body, "n": 128})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "128 choices" in message
+    assert "bad_words" in message
+    assert len(world.engine.requests) == 2
+
+
+async def test_python_works_in_one_thread_so_that_the_loop_has_its_turn() -> None:
+    """Each thread that waits for the interpreter's lock may have it before the event loop does."""
+    names = await asyncio.gather(*(off_loop(lambda: threading.current_thread().name) for _ in range(20)))
+    assert len(set(names)) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_long_prompts_are_repeated_off_the_loop(world, client, monkeypatch, stream) -> None:
+    from server import streaming
+
+    monkeypatch.setattr(streaming, "LARGE_DELTA", 20)
+    body = {"model": "tiny", "prompt": "hello " * 20, "n": 128, "max_tokens": 1, "echo": True, "stream": stream}
+    with threads_of(streaming, "encode_json", monkeypatch) as threads:
+        response = await client.post("/v1/completions", json=body | {"n": 1 if stream else 128})
+    assert response.status_code == 200
+    assert bool(threads) == (not stream)  # one choice is short, all of them are long
     assert all(name.startswith("off-loop") for name in threads)

@@ -43,9 +43,20 @@ def load_tokenizer_assets(source: ModelSource, config: ModelConfig, hf_config: C
 
 
 def check_token_ids(assets: TokenizerAssets, vocab_size: int, name: str) -> None:
-    """ModelError where a text could become an id that the model's embedding has no row for."""
-    vocabulary = Tokenizer.from_str(assets.tokenizer_json).get_vocab(with_added_tokens=True)
-    beyond = sorted((token_id, token) for token, token_id in vocabulary.items() if token_id >= vocab_size)
+    """ModelError where an ordinary text could become an id that the model's embedding has no row for.
+
+    Special tokens are in no ordinary text: one that the chat template does not write may lie beyond, as that for images
+    does in a language model which was split off a multimodal one. A request that names it is refused.
+    """
+    tokenizer = Tokenizer.from_str(assets.tokenizer_json)
+    added = tokenizer.get_added_tokens_decoder()
+    named, template = set(assets.special_tokens.values()), assets.chat_template or ""
+    beyond = sorted(
+        (token_id, token)
+        for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()
+        if token_id >= vocab_size
+        and not (token_id in added and added[token_id].special and token not in named and token not in template)
+    )
     if beyond:
         shown = ", ".join(f"{token!r} is {token_id}" for token_id, token in beyond[:3])
         raise ModelError(

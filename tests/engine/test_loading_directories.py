@@ -296,3 +296,23 @@ def test_a_tokenizer_whose_ids_reach_beyond_the_embedding_is_refused(directory: 
         ModelError, match=r"makes 19 ids .* embedding of 300 rows .*'<extra 41>' is 300.*model.tokenizer"
     ):
         load(directory)
+
+
+@pytest.mark.parametrize("written_by", [None, "the template", "the tokenizer"])
+def test_a_special_token_beyond_the_embedding_is_fine_where_nothing_writes_it(
+    tmp_path: Path, written_by: str | None
+) -> None:
+    fast = make_tokenizer()
+    fast.add_tokens(["<image>"], special_tokens=True)
+    if written_by == "the template":
+        fast.chat_template = "<image>" + TEMPLATE
+    if written_by == "the tokenizer":
+        fast.eos_token = "<image>"
+    fast.save_pretrained(tmp_path)
+    num_rows = len(fast) - 1
+    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": num_rows})).save_pretrained(tmp_path)
+    if written_by is None:
+        assert load(tmp_path).model.vocab_size == num_rows
+    else:
+        with pytest.raises(ModelError, match=f"'<image>' is {num_rows}"):
+            load(tmp_path)

@@ -13,14 +13,14 @@ from pydantic_core import ErrorDetails
 
 from server.config import LimitsConfig
 from server.errors import ApiError, bad_request, field_path
-from server.json_size import measure_json
+from server.json_size import JsonSize, bound_json, measure_json
 from server.off_loop import off_loop
 from server.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 
 JSON_TYPE = re.compile(r"application/(.+\+)?json")
-UNION_TAG = re.compile(r"constrained-\w+|list\[.*\]|str|bool|int|float|none|TextPart")
+UNION_TAG = re.compile(r"function-\w+\[.*\]|constrained-\w+|list\[.*\]|str|bool|int|float|none|TextPart")
 KINDS_OF_MESSAGE = frozenset({"instruction", "assistant", "tool"})
 NOT_YET = frozenset(
     {
@@ -29,7 +29,8 @@ NOT_YET = frozenset(
         "web_search_options", "suffix",
     }
 )  # fmt: skip
-INLINE_BYTES = 1 << 18  # of a body that is parsed in the event loop
+INLINE_BYTES = 1 << 18  # of a body that is parsed in the event loop,
+INLINE_VALUES = 1 << 13  # and its values: of a hundred clients at once, too, which are parsed in one turn of the loop
 MAX_SHOWN = 200  # characters of a message that came from the request
 MAX_IGNORED_SHOWN = 20
 
@@ -40,7 +41,8 @@ async def read_body(request: Request, body_type: type[BodyT]) -> BodyT:
     if not JSON_TYPE.fullmatch(media_type):
         raise bad_request(f"the body must be JSON; send Content-Type: application/json, not {_shown(media_type)!r}")
     data = b"".join([part async for part in request.stream()])  # unlike body(), this leaves no copy in the request
-    if len(data) <= INLINE_BYTES:
+    bound = bound_json(data)
+    if len(data) <= INLINE_BYTES and bound.num_fields + bound.num_values <= INLINE_VALUES:
         return _parse(data, body_type)
     limits: LimitsConfig = request.app.state.server.config.limits
     return await off_loop(_parse_large, data, body_type, limits)
@@ -55,14 +57,17 @@ def _parse(data: bytes, body_type: type[BodyT]) -> BodyT:
 
 def _parse_large(data: bytes, body_type: type[BodyT], limits: LimitsConfig) -> BodyT:
     """Counts first: text is parsed fast, whatever its length, but many values hold up the whole server."""
-    size = measure_json(data)
-    if size.num_fields > limits.max_body_fields or size.num_values > limits.max_body_values:
-        raise bad_request(
-            f"the body has {size.num_values} JSON values in {size.num_fields} fields; this server reads "
-            f"{limits.max_body_values} in {limits.max_body_fields} (limits.max_body_values, limits.max_body_fields): "
-            "send prompts as text, or in several requests"
-        )
-    return _parse(data, body_type)
+    if _is_within(bound_json(data), limits) or _is_within(size := measure_json(data), limits):
+        return _parse(data, body_type)
+    raise bad_request(
+        f"the body has {size.num_values} JSON values and {size.num_fields} fields, lists and objects; it may have "
+        f"{limits.max_body_values} and {limits.max_body_fields} (limits.max_body_values, limits.max_body_fields): "
+        "send prompts as text, or in several requests"
+    )
+
+
+def _is_within(size: JsonSize, limits: LimitsConfig) -> bool:
+    return size.num_fields <= limits.max_body_fields and size.num_values <= limits.max_body_values
 
 
 def ignored_fields(body: Body) -> list[str]:
@@ -90,7 +95,10 @@ def _unknown(body: BaseModel, prefix: str) -> Iterator[str]:
         yield prefix + name
     for name in type(body).model_fields:
         value = getattr(body, name)
-        for part in value if isinstance(value, list) else [value]:
+        parts = value if isinstance(value, list) else [value]
+        if not parts or not isinstance(parts[0], BaseModel):
+            continue  # the items of a list are of one kind, and there may be hundreds of thousands of numbers
+        for part in parts:
             if isinstance(part, BaseModel):
                 yield from _unknown(part, f"{prefix}{name}.")
 

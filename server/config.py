@@ -59,10 +59,8 @@ class LimitsConfig(Section):
     )
     max_body_bytes: Count = Field(default=16777216, description="size of a request body; beyond: 413")
     priority: bool = Field(default=False, description="requests may ask for a priority; else other than 0 is a 400")
-    max_body_fields: Count = Field(default=32768, description="JSON fields of a body above 256 KiB; beyond: 400")
-    max_body_values: Count = Field(
-        default=262144, description="JSON values of such a body, token ids included; beyond: 400"
-    )
+    max_body_fields: Count = Field(default=32768, description="JSON fields, lists and objects of a body; beyond: 400")
+    max_body_values: Count = Field(default=262144, description="JSON values of a body, token ids included; beyond: 400")
     max_template_seconds: Annotated[float, Field(ge=0.01, le=600)] = Field(
         default=2.0, description="processor time that a chat template may take for a conversation; beyond: 400"
     )

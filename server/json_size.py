@@ -15,10 +15,16 @@ _PIECE = 1 << 20  # bytes at once, which take 30 times their memory
 
 @dataclass(frozen=True, slots=True)
 class JsonSize:
-    """num_fields: of all objects; num_values: what they hold, and the items of all lists."""
+    """num_fields: of all objects, and the objects and lists; num_values: what they hold, and the items of all lists."""
 
     num_fields: int
     num_values: int
+
+
+def bound_json(data: bytes) -> JsonSize:
+    """At least as much as the text has, and more where strings have such marks; a tenth of a millisecond."""
+    num_openings = data.count(b"[") + data.count(b"{")
+    return JsonSize(data.count(b":") + num_openings, data.count(b",") + num_openings)
 
 
 def measure_json(data: bytes) -> JsonSize:
@@ -35,8 +41,8 @@ def measure_json(data: bytes) -> JsonSize:
         inside = np.bitwise_xor.accumulate(is_quote) ^ is_inside
         is_inside = inside[-1] if len(inside) else is_inside
         outside = solid_text[inside == 0]
-        num_fields += int(np.count_nonzero(outside == _COLON))
         num_openings = sum(int(np.count_nonzero(outside == bracket)) for bracket in _BRACKETS)
+        num_fields += int(np.count_nonzero(outside == _COLON)) + num_openings
         num_values += int(np.count_nonzero(outside == _COMMA)) + num_openings
     return JsonSize(num_fields, num_values)
 

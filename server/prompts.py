@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from engine.messages import ModelInfo
 from server.errors import bad_request
@@ -37,8 +38,8 @@ def split_prompts(prompt: PromptInput) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):
-        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
-    return [item if isinstance(item, str) else list(item) for item in prompt if not isinstance(item, int)]
+        return [cast(list[int], prompt)]
+    return cast(list[str | list[int]], prompt)
 
 
 async def read_prompts(

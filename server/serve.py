@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import logging
 import os
@@ -124,6 +125,8 @@ async def _run(state: ServerState, server: HttpServer, listener: socket.socket, 
 
 async def _announce(state: ServerState, console: Console, url: str) -> None:
     await state.first_ready.wait()
+    gc.collect()
+    gc.freeze()  # what was imported stays: to look through it for garbage stops every stream for a tenth of a second
     if state.engine.model is not None:
         console.banner(state.engine.model, url)
 

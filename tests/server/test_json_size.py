@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server import json_size
-from server.json_size import JsonSize, measure_json
+from server.json_size import JsonSize, bound_json, measure_json
 
 TEXTS = st.text(alphabet=st.one_of(st.sampled_from('\\",:[]{}'), st.characters(codec="utf-8")), max_size=20)
 VALUES = st.recursive(
@@ -22,7 +22,7 @@ def count(value: object) -> JsonSize:
         return JsonSize(0, 0)
     items = list(value.values()) if isinstance(value, dict) else value
     inner = [count(item) for item in items]
-    num_fields = (len(value) if isinstance(value, dict) else 0) + sum(one.num_fields for one in inner)
+    num_fields = (len(value) + 1 if isinstance(value, dict) else 1) + sum(one.num_fields for one in inner)
     return JsonSize(num_fields, max(len(items), 1) + sum(one.num_values for one in inner))
 
 
@@ -33,10 +33,13 @@ def test_values_are_counted_as_a_parser_would_find_them(value: object, ascii_onl
     whole, json_size._PIECE = json_size._PIECE, piece
     try:
         assert measure_json(text) == count(value)
+        bound = bound_json(text)
+        assert bound.num_fields >= count(value).num_fields
+        assert bound.num_values >= count(value).num_values
     finally:
         json_size._PIECE = whole
 
 
 def test_backslashes_to_the_end_of_time_are_no_trouble() -> None:
-    assert measure_json(b'{"a": "' + b"\\" * 3_000_000 + b'", "b": 1}') == JsonSize(2, 2)
+    assert measure_json(b'{"a": "' + b"\\" * 3_000_000 + b'", "b": 1}') == JsonSize(3, 2)
     assert measure_json(b'"' + b"\\" * 3_000_001 + b'", "b": 1}') == JsonSize(0, 0)

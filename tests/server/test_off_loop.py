@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import threading
@@ -82,6 +83,26 @@ async def test_large_bodies_are_parsed_off_the_loop(client, monkeypatch, path: s
     assert all(name.startswith("off-loop") for name in threads)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model":"tiny","prompt":[' + ",".join(["5"] * 20_000) + "]}",
+        '{"model":"tiny","prompt":"a","metadata":{' + ",".join(f'"{i}":"1"' for i in range(10_000)) + "}}",
+        '{"model":"tiny","prompt":"a","x":[' + ",".join(["[]"] * 20_000) + "]}",
+    ],
+)
+async def test_small_bodies_of_many_values_are_parsed_off_the_loop(client, monkeypatch, body: str) -> None:
+    with threads_of(CompletionBody, "model_validate_json", monkeypatch) as threads:
+        await client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert threads
+    assert all(name.startswith("off-loop") for name in threads)
+
+
+async def test_text_full_of_commas_is_no_body_of_many_values(client) -> None:
+    body = {"model": "tiny", "prompt": "a", "user": ',:[{"' * 200_000}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+
+
 @pytest.mark.parametrize("size", ["small", "large"])
 async def test_texts_and_ids_are_read_off_the_loop_where_they_are_long(world, client, monkeypatch, size: str) -> None:
     number = 2 if size == "small" else 40_000
@@ -119,6 +140,9 @@ LARGE_VALUES: list[tuple[str, Callable[[], str]]] = [
         lambda: '{"model":"tiny","messages":[' + ",".join(['{"role":"user","content":"a"}'] * 60_000) + "]}",
     ),
     ("/detokenize", lambda: '{"tokens":[' + ",".join(["5"] * 300_000) + "]}"),
+    ("/v1/completions", lambda: '{"model":"tiny","prompt":"a","stop":[' + ",".join(["[]"] * 40_000) + "]}"),
+    ("/v1/completions", lambda: '{"model":"tiny","prompt":[' + ",".join(["[5]"] * 40_000) + "]}"),
+    ("/v1/completions", lambda: '{"model":"tiny","prompt":"a","x":[' + ",".join(["{}"] * 40_000) + "]}"),
 ]
 
 
@@ -308,3 +332,30 @@ async def test_long_prompts_are_repeated_off_the_loop(world, client, monkeypatch
     assert response.status_code == 200
     assert bool(threads) == (not stream)  # one choice is short, all of them are long
     assert all(name.startswith("off-loop") for name in threads)
+
+
+@pytest.mark.parametrize("field", ["stop", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"])
+async def test_a_list_that_is_too_long_is_named_as_the_client_names_it(client, field: str) -> None:
+    items = {str(i): 1 for i in range(3000)} if field == "logit_bias" else ["x"] * 3000
+    items = [5] * 3000 if field.endswith("ids") else items
+    response = await client.post("/v1/completions", json={"model": "tiny", "prompt": "a", field: items})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field}: 3000 ")
+
+
+async def test_a_server_that_is_ready_never_again_looks_through_what_it_imported(world) -> None:
+    from server.serve import _announce
+
+    class Silent:
+        def banner(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    gc.unfreeze()
+    world.state.first_ready.set()
+    try:
+        await _announce(world.state, Silent(), "http://127.0.0.1")
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()

@@ -45,6 +45,7 @@ class NoModel:
     """Computes nothing. Is its own attention."""
 
     attention_layers = ()
+    vocab_size = VOCAB_SIZE
 
     def __init__(self, max_num_rows: int) -> None:
         self._hidden, self._logits = torch.zeros(max_num_rows, 1), torch.zeros(max_num_rows, VOCAB_SIZE)

@@ -46,7 +46,7 @@ FLAGS_OF_VLLM = [
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": "/dev/null/cache"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": "/nonexistent/cache"}
 
 
 def run(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -429,7 +429,8 @@ def test_sigterm_during_the_start_ends_it(tmp_path):
         assert server.end() == 0
 
 
-def test_doctor_and_plan_answer_without_tracebacks():
+def test_doctor_and_plan_answer_without_tracebacks(monkeypatch):
+    monkeypatch.setenv("PEREGRINE_CACHE", "/dev/null/cache")  # where nothing can be, whoever runs this
     doctor = run(PEREGRINE, "doctor")
     assert doctor.returncode == 0, doctor.stderr
     assert re.search(r"^cpu +\S", doctor.stdout, re.MULTILINE)

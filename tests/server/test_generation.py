@@ -33,8 +33,8 @@ def finishes(response: httpx.Response, tools) -> list[tuple[str, int | str | Non
 async def test_a_deadline_that_passes_in_decoding_ends_with_length_because_of_the_timeout(
     world, client, tools, path, body, streamed
 ) -> None:
-    world.engine.delay = 0.02
-    response = await client.post(path, json=body | {"timeout": 0.2, "stream": streamed, "n": 2})
+    world.engine.delay = 0.1
+    response = await client.post(path, json=body | {"timeout": 3, "stream": streamed, "n": 2})
     assert response.status_code == 200
     assert finishes(response, tools) == [("length", "timeout")] * 2
     assert len(world.engine.aborted) == 2

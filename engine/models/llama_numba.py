@@ -21,7 +21,7 @@ from kernels.numba.team import Program, Team, operation
 class NumbaLlama:
     """Runs a `Llama` whose matrices are packed. Everything between embedding and logits is float32.
 
-    Each operation names the memory that it reads and writes, so the program is written once for a number of rows; more
+    Each operation names the memory that it reads and writes, so a program is written once for a number of rows; more
     rows than ever before make new buffers and a new program.
     """
 
@@ -29,54 +29,61 @@ class NumbaLlama:
         self.attention_layers = model.attention_layers
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
         self._model, self._attention, self._team = model, attention, team
-        self._buffers = _Buffers(model, 0)
-        self._program = Program([], attention.step)
-        self._keeps: list[Tensor] = []
-        self._head = _HeadBuffers(_packed(model.lm_head), 0)
-        self._head_step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
-        self._head_program = Program([], self._head_step)
+        self._layers: _Layers | None = None
+        self._head: _Head | None = None
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
         """As `Model.forward`, valid until the next call; the attention is the one that the program was made for."""
         assert attention is self._attention, "a program has one KV cache"
         num_rows = batch.positions.shape[0]
-        if num_rows > self._buffers.num_rows:
-            self._buffers = _Buffers(self._model, -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS)
-            self._program = Program(self._operations(), attention.step)
+        layers = self._layers
+        if layers is None or num_rows > layers.num_rows:
+            layers = _Layers(self._model, attention, -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS, self._team.num_threads)
+            self._layers = layers
         layer = self.attention_layers[0]
         attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
         attention.set_rotations([rope(batch.positions, torch.float32) for rope in self._model.ropes])
-        self._team.run(self._program)
-        return self._buffers.normed[:num_rows]
+        self._team.run(layers.program)
+        return layers.buffers.normed[:num_rows]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """As `Model.compute_logits`; valid until the next call."""
         num_rows = hidden.shape[0]
-        if num_rows > self._head.num_rows:
-            self._head = _HeadBuffers(_packed(self._model.lm_head), num_rows)
-            operations = self._multiply(
-                self._head.hidden, self._head.matrix, None, self._head.logits, rounded=self._head.rounded
-            )
-            self._head_program = Program(operations, self._head_step)
+        head = self._head
+        if head is None or num_rows > head.num_rows:
+            head = self._head = _Head(_packed(self._model.lm_head), num_rows, self._team.num_threads)
         if num_rows:
-            self._head.hidden[:num_rows] = hidden
-            self._head_step[Step.ROWS] = num_rows
-            self._team.run(self._head_program)
-        logits = self._head.logits[:num_rows]
+            head.hidden[:num_rows] = hidden
+            head.step[Step.ROWS] = num_rows
+            self._team.run(head.program)
+        logits = head.logits[:num_rows]
         return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
 
+
+class _Layers:
+    """The program of a model's layers, and the buffers that it names, for up to `num_rows` rows.
+
+    One object, and complete before anybody has it: a program whose buffers are gone writes into memory of others.
+    """
+
+    def __init__(self, model: Llama, attention: NumbaAttention, num_rows: int, num_threads: int) -> None:
+        self.num_rows, self.buffers = num_rows, _Buffers(model, num_rows)
+        self._model, self._attention, self._num_threads = model, attention, num_threads
+        self._keeps: list[Tensor] = []
+        self.program = Program(self._operations(), attention.step)
+
     def _operations(self) -> list[list[int]]:
-        model, buffers = self._model, self._buffers
+        model, buffers = self._model, self.buffers
         table = model.embed_tokens.weight
         where = (table.data_ptr(), FORMAT_OF[table.dtype], buffers.residual.data_ptr())
-        operations = [operation(Operation.GATHER, *where, self.hidden_size)]
-        self._keeps = [table]
+        operations = [operation(Operation.GATHER, *where, model.hidden_size)]
+        self._keeps.append(table)
         for block in model.blocks():
             operations += self._block(block)
         return [*operations, self._normalise(model.norm.weight, model.norm.eps)]
 
     def _block(self, block: Block) -> list[list[int]]:
-        buffers, attention, mlp = self._buffers, block.self_attn, block.mlp
+        buffers, attention, mlp = self.buffers, block.self_attn, block.mlp
         assert isinstance(mlp, MLP)
         rope = None
         if block.rope_index is not None:
@@ -106,48 +113,41 @@ class NumbaLlama:
         ]
 
     def _normalise(self, weight: Tensor, eps: float) -> list[int]:
-        x, out = self._buffers.residual, self._buffers.normed
+        x, out = self.buffers.residual, self.buffers.normed
         fields = (x.data_ptr(), self._floats(weight), out.data_ptr(), x.shape[1])
         normalise: list[int] = operation(Operation.NORMALISE, *fields, factors=(eps, 0.0))
         return normalise
 
     def _multiply(
-        self,
-        x: Tensor,
-        matrix: PackedMatrix,
-        bias: Tensor | None,
-        out: Tensor,
-        *,
-        adds: bool = False,
-        rounded: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, matrix: PackedMatrix, bias: Tensor | None, out: Tensor, *, adds: bool = False
     ) -> list[list[int]]:
-        """out = x @ matrix.T + bias, or added to out. rounded: memory for x as integers"""
-        operations = []
-        source, scales = x.data_ptr(), 0
-        if matrix.kind in (INT8, INT4):
-            integers, factors = rounded or self._buffers.rounded
-            source, scales = integers.data_ptr(), factors.data_ptr()
-            operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1]))
+        """out = x @ matrix.T + bias, or added to out."""
+        filled = []
         if bias is not None:
             values = self._floats(bias)
-            operations.append(operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds)))
+            filled = [operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds))]
             adds = True
-        # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
-        at_once = max(2, min(16, matrix.num_panels // (6 * self._team.num_threads) // 2 * 2))
-        where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
-        return [
-            *operations,
-            operation(
-                Operation.MULTIPLY, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
-                int(adds),
-            ),
-        ]  # fmt: skip
+        product = _product(x, matrix, out, self.buffers.rounded, adds=adds, num_threads=self._num_threads)
+        return [*filled, *product]
 
     def _floats(self, parameter: Tensor) -> int:
         """Address of a parameter's values as float32."""
         values = parameter.float().contiguous()
         self._keeps.append(values)
         return values.data_ptr()
+
+
+class _Head:
+    """The program of the output layer, and what it reads and writes, for up to `num_rows` rows."""
+
+    def __init__(self, matrix: PackedMatrix, num_rows: int, num_threads: int) -> None:
+        self.num_rows = num_rows
+        self.hidden = torch.empty(num_rows, matrix.depth)
+        self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
+        self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
+        rounded = _memory_for_rounding(num_rows, matrix.depth)
+        operations = _product(self.hidden, matrix, self.logits, rounded, adds=False, num_threads=num_threads)
+        self.program = Program(operations, self.step, keeps=rounded)
 
 
 class _Buffers:
@@ -163,22 +163,35 @@ class _Buffers:
         self.attended = torch.empty(num_rows, heads)
         self.gate_up = torch.empty(num_rows, 2 * a.intermediate_size)
         self.activated = torch.empty(num_rows, a.intermediate_size)
-        self.rounded = self.for_rounding(num_rows, max(a.hidden_size, heads, a.intermediate_size))
-
-    @staticmethod
-    def for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
-        groups = -(-depth // GROUP)
-        return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 2)
+        self.rounded = _memory_for_rounding(num_rows, max(a.hidden_size, heads, a.intermediate_size))
 
 
-class _HeadBuffers:
-    """What the output layer reads and writes, for up to `num_rows` rows."""
+def _memory_for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
+    """For rows as integers of 16 bits, and the scale of each group of them."""
+    groups = -(-depth // GROUP)
+    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 2)
 
-    def __init__(self, matrix: PackedMatrix, num_rows: int) -> None:
-        self.matrix, self.num_rows = matrix, num_rows
-        self.hidden = torch.empty(num_rows, matrix.depth)
-        self.rounded = _Buffers.for_rounding(num_rows, matrix.depth)
-        self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
+
+def _product(
+    x: Tensor, matrix: PackedMatrix, out: Tensor, rounded: tuple[Tensor, Tensor], *, adds: bool, num_threads: int
+) -> list[list[int]]:
+    """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
+    operations = []
+    source, scales = x.data_ptr(), 0
+    if matrix.kind in (INT8, INT4):
+        integers, factors = rounded
+        source, scales = integers.data_ptr(), factors.data_ptr()
+        operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1]))
+    # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
+    at_once = max(2, min(16, matrix.num_panels // (6 * num_threads) // 2 * 2))
+    where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
+    return [
+        *operations,
+        operation(
+            Operation.MULTIPLY, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
+            int(adds),
+        ),
+    ]  # fmt: skip
 
 
 def _packed(linear: object) -> PackedMatrix:

@@ -1,6 +1,6 @@
 """Whose fault a failed step is: a request's, which fails alone, or the device's, which ends the process.
 
-And whatever raises in whichever place: what the step had noted by then is not believed afterwards.
+What a failed step had noted by then is not believed afterwards; `test_fault_injection.py` tries every place.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import random
 import runpy
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 
@@ -23,7 +21,6 @@ from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.faults import EngineFaultError
 from engine.forward_batch import Ahead
-from engine.proposers.ngram import NgramProposer
 from engine.sampled_rows import SampledRow
 from engine.token_counts import TokenCounts
 from engine.types import Request, SamplingParams, Scheduled, Sequence, StepOutput
@@ -213,83 +210,6 @@ async def test_requests_survive_a_lost_device_and_health_says_what_happens(tmp_p
     assert EngineState.RESTARTING in states, "it was not ready in between"
     (reason,) = observer.deaths
     assert "illegal memory access" in reason
-
-
-class InjectedError(Exception):
-    """Raised by the test in the middle of a step."""
-
-
-@contextmanager
-def failing_at(number: int, engine: Engine) -> Iterator[Callable[[], bool]]:
-    """Raises InjectedError once, at the so-manieth call (of Python's functions and C's) within the engine's packages.
-
-    Yields a function that tells whether it has come to that. Steps that run an item alone are left in peace, so that
-    the failure is a passing one.
-    """
-    num_calls, raised = 0, False
-    root = str(HERE.parents[1])
-    compute = type(engine)._forward_and_sample.__code__
-
-    def is_within(frame: FrameType | None) -> bool:
-        while frame is not None:
-            if frame.f_code is compute:
-                return True
-            frame = frame.f_back
-        return False
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal num_calls, raised
-        if raised or event not in ("call", "c_call") or not frame.f_code.co_filename.startswith(f"{root}/engine/"):
-            return
-        if not is_within(frame):
-            return
-        num_calls += 1
-        if num_calls == number:
-            raised = True
-            sys.setprofile(None)
-            raise InjectedError(f"at call {number}, of {frame.f_code.co_qualname}")
-
-    sys.setprofile(profile)
-    try:
-        yield lambda: raised
-    finally:
-        sys.setprofile(None)
-
-
-def check_injection(kind: str, number: int, expected: dict[str, list[int]]) -> bool:
-    """Whether there was such a call."""
-    proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if kind == "drafts" else None
-    engine = faulty.make_engine(overlap=kind == "overlap", proposer=proposer, num_blocks=60)
-    with failing_at(number, engine) as has_raised:
-        tokens, errors = run(engine, requests())
-    assert errors == {}
-    assert tokens == expected, f"call {number} of {kind}"
-    return has_raised()
-
-
-INJECTED_WHILE_CLEARING_UP = "ignore::pytest.PytestUnraisableExceptionWarning"  # in the end of a generator, for one
-
-
-@pytest.mark.filterwarnings(INJECTED_WHILE_CLEARING_UP)
-@pytest.mark.parametrize("kind", ["plain", "drafts", "overlap"])
-def test_an_exception_in_any_place_of_a_step_changes_no_token(kind: str) -> None:
-    """Of a few thousand places, some at random; `-m slow` tries them all."""
-    expected, _ = run(faulty.make_engine(), requests())
-    rng = random.Random(kind)
-    places = [rng.randrange(1, 6000) for _ in range(25)]
-    assert sum([check_injection(kind, place, expected) for place in places]) > 10
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.filterwarnings(INJECTED_WHILE_CLEARING_UP)
-@pytest.mark.parametrize("kind", ["plain", "drafts", "overlap"])
-def test_an_exception_in_every_place_of_a_step_changes_no_token(kind: str) -> None:
-    expected, _ = run(faulty.make_engine(), requests())
-    number = 1
-    while check_injection(kind, number, expected):
-        number += 3
-    assert number > 1000
 
 
 class FailingAllocation:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 from collections import defaultdict
+from itertools import count
+from types import FrameType
 
 import pytest
 import torch
@@ -298,3 +301,37 @@ def test_logits_are_of_the_rows_that_are_asked_for() -> None:
     assert logits.is_contiguous()
     assert torch.equal(runner.model.compute_logits(hidden[::2]), logits[::2])
     assert runner.model.compute_logits(hidden[:0]).shape == (0, VOCAB_SIZE)
+
+
+class NoMemoryAt:
+    """A profile function for which memory runs out once: in the so-manieth call of the module under test."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.num_calls = number, 0
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if event in ("call", "c_call") and frame.f_code.co_filename.endswith("llama_numba.py"):
+            self.num_calls += 1
+            if self.num_calls == self.number:
+                sys.setprofile(None)
+                raise MemoryError
+
+
+def test_a_program_that_was_not_written_to_its_end_is_never_run() -> None:
+    """It would write into memory that is another's by then."""
+    packed = compiled(make_model(MODELS["qwen2"]), "int8")
+    expected = Texts(compiled_runner(packed)).whole()
+    for number in count(1):
+        texts = Texts(compiled_runner(packed))
+        texts.run([Scheduled(texts.seqs[1], 9, 0, samples=True)])  # a program of few rows is there already
+        sys.setprofile(failure := NoMemoryAt(number))
+        try:
+            texts.whole()
+        except MemoryError:
+            pass
+        finally:
+            sys.setprofile(None)
+        assert all(map(torch.equal, texts.whole(), expected)), f"call {number}"
+        if failure.num_calls < number:
+            break
+    assert number > 100

@@ -96,6 +96,51 @@ def values() -> Bodies:
     }
 
 
+def combinations() -> Bodies:
+    """What is small in each of its parts, or just small enough to be read in the event loop."""
+    prompt, inline = text(4000), 260_000
+    words = ",".join(json.dumps(chr(0x4E00 + i) * 3 + "🙂é" * 60) for i in range(256))
+    stops = ",".join(json.dumps("ab" * 500 + str(i)) for i in range(16))
+    part = '{"type":"text","text":""}'
+    return {
+        "250 kB of unknown fields": completion(x="1," + many(inline // 10, '"f#":1')),
+        "250 kB of empty lists": completion(x=f"[{many(inline // 3, '[]')}]"),
+        "250 kB of parts of messages": chat(
+            "[" + ",".join([f'{{"role":"user","content":[{many(250, part)}]}}'] * (inline // 6600)) + "]"
+        ),
+        "250 kB of chat_template_kwargs": (
+            CHAT,
+            lambda: _object(
+                {
+                    "model": '"MODEL"',
+                    "messages": f"[{MESSAGE}]",
+                    "max_tokens": "1",
+                    "chat_template_kwargs": "{" + many(20_000, ENTRY) + "}",
+                }
+            ),
+        ),
+        "48,000 allowed_token_ids": completion(allowed_token_ids=f"[{many(48_000, '#')}]"),
+        "256 bad_words of 128 characters": completion(bad_words=f"[{words}]"),
+        "16 stop strings of 1,000 characters": completion(stop=f"[{stops}]"),
+        "64 prompts of 4,000 characters": completion(prompt="[" + ",".join([prompt] * 64) + "]"),
+        "64 prompts of 4,000 characters with echo": completion(
+            prompt="[" + ",".join([prompt] * 64) + "]", echo="true", max_tokens="0"
+        ),
+        "1,000 choices of 1,000 ids": completion(
+            prompt="[" + ",".join([f"[{many(1000, '5')}]"] * 50) + "]", n="20", max_tokens="1", timeout="2"
+        ),
+        "128 choices of 12 tokens with log-probabilities": completion(n="128", max_tokens="12", logprobs="20"),
+        "a stream of 128 choices": completion(n="128", max_tokens="12", stream="true", ignore_eos="true"),
+        "names of a model, a user and a field of 5 MB each": completion(
+            user=text(5 * MEGABYTE), model=text(5 * MEGABYTE), **{"f" * 5 * MEGABYTE: "1"}
+        ),
+        "1 MB to /tokenize, with token_strs": (
+            "/tokenize",
+            lambda: _object({"prompt": text(MEGABYTE - 100), "return_token_strs": "true"}),
+        ),
+    }
+
+
 def probe(address: str, is_over: Event, answer: Connection) -> None:
     """Asks until it is over. Sends 0 when it has begun, and at the end the longest round trip, in seconds."""
     connection = http.client.HTTPConnection(address)
@@ -119,6 +164,7 @@ def measure(url: str, path: str, body: bytes) -> tuple[float, float, int]:
     answers, answer = context.Pipe(duplex=False)
     prober = context.Process(target=probe, args=(url.removeprefix("http://"), is_over, answer))
     prober.start()
+    answer.close()  # here; where the process ends early, nothing is waited for
     try:
         answers.recv()
         begun_at = time.perf_counter()
@@ -169,7 +215,7 @@ def main() -> None:
     rows: list[Row] = []
     with serving(options.arguments) as url:
         model = httpx.get(url + "/v1/models").json()["data"][0]["id"]
-        for name, (path, make) in {**texts(), **values()}.items():
+        for name, (path, make) in {**texts(), **values(), **combinations()}.items():
             body = make().replace("MODEL", model, 1).encode()
             measured = [measure(url, path, body) for _ in range(options.rounds)]
             gap, seconds, status = min(measured)

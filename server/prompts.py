@@ -55,12 +55,13 @@ async def read_prompts(
 
 def _read_prompt(prompt: str | list[int], options: PromptOptions, tokenizer: Tokenizer, model: ModelInfo) -> Prompt:
     num_kept = _num_kept(options, model)
+    num_read = model.max_model_len + 1 if num_kept is None else min(num_kept, model.max_model_len + 1)
     is_whole, text = True, None
     if isinstance(prompt, str):
         _check_length(prompt, options, tokenizer, model)
         token_ids, is_whole = tokenizer.encode_part(
             prompt,
-            model.max_model_len + 1 if num_kept is None else num_kept,
+            num_read,  # one more than fits is too long, whatever comes behind it
             add_special_tokens=options.add_special_tokens,
             from_end=num_kept is not None and not options.keeps_beginning,
         )
@@ -71,7 +72,7 @@ def _read_prompt(prompt: str | list[int], options: PromptOptions, tokenizer: Tok
     if num_kept is not None and len(token_ids) > num_kept:
         token_ids = token_ids[:num_kept] if options.keeps_beginning else token_ids[-num_kept:]
         text = None
-    _check_fits(token_ids, options, model, is_whole=is_whole or num_kept is not None)
+    _check_fits(token_ids, options, model, is_whole=is_whole or num_kept == num_read)
     return Prompt(token_ids, text)
 
 

@@ -170,14 +170,18 @@ async def test_tokenize_has_a_limit_of_its_own_in_bytes(world, client) -> None:
     assert (await client.post("/tokenize", json={"content": "a" * limit})).status_code == 200
 
 
-async def test_a_text_far_beyond_the_context_is_read_as_far_as_that_takes(world, client, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "cut",
+    [{}, {"truncate_prompt_tokens": 2**31 - 1}, {"truncate_prompt_tokens": 2**31 - 1, "truncation_side": "right"}],
+)
+async def test_a_text_far_beyond_the_context_is_read_as_far_as_that_takes(world, client, monkeypatch, cut) -> None:
     lengths: list[int] = []
     encode = world.tokenizer.encode
     monkeypatch.setattr(
         world.tokenizer, "encode", lambda text, **options: lengths.append(len(text)) or encode(text, **options)
     )
     monkeypatch.setattr(world.tokenizer, "max_token_characters", 1000)  # as in vocabularies that have long blanks
-    response = await client.post("/v1/completions", json={"model": "tiny", "prompt": long_text(200_000)})
+    response = await client.post("/v1/completions", json={"model": "tiny", "prompt": long_text(200_000), **cut})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert "at least 257 tokens" in response.json()["error"]["message"]

@@ -227,15 +227,24 @@ def _numerics_of_device(plan: MemoryPlan) -> list[str]:
     """Whatever of the device and its compilers decides in which order numbers are summed."""
     if plan.device == "cuda":
         parts = [str(torch.cuda.get_device_capability()), str(torch.version.cuda)]
-        if plan.kernels == "torch":
-            return parts
+    else:
+        parts = [*_processor(), version("numba"), version("llvmlite")]  # attention is compiled under torch's layers too
+    if plan.kernels == "triton":
         from kernels.triton.configs import chip_of, table_digest  # which need triton
 
-        return [*parts, version("triton"), table_digest(chip_of(torch.device("cuda")))]
-    parts = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    if plan.kernels == "numba":
-        return [*parts, version("numba"), version("llvmlite")]
-    return [*parts, str(plan.num_threads)]  # torch cuts sums by threads
+        parts += [version("triton"), table_digest(chip_of(torch.device(plan.device)))]
+    if plan.device == "cpu" and plan.kernels != "numba":
+        parts.append(str(plan.num_threads))  # torch cuts sums by threads
+    return parts
+
+
+def _processor() -> list[str]:
+    """The instructions that compiled code and torch's libraries choose among, by what each of them knows."""
+    import llvmlite.binding as llvm  # on a GPU nothing else loads LLVM
+
+    features = llvm.get_host_cpu_features()
+    names = sorted(name for name, is_there in features.items() if is_there)
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability(), llvm.get_host_cpu_name(), *names]
 
 
 def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, has_independent_rows: bool) -> str:

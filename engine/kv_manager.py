@@ -108,6 +108,16 @@ class KVCacheManager:
         seq.block_table.extend(self.pool.allocate() for _ in range(num_needed))
         return True
 
+    def give_back(self, seq: Sequence, num_tokens: int) -> None:
+        """Shrinks the block table to what `num_tokens` tokens need, all that are computed and verified among them."""
+        num_blocks = self.num_blocks_for(num_tokens)
+        unused = seq.block_table[num_blocks:]
+        if not unused:
+            return
+        seq.block_table = seq.block_table[:num_blocks]  # another list: who keeps a copy reads it anew
+        for block in unused:
+            self.pool.free(block)
+
     def commit(self, seq: Sequence) -> None:
         """Offers the sequence's full, verified blocks to other sequences, and frees what its window left behind."""
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
@@ -120,8 +130,11 @@ class KVCacheManager:
             self._release_behind_window(seq)
 
     def uncache(self, seq: Sequence) -> None:
-        """Takes the sequence's blocks out of the prefix cache, as its keys and values are not to be trusted."""
-        for block_hash in self.hashes(seq)[: seq.num_committed_blocks] if self.prefix_caching else []:
+        """Takes the sequence's text out of the prefix cache, as its keys and values are not to be trusted.
+
+        All of it: what it committed before it was preempted is not in its block table now, but may be found again.
+        """
+        for block_hash in self.hashes(seq) if self.prefix_caching else []:
             self.pool.uncache(block_hash)
 
     def free(self, seq: Sequence) -> None:

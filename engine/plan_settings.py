@@ -90,7 +90,9 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
     """
     wanted = config.device.kernels
     block_size = config.kv_cache.block_size
-    if device == "cpu" and block_size % PANEL and not why_not_compiled and wanted in ("auto", "numba"):
+    has_amx = machine.has_amx and config.model.dtype in ("auto", "bfloat16")
+    is_compiled = wanted == "numba" or (wanted == "auto" and not has_amx)
+    if device == "cpu" and block_size % PANEL and not why_not_compiled and is_compiled:
         nearest = max(PANEL, round(block_size / PANEL) * PANEL)
         raise SettingError(
             f"kv_cache.block_size is {block_size}, but the compiled layers of a CPU take multiples of {PANEL}; set it "
@@ -99,7 +101,7 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
     if wanted == "auto":
         if device == "cuda":
             return Resolved("triton", "default", "for cuda")
-        if machine.has_amx and config.model.dtype in ("auto", "bfloat16"):
+        if has_amx:
             return Resolved("torch", "measured", "this CPU multiplies bfloat16 matrices in hardware (AMX)")
         if why_not_compiled:
             return Resolved("torch", "model", f"no compiled layers for {why_not_compiled}")

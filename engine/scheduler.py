@@ -95,7 +95,8 @@ class Scheduler:
                 f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
             )
         if kv.window is not None:
-            num_tokens = min(num_tokens, kv.window + limits.max_num_batched_tokens + 2 * kv.block_size)
+            num_tokens = kv.window + limits.max_num_batched_tokens + 2 * kv.block_size  # as `_reserved_tokens` has it
+            num_tokens = min(limits.max_model_len, num_tokens) + limits.num_lookahead_tokens
             if kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
                 raise ValueError(
                     f"one request needs {kv.num_blocks_for(num_tokens)} KV blocks of {kv.block_size} tokens, for a "
@@ -264,6 +265,8 @@ class Scheduler:
             return
         item = self._fit(seq, budget, plan)
         num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
+        if not self.kv.allocate(seq, num_tokens):
+            self._take_back_blocks_of_drafts(plan)
         while not self.kv.allocate(seq, num_tokens):
             victim = self.running.pop()
             plan.drop(victim)
@@ -271,6 +274,16 @@ class Scheduler:
             if victim is seq:
                 return
         plan.add(item)
+
+    def _take_back_blocks_of_drafts(self, plan: _Plan) -> None:
+        """Frees the blocks that hold nothing but guesses: of drafts that were wrong, and of those in the plan, which
+        loses them. A sequence that is preempted costs more than any guess may gain."""
+        for seq in self.running:
+            item = plan.items.get(seq.arrival)
+            if item is not None and item.num_drafts:
+                plan.drop(seq)
+                plan.add(replace(item, num_new_tokens=item.num_new_tokens - item.num_drafts, num_drafts=0))
+            self.kv.give_back(seq, seq.num_tokens + self.limits.num_lookahead_tokens)
 
     def _admit(self, plan: _Plan) -> None:
         """Starts waiting sequences while budget, seats and memory last, first come first served.

@@ -38,19 +38,25 @@ class NgramProposer:
         return cls(num_drafts=config.num_drafts, ngram_min=config.ngram_min, ngram_max=config.ngram_max)
 
     def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
-        num_left = MAX_INDEXED_PER_STEP
+        drafting = [item.seq for item in batch if draft_budget(item.seq, self._num_drafts)]
+        self._index(drafting)
         for item in batch:
-            num_left -= self._index(item.seq, num_left)
             drafts = self._drafts(item.seq)
             item.seq.draft_token_ids = drafts
             item.seq.draft_parents = list(range(-1, len(drafts) - 1))
 
-    def _index(self, seq: Sequence, num_tokens: int) -> int:
-        """Indexes so many more of the sequence's tokens, if it has them; returns how many."""
+    def _index(self, seqs: list[Sequence]) -> None:
+        """Indexes what a step has time for, of those first who lack least: a long prompt keeps nobody waiting."""
+        indices = [(self._index_of(seq), seq) for seq in seqs]
+        num_left = MAX_INDEXED_PER_STEP
+        for index, seq in sorted(indices, key=lambda pair: pair[1].num_tokens - pair[0].num_indexed_tokens):
+            num_left -= index.extend(seq.token_ids, num_left)
+
+    def _index_of(self, seq: Sequence) -> NgramIndex:
         index = self._indices.get(seq)
         if index is None or index.num_indexed_tokens > seq.num_tokens:
             index = self._indices[seq] = NgramIndex(self._lengths)
-        return index.extend(seq.token_ids, num_tokens)
+        return index
 
     def _drafts(self, seq: Sequence) -> list[int]:
         budget = draft_budget(seq, self._num_drafts)

@@ -64,7 +64,7 @@ def test_triton_without_a_gpu_is_refused(dummy, monkeypatch):
         _build(dummy, device={"kernels": "triton", "num_threads": 1})
 
 
-def test_the_fingerprint_changes_with_what_changes_numbers(dummy):
+def test_the_fingerprint_changes_with_what_changes_numbers(dummy, monkeypatch):
     compiled, on_torch = ({"kernels": name, "num_threads": 1} for name in ("numba", "torch"))
     int8 = {"path": str(dummy), "load_format": "dummy", "quantization": "int8"}
     prints = {
@@ -72,9 +72,15 @@ def test_the_fingerprint_changes_with_what_changes_numbers(dummy):
         _build(dummy, device=on_torch)[1].fingerprint,
         _build(dummy, device=on_torch, seed=1)[1].fingerprint,
         _build(dummy, device=on_torch, model=int8)[1].fingerprint,
+        _build(dummy, device=on_torch, model=int8 | {"max_model_len": 64})[1].fingerprint,
+        _build(dummy, device=on_torch, kv_cache={"block_size": 32})[1].fingerprint,
+        _build(dummy, device=on_torch, kv_cache={"dtype": "float16"})[1].fingerprint,
+        _build(dummy, device={"kernels": "torch", "num_threads": 2})[1].fingerprint,
     }
-    assert len(prints) == 4
+    assert len(prints) == 8
     assert _build(dummy, device=compiled)[1].fingerprint in prints
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda: {"avx2": True})
+    assert _build(dummy, device=compiled)[1].fingerprint not in prints, "another processor"
 
 
 @pytest.mark.parametrize("ties_output", [True, False])

@@ -303,6 +303,10 @@ def test_blocks_that_compiled_layers_cannot_use_are_refused_instead_of_serving_s
             plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": kernels})
     assert plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": "torch"}).kernels == "torch"
     assert plan(make_machine(), kv_cache=cache).kernels == "torch"  # no compiled layers, and nothing to lose
+    amx = make_machine(has_fast_bf16=True, has_amx=True)
+    assert plan(amx, facts=COMPILED, kv_cache=cache).kernels == "torch"  # what it would be with any blocks
+    with pytest.raises(SettingError, match=rf"block_size is {block_size}"):
+        plan(amx, facts=COMPILED, kv_cache=cache, model={"dtype": "float32"})
 
 
 def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:

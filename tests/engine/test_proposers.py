@@ -126,6 +126,20 @@ def test_a_long_prompt_is_indexed_over_several_steps_and_others_are_not_kept_fro
     assert _propose(proposer, short)[0] == [3, 1, 2]
 
 
+def test_a_short_text_is_drafted_from_at_once_whatever_is_indexed_before_it_in_the_batch() -> None:
+    proposer = NgramProposer(num_drafts=3, ngram_min=2, ngram_max=3)
+    long = _sequence(list(range(3 * MAX_INDEXED_PER_STEP)))
+    assert _propose(proposer, long, _sequence([1, 2, 3, 1, 2]))[1] == [3, 1, 2]
+    assert proposer._indices[long].num_indexed_tokens == MAX_INDEXED_PER_STEP - 5
+
+
+def test_a_text_that_may_have_no_drafts_is_not_indexed() -> None:
+    proposer = NgramProposer(num_drafts=3, ngram_min=2, ngram_max=3)
+    seq = _sequence([1, 2, 3, 1, 2], num_drafts=0)
+    assert _propose(proposer, seq) == [[]]
+    assert not proposer._indices
+
+
 def test_a_sequence_that_is_gone_is_forgotten() -> None:
     proposer = NgramProposer(num_drafts=4, ngram_min=1, ngram_max=2)
     seq = _sequence([1, 2, 1])

@@ -1,5 +1,6 @@
 """Scheduler and KV manager together, against a model of what the KV cache holds. No tensors."""
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -293,6 +294,46 @@ def test_drafts_preempt_nobody():
     assert num_close > 100
 
 
+def test_blocks_that_were_lent_to_drafts_are_given_back_before_anybody_is_preempted():
+    """Also a step later, when the drafts were wrong and their blocks stand empty in a table."""
+    num_preemptions = 0
+    for seed in range(40):
+        limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=32, max_model_len=28, headroom=1)
+        world = World(Scheduler(KVCacheManager(30, 1, prefix_caching=False), limits), random.Random(seed))
+        for i in range(8):
+            world.add(_plain(str(i), [i % VOCAB_SIZE] * (2 + i % 3), 20))
+        while world.scheduler.has_work:
+            needed = sum(world.kv.num_blocks_for(seq.num_tokens) for seq in world.scheduler.running)
+            before = world.scheduler.num_preemptions
+            world.step()
+            world.check()
+            if needed <= world.kv.pool.num_blocks:
+                assert world.scheduler.num_preemptions == before, "there was room for every token that is no guess"
+        num_preemptions += world.scheduler.num_preemptions
+    assert num_preemptions > 0
+
+
+@pytest.mark.parametrize("num_lookahead_tokens", [0, 1, 3, 9])
+def test_the_smallest_cache_that_a_window_is_accepted_with_serves_the_longest_prompt(num_lookahead_tokens):
+    for size, window, budget in itertools.product([1, 2, 4], [1, 7, 30], [4, 16]):
+        limits = SchedulerLimits(
+            max_num_seqs=4, max_num_batched_tokens=budget, max_model_len=100, num_lookahead_tokens=num_lookahead_tokens
+        )
+        world = World(_smallest_scheduler(limits, size, window), random.Random(0))
+        world.add(_plain("long", [i % VOCAB_SIZE for i in range(90)], 8))
+        world.run()
+        assert world.finished["long"] == 1
+
+
+def _smallest_scheduler(limits: SchedulerLimits, block_size: int, window: int) -> Scheduler:
+    for num_blocks in itertools.count(2):
+        try:
+            return Scheduler(KVCacheManager(num_blocks, block_size, window=window), limits)
+        except ValueError:
+            continue
+    raise AssertionError("unreachable")
+
+
 def test_a_request_that_fails_takes_what_it_committed_out_of_the_prefix_cache(make_world):
     world = make_world(budget=8)
     prompt = [1, 2, 3, 4] * 6
@@ -308,6 +349,23 @@ def test_a_request_that_fails_takes_what_it_committed_out_of_the_prefix_cache(ma
     world.add(_plain("b", prompt, 5))
     world.run()
     assert world.scheduler.num_prefix_hits == 0
+
+
+def test_a_request_that_fails_takes_what_it_computed_before_it_was_preempted_out_too(make_world):
+    world = make_world(budget=4, max_num_seqs=4)
+    prompt = [1, 2, 3, 4] * 6
+    seq = world.add(_plain("a", prompt, 5))
+    for _ in range(4):
+        world.step()
+    world.scheduler.running.remove(seq)
+    world.scheduler._preempt(seq)
+    first = world.kv.pool.lookup(world.kv.hashes(seq)[0])
+    world.kv.pool.uncache(world.kv.hashes(seq)[0])  # as another's need of a block would
+    assert first is not None
+    assert len(world.kv.pool.block_of) == 3
+    batch = world.scheduler.schedule()
+    world.scheduler.update(batch, [Sampled([], error="its logits are not finite") for _ in batch])
+    assert not world.kv.pool.block_of
 
 
 def test_equal_prompts_are_computed_once(make_world):

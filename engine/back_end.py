@@ -90,20 +90,20 @@ class BackEnd:
             from engine.numba_runner import make_numba_runner
 
             return make_numba_runner(model, cache, plan)
+        goes_one_by_one = self.is_strict and not has_independent_rows
+        if plan.graphs.total and not goes_one_by_one:
+            from engine.gpu_runner import make_gpu_runner
+            from engine.graph_runner import CudaGraphDevice
+
+            return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
         if cache.keys_as_columns:
             from engine.numba_runner import make_numba_attention
 
             attention: AttentionBackend = make_numba_attention(model, cache, plan)
         else:
             attention = self.make_attention(cache)
-        if self.is_strict and not has_independent_rows:
-            return OneTokenRunner(model, cache, attention, block_size=plan.block_size)
-        if plan.graphs.total:
-            from engine.gpu_runner import make_gpu_runner
-            from engine.graph_runner import CudaGraphDevice
-
-            return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
-        return ModelRunner(model, cache, attention, block_size=plan.block_size)
+        runner = OneTokenRunner if goes_one_by_one else ModelRunner
+        return runner(model, cache, attention, block_size=plan.block_size)
 
     def make_sampler(self, vocab_size: int) -> TokenSampler:
         make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))

@@ -14,9 +14,7 @@ from engine.config import SupervisionConfig
 from engine.crash_note import BatchLine
 
 MAX_REMEMBERED = 64  # deaths, for the crash report
-FRUITLESS_FACTOR = (
-    10  # times `max_deaths`: so many in a row without any progress end it, whatever they were put down to
-)
+FRUITLESS_FACTOR = 10  # times `max_deaths`: as many without any progress end it, whatever they were put down to
 
 
 class Death(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,7 +49,7 @@ class PaddedRows(nn.Module):
 
 @torch.inference_mode()
 def make_rows_independent(model: Model, *, is_strict: bool) -> bool:
-    """Pads the model's products, in place, if that makes their rows independent; else leaves the model as it was.
+    """Pads the model's products, in place, if that makes their rows independent; else leaves them unpadded.
 
     is_strict: also where it takes more rows than are free. Call it when the weights are packed.
     """
@@ -88,22 +88,27 @@ def _one_of_each_shape(model: Model) -> Iterator[tuple[Product, Tensor]]:
     """(product, its matrix as [outputs, inputs])"""
     seen: set[tuple[object, ...]] = set()
     for module in model.modules():
-        for product, weight in _products_of(module):
-            key = (type(module), *weight.shape)
+        for product, shape, matrix in _products_of(module):
+            key = (type(module), *shape)
             if key not in seen:
                 seen.add(key)
-                yield product, weight
+                yield product, matrix()
 
 
-def _products_of(module: nn.Module) -> list[tuple[Product, Tensor]]:
-    if isinstance(module, Experts):
-        matrices = module.gate_up_proj[0], module.down_proj[0]
-        return [(functools.partial(F.linear, weight=weight), weight) for weight in matrices]
-    if isinstance(module, nn.Linear | Gate):
-        return [(module, module.weight)]
+def _products_of(module: nn.Module) -> list[tuple[Product, tuple[int, ...], Callable[[], Tensor]]]:
+    """(product, the shape of its matrix, that matrix, which may have to be unpacked)"""
     if isinstance(module, QuantLinear):
-        return [(module, module.format.dequantize(module.packed))]
+        shape = (module.out_features, module.in_features)
+        return [(module, shape, lambda: module.format.dequantize(module.packed))]
+    if isinstance(module, nn.Linear | Gate):
+        return [(module, tuple(module.weight.shape), lambda: module.weight)]
+    if isinstance(module, Experts):
+        return [_expert_product(matrices[0]) for matrices in (module.gate_up_proj, module.down_proj)]
     return []
+
+
+def _expert_product(weight: Tensor) -> tuple[Product, tuple[int, ...], Callable[[], Tensor]]:
+    return functools.partial(F.linear, weight=weight), tuple(weight.shape), lambda: weight
 
 
 def _least_rows(product: Product, weight: Tensor, dtype: torch.dtype) -> int:

@@ -87,6 +87,9 @@ class Scheduler:
     """
 
     def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
+        self.kv = kv
+        self.limits = limits
+        self._full_budget = limits.max_num_batched_tokens
         num_tokens = limits.max_model_len + limits.num_lookahead_tokens
         if kv.window is None and kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
             raise ValueError(
@@ -95,23 +98,19 @@ class Scheduler:
                 f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
             )
         if kv.window is not None:
-            num_tokens = kv.window + limits.max_num_batched_tokens + 2 * kv.block_size  # as `_reserved_tokens` has it
-            num_tokens = min(limits.max_model_len, num_tokens) + limits.num_lookahead_tokens
+            num_tokens = min(limits.max_model_len, self._num_tokens_in_window(kv.window)) + limits.num_lookahead_tokens
             if kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
                 raise ValueError(
                     f"one request needs {kv.num_blocks_for(num_tokens)} KV blocks of {kv.block_size} tokens, for a "
                     f"window of {kv.window} and a step of {limits.max_num_batched_tokens}, not {kv.pool.num_blocks}; "
                     "lower scheduler.max_num_batched_tokens or raise kv_cache.memory"
                 )
-        self.kv = kv
-        self.limits = limits
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of service: priority, then arrival
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits = 0
         self.num_first_prompt_tokens = 0  # of the sequences that have got their first token
-        self._full_budget = limits.max_num_batched_tokens
         self._budget_breaker = CircuitBreaker()
         self._num_arrivals = 0
         self._by_id: dict[str, Sequence] = {}

@@ -41,9 +41,10 @@ async def read_body(request: Request, body_type: type[BodyT]) -> BodyT:
     if not JSON_TYPE.fullmatch(media_type):
         raise bad_request(f"the body must be JSON; send Content-Type: application/json, not {_shown(media_type)!r}")
     data = b"".join([part async for part in request.stream()])  # unlike body(), this leaves no copy in the request
-    bound = bound_json(data)
-    if len(data) <= INLINE_BYTES and bound.num_fields + bound.num_values <= INLINE_VALUES:
-        return _parse(data, body_type)
+    if len(data) <= INLINE_BYTES:
+        bound = bound_json(data)
+        if bound.num_fields + bound.num_values <= INLINE_VALUES:
+            return _parse(data, body_type)
     limits: LimitsConfig = request.app.state.server.config.limits
     return await off_loop(_parse_large, data, body_type, limits)
 

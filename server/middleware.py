@@ -10,13 +10,14 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.auth import PUBLIC_PATHS
 from server.errors import error_response, internal_error
 
 access_log = logging.getLogger("peregrine.access")
 logger = logging.getLogger("peregrine.server")
 
 USABLE_ID = re.compile(rb"[A-Za-z0-9._:=+/@-]{1,128}")  # goes into logs, bodies and headers
-QUIET_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping", "/metrics"})
+QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}
 """Asked every few seconds, forever."""
 
 

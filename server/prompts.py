@@ -68,7 +68,7 @@ def _read_prompt(prompt: str | list[int], options: PromptOptions, tokenizer: Tok
         text = prompt if is_whole else None
     else:
         token_ids = prompt
-    _check_vocabulary(token_ids, options, model)
+    check_vocabulary(token_ids, model, param=options.param)
     if num_kept is not None and len(token_ids) > num_kept:
         token_ids = token_ids[:num_kept] if options.keeps_beginning else token_ids[-num_kept:]
         text = None
@@ -97,13 +97,11 @@ def _check_length(text: str, options: PromptOptions, tokenizer: Tokenizer, model
         )
 
 
-def _check_vocabulary(token_ids: list[int], options: PromptOptions, model: ModelInfo) -> None:
+def check_vocabulary(token_ids: list[int], model: ModelInfo, *, param: str) -> None:
     """Of ids, and of what a tokenizer made of a text: added tokens may lie beyond what the model was trained with."""
     highest = max(token_ids, default=0)
     if highest >= model.vocab_size:
-        raise bad_request(
-            f"token id {highest} is outside the vocabulary of {model.vocab_size} tokens", param=options.param
-        )
+        raise bad_request(f"token id {highest} is outside the vocabulary of {model.vocab_size} tokens", param=param)
 
 
 def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo, *, is_whole: bool) -> None:

@@ -11,6 +11,7 @@ from server.encoding import encode_json
 from server.errors import bad_request
 from server.off_loop import off_lock, off_loop
 from server.openapi import replies, request_body
+from server.prompts import check_vocabulary
 from server.protocol import DetokenizeBody
 from server.protocol_chat import TokenizeBody
 from server.responses import DetokenizeReply, TokenizeReply, TokenizerInfo
@@ -66,10 +67,7 @@ async def detokenize(request: Request) -> Response:
     state: ServerState = request.app.state.server
     headers = check_known(body, strict=state.config.server.strict)
     model, tokenizer = served_model(state, body.model)
-    if body.tokens and max(body.tokens) >= model.vocab_size:
-        raise bad_request(
-            f"token id {max(body.tokens)} is outside the vocabulary of {model.vocab_size} tokens", param="tokens"
-        )
+    check_vocabulary(body.tokens, model, param="tokens")
     skip = bool(body.skip_special_tokens)
 
     if len(body.tokens) < LONG_TEXT:

@@ -65,9 +65,13 @@ class Tokenizer:
         # `encode` would hold the interpreter's lock: a second for a megabyte
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
-        if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
-            return [self._bos_id, *ids]
-        return ids
+        return self._missing_bos(ids, add_special_tokens) + ids
+
+    def _missing_bos(self, token_ids: list[int], add_special_tokens: bool) -> list[int]:
+        """What must come first: the model's BOS token, where the tokenizer itself did not put it there."""
+        if not add_special_tokens or self._bos_id is None or token_ids[:1] == [self._bos_id]:
+            return []
+        return [self._bos_id]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, by itself and without special tokens."""
@@ -84,9 +88,7 @@ class Tokenizer:
             None if is_added else span
             for span, is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         ]
-        if add_special_tokens and self._bos_id is not None and encoding.ids[:1] != [self._bos_id]:
-            return [None, *spans]
-        return spans
+        return [*(None for _ in self._missing_bos(encoding.ids, add_special_tokens)), *spans]
 
     def encode_part(
         self, text: str, num_tokens: int, *, add_special_tokens: bool, from_end: bool = False

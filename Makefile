@@ -29,7 +29,7 @@ NAMED_MODEL = $(filter-out -%,$(firstword $(ARGS)))$(findstring --config,$(ARGS)
 
 # The default model is fetched here, at the terminal, for the sake of its progress bar; if that fails, serve says why.
 serve: $(RUNTIME)
-	@$(if $(NAMED_MODEL),,$(BIN)/python -m engine.models.default_model >/dev/null || true)
+	@$(if $(NAMED_MODEL),,$(BIN)/python -m engine.loading.default_model >/dev/null || true)
 	@exec $(BIN)/peregrine serve $(ARGS)
 
 doctor: $(RUNTIME)
@@ -81,7 +81,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname)),)
 endif
 	$(call install,.$(if $(GPU),[gpu]))
 	@echo "compiling the CPU kernels (once, about fifteen seconds)"
-	@$(BIN)/python -c 'import kernels.numba.program, kernels.numba.levels'
+	@$(BIN)/python -c 'import kernels.numba.program.team, kernels.numba.packing.levels, kernels.numba.ops.sampling'
 	@touch $@
 
 $(TESTING): $(RUNTIME)

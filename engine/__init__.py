@@ -1,0 +1,1 @@
+"""Token ids and memory. The order of the rooms is in `tests/test_structure.py`: imports go one way."""

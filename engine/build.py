@@ -12,26 +12,26 @@ from importlib.metadata import version
 
 import torch
 
-from engine.back_end import BackEnd
-from engine.ceilings import Ceilings, ceilings_file, release, with_ceilings
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.kept_weights import kept_weights
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
-from engine.machine import Machine, freeing_at_once, read_machine
-from engine.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
-from engine.messages import ModelInfo, Setting
-from engine.models.loader import LoadedModel, load_model, read_model_facts
-from engine.models.notes import length_notes
-from engine.plan_settings import resolve_device
-from engine.plan_sizes import gib
-from engine.planner import MemoryPlan, plan_memory
-from engine.proposers import build_proposer
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost, StepPace
-from engine.trial import try_one_token
+from engine.ipc.messages import ModelInfo, Setting
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.loading.loader import LoadedModel, load_model, read_model_facts
+from engine.loading.notes import length_notes
+from engine.planning.ceilings import ceilings_file, release, with_ceilings
+from engine.planning.engine_plan import MemoryPlan, plan_memory
+from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
+from engine.planning.machine import Ceilings, Machine, freeing_at_once, read_machine
+from engine.planning.resolve import resolve_device
+from engine.planning.sizes import gib
+from engine.runner.kept_weights import kept_weights
+from engine.runner.kernel_backend import KernelBackend
+from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
+from engine.runner.trial import try_one_token
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.step_stats import ModelCost, StepPace
+from engine.speculation.proposer import build_proposer
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     plan = plan_memory(facts, config, machine)
     for note in [*facts.notes, *length_notes(facts, plan.max_model_len)]:
         report("note", note)
-    back_end = BackEnd(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
+    back_end = KernelBackend(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
     with freeing_at_once():
         loaded, bound, has_independent_rows = _load(config, plan, back_end, clock)
     plan = with_cache_that_holds(plan, bound, config, machine)
@@ -119,7 +119,7 @@ def _pace(machine: Machine, plan: MemoryPlan) -> StepPace:
 
 
 def _load(
-    config: EngineConfig, plan: MemoryPlan, back_end: BackEnd, clock: PhaseClock
+    config: EngineConfig, plan: MemoryPlan, back_end: KernelBackend, clock: PhaseClock
 ) -> tuple[LoadedModel, float, bool]:
     """The model with packed weights, a bound of its keys and values, and whether its rows depend on the row alone."""
     if not plan.can_load:
@@ -145,7 +145,7 @@ def _assemble(
     config: EngineConfig,
     plan: MemoryPlan,
     loaded: LoadedModel,
-    back_end: BackEnd,
+    back_end: KernelBackend,
     *,
     pace: StepPace,
     has_independent_rows: bool,
@@ -196,7 +196,7 @@ def _assemble(
 
 
 def _with_measured_workspace(
-    config: EngineConfig, plan: MemoryPlan, machine: Machine, loaded: LoadedModel, back_end: BackEnd
+    config: EngineConfig, plan: MemoryPlan, machine: Machine, loaded: LoadedModel, back_end: KernelBackend
 ) -> MemoryPlan:
     """The plan, with the memory that the largest step takes here instead of an estimate."""
     sampler = back_end.make_sampler(loaded.vocab_size)

@@ -9,16 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.block_pool import NULL_BLOCK
 from engine.faults import EngineFaultError, check_device
-from engine.halving import halve_chunks
-from engine.model_runner import ModelRunner
-from engine.proposers.none import NoProposer
-from engine.proposers.proposer import Proposer
-from engine.run_ahead import LaunchingSampler, RunAhead
-from engine.scheduler import Scheduler
-from engine.step_stats import ModelCost, StepClock, StepPace, StepRecorder
-from engine.trial import compute_one_token
+from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.runner.async_stepping import LaunchingSampler, RunAhead
+from engine.runner.model_runner import ModelRunner
+from engine.runner.trial import compute_one_token
+from engine.scheduling.oom_split import halve_chunks
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_stats import ModelCost, StepClock, StepPace, StepRecorder
+from engine.speculation.no_proposer import NoProposer
+from engine.speculation.proposer import Proposer
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ Computed = tuple[Tensor | None, list[Sampled]]  # hidden states as `ModelRunner.
 class Engine:
     """Continuous batching in five lines: schedule, forward, sample, update, propose.
 
-    With `overlap`, a step is launched before the host has the tokens of the one before it (`engine.run_ahead`), which
-    needs a proposer that proposes nothing.
+    With `overlap`, a step is launched before the host has the tokens of the one before it
+    (`engine.runner.async_stepping`), which needs a proposer that proposes nothing.
     """
 
     def __init__(

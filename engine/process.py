@@ -1,4 +1,4 @@
-"""The engine process: `python -m engine.process FD`, started by `engine.child` and by nobody else.
+"""The engine process: `python -m engine.process FD`, started by `engine.client.engine_process` and by nobody else.
 
 It talks over the inherited socket FD: takes a Configure frame, builds the engine, says Ready, and steps while there is
 work. It never outlives its parent: the kernel kills it with the parent, and the end of the socket ends it too.
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from engine.config import EngineConfig
-from engine.crash_note import CrashNote
-from engine.framing import FrameError, FrameSocket, to_engine_decoder
-from engine.messages import (
+from engine.ipc.framing import FrameError, FrameSocket, to_engine_decoder
+from engine.ipc.inflight_record import CrashNote
+from engine.ipc.messages import (
     EXIT_CODES,
     Abort,
     Add,
@@ -40,8 +40,8 @@ from engine.messages import (
     Step,
     ToEngine,
 )
-from engine.places import load_object
-from engine.step_patience import StepPatience, StepSize, size_of
+from engine.lazy_import import load_object
+from engine.scheduling.step_patience import StepPatience, StepSize, size_of
 from engine.types import Request, Scheduled, StepOutput, StepStats
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -11,22 +11,23 @@ from fastapi import FastAPI
 from pydantic import JsonValue
 from starlette.routing import Route
 
-from engine.client import EngineClient, EngineObserver
+from engine.client.client import EngineClient, EngineObserver
 from engine.config import EngineConfig
-from engine.messages import Failed
-from server import chat, completions, health, models, requests, tokenize
-from server.admission import Admission, DrainRate
-from server.auth import Authentication
-from server.body_reader import BodyBudget, BodyReader
-from server.chat_renderer import ChatRenderer, TemplateLimits
+from engine.ipc.messages import Failed
+from server.api import chat, completions, health, models, requests, tokenize
 from server.config import Config
-from server.cors import CrossOrigin
 from server.errors import install_error_handlers
-from server.metrics import EngineCollector, Metrics
-from server.middleware import RequestContext
-from server.observers import Observers, StateWatch
-from server.paths import TidyPath
+from server.generation.admission import Admission, DrainRate
+from server.http.auth import Authentication
+from server.http.body_reader import BodyBudget, BodyReader
+from server.http.cors import CrossOrigin
+from server.http.middleware import RequestContext
+from server.http.paths import TidyPath
 from server.state import ServerState
+from server.state_watch import StateWatch
+from server.telemetry.metrics import EngineCollector, Metrics
+from server.telemetry.observers import Observers
+from server.text.chat_renderer import ChatRenderer, TemplateLimits
 from server.version import VERSION
 
 MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]

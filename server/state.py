@@ -7,17 +7,17 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.messages import Failed
-from server.active_requests import ActiveRequests
+from engine.ipc.messages import Failed
 from server.config import Config
+from server.generation.active_requests import ActiveRequests
 
 if TYPE_CHECKING:
-    from engine.client import EngineClient
-    from server.admission import Admission
-    from server.body_reader import BodyBudget
-    from server.chat_renderer import ChatRenderer
-    from server.metrics import Metrics
-    from server.tokenizer import Tokenizer
+    from engine.client.client import EngineClient
+    from server.generation.admission import Admission
+    from server.http.body_reader import BodyBudget
+    from server.telemetry.metrics import Metrics
+    from server.text.chat_renderer import ChatRenderer
+    from server.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

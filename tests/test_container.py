@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from engine.config import DEFAULT_MODEL
-from server.dashboard import dashboard_page, queries
-from server.metric_families import FAMILIES
 from server.settings import load_config, read_file
+from server.telemetry.dashboard import dashboard_page, queries
+from server.telemetry.metric_families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "configs" / "monitoring"
@@ -137,7 +137,9 @@ def test_prometheus_scrapes_the_server_of_the_composition(services: dict) -> Non
 
 def test_the_dashboard_is_made_from_the_metrics() -> None:
     path = MONITORING / "dashboard.json"
-    assert path.read_text() == dashboard_page(), "run: python -m server.dashboard > configs/monitoring/dashboard.json"
+    assert path.read_text() == dashboard_page(), (
+        "run: python -m server.telemetry.dashboard > configs/monitoring/dashboard.json"
+    )
     panels = json.loads(path.read_text())["panels"]
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)
     names = {family.full_name for family in FAMILIES}

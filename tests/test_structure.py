@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,50 @@ MAY_IMPORT = {
     "loadtest/micro": {"loadtest", "engine", "kernels"},
     "loadtest/gpu": {"loadtest", "engine", "kernels"},
 }
-FROM_ENGINE = {"engine.types", "engine.messages", "engine.config", "engine.client", "engine.supervisor"}
+FROM_ENGINE = {
+    "engine.types",
+    "engine.ipc.messages",
+    "engine.config",
+    "engine.client.client",
+    "engine.client.supervisor",
+}
+# Rooms and the modules beside them, from the ground up: each line may import from the lines above it and from itself.
+ROOMS = {
+    "engine": (
+        "types config arrays lazy_import circuit_breaker faults",
+        "ipc",
+        "client",
+        "batch",
+        "kv_cache",
+        "attention",
+        "quantization",
+        "models",
+        "sampling",
+        "speculation",
+        "scheduling",
+        "loading",
+        "planning",
+        "runner",
+        "engine build",
+        "process",
+    ),
+    "server": (
+        "version complain config errors off_loop json_encoding",
+        "settings",
+        "protocol",
+        "text",
+        "telemetry",
+        "generation",
+        "http",
+        "state state_watch",
+        "api",
+        "app",
+        "cli",
+    ),
+    "kernels": ("layout configs", "reference", "torch_cpu numba triton"),
+    "kernels/numba": ("kernel_cache", "core", "packing", "ops", "program"),
+    "kernels/triton": ("compat configs", "attention sampling layers"),
+}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 150
@@ -57,16 +101,61 @@ def test_imports_go_one_way(path: Path) -> None:
             assert package in MAY_IMPORT[_package(path)], f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_are_imported_from_above(package: str) -> None:
+    """Imports inside functions and for types count too: they are how a way back begins."""
+    level = {room: i for i, line in enumerate(ROOMS[package]) for room in line.split()}
+    folder = ROOT / package
+    prefix = package.replace("/", ".") + "."
+    for path in folder.rglob("*.py"):
+        if path.parent == folder and path.stem == "__init__":
+            continue
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        assert room in level, f"{package}/{room} is not in the order of rooms"
+        for _, name in _imports(path):
+            if name.startswith(prefix):
+                other = name.removeprefix(prefix).split(".")[0]
+                are_files = (folder / f"{other}.py").is_file() and (folder / f"{room}.py").is_file()
+                is_below = level[other] < level[room] or (level[other] == level[room] and are_files)
+                assert other == room or is_below, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["server", "engine", "kernels"])
+def test_every_room_says_what_it_owns(package: str) -> None:
+    """`kernels/__init__.py` is the exception: see `test_kernels_package_stays_empty`."""
+    for path in (ROOT / package).rglob("__init__.py"):
+        if path.parent != ROOT / "kernels":
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path.parent.relative_to(ROOT)} says nothing"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {
+        _module(path): {_module_of(name) for _, name in _imports(path)} - {None}
+        for path in SOURCES
+        if path.stem != "__init__"
+    }
+    TopologicalSorter(graph).prepare()
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def _module_of(name: str) -> str | None:
+    """The module of the project that an import names; None for what is not a file of it."""
+    return name if (ROOT / (name.replace(".", "/") + ".py")).is_file() else None
+
+
 def test_the_server_knows_only_the_engine_s_border() -> None:
-    """The plan and doctor commands run the engine's code themselves, inside functions."""
+    """The plan and doctor commands (`server/cli`) run the engine's code themselves, inside functions."""
     for path in (ROOT / "server").rglob("*.py"):
         for _, name in _imports(path):
-            if name.split(".")[0] == "engine" and not path.name.startswith("cli"):
+            if name.split(".")[0] == "engine" and path.parent.name != "cli":
                 assert name in FROM_ENGINE, f"{path.name} imports {name}"
 
 
 def test_the_server_starts_without_torch_and_transformers() -> None:
-    code = "import sys, server.serve, server.app; print(*{'torch', 'transformers', 'triton'} & set(sys.modules))"
+    code = "import sys, server.cli.serve, server.app; print(*{'torch', 'transformers', 'triton'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
 

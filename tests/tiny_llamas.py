@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 from engine.engine import Engine
 from engine.models.model import Model
 from engine.models.registry import build_model
-from engine.step_stats import ModelCost
+from engine.scheduling.step_stats import ModelCost
 from engine.types import Request, SamplingParams
 
 VOCAB_SIZE = 40

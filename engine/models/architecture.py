@@ -11,7 +11,7 @@ from typing import Literal, cast
 
 import torch
 
-from engine.attention import AttentionLayer
+from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.context_length import read_trained_context
 from engine.models.rope import Rope, default_rope, rope_parameters, scaled_rope

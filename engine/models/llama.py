@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention import AttentionBackend, HeadNorms, Rotation
-from engine.forward_batch import ForwardBatch
+from engine.attention.backend import AttentionBackend, HeadNorms, Rotation
+from engine.batch.forward_batch import ForwardBatch
 from engine.models.architecture import Architecture, read_architecture
 from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.model import Model, check_weight_names
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
-from kernels.panel import PANEL
+from kernels.layout import PANEL
 
 
 def make_linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:

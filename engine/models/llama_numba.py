@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.attention_numba import NumbaAttention
-from engine.forward_batch import ForwardBatch
-from engine.linear_numba import PackedLinear
+from engine.attention.numba_backend import NumbaAttention
+from engine.batch.forward_batch import ForwardBatch
 from engine.models.llama import MLP, Block, Llama
 from engine.models.rope import RotaryEmbedding
-from kernels.numba.formats import FORMAT_OF, INT4, INT8
-from kernels.numba.lanes import GROUP, LANES
-from kernels.numba.linear import BLOCK_ROWS
-from kernels.numba.packing import PackedMatrix
-from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
-from kernels.numba.team import Program, Team, operation
+from engine.quantization.numba_cpu import PackedLinear
+from kernels.numba.core.formats import FORMAT_OF, INT4, INT8
+from kernels.numba.core.lanes import GROUP, LANES
+from kernels.numba.ops.linear import BLOCK_ROWS
+from kernels.numba.packing.packing import PackedMatrix
+from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
+from kernels.numba.program.team import Program, Team, operation
 
 
 class NumbaLlama:

@@ -9,8 +9,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from engine.attention import AttentionBackend, AttentionLayer
-from engine.forward_batch import ForwardBatch
+from engine.attention.backend import AttentionBackend
+from engine.batch.forward_batch import ForwardBatch
+from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.operations import load_operations
 
 

@@ -9,7 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-_PACKAGES = {"torch": "kernels", "triton": "kernels.triton"}  # which name their modules and functions alike
+_PACKAGES = {
+    "torch": "kernels.reference",
+    "triton": "kernels.triton.layers",
+}  # which name their modules and functions alike
 
 
 class Route(Protocol):
@@ -18,7 +21,7 @@ class Route(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """As `kernels.norm`, `kernels.activation` and `kernels.moe` define them."""
+    """As `kernels.reference.norm`, `kernels.reference.activation` and `kernels.reference.moe` define them."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]

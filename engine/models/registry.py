@@ -6,10 +6,10 @@ from typing import Literal, Protocol, cast
 
 import torch
 
+from engine.lazy_import import load_object
 from engine.models.architecture import UnsupportedArchitectureError, check_is_causal_lm
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.model import Model
-from engine.places import load_object
 
 MODELS = {  # config.model_type -> "module:Class"
     "llama": "engine.models.llama:Llama",  # SmolLM2 too

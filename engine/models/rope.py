@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
-from kernels.rope import rope_factors
+from kernels.reference.rope import rope_factors
 
 
 @dataclass(frozen=True, slots=True)

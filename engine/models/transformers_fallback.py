@@ -21,12 +21,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from engine.attention import AttentionBackend, AttentionLayer
-from engine.forward_batch import ForwardBatch
+from engine.attention.backend import AttentionBackend
+from engine.batch.forward_batch import ForwardBatch
+from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.architecture import check_attention_layers
 from engine.models.context_length import length_where_rope_changes, read_trained_context
-from engine.models.errors import FOREIGN_ERRORS
 from engine.models.model import Model, check_weight_names
+from engine.models.model_error import FOREIGN_ERRORS
 
 _LONGEST_REASON = 300  # characters; lists of weights or classes are longer
 ATTENTION_NAME = "peregrine"  # in transformers' table

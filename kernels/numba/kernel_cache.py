@@ -31,7 +31,7 @@ def cache_directory() -> Path | None:
     Below it, a folder for what these very sources compile to, in these versions. None: there is no home directory.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
-    for source in (*sorted(PACKAGE.glob("*.py")), PACKAGE.parent / "panel.py"):
+    for source in (*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "layout.py"):
         digest.update(source.read_bytes())
     root = _root()
     return None if root is None else root / digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Kernels of a GPU, written in Triton: each wrapper has the signature of its definition in `kernels.reference`."""

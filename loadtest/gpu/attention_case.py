@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import kernels.attention
-from kernels.triton.attention import Prepared, paged_attention
-from kernels.triton.attention_plan import Workspace, plan_any_lengths, plan_attention
+import kernels.reference.attention
+from kernels.triton.attention.paged_attention import Prepared, paged_attention
+from kernels.triton.attention.work_plan import Workspace, plan_any_lengths, plan_attention
 from kernels.triton.configs import AttentionConfig, attention_config, chip_of
 
 BLOCK_SIZE = 16
@@ -32,7 +32,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Tensors as `kernels.attention.paged_attention` takes them. `options`: window, soft_cap, tree_mask, ..."""
+    """Tensors as the reference `paged_attention` takes them. `options`: window, soft_cap, tree_mask, ..."""
 
     heads: Heads
     lens: Lens
@@ -103,7 +103,9 @@ class AttentionCase:
         """In float64."""
         options = {name: x.double() if name == "sinks" else x for name, x in self.options.items()}
         with torch.device(self.q.device):  # where the definition makes its masks
-            return kernels.attention.paged_attention(self.q.double(), *self.tensors[1:], self.scale, **options)
+            return kernels.reference.attention.paged_attention(
+                self.q.double(), *self.tensors[1:], self.scale, **options
+            )
 
 
 def make_case(

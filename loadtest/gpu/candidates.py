@@ -10,8 +10,8 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-import kernels.moe
-import kernels.triton.moe
+import kernels.reference.moe
+import kernels.triton.layers.moe
 from kernels.triton.configs import AttentionConfig, MoeConfig, attention_config, chip_of, moe_config
 from loadtest.gpu.attention_case import AttentionCase, Heads, Lens, make_case, tree_options
 from loadtest.gpu.context import Context
@@ -125,18 +125,18 @@ def _moe(context: Context, bucket: str, axes: dict[str, tuple[int, ...]], rows: 
         return torch.empty(sizes, dtype=dtype, device=device).normal_(std=sizes[-1] ** -0.5, generator=generator)
 
     def parts(num_tokens: int) -> tuple[torch.Tensor, ...]:
-        routed = kernels.moe.route(draw(num_tokens, num_experts).float(), top_k, normalise=True)
+        routed = kernels.reference.moe.route(draw(num_tokens, num_experts).float(), top_k, normalise=True)
         weights = draw(num_experts, 2 * size, hidden_size), draw(num_experts, hidden_size, size)
         return draw(num_tokens, hidden_size), *weights, *routed
 
     def load(num_tokens: int) -> Load:
         part = parts(num_tokens)  # all experts together are more than the cache holds
-        return Load(lambda config: lambda index: kernels.triton.moe.mix_experts(*part, config=config), 1)
+        return Load(lambda config: lambda index: kernels.triton.layers.moe.mix_experts(*part, config=config), 1)
 
     def check(config: Config) -> float:
         x, gate_up, down, weights, experts = parts(100)
-        found = kernels.triton.moe.mix_experts(x, gate_up, down, weights, experts, config=config)
-        expected = kernels.moe.mix_experts(x.double(), gate_up.double(), down.double(), weights, experts)
+        found = kernels.triton.layers.moe.mix_experts(x, gate_up, down, weights, experts, config=config)
+        expected = kernels.reference.moe.mix_experts(x.double(), gate_up.double(), down.double(), weights, experts)
         return relative_error(found, expected)
 
     keys = [f"{bucket} bfloat16", f"{bucket} float16"]

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import kernels.attention
-from kernels.triton.store_kv import store_kv
+import kernels.reference.attention
+from kernels.triton.layers.store_kv import store_kv
 from loadtest.gpu.attention_case import Heads, Lens, make_case, tree_options
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import BOUNDS, name_of, poisoned_memory, relative_error
@@ -114,6 +114,6 @@ def _store(context: Context, dtypes: list[torch.dtype]) -> Iterator[Record]:
             shape = (2, num_kv_heads, 20, 16, head_dim)
             found, expected = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             store_kv(k, v, found[0], found[1], slots)
-            kernels.attention.store_kv(k, v, expected[0], expected[1], slots)
+            kernels.reference.attention.store_kv(k, v, expected[0], expected[1], slots)
             name = f"store, {num_kv_heads} heads of {head_dim}, {name_of(dtype)}"
             yield Check(name, float((found != expected).sum()), 0.0)

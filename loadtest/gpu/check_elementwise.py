@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
-import kernels.activation
-import kernels.norm
-import kernels.qkv
-import kernels.triton.activation
-import kernels.triton.norm
-import kernels.triton.qkv
-from kernels.rope import rope_factors
+import kernels.reference.activation
+import kernels.reference.norm
+import kernels.reference.qkv
+import kernels.triton.layers.activation
+import kernels.triton.layers.norm
+import kernels.triton.layers.qkv
+from kernels.reference.rope import rope_factors
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import BOUNDS, name_of, poisoned_memory, relative_error
 from loadtest.gpu.records import Check, Record
@@ -38,12 +38,12 @@ def _norms(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         x, residual = (3 * torch.randn(2, num_rows, width, device=context.device, generator=generator)).to(dtype)
         weight = torch.randn(width, device=context.device, generator=generator).to(dtype)
         with poisoned_memory():
-            alone = kernels.triton.norm.rms_norm(x, weight, 1e-5)
-            normed, total = kernels.triton.norm.add_rms_norm(x, residual, weight, 1e-5)
+            alone = kernels.triton.layers.norm.rms_norm(x, weight, 1e-5)
+            normed, total = kernels.triton.layers.norm.add_rms_norm(x, residual, weight, 1e-5)
         name = f"norm, {width}, {name_of(dtype)}"
         wide = x.double(), residual.double(), weight.double()
-        yield Check(name, relative_error(alone, kernels.norm.rms_norm(wide[0], wide[2], 1e-5)), BOUNDS[dtype])
-        expected, expected_total = kernels.norm.add_rms_norm(*wide, 1e-5)
+        yield Check(name, relative_error(alone, kernels.reference.norm.rms_norm(wide[0], wide[2], 1e-5)), BOUNDS[dtype])
+        expected, expected_total = kernels.reference.norm.add_rms_norm(*wide, 1e-5)
         yield Check(f"add and {name}", relative_error(normed, expected), BOUNDS[dtype])
         yield Check(f"sum of add and {name}", relative_error(total, expected_total), BOUNDS[dtype])
 
@@ -78,8 +78,10 @@ def _rotations(context: Context, dtype: torch.dtype) -> Iterator[Record]:
             shape = (2, num_kv_heads, 4, 16, head_dim)
             found, expected = (torch.zeros(shape, device=device, dtype=kind) for kind in (dtype, torch.float64))
             with poisoned_memory():
-                q = kernels.triton.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)
-            wide = kernels.qkv.rotate_and_store(qkv.double(), cos, sin, expected[0], expected[1], slots, **options)
+                q = kernels.triton.layers.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)
+            wide = kernels.reference.qkv.rotate_and_store(
+                qkv.double(), cos, sin, expected[0], expected[1], slots, **options
+            )
             name = f"qkv{' with norms' if has_norm else ''}, {num_heads} heads of {head_dim}, {name_of(dtype)}"
             yield Check(name, relative_error(q, wide), BOUNDS[dtype])
             yield Check(f"cache after {name}", relative_error(found, expected), BOUNDS[dtype])

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-import kernels.moe
-import kernels.triton.moe
+import kernels.reference.moe
+import kernels.triton.layers.moe
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import BOUNDS, name_of, poisoned_memory, relative_error
 from loadtest.gpu.records import Check, Record
@@ -42,14 +42,14 @@ def _check(context: Context, name: str, shape: tuple[int, int, int, int], dtype:
     for num_tokens in (5,) if context.is_rehearsal else (1, 70, 1500):
         x = torch.randn(num_tokens, hidden_size, device=device, generator=generator).to(dtype)
         logits = 3 * torch.randn(num_tokens, num_experts, device=device, generator=generator)
-        weights, experts = kernels.triton.moe.route(logits, top_k, normalise=True)
-        expected_weights, expected_experts = kernels.moe.route(logits, top_k, normalise=True)
+        weights, experts = kernels.triton.layers.moe.route(logits, top_k, normalise=True)
+        expected_weights, expected_experts = kernels.reference.moe.route(logits, top_k, normalise=True)
         title = f"{name}, {num_tokens} tokens, {name_of(dtype)}"
         num_others = float((experts != expected_experts).sum())
         yield Check(f"chosen experts, {title}", num_others, _NUM_SWAPPED)
         yield Check(f"their shares, {title}", relative_error(weights, expected_weights), 1e-5)
         with poisoned_memory():
-            found = kernels.triton.moe.mix_experts(x, gate_up, down, weights, experts)
+            found = kernels.triton.layers.moe.mix_experts(x, gate_up, down, weights, experts)
         wide = (part.double() for part in (x, gate_up, down))
-        expected = kernels.moe.mix_experts(*wide, weights, experts)
+        expected = kernels.reference.moe.mix_experts(*wide, weights, experts)
         yield Check(f"experts, {title}", relative_error(found, expected), 2 * BOUNDS[dtype])

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import kernels.sampling
-from kernels.triton.sampling import sample_tokens
-from kernels.triton.token_scores import penalise, score_tokens
+import kernels.reference.sampling
+from kernels.triton.sampling.sample_tokens import sample_tokens
+from kernels.triton.sampling.token_scores import penalise, score_tokens
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import relative_error
 from loadtest.gpu.records import Check, Record
@@ -52,7 +52,7 @@ def _sizes(context: Context) -> tuple[int, int]:
 def _sample(context: Context, kind: str) -> Iterator[Record]:
     arguments = sampling_arguments(kind, *_sizes(context), context.generator(kind))
     found = sample_tokens(*arguments).cpu()
-    expected = kernels.sampling.sample_tokens(*(x.cpu() for x in arguments))
+    expected = kernels.reference.sampling.sample_tokens(*(x.cpu() for x in arguments))
     yield Check(f"sampling, {kind}", float((found != expected).sum()), 0.0)
 
 
@@ -67,7 +67,7 @@ def _penalise(context: Context) -> Iterator[Record]:
     arguments = (counts, is_in_prompt, states, 0.5 + columns[0].float(), columns[1], columns[2])
     expected = logits.clone()
     penalise(logits, *arguments)
-    kernels.sampling.penalise(expected, *arguments)
+    kernels.reference.sampling.penalise(expected, *arguments)
     yield Check("penalties", relative_error(logits, expected), 1e-7)
 
 

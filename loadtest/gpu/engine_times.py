@@ -11,7 +11,7 @@ from functools import partial
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graph_runner import NUM_STEPS_BETWEEN, NUM_USES
+from engine.runner.cuda_graphs import NUM_STEPS_BETWEEN, NUM_USES
 from engine.types import Request, SamplingParams
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.end_to_end import (

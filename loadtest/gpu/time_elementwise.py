@@ -7,15 +7,15 @@ from functools import partial
 
 import torch
 
-import kernels.activation
-import kernels.norm
-import kernels.qkv
-import kernels.triton.activation
-import kernels.triton.norm
-import kernels.triton.qkv
-import kernels.triton.store_kv
-from kernels.attention import store_kv
-from kernels.rope import rope_factors
+import kernels.reference.activation
+import kernels.reference.norm
+import kernels.reference.qkv
+import kernels.triton.layers.activation
+import kernels.triton.layers.norm
+import kernels.triton.layers.qkv
+import kernels.triton.layers.store_kv
+from kernels.reference.attention import store_kv
+from kernels.reference.rope import rope_factors
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.machine import l2_bytes
 from loadtest.gpu.records import Record, Timing
@@ -54,8 +54,8 @@ def _norm(
     weight = torch.ones(shape.hidden_size, dtype=dtype, device=generator.device)
     return (
         4 * x[0].nbytes,
-        lambda index: kernels.triton.norm.add_rms_norm(x[index], residual[index], weight, 1e-5),
-        lambda index: kernels.norm.add_rms_norm(x[index], residual[index], weight, 1e-5),
+        lambda index: kernels.triton.layers.norm.add_rms_norm(x[index], residual[index], weight, 1e-5),
+        lambda index: kernels.reference.norm.add_rms_norm(x[index], residual[index], weight, 1e-5),
     )
 
 
@@ -66,8 +66,8 @@ def _activation(
     gate_up = torch.empty(size, dtype=dtype, device=generator.device).normal_(generator=generator)
     return (
         gate_up[0].nbytes * 3 // 2,
-        lambda index: kernels.triton.activation.silu_and_mul(gate_up[index]),
-        lambda index: kernels.activation.silu_and_mul(gate_up[index]),
+        lambda index: kernels.triton.layers.activation.silu_and_mul(gate_up[index]),
+        lambda index: kernels.reference.activation.silu_and_mul(gate_up[index]),
     )
 
 
@@ -86,7 +86,7 @@ def _rotation(
         )
 
     num_bytes = 2 * qkv[0].nbytes + cos.nbytes + sin.nbytes
-    return num_bytes, call(kernels.triton.qkv.rotate_and_store), call(kernels.qkv.rotate_and_store)
+    return num_bytes, call(kernels.triton.layers.qkv.rotate_and_store), call(kernels.reference.qkv.rotate_and_store)
 
 
 def _store(
@@ -97,7 +97,7 @@ def _store(
     cache, slots = _cache(shape, dtype, generator, num_rows)
     return (
         4 * k[0].nbytes,
-        lambda index: kernels.triton.store_kv.store_kv(k[index], v[index], cache[0], cache[1], slots),
+        lambda index: kernels.triton.layers.store_kv.store_kv(k[index], v[index], cache[0], cache[1], slots),
         lambda index: store_kv(k[index], v[index], cache[0], cache[1], slots),
     )
 

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-import kernels.moe
-import kernels.triton.moe
+import kernels.reference.moe
+import kernels.triton.layers.moe
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.records import Record, Timing
 from loadtest.gpu.stopwatch import Stopwatch, Work
@@ -42,11 +42,11 @@ def _time(context: Context, name: str, shape: tuple[int, int, int, int], num_tok
     # all experts of a layer are more than the caches hold, but for a single token's few
     gate_up, down = draw(num_experts, 2 * size, hidden_size), draw(num_experts, hidden_size, size)
     x, logits = draw(8, num_tokens, hidden_size), draw(8, num_tokens, num_experts).float()
-    chosen = [kernels.triton.moe.route(part, top_k, normalise=True) for part in logits]
+    chosen = [kernels.triton.layers.moe.route(part, top_k, normalise=True) for part in logits]
     num_touched = sum(int(experts.unique().numel()) for _, experts in chosen) / len(chosen)
     works: dict[str, Work] = {
-        "": lambda index: kernels.triton.moe.mix_experts(x[index], gate_up, down, *chosen[index]),
-        "torch, by expert": lambda index: kernels.moe.mix_experts(x[index], gate_up, down, *chosen[index]),
+        "": lambda index: kernels.triton.layers.moe.mix_experts(x[index], gate_up, down, *chosen[index]),
+        "torch, by expert": lambda index: kernels.reference.moe.mix_experts(x[index], gate_up, down, *chosen[index]),
     }
     seconds = Stopwatch(device, num_rounds=5).compare(works, num_sets=8, launched={"torch, by expert"})
     floor = context.floor(

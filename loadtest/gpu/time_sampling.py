@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-import kernels.sampling
-from kernels.triton.sampling import sample_tokens
-from kernels.triton.token_scores import score_tokens
+import kernels.reference.sampling
+from kernels.triton.sampling.sample_tokens import sample_tokens
+from kernels.triton.sampling.token_scores import score_tokens
 from loadtest.gpu.check_sampling import sampling_arguments
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.machine import l2_bytes
@@ -40,7 +40,7 @@ def _time_sampling(context: Context, name: str, kind: str, num_rows: int) -> Ite
     spared = {"is_random": kind != "greedy", "is_truncated": kind not in ("greedy", "plain")}  # as the engine knows
     works: dict[str, Work] = {
         "": lambda index: sample_tokens(*sets[index], **spared),
-        "torch, by sorting": lambda index: kernels.sampling.sample_tokens(*sets[index]),
+        "torch, by sorting": lambda index: kernels.reference.sampling.sample_tokens(*sets[index]),
     }
     seconds = Stopwatch(context.device, num_rounds=5).compare(works, num_sets=count)
     floor = context.floor(num_bytes=4 * num_rows * vocab_size)
@@ -55,7 +55,7 @@ def _time_scores(context: Context, name: str, num_rows: int) -> Iterator[Record]
     tokens = torch.randint(0, vocab_size, (num_rows,), device=device, generator=generator)
     works: dict[str, Work] = {
         "": lambda index: score_tokens(logits[index], tokens),
-        "torch, eager": lambda index: kernels.sampling.score_tokens(logits[index], tokens),
+        "torch, eager": lambda index: kernels.reference.sampling.score_tokens(logits[index], tokens),
     }
     seconds = Stopwatch(device).compare(works, num_sets=count)
     floor = context.floor(num_bytes=4 * num_rows * vocab_size)

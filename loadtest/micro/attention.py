@@ -2,7 +2,7 @@
 
 Microseconds per layer of SmolLM2-135M's shapes (9 heads, 3 KV heads, head size 64): the back end that the engine runs,
 the matrix products alone on contexts that already lie together, and the fused kernel on the same. It decides
-`engine.attention_plan`: how many rows per sequence still go through batched products.
+`engine.attention.torch_plan`: how many rows per sequence still go through batched products.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import engine.attention_plan
-from engine.attention import AttentionLayer, TorchAttention
-from engine.forward_batch import ForwardBatch, build_forward_batch
-from engine.kv_cache import KVCache
+import engine.attention.torch_plan
+from engine.attention.torch_backend import TorchAttention
+from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
-from kernels.batched_attention import attend
+from kernels.torch_cpu.batched_attention import attend
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
 LAYER = AttentionLayer(0, num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125)
@@ -40,13 +41,13 @@ def _measure(num_seqs: int, num_queries: int, context: int) -> Row:
     cache = KVCache([LAYER], num_blocks=num_seqs * context // BLOCK_SIZE, block_size=BLOCK_SIZE, dtype=torch.float32)
     q, k, v = (torch.randn(num_seqs * num_queries, heads, LAYER.head_dim) for heads in (9, 3, 3))
     row: Row = {"seqs": num_seqs, "new": num_queries, "context": context}
-    limit = engine.attention_plan.MAX_GROUPED_QUERIES
+    limit = engine.attention.torch_plan.MAX_GROUPED_QUERIES
     for name, max_grouped in (("grouped", num_queries), ("one by one", 0)):
-        engine.attention_plan.MAX_GROUPED_QUERIES = max_grouped
+        engine.attention.torch_plan.MAX_GROUPED_QUERIES = max_grouped
         backend = TorchAttention(cache)
         work = partial(_attend, backend, q, k, v, batch)
         row[name] = 1e6 * fastest(work, num_calls=num_calls)
-    engine.attention_plan.MAX_GROUPED_QUERIES = limit
+    engine.attention.torch_plan.MAX_GROUPED_QUERIES = limit
     row.update(_products_alone(num_seqs, num_queries, context, num_calls))
     return row
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig
 
-from engine.attention import TorchAttention
-from engine.ceilings import measure_ceilings
-from engine.forward_batch import ForwardBatch, build_forward_batch
-from engine.kv_cache import KVCache
-from engine.linear import has_fast_bf16, has_float16_weights, prepare_linears
+from engine.attention.torch_backend import TorchAttention
+from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
+from engine.planning.ceilings import measure_ceilings
+from engine.quantization.method import has_fast_bf16, has_float16_weights, prepare_linears
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 

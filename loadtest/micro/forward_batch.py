@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from engine.block_tables import BlockTables
-from engine.forward_batch import BatchBuilder, build_forward_batch
+from engine.batch.block_tables import BlockTables
+from engine.batch.forward_batch import BatchBuilder, build_forward_batch
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 

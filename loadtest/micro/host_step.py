@@ -16,17 +16,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from engine.block_tables import BlockTables
+from engine.batch.block_tables import BlockTables
+from engine.batch.forward_batch import ForwardBatch
 from engine.engine import Engine
-from engine.forward_batch import ForwardBatch
-from engine.graph_runner import GraphLimits, GraphRunner
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
-from engine.proposers.none import NoProposer
-from engine.sampler_triton import TritonSampler
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.runner.cuda_graphs import GraphLimits, GraphRunner
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.triton_sampler import TritonSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.step_stats import ModelCost
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled
 from loadtest.micro.measure import Row, parse_arguments, report
 from loadtest.micro.steady import PARTS, medians, timed_step
@@ -124,7 +124,7 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
 
 def measure(num_seqs: int, context: int, *, has_drafts: bool) -> Row:
     """Microseconds: of the fastest round, since others that use the machine only ever add."""
-    with patch("engine.sampler_triton.sample_tokens", _sample_nothing):
+    with patch("engine.sampling.triton_sampler.sample_tokens", _sample_nothing):
         engine = make_engine(num_seqs, context, has_drafts=has_drafts)
         for number in range(num_seqs):
             params = SamplingParams(seed=number, max_tokens=MAX_TOKENS, temperature=0.7)

@@ -1,7 +1,7 @@
 """Which way to multiply with a weight matrix is fastest here? `python -m loadtest.micro.linear [--threads 2] [--save]`
 
-Microseconds per product of [rows, in] with [out, in], weights streamed from memory. It decides `engine.linear`: from
-which size float32 is packed, and what a format gains.
+Microseconds per product of [rows, in] with [out, in], weights streamed from memory. It decides
+`engine.quantization.method`: from which size float32 is packed, and what a format gains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.linear import HalfFormat, Int8Format, PackedFormat, QuantFormat, can_pack, has_float16_weights
+from engine.quantization.method import HalfFormat, Int8Format, PackedFormat, QuantFormat, can_pack, has_float16_weights
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (4096, 4096), (49152, 576)]  # out, in; SmolLM2-135M's and a larger one

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from engine.machine import read_machine
+from engine.planning.machine import read_machine
 from loadtest.environment import Environment
 
 RESULTS = Path(__file__).parent.parent / "results"

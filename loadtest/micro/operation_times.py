@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from kernels.numba.team import ProgramTimes, Team
+    from kernels.numba.program.team import ProgramTimes, Team
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What does choosing the tokens of a step cost here? `python -m loadtest.micro.sampling [--threads 2] [--save]`
 
 Microseconds per step, and dispatcher calls, for logits of SmolLM2-135M's vocabulary that look like a language model's.
-The floor is reading the logits once at the speed that this machine reads memory. It decides how `engine.sampler`
+The floor is reading the logits once at the speed that this machine reads memory. It decides how `engine.sampling`
 looks for the largest logit, and that penalties keep what they know of a sequence from step to step.
 """
 
@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.ceilings import measure_ceilings
-from engine.sampler import Sampler
-from engine.sampler_numba import NumbaSampler
+from engine.planning.ceilings import measure_ceilings
+from engine.sampling.host_sampler import HostSampler
+from engine.sampling.numba_sampler import NumbaSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
@@ -57,7 +57,7 @@ def _measure(num_seqs: int, way: str, bytes_per_second: float) -> Row:
     params = SamplingParams(**{"seed": 1, "max_tokens": 9, **fields})  # type: ignore[arg-type]
     logits = [_logits(num_seqs) for _ in range(NUM_LOGITS)]
     row: Row = {"batch": num_seqs, "way": way}
-    for name, sampler in (("numpy us", Sampler(VOCAB_SIZE)), ("numba us", NumbaSampler(VOCAB_SIZE))):
+    for name, sampler in (("numpy us", HostSampler(VOCAB_SIZE)), ("numba us", NumbaSampler(VOCAB_SIZE))):
         batch = [_item(params, context) for _ in range(num_seqs)]
         work = partial(_step, sampler, logits, batch)
         row[name] = 1e6 * fastest(work, num_calls=NUM_LOGITS)
@@ -68,7 +68,7 @@ def _measure(num_seqs: int, way: str, bytes_per_second: float) -> Row:
     return row
 
 
-def _step(sampler: Sampler, logits: list[torch.Tensor], batch: list[Scheduled], index: int) -> None:
+def _step(sampler: HostSampler, logits: list[torch.Tensor], batch: list[Scheduled], index: int) -> None:
     for item, result in zip(batch, sampler(logits[index], batch), strict=True):
         item.seq.token_ids += result.token_ids
         item.seq.num_computed_tokens += 1

@@ -15,7 +15,7 @@ import numpy as np
 from engine.build import build_engine
 from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.engine import Engine
-from engine.messages import ModelInfo
+from engine.ipc.messages import ModelInfo
 from engine.types import Request, SamplingParams, StepStats
 from loadtest.micro.measure import RESULTS
 

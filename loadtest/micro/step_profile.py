@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine.ceilings import measure_ceilings
+from engine.planning.ceilings import measure_ceilings
 from loadtest.environment import Environment, read_environment
 from loadtest.micro.measure import dated_path, fastest, parse_numbers
 from loadtest.micro.operation_times import (
@@ -42,7 +42,7 @@ WAY_TO_CLIENT = "between the processes and HTTP"
 
 
 def _team_clock(steady: SteadyEngine) -> OperationClock:
-    from engine.attention_numba import NumbaAttention  # compiles where it was not imported yet
+    from engine.attention.numba_backend import NumbaAttention
 
     attention = steady.engine.runner.attention
     assert isinstance(attention, NumbaAttention), "device.kernels is numba"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.attention import AttentionLayer
-from engine.forward_batch import ForwardBatch
+from engine.batch.forward_batch import ForwardBatch
+from engine.kv_cache.layer_spec import AttentionLayer
 from engine.types import Request, SamplingParams, Scheduled, Sequence
-from kernels.attention import paged_attention
+from kernels.reference.attention import paged_attention
 
 
 @dataclass

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from engine.client import EngineClient, EngineState, SupervisionLimits
+from engine.client.client import EngineClient, EngineState, SupervisionLimits
 from engine.config import EngineConfig, ModelConfig, SupervisionConfig
-from engine.messages import ModelInfo
+from engine.ipc.messages import ModelInfo
 from engine.types import Request, SamplingParams, StepOutput, StepStats
 
 SCRIPT = Path(__file__).parent / "scripted_engine.py"

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from engine.attention import TorchAttention
+from engine.attention.torch_backend import TorchAttention
+from engine.batch.forward_batch import Ahead
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.forward_batch import Ahead
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.messages import ModelInfo, TokenizerAssets
-from engine.model_runner import ModelRunner
+from engine.ipc.messages import ModelInfo, TokenizerAssets
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.step_stats import ModelCost
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Scheduled
 
 VOCAB_SIZE = 64
@@ -61,7 +61,7 @@ def make_engine(*, overlap: bool = False, proposer=None, num_blocks: int = 100) 
     runner = FaultyRunner(model, cache, TorchAttention(cache), block_size=4)
     kv = KVCacheManager(num_blocks, 4)
     proposer = proposer or NoProposer()
-    return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
 
 
 def lose_device() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from engine.config import EngineConfig
-from engine.messages import ModelInfo, TokenizerAssets
+from engine.ipc.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, Scheduled, Sequence, StepOutput, StepStats, TokenLogprobs
 
 EXIT, SEGFAULT, RAISE, HANG, POISONED, REFUSED, CRASH_WHEN_FRESH, GARBAGE, FORK = range(9001, 9010)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionLayer, TorchAttention
-from engine.attention_plan import MAX_GROUPED_QUERIES, rounded_context
-from engine.forward_batch import build_forward_batch
-from engine.kv_cache import KVCache
-from kernels.attention import paged_attention
+from engine.attention.torch_backend import TorchAttention
+from engine.attention.torch_plan import MAX_GROUPED_QUERIES, rounded_context
+from engine.batch.forward_batch import build_forward_batch
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.storage import KVCache
+from kernels.reference.attention import paged_attention
 
 batches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("attention_batches.py"))))
 Item, scheduled, released = batches.Item, batches.scheduled, batches.released

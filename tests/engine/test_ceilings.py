@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig
 
 from engine.build import build_engine
-from engine.ceilings import Ceilings, CeilingsFile, best_rate, ceilings_file, measure_ceilings, with_ceilings
 from engine.config import EngineConfig
-from engine.machine import read_machine
-from engine.step_stats import NUM_WITNESSES, StepPace
+from engine.planning.ceilings import CeilingsFile, best_rate, ceilings_file, measure_ceilings, with_ceilings
+from engine.planning.machine import Ceilings, read_machine
+from engine.scheduling.step_stats import NUM_WITNESSES, StepPace
 from engine.types import Request, SamplingParams, StepStats
 
 

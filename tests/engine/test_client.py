@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import uvloop
 
-from engine.child import launch_child
-from engine.client import EngineClient, EngineError, EngineState
+from engine.client.client import EngineClient, EngineError, EngineState
+from engine.client.engine_process import launch_child
 
 crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
 script, make_request, collect, tokens_of = crossing.script, crossing.make_request, crossing.collect, crossing.tokens_of

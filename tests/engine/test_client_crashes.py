@@ -19,9 +19,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.client import EngineError, EngineState
+from engine.client.client import EngineError, EngineState
 from engine.config import SupervisionConfig
-from engine.messages import EXIT_CODES
+from engine.ipc.messages import EXIT_CODES
 from engine.types import StepOutput
 
 crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))

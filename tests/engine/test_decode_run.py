@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from engine.block_tables import BlockTables
-from engine.decode_run import DecodeRun, make_room
-from engine.forward_batch import gather_numbers
-from engine.kv_manager import KVCacheManager
+from engine.batch.block_tables import BlockTables
+from engine.batch.forward_batch import gather_numbers
+from engine.kv_cache.manager import KVCacheManager
+from engine.runner.decode_inputs import DecodeRun, make_room
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 BLOCK_SIZE = 4

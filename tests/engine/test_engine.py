@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from engine.attention import TorchAttention
+from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.step_stats import ModelCost
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled, StepOutput
 
 VOCAB_SIZE = 64
@@ -91,7 +91,7 @@ def _make_engine(
     rows = {"max_num_batched_tokens": budget, "max_num_logits": max_num_logits}
     limits = SchedulerLimits(max_num_seqs=8, max_model_len=80, headroom=1, **rows)
     runner = ModelRunner(model, cache, TorchAttention(cache), block_size=block_size)
-    return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer or NoProposer(), COST)
+    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer or NoProposer(), COST)
 
 
 def _run(engine: Engine, requests: list[Request], stagger: int = 2) -> dict[str, list[int]]:
@@ -219,7 +219,7 @@ def test_drafts_save_steps(llama, greedy):
     assert num_steps(TreeProposer(greedy)) <= num_steps(NoProposer()) / 2
 
 
-class PoisonedSampler(Sampler):
+class PoisonedSampler(HostSampler):
     """Fails whenever a poisoned request is in the batch."""
 
     def launch(self, logits, batch):

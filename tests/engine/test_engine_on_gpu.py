@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from engine import graph_runner
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.runner import cuda_graphs as graph_runner
 from engine.types import Request, SamplingParams, TokenLogprobs
 
 pytestmark = [

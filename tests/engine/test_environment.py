@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.client.environment import engine_environment
 from engine.config import EngineConfig, ModelConfig
-from engine.environment import engine_environment
 
 crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
 

@@ -21,16 +21,16 @@ import msgspec
 import pytest
 from transformers import LlamaConfig
 
-from engine import sampler_triton
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.kv_manager import KVCacheManager
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv_cache.manager import KVCacheManager
+from engine.sampling import triton_sampler as sampler_triton
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams
-from kernels import sampling
+from kernels.reference import sampling
 
 HERE = Path(__file__).resolve().parent
 ENGINE = str(HERE.parents[1] / "engine") + "/"

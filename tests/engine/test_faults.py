@@ -16,13 +16,13 @@ from types import FrameType, SimpleNamespace
 import pytest
 import torch
 
-from engine.client import EngineClient, EngineState
+from engine.batch.forward_batch import Ahead
+from engine.client.client import EngineClient, EngineState
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.faults import EngineFaultError
-from engine.forward_batch import Ahead
-from engine.sampled_rows import SampledRow
-from engine.token_counts import TokenCounts
+from engine.sampling.rows import SampledRow
+from engine.sampling.token_counts import TokenCounts
 from engine.types import Request, SamplingParams, Scheduled, Sequence, StepOutput
 
 HERE = Path(__file__).parent

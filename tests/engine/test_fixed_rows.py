@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from engine.fixed_rows import FixedRows, fix_rows
 from engine.models.moe import SparseMLP
 from engine.models.operations import load_operations
 from engine.models.registry import build_model
+from engine.runner.strict_linear import FixedRows, fix_rows
 
 SIZES = {
     "hidden_size": 48,

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import torch
 
-from engine.block_tables import WIDTH_STEP, BlockTables
-from engine.forward_batch import Ahead, BatchBuilder, HostStaging, build_forward_batch, gather_numbers, places
-from engine.kv_manager import KVCacheManager
-from engine.static_batch import NO_SLOT, GraphSize, StaticBatch
+from engine.batch.block_tables import WIDTH_STEP, BlockTables
+from engine.batch.forward_batch import Ahead, BatchBuilder, HostStaging, build_forward_batch, gather_numbers, places
+from engine.kv_cache.manager import KVCacheManager
+from engine.runner.graph_inputs import NO_SLOT, GraphSize, StaticBatch
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.framing import (
+from engine.ipc.framing import (
     HEADER,
     MAX_FRAME_BYTES,
     FrameError,
@@ -22,7 +22,7 @@ from engine.framing import (
     from_engine_decoder,
     to_engine_decoder,
 )
-from engine.messages import Abort, Add, Configure, Failed, FromEngine, Heartbeat, Phase, Shutdown, Step, ToEngine
+from engine.ipc.messages import Abort, Add, Configure, Failed, FromEngine, Heartbeat, Phase, Shutdown, Step, ToEngine
 from engine.types import Request, RequestTiming, SamplingParams, StepOutput, TokenLogprobs
 
 token_ids = st.lists(st.integers(0, 2**31), max_size=50)

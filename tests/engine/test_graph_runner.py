@@ -16,20 +16,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionLayer, TorchAttention
-from engine.block_tables import BlockTables
+from engine.attention.torch_backend import TorchAttention
+from engine.batch.block_tables import BlockTables
+from engine.batch.forward_batch import ForwardBatch
 from engine.engine import Engine
-from engine.forward_batch import ForwardBatch
-from engine.graph_runner import CudaGraphDevice, GraphLimits, GraphRunner, padded_sizes
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.runner.cuda_graphs import CudaGraphDevice, GraphLimits, GraphRunner, padded_sizes
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled, Sequence
-from kernels.attention import paged_attention, store_kv
+from kernels.reference.attention import paged_attention, store_kv
 
 simulated_gpu = runpy.run_path(str(Path(__file__).parents[1] / "simulated_gpu.py"))["simulated_gpu"]
 llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_llamas.py")))
@@ -128,7 +129,7 @@ class Setup:
         limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
         scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, window=self.window), limits)
         proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
-        return Engine(self.runner, scheduler, Sampler(llamas.VOCAB_SIZE), proposer, llamas.COST, overlap=overlap)
+        return Engine(self.runner, scheduler, HostSampler(llamas.VOCAB_SIZE), proposer, llamas.COST, overlap=overlap)
 
 
 def _run(engine: Engine, seed: int = 0) -> dict[str, list[int]]:

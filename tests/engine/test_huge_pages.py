@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from engine.huge_pages import HugePages
+from engine.quantization.huge_pages import HugePages
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from engine.client.deaths import Death, Deaths, Verdict
+from engine.client.journal import TRIAL_TOKENS, Entry, Journal
 from engine.config import SupervisionConfig
-from engine.crash_note import BatchLine
-from engine.deaths import Death, Deaths, Verdict
-from engine.journal import TRIAL_TOKENS, Entry, Journal
+from engine.ipc.inflight_record import BatchLine
 from engine.types import Request, SamplingParams, StepOutput, TokenLogprobs
 
 

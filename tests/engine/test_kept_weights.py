@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.messages import ModelInfo
+from engine.ipc.messages import ModelInfo
 
 gguf = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_loading_gguf.py"))))
 

@@ -21,9 +21,9 @@ from transformers import (
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.kv_range import bound_of_keys_and_values
-from engine.messages import ModelInfo
+from engine.ipc.messages import ModelInfo
 from engine.models.registry import build_model
+from engine.planning.kv_range import bound_of_keys_and_values
 from engine.types import Request, SamplingParams
 
 SIZES = {

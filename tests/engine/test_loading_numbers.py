@@ -26,9 +26,9 @@ from transformers.utils import logging
 from engine.build import build_engine
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
-from engine.models.errors import ModelError
-from engine.models.gguf_header import read_gguf_header
-from engine.models.loader import load_model, read_model_facts
+from engine.loading.gguf.header import read_gguf_header
+from engine.loading.loader import load_model, read_model_facts
+from engine.models.model_error import ModelError
 from engine.types import Request, SamplingParams
 
 gguf = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_loading_gguf.py"))))

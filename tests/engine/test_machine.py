@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.linear import COMPILED_FORMATS, FORMATS
-from engine.machine import (
+from engine.planning.machine import (
     cgroup_cpu_quota,
     cgroup_memory,
     describe_compiled_kernels,
     describe_kernels,
     read_machine,
 )
+from engine.quantization.method import COMPILED_FORMATS, FORMATS
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from engine.attention import TorchAttention
+from engine.attention.torch_backend import TorchAttention
 from engine.config import EngineConfig
-from engine.machine import read_machine
-from engine.memory_profile import largest_step, measure_workspace, plan_with_workspace
-from engine.models.loader import read_model_facts
+from engine.loading.loader import read_model_facts
 from engine.models.model import Model
 from engine.models.registry import build_model
-from engine.plan_sizes import PlanError
-from engine.planner import MemoryPlan, plan_memory
-from engine.sampler import Sampler
+from engine.planning.engine_plan import MemoryPlan, plan_memory
+from engine.planning.machine import read_machine
+from engine.planning.sizes import PlanError
+from engine.runner.memory_profile import largest_step, measure_workspace, plan_with_workspace
+from engine.sampling.host_sampler import HostSampler
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -102,7 +102,7 @@ def test_the_measurement_covers_the_model_and_the_sampler(config: EngineConfig, 
         parameter.data.normal_(std=0.1)
     meter = FakeMeter()
     watched = WatchedModel(model, meter)
-    found = measure_workspace(watched, Sampler(64), TorchAttention, plan=plan, meter=meter)
+    found = measure_workspace(watched, HostSampler(64), TorchAttention, plan=plan, meter=meter)
     assert found == 12345
     assert meter.calls == ["start", "forward 100", "logits 100", "peak"]
 

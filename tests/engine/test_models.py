@@ -40,9 +40,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from engine.attention import TorchAttention
-from engine.forward_batch import build_forward_batch
-from engine.kv_cache import KVCache
+from engine.attention.torch_backend import TorchAttention
+from engine.batch.forward_batch import build_forward_batch
+from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.types import Request, SamplingParams, Scheduled, Sequence

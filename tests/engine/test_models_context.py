@@ -11,10 +11,10 @@ import pytest
 from transformers import LlamaConfig, Olmo3Config, PreTrainedConfig, Qwen2Config
 
 from engine.config import EngineConfig, ModelConfig
-from engine.machine import read_machine
-from engine.models.loader import read_model_facts
-from engine.models.notes import length_notes
-from engine.planner import MemoryPlan, plan_memory, render_plan
+from engine.loading.loader import read_model_facts
+from engine.loading.notes import length_notes
+from engine.planning.engine_plan import MemoryPlan, plan_memory, render_plan
+from engine.planning.machine import read_machine
 
 models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_models.py"))))
 

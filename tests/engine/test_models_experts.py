@@ -22,14 +22,14 @@ from transformers import (
 from transformers.utils import logging
 
 from engine.config import EngineConfig, ModelConfig
-from engine.linear import prepare_linears
-from engine.machine import read_machine
-from engine.models.loader import load_model, read_model_facts
+from engine.loading.loader import load_model, read_model_facts
 from engine.models.moe import Gate
 from engine.models.registry import build_model
 from engine.models.transformers_fallback import TransformersModel
-from engine.planner import plan_memory, render_plan
-from engine.step_stats import ModelCost, count_work
+from engine.planning.engine_plan import plan_memory, render_plan
+from engine.planning.machine import read_machine
+from engine.quantization.method import prepare_linears
+from engine.scheduling.step_stats import ModelCost, count_work
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 HIDDEN, EXPERT, NUM_EXPERTS, TOP_K = 32, 24, 5, 2

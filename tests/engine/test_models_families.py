@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from engine.loading.text_part import text_config
 from engine.models.registry import build_model
-from engine.models.text_part import text_config
 
 models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_models.py"))))
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.utils import logging
 
 from engine.config import ModelConfig
-from engine.models.errors import ModelError
-from engine.models.loader import load_model, read_model_facts
-from engine.models.text_part import FAMILIES, name_in_text_part
+from engine.loading.loader import load_model, read_model_facts
+from engine.loading.text_part import FAMILIES, name_in_text_part
+from engine.models.model_error import ModelError
 
 models = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_models.py"))))
 

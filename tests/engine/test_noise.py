@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from engine.noise import gumbel, noise_bits, noise_key, noise_keys, philox4x32, token_words
+from engine.sampling.noise import gumbel, noise_bits, noise_key, noise_keys, philox4x32, token_words
 
 WORD = 0xFFFFFFFF
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention import AttentionLayer
-from engine.attention_numba import NumbaAttention, scratch_bytes
-from engine.forward_batch import ForwardBatch, build_forward_batch
-from engine.kv_cache import KVCache
-from kernels.numba.attention import SPAN, TILE_ROWS
-from kernels.numba.team import Team
+from engine.attention.numba_backend import NumbaAttention, scratch_bytes
+from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.storage import KVCache
+from kernels.numba.ops.attention import SPAN, TILE_ROWS
+from kernels.numba.program.team import Team
 
 batches = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("attention_batches.py"))))
 Item, scheduled, released = batches.Item, batches.scheduled, batches.released

@@ -22,13 +22,13 @@ from transformers import (
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.linear import COMPILED_FORMATS
-from engine.machine import Machine, read_machine
-from engine.messages import ModelInfo
+from engine.ipc.messages import ModelInfo
+from engine.loading.loader import read_model_facts
 from engine.models.llama_numba import NumbaLlama
-from engine.models.loader import read_model_facts
-from engine.plan_settings import SettingError
-from engine.planner import MemoryPlan, plan_memory
+from engine.planning.engine_plan import MemoryPlan, plan_memory
+from engine.planning.machine import Machine, read_machine
+from engine.planning.resolve import SettingError
+from engine.quantization.method import COMPILED_FORMATS
 from engine.types import Request, SamplingParams
 
 VOCAB_SIZE = 150

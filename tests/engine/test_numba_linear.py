@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.linear import COMPILED_FORMATS
-from engine.linear_numba import PackedLinear, pack_linear, pack_linears
-from engine.plan_sizes import _QUANTIZED_BYTES as PLANNED_BYTES
-from kernels.numba.packing import unpack
+from engine.planning.sizes import _QUANTIZED_BYTES as PLANNED_BYTES
+from engine.quantization.method import COMPILED_FORMATS
+from engine.quantization.numba_cpu import PackedLinear, pack_linear, pack_linears
+from kernels.numba.packing.packing import unpack
 
 
 @pytest.fixture(autouse=True)

@@ -23,18 +23,18 @@ from transformers import (
     SmolLM3Config,
 )
 
-from engine.attention import TorchAttention
-from engine.attention_numba import NumbaAttention, scratch_bytes
-from engine.kv_cache import KVCache
-from engine.linear import COMPILED_FORMATS
-from engine.linear_numba import PackedLinear, pack_linears
-from engine.model_runner import ModelRunner
+from engine.attention.numba_backend import NumbaAttention, scratch_bytes
+from engine.attention.torch_backend import TorchAttention
+from engine.kv_cache.storage import KVCache
 from engine.models.llama import Llama
 from engine.models.llama_numba import NumbaLlama
 from engine.models.registry import build_model
+from engine.quantization.method import COMPILED_FORMATS
+from engine.quantization.numba_cpu import PackedLinear, pack_linears
+from engine.runner.model_runner import ModelRunner
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
-from kernels.numba.packing import unpack
-from kernels.numba.team import Team
+from kernels.numba.packing.packing import unpack
+from kernels.numba.program.team import Team
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 99

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from engine.attention import TorchAttention
+from engine.attention.torch_backend import TorchAttention
+from engine.batch.forward_batch import Ahead
 from engine.engine import Engine
-from engine.forward_batch import Ahead
-from engine.halving import halve_chunks
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.oom_split import halve_chunks
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.step_stats import ModelCost
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 VOCAB_SIZE = 32
@@ -65,7 +65,7 @@ def _make_engine(*, max_num_rows: int, overlap: bool = False, has_drafts: bool =
     runner.max_num_rows = max_num_rows
     proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
     kv = KVCacheManager(200, 4)
-    return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
 
 
 def _run(engine: Engine, prompts: list[list[int]], **fields: object) -> tuple[dict[str, list[int]], dict[str, str]]:

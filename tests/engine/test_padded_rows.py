@@ -21,19 +21,19 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from engine.attention import TorchAttention
-from engine.attention_numba import NumbaAttention, scratch_bytes
+from engine.attention.numba_backend import NumbaAttention, scratch_bytes
+from engine.attention.torch_backend import TorchAttention
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.linear import has_fast_bf16, prepare_linears
-from engine.model_runner import ModelRunner
+from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
-from engine.padded_rows import make_rows_independent
+from engine.quantization.method import has_fast_bf16, prepare_linears
+from engine.runner.model_runner import ModelRunner
+from engine.runner.padded_rows import make_rows_independent
 from engine.types import Request, SamplingParams, Scheduled, Sequence, TokenLogprobs
-from kernels.numba.team import Team
+from kernels.numba.program.team import Team
 
 VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS = 99, 16, 60
 SIZES = {

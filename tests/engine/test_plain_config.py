@@ -21,8 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from engine.loading.plain_config import read_plain_config
 from engine.models.architecture import read_architecture
-from engine.models.plain_config import read_plain_config
 from engine.models.registry import build_model
 
 SIZES = {
@@ -126,7 +126,7 @@ def test_a_common_model_is_loaded_without_the_imports_that_take_seconds(tmp_path
     code = f"""
 import sys, torch
 from engine.config import ModelConfig
-from engine.models.loader import load_model
+from engine.loading.loader import load_model
 print(load_model(ModelConfig(path={str(tmp_path)!r}), dtype=torch.float32, seed=0).eos_token_ids)
 print([name for name in ("torch._dynamo", "sympy", "transformers.models.llama") if name in sys.modules])
 """

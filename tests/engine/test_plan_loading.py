@@ -10,27 +10,27 @@ import pytest
 from transformers import LlamaConfig
 
 from engine.config import EngineConfig
-from engine.machine import read_machine
-from engine.models.loader import read_model_facts
-from engine.plan_loading import OTHER_BYTES, Matrix, loading_peak, weight_sizes
-from engine.planner import plan_memory
+from engine.loading.loader import read_model_facts
+from engine.loading.loading_peak import OTHER_BYTES, Matrix, loading_peak, weight_sizes
+from engine.planning.engine_plan import plan_memory
+from engine.planning.machine import read_machine
 
 LOAD = """
 import json, re, sys
 from pathlib import Path
 import torch
-from engine.back_end import BackEnd
+from engine.runner.kernel_backend import KernelBackend
 from engine.config import EngineConfig
-from engine.machine import freeing_at_once, read_machine
-from engine.models.loader import load_model, read_model_facts
-from engine.planner import plan_memory
+from engine.planning.machine import freeing_at_once, read_machine
+from engine.loading.loader import load_model, read_model_facts
+from engine.planning.engine_plan import plan_memory
 
 def read(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 config = EngineConfig.model_validate_json(sys.argv[1])
 plan = plan_memory(read_model_facts(config.model), config, read_machine())
-back_end = BackEnd(plan, is_strict=False, is_torch_only=plan.kernels == "torch")
+back_end = KernelBackend(plan, is_strict=False, is_torch_only=plan.kernels == "torch")
 if plan.kernels == "numba":
     back_end.compile()
 torch.set_num_threads(plan.num_threads)

@@ -9,14 +9,13 @@ from typing import TypeAlias
 import pytest
 import torch
 
-from engine.attention import AttentionLayer
-from engine.ceilings import Ceilings
 from engine.config import EngineConfig
-from engine.machine import Machine
-from engine.models.loader import ModelFacts
-from engine.plan_loading import Matrix
-from engine.plan_settings import CacheSize, SettingError, parse_cache_size
-from engine.planner import MemoryPlan, PlanError, plan_memory, render_plan
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.loading.loading_peak import Matrix
+from engine.loading.model_facts import ModelFacts
+from engine.planning.engine_plan import MemoryPlan, PlanError, plan_memory, render_plan
+from engine.planning.machine import Ceilings, Machine
+from engine.planning.resolve import CacheSize, SettingError, parse_cache_size
 
 Section: TypeAlias = dict[str, str | int]
 

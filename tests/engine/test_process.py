@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.crash_note import NOTE_BYTES, BatchLine, CrashNote, create_note_fd
-from engine.framing import HEADER, FrameSocket, encode_frame, from_engine_decoder
-from engine.messages import (
+from engine.ipc.framing import HEADER, FrameSocket, encode_frame, from_engine_decoder
+from engine.ipc.inflight_record import NOTE_BYTES, BatchLine, CrashNote, create_note_fd
+from engine.ipc.messages import (
     EXIT_CODES,
     Abort,
     Add,

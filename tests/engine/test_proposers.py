@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.config import SpeculationConfig
-from engine.proposers import PROPOSERS, build_proposer
-from engine.proposers.ngram import MAX_INDEXED_PER_STEP, NgramIndex, NgramProposer
+from engine.speculation.ngram import MAX_INDEXED_PER_STEP, NgramIndex, NgramProposer
+from engine.speculation.proposer import PROPOSERS, build_proposer
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 HIDDEN = torch.zeros(1, 4)

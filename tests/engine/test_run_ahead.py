@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import TorchAttention
+from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled, StepOutput
 
 llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny_llamas.py")))
@@ -42,7 +42,9 @@ def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, bu
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=llamas.window_of(name))
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
     runner = CountingRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
-    return Engine(runner, Scheduler(kv, limits), Sampler(llamas.VOCAB_SIZE), NoProposer(), llamas.COST, overlap=overlap)
+    return Engine(
+        runner, Scheduler(kv, limits), HostSampler(llamas.VOCAB_SIZE), NoProposer(), llamas.COST, overlap=overlap
+    )
 
 
 def _random_params(rng: random.Random, seed: int) -> SamplingParams:
@@ -218,7 +220,7 @@ def test_a_launch_that_fails_is_given_up_and_harms_no_request(caplog):
     assert len([record for record in caplog.records if "launched ahead" in record.message]) == 1
 
 
-class BrokenSampler(Sampler):
+class BrokenSampler(HostSampler):
     """Fails for a request once it has said three tokens, whether it is asked ahead of time or not."""
 
     def launch(self, logits, batch: list[Scheduled], positions=None):

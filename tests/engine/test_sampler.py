@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.noise import gumbel, noise_bits, noise_keys, token_words
-from engine.sampler import Sampler
-from engine.sampler_triton import TritonSampler
+from engine.sampling.host_sampler import HostSampler
+from engine.sampling.noise import gumbel, noise_bits, noise_keys, token_words
+from engine.sampling.triton_sampler import TritonSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
 INF = math.inf
@@ -185,7 +185,7 @@ def random_case(rng: random.Random, vocab_size: int) -> tuple[Scheduled, torch.T
 def test_every_combination_of_parameters_follows_the_definition(vocab_size: int) -> None:
     rng = random.Random(vocab_size)
     torch.manual_seed(vocab_size)
-    sampler = Sampler(vocab_size)
+    sampler = HostSampler(vocab_size)
     num_accepted = 0
     for _ in range(12):
         items, logits = zip(*(random_case(rng, vocab_size) for _ in range(10)), strict=True)
@@ -200,7 +200,7 @@ def test_sampled_tokens_are_the_same_alone_and_in_any_batch() -> None:
     rng = random.Random(3)
     torch.manual_seed(3)
     vocab_size = 3001
-    sampler = Sampler(vocab_size)
+    sampler = HostSampler(vocab_size)
     cases = [random_case(rng, vocab_size) for _ in range(40)]
     alone = [sampler(logits, [item])[0] for item, logits in cases]
     for _ in range(10):
@@ -213,7 +213,7 @@ def test_drafts_change_how_many_tokens_come_and_never_which() -> None:
     """A toy model whose logits depend on the whole context, decoded plainly and through random trees of drafts."""
     rng = random.Random(5)
     vocab_size = 6
-    sampler = Sampler(vocab_size)
+    sampler = HostSampler(vocab_size)
 
     def model(context: list[int]) -> torch.Tensor:
         return torch.tensor([random.Random(f"{context} {token}").gauss(0, 2) for token in range(vocab_size)])
@@ -262,7 +262,7 @@ def test_large_vocabularies_follow_the_definition_too(scale: float) -> None:
         make_params(top_p=0.999, min_p=0.001, seed=5),
         make_params(min_p=0.2, top_k=40, top_p=0.5, seed=6),
     ]
-    sampler = Sampler(vocab_size)
+    sampler = HostSampler(vocab_size)
     for repeat in range(4):
         items = [make_item(msgspec.structs.replace(p, seed=p.seed + 100 * repeat), prompt=[7]) for p in settings]
         for item, row, result in zip(items, logits, sampler(logits, items), strict=True):
@@ -290,7 +290,7 @@ def test_the_logits_stay_as_they_are() -> None:
     cases = [random_case(rng, 50) for _ in range(10)]
     logits = torch.cat([rows for _, rows in cases])
     before = logits.clone()
-    Sampler(50)(logits, [item for item, _ in cases])
+    HostSampler(50)(logits, [item for item, _ in cases])
     assert torch.equal(logits, before)
 
 
@@ -299,7 +299,7 @@ def test_chunks_that_do_not_sample_get_nothing_and_disturb_nobody() -> None:
     item = make_item(make_params(seed=3), prompt=[1, 2])
     chunk = replace(make_item(make_params(), prompt=[1, 2, 3]), samples=False)
     logits = torch.randn(1, 30)
-    sampler = Sampler(30)
+    sampler = HostSampler(30)
     alone = sampler(logits, [item])[0]
     assert sampler(logits, [chunk, item, chunk]) == [Sampled([]), alone, Sampled([])]
     assert sampler(logits[:0], [chunk]) == [Sampled([])]
@@ -318,16 +318,16 @@ def test_a_top_k_of_many_tokens_keeps_the_same_ones_without_sorting_them(monkeyp
         }
         items = [make_item(make_params(**fields, seed=rng.getrandbits(40)), prompt=[1]) for _ in range(4)]
         logits = random_logits(rng, 4, vocab_size)
-        listed = Sampler(vocab_size)(logits, items)
+        listed = HostSampler(vocab_size)(logits, items)
         with monkeypatch.context() as patch:
-            patch.setattr("engine.sampler.FEW_TOKENS", 0)
-            assert Sampler(vocab_size)(logits, items) == listed
+            patch.setattr("engine.sampling.host_sampler.FEW_TOKENS", 0)
+            assert HostSampler(vocab_size)(logits, items) == listed
 
 
 # --- what a client has named is read once ---
 
 
-@pytest.mark.parametrize("make_sampler", [Sampler, TritonSampler])
+@pytest.mark.parametrize("make_sampler", [HostSampler, TritonSampler])
 def test_lists_of_a_request_are_read_for_its_first_token_only(make_sampler) -> None:
     """What a step costs everybody else does not depend on how much one client has named."""
     rng = random.Random(5)
@@ -362,7 +362,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(bad_row, temperatur
     params = make_params(temperature=temperature, top_p=top_p, logprobs=1)
     items = [make_item(params, prompt=[1], output=[2] * i) for i in range(3)]
     logits = torch.randn(3, 8)
-    sampler = Sampler(8)
+    sampler = HostSampler(8)
     healthy = sampler(logits, items)
     logits[1] = torch.tensor(bad_row)
     results = sampler(logits, items)
@@ -377,7 +377,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(bad_row, temperatur
 def test_banning_every_token_fails_the_request_alone(temperature: float) -> None:
     params = make_params(temperature=temperature, top_k=2)
     items = [make_item(msgspec.structs.replace(params, **NOWHERE), prompt=[1]), make_item(params, prompt=[1])]
-    results = Sampler(8)(torch.zeros(2, 8), items)
+    results = HostSampler(8)(torch.zeros(2, 8), items)
     assert "no token is allowed" in results[0].error
     assert results[0].error_kind == "constraints"
     assert results[0].token_ids == []
@@ -388,7 +388,7 @@ def test_banning_every_token_fails_the_request_alone(temperature: float) -> None
 def test_a_bad_row_behind_drafts_counts_only_when_decoding_gets_there() -> None:
     logits = torch.zeros(3, 8)
     logits[0, 5] = logits[1, 6] = 9.0
-    sampler = Sampler(8)
+    sampler = HostSampler(8)
     item = make_item(make_params(temperature=0.0), prompt=[1], drafts=[5, 6])
     assert sampler(logits, [item])[0] == Sampled([5, 6, 0], [0, 1])
     logits[2] = math.nan
@@ -420,7 +420,7 @@ def test_extreme_settings_leave_one_token(fields: dict[str, object]) -> None:
     logits = torch.linspace(0.1, 1.0, 10).repeat(20, 1)
     logits[:, 3] = 2.0
     items = [make_item(make_params(seed=seed, **fields), prompt=[3]) for seed in range(20)]
-    assert [result.token_ids for result in Sampler(10)(logits, items)] == [[3]] * 20
+    assert [result.token_ids for result in HostSampler(10)(logits, items)] == [[3]] * 20
 
 
 def test_one_possible_token_is_sampled_whatever_the_filters() -> None:
@@ -428,4 +428,4 @@ def test_one_possible_token_is_sampled_whatever_the_filters() -> None:
     logits[:, 4321] = -7.0
     fields = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_p": 0.9, "top_k": 2000, "min_p": 0.1}]
     items = [make_item(make_params(**some), prompt=[1]) for some in fields]
-    assert [result.token_ids for result in Sampler(5000)(logits, items)] == [[4321]] * 4
+    assert [result.token_ids for result in HostSampler(5000)(logits, items)] == [[4321]] * 4

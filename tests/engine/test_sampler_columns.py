@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.noise import noise_keys
-from engine.sampler_columns import Columns
+from engine.sampling.metadata import Columns
+from engine.sampling.noise import noise_keys
 from engine.types import Request, SamplingParams, Sequence
 
 CPU = torch.device("cpu")

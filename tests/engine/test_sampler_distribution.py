@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.sampler import Sampler
+from engine.sampling.host_sampler import HostSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, -3.0, 2.0, 1.0, -0.5, 0.7])
@@ -61,7 +61,7 @@ def _filtered(*, temperature: float = 1.0, keep: list[int] | None = None) -> np.
     ],
 )
 def test_samples_follow_the_filtered_softmax(vary: str, fields: dict[str, object], probabilities: np.ndarray) -> None:
-    sampler = Sampler(len(LOGITS))
+    sampler = HostSampler(len(LOGITS))
     tokens: list[int] = []
     for start in range(0, NUM_SAMPLES, 2000):
         numbers = range(start, start + 2000)
@@ -75,7 +75,7 @@ def test_samples_follow_the_filtered_softmax(vary: str, fields: dict[str, object
 
 def test_drafts_leave_every_token_its_distribution() -> None:
     """With drafts that are accepted now and then: the first token, and the second given the first."""
-    sampler = Sampler(len(LOGITS))
+    sampler = HostSampler(len(LOGITS))
     drafts = [0, 3]
     rows = torch.stack((LOGITS, LOGITS.flip(0), LOGITS))  # what follows token 0 differs from what comes first
     first, second = [], []

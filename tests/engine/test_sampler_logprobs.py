@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from engine.sampler import Sampler
+from engine.sampling.host_sampler import HostSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence, TokenLogprobs
 
 VOCAB_SIZE = 200
@@ -45,14 +45,14 @@ def test_logprobs_are_those_of_the_untouched_logits_whatever_changes_the_choice(
     logits[:10, 50:] = -math.inf
     fields = {"temperature": 0.8, "logit_bias": {7: 2.0}, "repetition_penalty": 1.3, "top_k": 30, "bad_words": [[9]]}
     items = [_item(_params(logprobs=n % 21, seed=n, **fields), [1, 2], [3]) for n in range(30)]
-    for n, (item, result) in enumerate(zip(items, Sampler(VOCAB_SIZE)(logits, items), strict=True)):
+    for n, (item, result) in enumerate(zip(items, HostSampler(VOCAB_SIZE)(logits, items), strict=True)):
         _assert_close(result.logprobs, [_expected(logits[n], result.token_ids[0], item.seq.params.logprobs)])
         assert result.prompt_logprobs is None
 
 
 def test_every_emitted_token_has_its_own_and_others_have_none() -> None:
     torch.manual_seed(1)
-    sampler = Sampler(VOCAB_SIZE)
+    sampler = HostSampler(VOCAB_SIZE)
     logits = torch.randn(5, VOCAB_SIZE)
     best = logits.argmax(-1).tolist()
     drafts, parents = [0, best[0], 1, best[2]], [-1, -1, 1, 1]  # the root's second child and then its second child
@@ -69,7 +69,7 @@ def test_every_emitted_token_has_its_own_and_others_have_none() -> None:
 
 def test_more_most_likely_tokens_than_there_are_tokens_are_all_tokens() -> None:
     logits = torch.randn(1, 5)
-    result = Sampler(5)(logits, [_item(_params(logprobs=20), [1], [])])[0]
+    result = HostSampler(5)(logits, [_item(_params(logprobs=20), [1], [])])[0]
     _assert_close(result.logprobs, [_expected(logits[0], result.token_ids[0], 5)])
 
 
@@ -78,7 +78,7 @@ def test_a_prompt_in_chunks_is_scored_once_from_its_second_token_on(num_top: int
     """Row i of the whole prompt predicts token i + 1; where the chunks end must not show."""
     rng = random.Random(num_top)
     torch.manual_seed(num_top)
-    sampler = Sampler(VOCAB_SIZE)
+    sampler = HostSampler(VOCAB_SIZE)
     prompt = [rng.randrange(VOCAB_SIZE) for _ in range(150)]
     logits = torch.randn(len(prompt), VOCAB_SIZE)
     expected = [_expected(logits[i - 1], prompt[i], num_top) for i in range(1, len(prompt))]
@@ -104,7 +104,7 @@ def test_a_scored_row_that_is_not_finite_fails_its_request_alone() -> None:
     logits = torch.randn(4, VOCAB_SIZE)
     items = [_item(_params(prompt_logprobs=0), [1, 2], [], num_scored=1) for _ in range(2)]
     logits[2, 5] = math.nan
-    good, bad = Sampler(VOCAB_SIZE)(logits, items)
+    good, bad = HostSampler(VOCAB_SIZE)(logits, items)
     assert good.error is None
     assert len(good.prompt_logprobs) == len(good.token_ids) == 1
     assert "not finite" in bad.error

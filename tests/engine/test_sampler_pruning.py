@@ -5,12 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engine.candidates import most_likely
-from engine.gumbel import GumbelRace
-from engine.noise import gumbel, noise_bits, noise_key, token_words
-from engine.nucleus import Nucleus
-from engine.sampler_numba import NumbaRace
-from engine.truncation import Limits, first_tokens
+from engine.sampling.gumbel import GumbelRace
+from engine.sampling.noise import gumbel, noise_bits, noise_key, token_words
+from engine.sampling.numba_sampler import NumbaRace
+from engine.sampling.truncation import Limits, Nucleus, first_tokens, most_likely
 
 KINDS = ["flat", "level", "normal", "steep", "rounded", "sparse", "heavy tail"]
 RACES = [GumbelRace, NumbaRace]

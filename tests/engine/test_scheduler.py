@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from engine.block_pool import NULL_BLOCK
-from engine.kv_manager import KVCacheManager
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.kv_cache.manager import KVCacheManager
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, StepOutput
 
 VOCAB_SIZE = 5  # few tokens, so that prompts share prefixes and drafts come true

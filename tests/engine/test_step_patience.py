@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from engine.messages import ModelInfo, TokenizerAssets
-from engine.step_patience import CEILING_FACTOR, MEASURED_FACTOR, StepPatience, StepSize, size_of
+from engine.ipc.messages import ModelInfo, TokenizerAssets
+from engine.scheduling.step_patience import CEILING_FACTOR, MEASURED_FACTOR, StepPatience, StepSize, size_of
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 MODEL = ModelInfo(

@@ -6,18 +6,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from engine.attention import TorchAttention
+from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
-from engine.one_token_runner import OneTokenRunner
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step_stats import ModelCost
+from engine.runner.model_runner import ModelRunner
+from engine.runner.strict_runner import OneTokenRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.step_stats import ModelCost
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, TokenLogprobs
 
 VOCAB_SIZE = 150
@@ -59,7 +59,7 @@ def _make_engine(
     runner_class = OneTokenRunner if strict else ModelRunner
     runner = runner_class(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
     proposer = NgramProposer(num_drafts=3, ngram_max=2, ngram_min=1) if drafts else NoProposer()
-    return Engine(runner, Scheduler(kv, limits), Sampler(VOCAB_SIZE), proposer, COST)
+    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST)
 
 
 def _requests() -> list[Request]:

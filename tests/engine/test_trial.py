@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 
 from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.models.errors import ModelError
-from engine.sampler import Sampler
-from engine.trial import try_one_token
+from engine.models.model_error import ModelError
+from engine.runner.trial import try_one_token
+from engine.sampling.host_sampler import HostSampler
 from engine.types import Scheduled
 
 SIZES = {
@@ -67,9 +67,9 @@ def test_weights_that_give_no_numbers_end_the_start(
 @pytest.mark.parametrize("error", [AttributeError("no image_hidden_states"), TypeError("x"), RuntimeError("shapes")])
 def test_whatever_a_head_raises_is_a_sentence_about_the_model(error: Exception) -> None:
     with pytest.raises(ModelError, match=rf"some/model was loaded.*{error}"):
-        try_one_token(FailingHead(error), Sampler(48), path="some/model", dtype=torch.float32)
+        try_one_token(FailingHead(error), HostSampler(48), path="some/model", dtype=torch.float32)
 
 
 def test_a_full_device_is_no_fault_of_the_model() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        try_one_token(FailingHead(torch.OutOfMemoryError()), Sampler(48), path="some/model", dtype=torch.float32)
+        try_one_token(FailingHead(torch.OutOfMemoryError()), HostSampler(48), path="some/model", dtype=torch.float32)

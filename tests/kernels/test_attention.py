@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention, store_kv, visible
+from kernels.reference.attention import paged_attention, store_kv, visible
 
 
 @pytest.fixture(autouse=True)

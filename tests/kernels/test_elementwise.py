@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
-from kernels.norm import add_rms_norm, rms_norm
-from kernels.rope import apply_rope, rope_factors
+from kernels.reference.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from kernels.reference.norm import add_rms_norm, rms_norm
+from kernels.reference.rope import apply_rope, rope_factors
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.models.loader import read_model_facts
+from engine.loading.loader import read_model_facts
 from kernels.triton import configs
 from kernels.triton.configs import AttentionConfig
 from loadtest.gpu.candidates import Load, Tunable, tunables

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.graph_runner import GraphLimits
+from engine.runner.cuda_graphs import GraphLimits
 from loadtest.gpu import engine_times, stopwatch
 from loadtest.gpu.context import Context
 from loadtest.gpu.records import Ceilings, Check, Problem, Record, Timing, Tuned

@@ -20,17 +20,17 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.client import EngineError
-from engine.messages import ModelInfo, TokenizerAssets
+from engine.client.client import EngineError
+from engine.ipc.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
-from server import chat, completions, requests, tokenize
-from server.body_reader import BodyBudget
-from server.chat_renderer import ChatRenderer
+from server.api import chat, completions, requests, tokenize
+from server.cli.serve import make_http_server
 from server.config import Config
 from server.errors import ApiError, install_error_handlers
-from server.serve import make_http_server
+from server.http.body_reader import BodyBudget
 from server.state import ServerState
-from server.tokenizer import Tokenizer
+from server.text.chat_renderer import ChatRenderer
+from server.text.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (

@@ -14,9 +14,9 @@ from urllib.parse import parse_qs
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.client import EngineClient
+from engine.client.client import EngineClient
 from engine.config import EngineConfig
-from engine.messages import ModelInfo, TokenizerAssets
+from engine.ipc.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, StepOutput
 
 VOCABULARY = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -88,8 +88,8 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Cou
 
 
 if __name__ == "__main__":
-    from server.cli import layers, make_parser
-    from server.serve import serve
+    from server.cli.main import layers, make_parser
+    from server.cli.serve import serve
     from server.settings import load_config
 
     loaded = load_config(layers(make_parser().parse_fully(["serve", *sys.argv[1:]])))

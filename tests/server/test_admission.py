@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.messages import Failed
-from server.admission import MAX_RETRY_AFTER, MIN_FAR_RETRY_AFTER, SLACK, Admission, DrainRate
+from engine.ipc.messages import Failed
 from server.config import LimitsConfig
 from server.errors import ApiError
+from server.generation.admission import MAX_RETRY_AFTER, MIN_FAR_RETRY_AFTER, SLACK, Admission, DrainRate
 
 
 class Clock:

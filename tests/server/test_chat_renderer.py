@@ -13,8 +13,8 @@ import sys
 import psutil
 import pytest
 
-from server.chat_renderer import ChatRenderer, TemplateLimits
-from server.template_worker import Render
+from server.text.chat_renderer import ChatRenderer, TemplateLimits
+from server.text.template_worker import Render
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 FINE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

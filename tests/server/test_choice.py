@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from server.choice import Delta, DeltaCollector
+from server.generation.choice import Delta, DeltaCollector
 
 
 class CountedText(str):

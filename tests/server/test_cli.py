@@ -18,10 +18,10 @@ import httpx
 import psutil
 import pytest
 
-from engine.messages import EXIT_CODES
-from server.cli import flagged_settings, layers, main, make_parser, option_names
-from server.console import process_begun_at
+from engine.ipc.messages import EXIT_CODES
+from server.cli.main import flagged_settings, layers, main, make_parser, option_names
 from server.settings import ConfigError, load_config
+from server.telemetry.console import process_begun_at
 
 ROOT = Path(__file__).parents[2]
 COUNTING = [sys.executable, str(Path(__file__).parent / "counting_engine.py")]
@@ -355,8 +355,8 @@ def test_a_start_shows_its_phases_and_a_curl_that_works(tmp_path):
 def test_who_renders_chats_starts_beside_the_model_and_ends_with_the_server(tmp_path):
     loaded = tmp_path / "loaded"
     with serving(tmp_path, f"counting?load_until={loaded}", ready=False) as server:
-        wait_for(lambda: len(server.children("server.template_worker")) == 2)
-        workers = server.children("server.template_worker")
+        wait_for(lambda: len(server.children("server.text.template_worker")) == 2)
+        workers = server.children("server.text.template_worker")
         server.send(signal.SIGKILL)
         server.end()
         wait_for(lambda: not any(worker.is_running() for worker in workers))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from engine.messages import TokenizerAssets
-from server.detokenizer import Detokenizer, TextOptions
-from server.stop_strings import StopSearch, StopStrings
-from server.tokenizer import Tokenizer
+from engine.ipc.messages import TokenizerAssets
+from server.text.detokenizer import Detokenizer, TextOptions
+from server.text.stop_strings import StopSearch, StopStrings
+from server.text.tokenizer import Tokenizer
 
 TEXTS = st.text(alphabet="ab hé你🙂👩‍🚀\n\u0301", max_size=40)
 STOPS = st.lists(st.text(alphabet="ab h🙂é", min_size=1, max_size=4), min_size=1, max_size=4)

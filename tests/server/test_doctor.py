@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine.triton_parts import TRITON_PARTS, describe_triton_kernels
-from server.cli import main
+from engine.planning.triton_check import TRITON_PARTS, describe_triton_kernels
+from server.cli.main import main
 
 
 def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +74,6 @@ def test_doctor_refuses_what_the_kernels_cannot_do(run_doctor: Doctor) -> None:
 
 
 def test_a_kernel_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRITON_PARTS, "norm", "kernels.triton.norm:nothing_of_this_name")
+    monkeypatch.setitem(TRITON_PARTS, "norm", "kernels.triton.layers.norm:nothing_of_this_name")
     parts = describe_triton_kernels(torch.device("cpu"), torch.float32)
     assert parts["norm"].startswith("Triton's interpreter, slow: MISSING")

@@ -9,8 +9,8 @@ import threading
 import httpx
 import pytest
 
-from server.active_requests import ActiveRequests
 from server.errors import ApiError
+from server.generation.active_requests import ActiveRequests
 
 COMPLETION = ("/v1/completions", {"model": "tiny", "prompt": "hello", "max_tokens": 100})
 CHAT = (

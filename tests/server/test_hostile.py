@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.protocol import CompletionBody
-from server.protocol_chat import ChatBody
+from server.protocol.chat_fields import ChatBody
+from server.protocol.request_fields import CompletionBody
 
 PATHS = {
     "/v1/completions": b'"model":"tiny","prompt":"hi","max_tokens":2',

@@ -5,8 +5,8 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import json_size
-from server.json_size import JsonSize, bound_json, measure_json
+from server.protocol import json_size
+from server.protocol.json_size import JsonSize, bound_json, measure_json
 
 TEXTS = st.text(alphabet=st.one_of(st.sampled_from('\\",:[]{}'), st.characters(codec="utf-8")), max_size=20)
 VALUES = st.recursive(

@@ -8,13 +8,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import KVCacheConfig
-from engine.messages import ModelInfo, Setting, TokenizerAssets
+from engine.ipc.messages import ModelInfo, Setting, TokenizerAssets
 from engine.types import RequestTiming, StepStats
-from server.console import StepWindow
-from server.metric_families import FAMILIES, docs_page, docs_table
-from server.metrics import OUTCOMES, EngineCollector, Metrics
-from server.record import TokenCounts
-from server.step_metrics import PHASES, Roofline
+from server.telemetry.console import StepWindow
+from server.telemetry.metric_families import FAMILIES, docs_page, docs_table
+from server.telemetry.metrics import OUTCOMES, EngineCollector, Metrics
+from server.telemetry.request_record import TokenCounts
+from server.telemetry.step_metrics import PHASES, Roofline
 
 VLLM_HISTOGRAMS = [
     "e2e_request_latency_seconds",
@@ -352,7 +352,7 @@ def test_a_step_costs_microseconds():
 
 def test_the_docs_are_what_the_registry_says():
     path = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert path.read_text() == docs_page(), "run: python -m server.metric_families > docs/metrics.md"
+    assert path.read_text() == docs_page(), "run: python -m server.telemetry.metric_families > docs/metrics.md"
 
 
 def test_the_docs_table_has_a_row_for_every_family():

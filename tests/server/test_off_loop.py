@@ -15,12 +15,12 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from engine.messages import TokenizerAssets
-from server.encoding import encode_json
+from engine.ipc.messages import TokenizerAssets
+from server.json_encoding import encode_json
 from server.off_loop import off_loop
-from server.protocol import CompletionBody, DetokenizeBody
-from server.protocol_chat import ChatBody, TokenizeBody
-from server.tokenizer import Tokenizer
+from server.protocol.chat_fields import ChatBody, TokenizeBody
+from server.protocol.request_fields import CompletionBody, DetokenizeBody
+from server.text.tokenizer import Tokenizer
 
 MEGABYTE = 1_000_000
 WORDS = [
@@ -265,7 +265,7 @@ def test_answers_are_encoded_in_pieces_as_they_would_be_at_once(length: int) -> 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_scores_of_a_long_prompt_are_put_into_words_off_the_loop(world, client, monkeypatch, stream) -> None:
-    from server import streaming
+    from server.generation import streaming
 
     monkeypatch.setattr(streaming, "LARGE_DELTA", 20)
     body = {"model": "tiny", "prompt": [5] * 30, "max_tokens": 1, "echo": True, "logprobs": 2, "stream": stream}
@@ -296,7 +296,7 @@ async def test_the_sum_of_what_a_request_has_decides_where_it_is_read(world, cli
 
 
 async def test_stop_strings_are_prepared_once_for_all_choices(client, monkeypatch) -> None:
-    from server import stop_strings
+    from server.text import stop_strings
 
     prepared: list[str] = []
     borders = stop_strings._borders
@@ -327,7 +327,7 @@ async def test_python_works_in_one_thread_so_that_the_loop_has_its_turn() -> Non
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_long_prompts_are_repeated_off_the_loop(world, client, monkeypatch, stream) -> None:
-    from server import streaming
+    from server.generation import streaming
 
     monkeypatch.setattr(streaming, "LARGE_DELTA", 20)
     body = {"model": "tiny", "prompt": "hello " * 20, "n": 128, "max_tokens": 1, "echo": True, "stream": stream}
@@ -350,7 +350,7 @@ async def test_a_list_that_is_too_long_is_named_as_the_client_names_it(client, f
 
 
 async def test_a_server_that_is_ready_never_again_looks_through_what_it_imported(world) -> None:
-    from server.serve import _announce
+    from server.cli.serve import _announce
 
     class Silent:
         def banner(self, *_: object) -> None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from server.protocol import CompletionBody
+from server.protocol.request_fields import CompletionBody
 
 COMPLETION = {"model": "tiny", "prompt": "hello"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -171,8 +171,8 @@ async def test_required_fields_are_required(client, route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 async def test_null_is_the_same_as_absent(world, client, route: str) -> None:
-    from server.protocol import CompletionBody
-    from server.protocol_chat import ChatBody
+    from server.protocol.chat_fields import ChatBody
+    from server.protocol.request_fields import CompletionBody
 
     path, body = ROUTES[route]
     names = (CompletionBody if route == "completion" else ChatBody).model_fields

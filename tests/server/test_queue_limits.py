@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from engine.types import Request, StepOutput
-from server.admission import Admission, DrainRate
 from server.config import Config
+from server.generation.admission import Admission, DrainRate
 
 PATH = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "hello world", "max_tokens": 2}  # two tokens

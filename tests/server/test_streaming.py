@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.choice import Delta
 from server.errors import ApiError
-from server.responses import Completion, CompletionChoice
-from server.streaming import EventStream, deliver, deliver_stream
+from server.generation.choice import Delta
+from server.generation.streaming import EventStream, deliver, deliver_stream
+from server.protocol.responses import Completion, CompletionChoice
 
 
 class Words:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from engine.messages import TokenizerAssets
-from server.tokenizer import Tokenizer
+from engine.ipc.messages import TokenizerAssets
+from server.text.tokenizer import Tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PIECES = [

@@ -10,13 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.build import build_engine
 from engine.config import EngineConfig
-from engine.linear import has_float16_weights
-from engine.models.default_model import ensure_model
-from engine.models.gguf_file import gguf_config, gguf_weights
-from engine.models.gguf_header import read_gguf_header
+from engine.loading.default_model import ensure_model
+from engine.loading.gguf.header import read_gguf_header
+from engine.loading.gguf.tensors import gguf_config, gguf_weights
+from engine.quantization.method import has_float16_weights
 from engine.types import Request, SamplingParams
-from server.chat_renderer import ChatRenderer
-from server.tokenizer import Tokenizer
+from server.text.chat_renderer import ChatRenderer
+from server.text.tokenizer import Tokenizer
 
 PROMPTS = [
     "Name three birds of prey.",
@@ -133,8 +133,8 @@ def test_greedy_text_equals_transformers(
 
 
 def test_the_default_keeps_its_matrices_in_the_bits_of_the_file(reference: LlamaForCausalLM) -> None:
-    from engine.linear_numba import pack_linear  # compiles
-    from kernels.numba.packing import unpack
+    from engine.quantization.numba_cpu import pack_linear
+    from kernels.numba.packing.packing import unpack
 
     blocks = reference.model.layers[0], reference.model.layers[-1]
     matrices = [

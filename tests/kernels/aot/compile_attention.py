@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from offline_compiler import Compiled, compile_for
 
-from kernels.triton.attention import Prepared, paged_attention
-from kernels.triton.attention_plan import Workspace, plan_attention
+from kernels.triton.attention.paged_attention import Prepared, paged_attention
+from kernels.triton.attention.work_plan import Workspace, plan_attention
 from kernels.triton.configs import attention_config
-from kernels.triton.store_kv import store_kv
+from kernels.triton.layers.store_kv import store_kv
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import sys
 import torch
 from offline_compiler import Compiled, compile_for
 
-from kernels.triton.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from kernels.triton.configs import moe_config
-from kernels.triton.moe import mix_experts, route
-from kernels.triton.norm import add_rms_norm, rms_norm
-from kernels.triton.qkv import rotate_and_store
-from kernels.triton.sampling import sample_tokens
-from kernels.triton.token_scores import penalise, score_tokens
+from kernels.triton.layers.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from kernels.triton.layers.moe import mix_experts, route
+from kernels.triton.layers.norm import add_rms_norm, rms_norm
+from kernels.triton.layers.qkv import rotate_and_store
+from kernels.triton.sampling.sample_tokens import sample_tokens
+from kernels.triton.sampling.token_scores import penalise, score_tokens
 
 BFLOAT16 = torch.bfloat16
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.linear import SCRATCH_BYTES
-from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
-from kernels.numba.team import Program, Team, operation
+from kernels.numba.ops.linear import SCRATCH_BYTES
+from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
+from kernels.numba.program.team import Program, Team, operation
 
 
 class Execute:

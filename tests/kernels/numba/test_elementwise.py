@@ -10,14 +10,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kernels.activation import silu_and_mul
-from kernels.attention import store_kv
-from kernels.norm import rms_norm
-from kernels.numba.formats import DTYPES, FLOAT16
-from kernels.numba.lanes import GROUP, LANES, exponentiate
-from kernels.numba.program import Operation, Step
-from kernels.qkv import normalise_and_rotate
-from kernels.rope import rope_factors
+from kernels.numba.core.formats import DTYPES, FLOAT16
+from kernels.numba.core.lanes import GROUP, LANES, exponentiate
+from kernels.numba.program.program import Operation, Step
+from kernels.reference.activation import silu_and_mul
+from kernels.reference.attention import store_kv
+from kernels.reference.norm import rms_norm
+from kernels.reference.qkv import normalise_and_rotate
+from kernels.reference.rope import rope_factors
 
 ROWS = (1, 7, 8, 9, 33)  # units are of eight rows
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of the element

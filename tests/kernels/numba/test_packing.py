@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_OF, INT4, INT8
-from kernels.numba.lanes import GROUP
-from kernels.numba.packing import SMALLEST_FIRST, fits_float16, pack, pack_exactly, unpack
+from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_OF, INT4, INT8
+from kernels.numba.core.lanes import GROUP
+from kernels.numba.packing.packing import SMALLEST_FIRST, fits_float16, pack, pack_exactly, unpack
 
 SHAPES = ((1, 32), (16, 64), (50, 96), (129, 576))
 BLOCKS = {"Q4_0": INT4, "Q4_1": INT4, "Q8_0": INT8}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, NAMES
-from kernels.numba.lanes import GROUP, LANES
-from kernels.numba.linear import BLOCK_DEPTH, BLOCK_ROWS
-from kernels.numba.packing import PackedMatrix, pack, unpack
-from kernels.numba.program import Operation
+from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, NAMES
+from kernels.numba.core.lanes import GROUP, LANES
+from kernels.numba.ops.linear import BLOCK_DEPTH, BLOCK_ROWS
+from kernels.numba.packing.packing import PackedMatrix, pack, unpack
+from kernels.numba.program.program import Operation
 
 KINDS = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
 ROUNDED = (INT8, INT4)

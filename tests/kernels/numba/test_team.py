@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.formats import FLOAT32, INT4
-from kernels.numba.lanes import GROUP
-from kernels.numba.linear import SCRATCH_BYTES
-from kernels.numba.packing import pack
-from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
-from kernels.numba.team import Program, Team
+from kernels.numba.core.formats import FLOAT32, INT4
+from kernels.numba.core.lanes import GROUP
+from kernels.numba.ops.linear import SCRATCH_BYTES
+from kernels.numba.packing.packing import pack
+from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
+from kernels.numba.program.team import Program, Team
 
 ROOT = Path(__file__).parents[3]
 WIDTH = 96
@@ -155,8 +155,8 @@ def test_threads_end_when_their_team_is_dropped(op, make_team: MakeTeam) -> None
 def test_an_interpreter_ends_quietly_with_a_team_in_it(pause: float) -> None:
     code = f"""
 import time, torch
-from kernels.numba.program import NUM_STEP_FIELDS, Operation, Step
-from kernels.numba.team import Program, Team, operation
+from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
+from kernels.numba.program.team import Program, Team, operation
 x, bias, step = torch.zeros(50, 32), torch.ones(32), torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
 step[Step.ROWS] = 50
 team = Team(3, scratch_bytes=1024)

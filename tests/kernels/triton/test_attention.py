@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention as definition
-from kernels.attention import store_kv as define_store
-from kernels.triton.attention import Prepared, paged_attention
-from kernels.triton.attention_plan import Workspace, plan_attention
+from kernels.reference.attention import paged_attention as definition
+from kernels.reference.attention import store_kv as define_store
+from kernels.triton.attention.paged_attention import Prepared, paged_attention
+from kernels.triton.attention.work_plan import Workspace, plan_attention
 from kernels.triton.configs import AttentionConfig
-from kernels.triton.store_kv import store_kv
+from kernels.triton.layers.store_kv import store_kv
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SMALL = AttentionConfig(split_size=64, max_split_queries=8, decode_keys=32, prompt_rows=32, prompt_keys=32)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.activation
-import kernels.norm
-import kernels.qkv
-import kernels.triton.activation
-import kernels.triton.norm
-import kernels.triton.qkv
-from kernels.rope import rope_factors
+import kernels.reference.activation
+import kernels.reference.norm
+import kernels.reference.qkv
+import kernels.triton.layers.activation
+import kernels.triton.layers.norm
+import kernels.triton.layers.qkv
+from kernels.reference.rope import rope_factors
 
 # the interpreter cuts bfloat16 off where a GPU rounds
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -27,9 +27,13 @@ def test_norms(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...])
     x, residual = (3 * torch.randn(2, *shape, device=device)).to(dtype)
     weight = torch.randn(shape[-1], device=device).to(dtype)
     before = x.clone(), residual.clone()
-    check(kernels.triton.norm.rms_norm(x, weight, 1e-5), kernels.norm.rms_norm(x.double(), weight, 1e-5), dtype)
-    normed, total = kernels.triton.norm.add_rms_norm(x, residual, weight, 1e-5)
-    wide = kernels.norm.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
+    check(
+        kernels.triton.layers.norm.rms_norm(x, weight, 1e-5),
+        kernels.reference.norm.rms_norm(x.double(), weight, 1e-5),
+        dtype,
+    )
+    normed, total = kernels.triton.layers.norm.add_rms_norm(x, residual, weight, 1e-5)
+    wide = kernels.reference.norm.add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
     check(normed, wide[0], dtype)
     check(total, wide[1], dtype)
     assert torch.equal(x, before[0])
@@ -39,7 +43,11 @@ def test_norms(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...])
 def test_a_norm_of_some_heads_of_a_wider_tensor(device: torch.device) -> None:
     heads, weight = torch.randn(5, 6, 16, device=device), torch.randn(16, device=device)
     q = heads[:, 1:4]
-    check(kernels.triton.norm.rms_norm(q, weight, 1e-6), kernels.norm.rms_norm(q, weight, 1e-6), torch.float32)
+    check(
+        kernels.triton.layers.norm.rms_norm(q, weight, 1e-6),
+        kernels.reference.norm.rms_norm(q, weight, 1e-6),
+        torch.float32,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # to infinity, as it should
@@ -66,8 +74,8 @@ def check_rotation_and_store(
     num_normed = {"none": (0, 0), "head": (1, 1), "projection": (num_heads, num_kv_heads)}[norm]
     q_weight, k_weight = (torch.randn(n * head_dim, device=device).to(dtype) if n else None for n in num_normed)
     options = {"num_heads": num_heads, "q_weight": q_weight, "k_weight": k_weight, "eps": 1e-5}
-    q = kernels.triton.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)
-    wide = kernels.qkv.rotate_and_store(qkv.double(), cos, sin, expected[0], expected[1], slots, **options)
+    q = kernels.triton.layers.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)
+    wide = kernels.reference.qkv.rotate_and_store(qkv.double(), cos, sin, expected[0], expected[1], slots, **options)
     check(q, wide, dtype)
     check(found, expected, dtype)
 

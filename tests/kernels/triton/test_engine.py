@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import AttentionBackend, TorchAttention
-from engine.attention_triton import TritonAttention
+from engine.attention.backend import AttentionBackend
+from engine.attention.torch_backend import TorchAttention
+from engine.attention.triton_backend import TritonAttention
 from engine.engine import Engine
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
 from engine.types import Scheduled
 
 llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "tiny_llamas.py")))
@@ -49,7 +50,7 @@ def _outputs(
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
     runner = ModelRunner(llama, cache, attention(cache), block_size=4)
     scheduler = Scheduler(KVCacheManager(60, 4, window=llamas.window_of(model)), limits)
-    sampler = Sampler(llamas.VOCAB_SIZE)
+    sampler = HostSampler(llamas.VOCAB_SIZE)
     return llamas.answer_three(Engine(runner, scheduler, sampler, PROPOSERS[proposer](), llamas.COST))
 
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.attention_triton import TritonAttention, make_graph_space
-from engine.block_tables import BlockTables
+from engine.attention.triton_backend import TritonAttention, make_graph_space
+from engine.batch.block_tables import BlockTables
 from engine.engine import Engine
-from engine.graph_runner import CudaGraphDevice, GraphDevice, GraphLimits, GraphRunner
-from engine.kv_cache import KVCache
-from engine.kv_manager import KVCacheManager
-from engine.model_runner import ModelRunner
-from engine.proposers.ngram import NgramProposer
-from engine.proposers.none import NoProposer
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, SchedulerLimits
-from kernels.triton.attention import Prepared, paged_attention
-from kernels.triton.attention_plan import Workspace, plan_any_lengths, plan_attention
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.runner.cuda_graphs import CudaGraphDevice, GraphDevice, GraphLimits, GraphRunner
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
+from kernels.triton.attention.paged_attention import Prepared, paged_attention
+from kernels.triton.attention.work_plan import Workspace, plan_any_lengths, plan_attention
 from kernels.triton.configs import AttentionConfig
 
 llamas = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "tiny_llamas.py")))
@@ -46,7 +46,7 @@ def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None
     kv = KVCacheManager(60, 4, window=llamas.window_of(model_name))
     proposer = NgramProposer(num_drafts=num_drafts, ngram_max=3, ngram_min=1) if num_drafts else NoProposer()
     engine = Engine(
-        runner, Scheduler(kv, limits), Sampler(llamas.VOCAB_SIZE), proposer, llamas.COST, overlap=not num_drafts
+        runner, Scheduler(kv, limits), HostSampler(llamas.VOCAB_SIZE), proposer, llamas.COST, overlap=not num_drafts
     )
     return llamas.answer_three(engine)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention as definition
-from kernels.attention import store_kv as define_store
-from kernels.triton.attention import paged_attention
-from kernels.triton.qkv import rotate_and_store
-from kernels.triton.store_kv import store_kv
+from kernels.reference.attention import paged_attention as definition
+from kernels.reference.attention import store_kv as define_store
+from kernels.triton.attention.paged_attention import paged_attention
+from kernels.triton.layers.qkv import rotate_and_store
+from kernels.triton.layers.store_kv import store_kv
 
 BLOCK_SIZE, HEAD_DIM = 16, 64
 LENGTH = 40

@@ -22,7 +22,7 @@ from transformers import (
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.models.dummy import byte_tokenizer
+from engine.loading.dummy import byte_tokenizer
 from engine.models.operations import load_operations
 from engine.types import Request, SamplingParams
 

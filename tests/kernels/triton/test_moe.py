@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels.moe
-import kernels.triton.moe
+import kernels.reference.moe
+import kernels.triton.layers.moe
 from kernels.triton.configs import MoeConfig
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -18,8 +18,8 @@ def test_every_token_goes_to_its_best_experts(
 ) -> None:
     logits = 3 * torch.randn(5, num_experts, device=device)
     logits[0, :] = 1.0  # the lowest numbers among equals
-    found = kernels.triton.moe.route(logits, top_k, normalise=normalise)
-    expected = kernels.moe.route(logits, top_k, normalise=normalise)
+    found = kernels.triton.layers.moe.route(logits, top_k, normalise=normalise)
+    expected = kernels.reference.moe.route(logits, top_k, normalise=normalise)
     assert torch.equal(found[1], expected[1])
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
 
@@ -32,16 +32,18 @@ def test_experts_are_mixed_as_defined(device: torch.device, dtype: torch.dtype) 
     down = (0.3 * torch.randn(num_experts, hidden_size, size, device=device)).to(dtype)
     logits = torch.randn(num_tokens, num_experts, device=device)
     logits[:, 3] = -9.0  # an expert that nobody asks for
-    weights, experts = kernels.moe.route(logits, 2, normalise=True)
+    weights, experts = kernels.reference.moe.route(logits, 2, normalise=True)
     assert 3 not in experts
-    found = kernels.triton.moe.mix_experts(x, gate_up, down, weights, experts, config=SMALL)
-    expected = kernels.moe.mix_experts(x.double(), gate_up.double(), down.double(), weights, experts)
+    found = kernels.triton.layers.moe.mix_experts(x, gate_up, down, weights, experts, config=SMALL)
+    expected = kernels.reference.moe.mix_experts(x.double(), gate_up.double(), down.double(), weights, experts)
     torch.testing.assert_close(found.double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
 def test_one_token_and_many_experts(device: torch.device) -> None:
     x, gate_up = torch.randn(1, 16, device=device), torch.randn(40, 32, 16, device=device)
     down = torch.randn(40, 16, 16, device=device)
-    weights, experts = kernels.moe.route(torch.randn(1, 40, device=device), 4, normalise=False)
-    found = kernels.triton.moe.mix_experts(x, gate_up, down, weights, experts)
-    torch.testing.assert_close(found, kernels.moe.mix_experts(x, gate_up, down, weights, experts), rtol=1e-4, atol=1e-4)
+    weights, experts = kernels.reference.moe.route(torch.randn(1, 40, device=device), 4, normalise=False)
+    found = kernels.triton.layers.moe.mix_experts(x, gate_up, down, weights, experts)
+    torch.testing.assert_close(
+        found, kernels.reference.moe.mix_experts(x, gate_up, down, weights, experts), rtol=1e-4, atol=1e-4
+    )

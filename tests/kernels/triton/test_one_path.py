@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.attention import AttentionLayer
-from engine.attention_triton import TritonAttention
-from engine.block_tables import BlockTables
-from engine.forward_batch import BatchBuilder
-from engine.kv_cache import KVCache
+from engine.attention.triton_backend import TritonAttention
+from engine.batch.block_tables import BlockTables
+from engine.batch.forward_batch import BatchBuilder
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.triton import configs
 
@@ -33,7 +33,7 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
     small = configs.AttentionConfig(
         split_size=8, max_split_queries=4, decode_rows=16, decode_keys=8, prompt_rows=32, prompt_keys=32
     )
-    monkeypatch.setattr("engine.attention_triton.attention_config", lambda *sizes, chip: small)
+    monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, chip: small)
     layer = AttentionLayer(0, num_heads=num_heads, num_kv_heads=1, head_dim=16, scale=0.25, window=window)
     rows = [torch.randn(CONTEXT, heads, 16, device=device) for heads in (num_heads, 1, 1)]
     params = SamplingParams(seed=0, max_tokens=9)
@@ -58,7 +58,9 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
         assert sum(chunks) == CONTEXT
         assert torch.equal(attend(chunks, one_path=True), whole)
     item_bytes = 4 * num_heads * (16 + 1)
-    monkeypatch.setattr("engine.attention_triton.ITEM_BYTES", 30 * item_bytes)  # three passes: there are 63 items
+    monkeypatch.setattr(
+        "engine.attention.triton_backend.ITEM_BYTES", 30 * item_bytes
+    )  # three passes: there are 63 items
     assert torch.equal(attend([CONTEXT], one_path=True), whole)
     usual = attend([CONTEXT], one_path=False)
     np.testing.assert_allclose(usual.cpu(), whole.cpu(), rtol=1e-5, atol=1e-5)

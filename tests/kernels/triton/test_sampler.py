@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
-from engine.sampler import Sampler
-from engine.sampler_triton import TritonSampler
+from engine.sampling.host_sampler import HostSampler
+from engine.sampling.triton_sampler import TritonSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
-from kernels.triton import sampling, token_scores
+from kernels.triton.sampling import token_scores
+from kernels.triton.sampling.sample_tokens import sample_tokens as sampling
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # to infinity, as it should
@@ -84,7 +85,7 @@ def _assert_same(found: list[Sampled], expected: list[Sampled]) -> None:
 def test_sequences_that_grow_step_by_step_get_the_host_s_tokens(device: torch.device) -> None:
     """Sequences come and go, so that states of penalties are made, grown and used again."""
     rng = random.Random(0)
-    on_device, on_host = TritonSampler(VOCAB_SIZE), Sampler(VOCAB_SIZE)
+    on_device, on_host = TritonSampler(VOCAB_SIZE), HostSampler(VOCAB_SIZE)
     seqs = [_sequence(rng) for _ in range(4)]
     num_accepted = 0
     for _ in range(5):
@@ -121,7 +122,7 @@ def test_what_cannot_be_sampled_fails_alone_and_says_why(device: torch.device) -
     hidden = item(bad_words=[[5]])  # the ban hides the infinity, not that the model is broken
     for batch, rows in ((plain, [0, 1, 2, 3]), ([*plain, nowhere, hidden], [0, 1, 2, 3, 0, 2])):
         found = TritonSampler(VOCAB_SIZE)(logits[rows].to(device), batch)
-        _assert_same(found, Sampler(VOCAB_SIZE)(logits[rows], batch))
+        _assert_same(found, HostSampler(VOCAB_SIZE)(logits[rows], batch))
         assert [result.error is None for result in found] == [True] + [False] * (len(batch) - 1)
     assert "no token is allowed" in found[4].error
 
@@ -143,7 +144,7 @@ def test_a_batch_that_goes_on_unchanged_takes_new_noise_each_step(device: torch.
         seq.num_computed_tokens = step
         batch = [Scheduled(seq, 1, 0, samples=True)]
         tokens += sampler(logits.to(device), batch)[0].token_ids
-        assert tokens[-1:] == Sampler(VOCAB_SIZE)(logits, batch)[0].token_ids
+        assert tokens[-1:] == HostSampler(VOCAB_SIZE)(logits, batch)[0].token_ids
         seq.token_ids.append(tokens[-1])
     assert len(set(tokens)) > 3
 
@@ -159,7 +160,7 @@ def test_any_number_of_rows_is_sampled_by_the_same_compiled_kernel(
         addresses.extend(argument.data_ptr() for argument in arguments)
         return torch.zeros(num_rows, dtype=torch.int64, device=device)
 
-    monkeypatch.setattr("engine.sampler_triton.sample_tokens", record)
+    monkeypatch.setattr("engine.sampling.triton_sampler.sample_tokens", record)
     params = SamplingParams(seed=3, max_tokens=9, presence_penalty=0.5)
     seqs = [Sequence(Request(request_id="r", prompt_token_ids=[1], params=params), [1]) for _ in range(num_rows)]
     batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]

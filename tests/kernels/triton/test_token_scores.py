@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-import kernels.sampling
-from engine.logprobs import LogprobQuery, ask_logprobs, read_logprobs
-from engine.penalties import penalise
-from engine.sampled_rows import sampled_rows
-from engine.token_history import TokenHistories
+import kernels.reference.sampling
+from engine.sampling.logit_processors import penalise
+from engine.sampling.logprobs import LogprobQuery, ask_logprobs, read_logprobs
+from engine.sampling.rows import sampled_rows
+from engine.sampling.token_counts import TokenHistories
 from engine.types import Request, SamplingParams, Scheduled, Sequence
-from kernels.triton import token_scores
+from kernels.triton.sampling import token_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should
 VOCAB_SIZE = 100
@@ -50,7 +50,7 @@ def test_penalties_have_the_bits_of_the_engine_s(device: torch.device) -> None:
     order = torch.tensor([3, 1, 4, 0, 2])
     columns = [torch.tensor(column, dtype=torch.float64)[order] for column in zip(*penalties, strict=True)]
     arguments = (counts, is_in_prompt, order, columns[0].float(), *columns[1:])
-    for penalise_rows in (kernels.sampling.penalise, token_scores.penalise):
+    for penalise_rows in (kernels.reference.sampling.penalise, token_scores.penalise):
         found = logits[order].to(device)
         penalise_rows(found, *(x.to(device) for x in arguments))
         assert torch.equal(found.cpu(), expected[order])
@@ -66,6 +66,6 @@ def test_log_probabilities_and_ranks(device: torch.device) -> None:
     for row, answer in enumerate(read_logprobs(ask_logprobs(logits.numpy(), tokens.numpy(), queries), queries)):
         assert logprobs[row].item() == pytest.approx(answer.logprob, abs=1e-6)
         assert ranks[row].item() == answer.rank
-    expected = kernels.sampling.score_tokens(logits, tokens)
+    expected = kernels.reference.sampling.score_tokens(logits, tokens)
     torch.testing.assert_close(logprobs.cpu(), expected[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(ranks.cpu(), expected[1])

@@ -15,9 +15,9 @@ from typing import Protocol
 import pytest
 from fastapi import FastAPI
 
-from engine.client import EngineObserver
+from engine.client.client import EngineObserver
 from engine.config import EngineConfig
-from engine.messages import Failed, ModelInfo
+from engine.ipc.messages import Failed, ModelInfo
 from engine.types import Request, StepOutput
 from server.app import create_app
 from server.config import Config

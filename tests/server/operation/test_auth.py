@@ -6,7 +6,7 @@ import time
 import httpx
 import pytest
 
-from server.auth import PUBLIC_PATHS, Keyring
+from server.http.auth import PUBLIC_PATHS, Keyring
 
 KEYS = {"server": {"api_keys": ["key-one", "key-two"]}}
 GOOD = {"Authorization": "Bearer key-two"}

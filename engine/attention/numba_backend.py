@@ -1,0 +1,147 @@
+"""The attention back end of a CPU: compiled loops over the paged cache, the same for any mix of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.attention.backend import HeadNorms, Rotation, normalise_rotate_and_attend
+from engine.batch.forward_batch import ForwardBatch
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.storage import KVCache
+from kernels.numba.core.formats import FORMAT_OF
+from kernels.numba.core.lanes import LANES
+from kernels.numba.ops.attention import SCRATCH_FLOATS, SCRATCH_FLOATS_PER_ROW, TILE_ROWS
+from kernels.numba.ops.linear import SCRATCH_BYTES
+from kernels.numba.program.program import NUM_STEP_FIELDS, NUM_TILE_FIELDS, Operation, Step
+from kernels.numba.program.team import Program, Team, operation
+
+
+class NumbaAttention:
+    """Attention in float32 over a cache of any float type. A row's result does not depend on what else is in the batch.
+
+    The cache keeps its keys as columns (`KVCache(keys_as_columns=True)`), in blocks of a multiple of 16 tokens; heads
+    have a multiple of 16 elements. The plan sees to that.
+    """
+
+    def __init__(self, kv_cache: KVCache, team: Team) -> None:
+        assert kv_cache.keys_as_columns
+        assert kv_cache.block_size % LANES == 0
+        self.kv_cache, self.team = kv_cache, team
+        self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
+        self._fields = self.step.numpy()
+        self._rows: list[Tensor] = []  # what the step's addresses point to
+        self._tiles: tuple[Tensor, npt.NDArray[np.int64]] | None = None
+        self._rotations: list[Tensor] = []
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Writes down what all layers share of the rows: what they are, where they are stored, what drafts see."""
+        tree = torch.empty(0) if batch.tree_mask is None else batch.tree_mask.contiguous()
+        self._rows = [batch.input_ids, batch.positions, batch.slots, tree]
+        fields = self._fields
+        fields[Step.ROWS] = batch.positions.shape[0]
+        fields[Step.INPUT_IDS] = batch.input_ids.data_ptr()
+        fields[Step.POSITIONS] = batch.positions.data_ptr()
+        fields[Step.SLOTS] = batch.slots.data_ptr()
+        fields[Step.TREE] = 0 if batch.tree_mask is None else tree.data_ptr()
+        fields[Step.TREE_WIDTH] = 0 if batch.tree_mask is None else tree.shape[1]
+
+    def cut_tiles(self, batch: ForwardBatch, *, group: int) -> None:
+        """Cuts the step's rows into tiles of one sequence each. group: query heads of a key head
+
+        The last tiles come first: prompts follow the decoding rows of a step, and long work should not end it.
+        """
+        tables, at_once = batch.block_tables.contiguous(), tokens_of_tile(group)
+        starts = np.array(batch.query_starts_list, dtype=np.int64)
+        num_new = np.diff(starts)
+        num_tiles = -(-num_new // at_once)
+        seqs = np.repeat(np.arange(len(num_new)), num_tiles)  # of each tile
+        index = np.arange(len(seqs)) - (np.cumsum(num_tiles) - num_tiles)[seqs]  # within its sequence
+        first_rows = starts[seqs]
+        tiles = np.empty((len(seqs), NUM_TILE_FIELDS), np.int64)
+        tiles[:, 0] = first_tokens = first_rows + index * at_once
+        tiles[:, 1] = np.minimum(at_once, starts[seqs + 1] - first_tokens)
+        tiles[:, 2] = np.array(batch.seq_lens_list, dtype=np.int64)[seqs]
+        tiles[:, 3] = first_rows
+        tiles[:, 4] = num_new[seqs]
+        tiles[:, 5] = tables.data_ptr() + seqs * (tables.shape[1] * tables.itemsize)
+        tiles = np.ascontiguousarray(tiles[::-1])
+        self._tiles = tables, tiles
+        self._fields[Step.NUM_TILES] = len(tiles)
+        self._fields[Step.TILES] = tiles.ctypes.data
+
+    def set_rotations(self, rotations: list[tuple[Tensor, Tensor]]) -> None:
+        """cos and sin of each rotation of the model, [rows, width] (`kernels.reference.rope.rope_factors`)."""
+        self._rotations = [part.contiguous() for rotation in rotations for part in rotation]
+        for index, part in enumerate(self._rotations):
+            self._fields[Step.ROTATIONS + index] = part.data_ptr()
+
+    def store_and_attend(
+        self,
+        layer: AttentionLayer,
+        qkv: Tensor,
+        out: Tensor,
+        *,
+        rope: tuple[int, int] | None,
+        norms: tuple[int, int, float],
+    ) -> list[list[int]]:
+        """The two operations of a layer: normalise, rotate and store; attend.
+
+        rope: (index of the rotation, its width); norms: addresses of the heads' norm weights or 0, and their epsilon
+        """
+        cache = self.kv_cache
+        index, width = rope or (0, 0)
+        where = (cache.kv[layer.index].data_ptr(), FORMAT_OF[cache.dtype], cache.num_blocks, cache.block_size)
+        heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
+        store = operation(
+            Operation.ROTATE_AND_STORE,
+            qkv.data_ptr(),
+            *heads,
+            *norms[:2],
+            index,
+            width,
+            *where,
+            factors=(norms[2], 0.0),
+        )
+        attend = operation(
+            Operation.ATTEND,
+            qkv.data_ptr(),
+            out.data_ptr(),
+            *heads,
+            layer.window or 0,
+            *where,
+            factors=(layer.scale, layer.soft_cap or 0.0),
+        )
+        return [store, attend]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
+        """For models whose layers run on torch."""
+        qkv = torch.cat((q, k, v), dim=1).float()
+        out = torch.empty(q.shape)
+        self.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
+        operations = self.store_and_attend(layer, qkv, out, rope=None, norms=(0, 0, 0.0))
+        self.team.run(Program(operations, self.step))
+        return out.to(q.dtype)
+
+    def attend_projection(
+        self, qkv: Tensor, rotation: Rotation | None, norms: HeadNorms, layer: AttentionLayer, batch: ForwardBatch
+    ) -> Tensor:
+        return normalise_rotate_and_attend(self, qkv, rotation, norms, layer, batch)
+
+
+def tokens_of_tile(group: int) -> int:
+    """How many tokens a unit of attention has at most, each with `group` query heads."""
+    return max(1, int(TILE_ROWS) // group)
+
+
+def scratch_bytes(layers: list[AttentionLayer]) -> int:
+    """Memory that each thread needs for itself to run such a model."""
+
+    def of_layer(layer: AttentionLayer) -> int:
+        group = layer.num_heads // layer.num_kv_heads
+        num_rows = tokens_of_tile(group) * group
+        return 4 * (int(SCRATCH_FLOATS) + num_rows * (2 * layer.head_dim + int(SCRATCH_FLOATS_PER_ROW)))
+
+    return max(int(SCRATCH_BYTES), *map(of_layer, layers))

@@ -1,0 +1,4 @@
+"""One step as arrays: token ids, positions, slots, block tables, and their way to the device.
+
+Never decides who runs, and never reads a model. Begin with `forward_batch.ForwardBatch`.
+"""

@@ -1,0 +1,123 @@
+"""The server's view of the engine: requests in, outputs out. That a process lies in between, and may die, is hidden."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from engine.client.dispatcher import Dispatcher
+from engine.client.engine_process import LaunchedChild, launch_child
+from engine.client.journal import EngineError
+from engine.client.supervisor import EngineObserver, EngineState, SupervisionLimits, Supervisor
+from engine.config import EngineConfig
+from engine.ipc.messages import Failed, ModelInfo
+from engine.types import Request, StepOutput
+
+__all__ = ["EngineClient", "EngineError", "EngineObserver", "EngineState", "SupervisionLimits", "launch_engine"]
+
+FACTORY = "engine.build:build_engine"
+
+
+def launch_engine(config: EngineConfig) -> LaunchedChild:
+    """Starts the engine process ahead of the client that it is for, so that its imports run beside the server's."""
+    return launch_child(FACTORY, heartbeat_interval=SupervisionLimits().heartbeat_interval, config=config)
+
+
+class EngineClient:
+    """Use within one event loop, on a thread that lives as long as the server."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        observer: EngineObserver,
+        *,
+        limits: SupervisionLimits | None = None,
+        factory: str = FACTORY,
+        first_child: LaunchedChild | None = None,
+    ) -> None:
+        """first_child: of `launch_engine`"""
+        self._dispatcher = Dispatcher(observer)
+        self._supervisor = Supervisor(
+            config,
+            observer,
+            self._dispatcher,
+            limits=limits or SupervisionLimits(),
+            factory=factory,
+            first_child=first_child,
+        )
+
+    async def start(self) -> None:
+        """Returns at once; the engine loads behind it. Watch `state`, or wait for `failed`."""
+        self._supervisor.start()
+
+    async def stop(self) -> None:
+        """Ends every request with an EngineError and the engine process with them. No process is left after it."""
+        await self._supervisor.stop()
+
+    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        """Streams the request's outputs; the last one has a finish reason. Leaving early aborts the request.
+
+        Before the engine is ready, and while it restarts, the stream simply waits. Raises ValueError if the id is in
+        use, EngineError if the request cannot be finished.
+        """
+        entry = self._dispatcher.register(request)
+        try:
+            finish_reason = None
+            while finish_reason is None:
+                output = await entry.outbox.get()
+                if isinstance(output, EngineError):
+                    raise output
+                finish_reason = output.finish_reason
+                yield output
+        finally:
+            self._dispatcher.leave(entry)
+
+    @property
+    def state(self) -> EngineState:
+        return self._supervisor.state
+
+    @property
+    def phase(self) -> str:
+        """What the start is busy with; "ready" when it is over."""
+        return self._supervisor.phase
+
+    @property
+    def phase_detail(self) -> str:
+        return self._supervisor.phase_detail
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """What was loaded; kept while the engine restarts."""
+        return self._supervisor.model
+
+    @property
+    def failure(self) -> Failed | None:
+        """Why the engine will not come back."""
+        return self._supervisor.failure
+
+    @property
+    def failed(self) -> asyncio.Event:
+        """Set when the engine will not come back."""
+        return self._supervisor.failed
+
+    @property
+    def num_restarts(self) -> int:
+        return self._supervisor.num_restarts
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process, if one runs."""
+        return self._supervisor.pid
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that the engine has not started, those that wait for a replay included."""
+        return self._dispatcher.journal.num_waiting
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._dispatcher.journal.num_waiting_tokens
+
+    @property
+    def num_running(self) -> int:
+        return self._dispatcher.journal.num_running

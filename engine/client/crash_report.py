@@ -1,0 +1,68 @@
+"""The file that is left behind when the engine will not come back: shapes and reasons, never contents."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from engine.client.deaths import Death
+
+logger = logging.getLogger(__name__)
+
+REPORTED_PACKAGES = ("peregrine", "torch", "transformers", "triton", "numpy", "msgspec")
+
+
+class CrashReport(msgspec.Struct, frozen=True, kw_only=True):
+    written_at: str
+    reason: str
+    architecture: str | None
+    fingerprint: str | None
+    versions: dict[str, str]
+    deaths: list[Death]
+
+
+def installed_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def state_directory() -> Path:
+    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state.
+
+    Raises FileNotFoundError for a user without a home directory, as some clusters make them.
+    """
+    try:
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
+    return Path(home) / "peregrine"
+
+
+def write_crash_report(report: CrashReport) -> Path | None:
+    """Returns the file, readable by its owner alone. None if no directory could be written: a report must not fail."""
+    prefix = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-"
+    content = msgspec.json.format(msgspec.json.encode(report), indent=2)
+    for find_directory in (state_directory, lambda: Path(tempfile.gettempdir())):
+        try:
+            directory = find_directory()
+            directory.mkdir(parents=True, exist_ok=True)
+            fd, path = tempfile.mkstemp(prefix=prefix, suffix=".json", dir=directory)
+            with os.fdopen(fd, "wb") as file:
+                file.write(content + b"\n")
+        except OSError as error:
+            logger.warning("cannot write a crash report: %s", error)
+            continue
+        return Path(path)
+    return None

@@ -1,0 +1,202 @@
+"""Loads a model: finds its files, reads its config, fills its weights, and gathers what the server must know of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.ipc.messages import TokenizerAssets
+from engine.loading.checkpoint import Checkpoint, open_checkpoint, read_generation_config
+from engine.loading.default_model import Report
+from engine.loading.dummy import byte_tokenizer, fill_with_random_weights
+from engine.loading.generation_defaults import find_eos_token_ids, read_generation_defaults
+from engine.loading.gguf.tensors import gguf_weights
+from engine.loading.loading_peak import Matrix
+from engine.loading.model_facts import ModelFacts
+from engine.loading.notes import checkpoint_notes
+from engine.loading.source import ModelSource, digest_weights, find_source, safetensors_weights
+from engine.loading.stored_weights import check_shapes
+from engine.loading.text_part import name_in_text_part, text_weights
+from engine.loading.tokenizer_assets import check_token_ids, load_tokenizer_assets
+from engine.models.context_length import length_where_rope_changes, read_longest_context, read_trained_context
+from engine.models.model import Model
+from engine.models.model_error import FOREIGN_ERRORS, ModelError
+from engine.models.registry import build_model
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run, and what goes to the server with it."""
+
+    model: Model
+    path: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int  # in memory, as loaded
+    vocab_size: int
+    trained_context: int  # tokens
+    eos_token_ids: list[int]
+    generation_defaults: dict[str, float]
+    tokenizer: TokenizerAssets
+    weights_digest: str
+
+
+def silent(phase: str, detail: str) -> None:
+    """A report to nobody."""
+
+
+def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFacts:
+    """Reads configs and headers only: of a model on the hub, no weights are downloaded. ModelError as `load_model`."""
+    source = find_source(config.model_copy(update={"load_format": "dummy"}), report)
+    checkpoint = open_checkpoint(source, config)
+    with torch.device("meta"):
+        model = _build(checkpoint, config, torch.float32)
+    _check_shapes(checkpoint, model)
+    trained_context, longest_context = _contexts(checkpoint, config)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    inner = [module for module in linears.values() if id(module.weight) not in embeddings]
+    tied = len(inner) < len(linears)
+    widths = [model.experts.widest, *(m.out_features for m in inner if m.out_features != model.vocab_size)]
+    return ModelFacts(
+        path=config.path,
+        architecture=checkpoint.architecture,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_linear_parameters=sum(module.weight.numel() for module in inner),
+        num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
+        ties_output=tied,
+        attention_layers=tuple(model.attention_layers),
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        experts=model.experts,
+        why_not_compiled=model.why_not_compiled,
+        widest=max(widths) or model.hidden_size,
+        trained_context=trained_context,
+        longest_context=longest_context,
+        rope_changes_at=length_where_rope_changes(checkpoint.config),
+        notes=checkpoint_notes(checkpoint),
+        matrices=_matrices(model, set(embeddings)),
+    )
+
+
+def _matrices(model: Model, shared: set[int]) -> tuple[Matrix, ...]:
+    """shared: the ids of weights that are embeddings too"""
+    return tuple(
+        Matrix(child.weight.numel(), is_output=name == "lm_head", is_shared=id(child.weight) in shared)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    )
+
+
+def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Report = silent) -> LoadedModel:
+    """Builds and fills the model on torch's default device. `report(phase, detail)` hears of each phase as it starts.
+
+    ModelError for whatever is wrong with the model's files, names or family. `seed` is that of dummy weights.
+    """
+    report("config", config.path)
+    source = find_source(config, report)
+    checkpoint = open_checkpoint(source, config)
+    model = _build(checkpoint, config, dtype)
+    if config.load_format == "dummy":
+        report("weights", "random")
+        fill_with_random_weights(model, seed)
+        digest = hashlib.sha256(f"dummy {seed} {checkpoint.config.to_json_string()}".encode()).hexdigest()[:32]
+    else:
+        report("weights", f"{source.num_bytes / 1e6:,.0f} MB as {str(dtype).removeprefix('torch.')}")
+        _fill(model, checkpoint, dtype)
+        digest = digest_weights(source)
+    report("tokenizer", config.tokenizer or config.path)
+    tokenizer = _load_tokenizer(checkpoint, config, model.vocab_size)
+    generation = read_generation_config(source)
+    eos_token_ids = find_eos_token_ids(checkpoint.config, generation, tokenizer)
+    parameters = list(model.parameters())
+    return LoadedModel(
+        model=model,
+        path=config.path,
+        architecture=checkpoint.architecture,
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        vocab_size=model.vocab_size,
+        trained_context=_contexts(checkpoint, config)[0],
+        eos_token_ids=[token_id for token_id in eos_token_ids if 0 <= token_id < model.vocab_size],
+        generation_defaults=read_generation_defaults(generation, f"{source.path}/generation_config.json"),
+        tokenizer=tokenizer,
+        weights_digest=digest,
+    )
+
+
+def _build(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> Model:
+    max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
+    try:
+        return build_model(
+            checkpoint.config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len
+        )
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except ValueError as error:
+        raise ModelError(f"{checkpoint.source.path}: {error}") from error
+    except FOREIGN_ERRORS as error:  # sizes that no layer can have, in a field that nobody checks
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{checkpoint.source.path}: no model can be built from its config.json: {reason}") from error
+
+
+def _check_shapes(checkpoint: Checkpoint, model: Model) -> None:
+    stored = checkpoint.stored
+    if checkpoint.is_part:
+        stored = {text: tensor for name, tensor in stored.items() if (text := name_in_text_part(name)) is not None}
+    try:
+        check_shapes(stored, model.stored_shapes())
+    except ValueError as error:
+        raise ModelError(f"{checkpoint.source.path}: {error}") from error
+
+
+def _fill(model: Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    num_threads, source = torch.get_num_threads(), checkpoint.source
+    try:
+        if source.kind == "gguf":  # it computes several tensors at once; threads inside each would only wait for others
+            torch.set_num_threads(1)
+        weights = _weights(source, dtype, num_threads)
+        if checkpoint.is_part:
+            weights = text_weights(weights, hidden_size=model.hidden_size)
+        model.load_weights(weights)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{source.path}: {error}") from error
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _weights(source: ModelSource, dtype: torch.dtype, num_threads: int) -> Iterator[tuple[str, Tensor]]:
+    if source.kind == "gguf":
+        return gguf_weights(source.gguf_header, dtype, num_threads=num_threads)
+    return safetensors_weights(source)
+
+
+def _load_tokenizer(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> TokenizerAssets:
+    """Random weights speak any language: where a directory for them has no tokenizer, bytes are its tokens."""
+    source = checkpoint.source
+    is_dummy = config.load_format == "dummy" and config.tokenizer is None and source.kind == "directory"
+    if is_dummy and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        return byte_tokenizer(vocab_size)
+    assets = load_tokenizer_assets(source, config, checkpoint.whole_config)
+    check_token_ids(assets, vocab_size, config.tokenizer or str(source.path))
+    return assets
+
+
+def _contexts(checkpoint: Checkpoint, config: ModelConfig) -> tuple[int, int]:
+    """(the trained context, the longest that may be asked for), in tokens."""
+    try:
+        return read_trained_context(checkpoint.config), read_longest_context(checkpoint.config)
+    except ValueError as error:
+        if isinstance(config.max_model_len, int):
+            return config.max_model_len, config.max_model_len
+        raise ModelError(f"{checkpoint.source.path}: {error}") from error

@@ -1,0 +1,211 @@
+"""Plans memory before anything is loaded: what the weights take, what is left for keys and values, what fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.ipc.messages import Setting
+from engine.loading.loading_peak import COMPILER_BYTES
+from engine.loading.model_facts import ModelFacts
+from engine.loading.notes import length_notes
+from engine.planning.machine import Machine
+from engine.planning.resolve import (
+    Resolved,
+    resolve_device,
+    resolve_dtype,
+    resolve_kernels,
+    resolve_kv_dtype,
+    resolve_limits,
+    resolve_num_threads,
+    resolve_quantization,
+    resolve_step_rate,
+    step_name,
+)
+from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib, num_blocks_for
+
+__all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
+
+RESOLVED_SETTINGS = (
+    "device.name",
+    "device.kernels",
+    "device.num_threads",
+    "model.dtype",
+    "model.quantization",
+    "model.max_model_len",
+    "scheduler.max_num_seqs",
+    "scheduler.max_num_batched_tokens",
+    "kv_cache.memory",
+    "kv_cache.dtype",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What goes where, in bytes, and what fits. `settings` has every resolved "auto", by its key in the config."""
+
+    facts: ModelFacts
+    model_config: ModelConfig  # with the resolved length, dtype and quantization
+    device: str
+    kernels: str  # torch, triton or numba
+    num_threads: int
+    step_name: str  # by which the rate of such steps is remembered
+    total_bytes: int  # of the device
+    available_bytes: int
+    linear_bytes: int
+    embedding_bytes: int  # and all else that is no linear layer
+    loading_bytes: int  # at the peak while weights are loaded and packed
+    process_bytes: int  # of the process itself, with its libraries
+    workspace_bytes: int  # the most that one step needs besides weights and cache
+    graphs: GraphDemand
+    kv_bytes_per_token: int
+    block_size: int  # tokens
+    num_blocks: int
+    num_lookahead_tokens: int
+    dtype: torch.dtype
+    quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
+    kv_dtype: torch.dtype
+    max_model_len: int  # tokens
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_logits: int  # rows of logits in one step
+    settings: dict[str, Setting]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.linear_bytes + self.embedding_bytes
+
+    @property
+    def can_load(self) -> bool:
+        """Whether the peak while loading fits into what is free. Where not, the kernel may end the process."""
+        return self.loading_bytes <= self.available_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of the embedding_bytes; experts are kept in the model's dtype, whatever linear layers are kept in."""
+        return self.facts.experts.num_parameters * self.dtype.itemsize
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_kv_tokens * self.kv_bytes_per_token
+
+    @property
+    def num_full_sequences(self) -> int:
+        """Sequences of max_model_len that fit at once."""
+        return self.num_blocks // num_blocks_for(self.max_model_len + self.num_lookahead_tokens, self.block_size)
+
+
+def plan_memory(
+    facts: ModelFacts, config: EngineConfig, machine: Machine, *, measured_workspace: int | None = None
+) -> MemoryPlan:
+    """Resolves what is "auto" and fits the cache into the memory.
+
+    measured_workspace: the bytes that a largest step took (`engine.runner.memory_profile`), in place of the estimate.
+    PlanError where not even one sequence of max_model_len and its look-ahead fits, SettingError for a setting that
+    cannot be honoured.
+    """
+    device = resolve_device(config, machine)
+    kernels = resolve_kernels(config, machine, device.value, facts.why_not_compiled)
+    dtype = resolve_dtype(config, machine, device.value, kernels.value)
+    quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
+    kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
+    num_threads = resolve_num_threads(config, machine)
+    chosen = device.value, kernels.value, quantization.value
+    steps = step_name(facts, *chosen[1:], num_threads.value)
+    step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
+    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
+    num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
+    sizer = Sizer(facts, config, machine, *chosen, num_lookahead, num_threads.value, measured_workspace)
+    limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
+    demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
+    num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
+    num_blocks = num_tokens.value // sizer.block_size
+    max_model_len = sizer.length(demand, num_blocks)
+    resolved = {"max_model_len": max_model_len.value, "dtype": dtype.value, "quantization": quantization.value}
+    return MemoryPlan(
+        facts=facts,
+        model_config=config.model.model_copy(update=resolved),
+        device=device.value,
+        kernels=kernels.value,
+        num_threads=num_threads.value,
+        step_name=steps,
+        total_bytes=machine.total_bytes,
+        available_bytes=machine.available_bytes,
+        linear_bytes=demand.linear,
+        embedding_bytes=demand.embedding,
+        loading_bytes=demand.loading,
+        process_bytes=machine.process_bytes + (COMPILER_BYTES if kernels.value == "numba" else 0),
+        workspace_bytes=demand.workspace,
+        graphs=demand.graphs,
+        kv_bytes_per_token=demand.kv_per_token,
+        block_size=sizer.block_size,
+        num_blocks=num_blocks,
+        num_lookahead_tokens=num_lookahead,
+        dtype=DTYPES[dtype.value],
+        quantization=quantization.value,
+        kv_dtype=DTYPES[kv_dtype.value],
+        max_model_len=max_model_len.value,
+        **limits,
+        max_num_logits=demand.num_logits,
+        settings=_settings(
+            device, kernels, num_threads, dtype, quantization, max_model_len, max_num_seqs, max_num_batched_tokens,
+            Resolved(f"{num_blocks * sizer.block_size}tokens", num_tokens.source, num_tokens.reason), kv_dtype,
+        ),
+    )  # fmt: skip
+
+
+def _settings(*resolved: Resolved[str] | Resolved[int]) -> dict[str, Setting]:
+    return {name: one.setting for name, one in zip(RESOLVED_SETTINGS, resolved, strict=True)}
+
+
+def render_plan(plan: MemoryPlan) -> str:
+    """The plan as a table for a terminal."""
+    facts = plan.facts
+    graph_bytes = plan.graphs.total
+    used = plan.weight_bytes + plan.workspace_bytes + graph_bytes + plan.kv_bytes
+    rows = [
+        ("model", f"{facts.path} ({facts.architecture}, {facts.num_parameters / 1e6:,.1f} M parameters)"),
+        ("device", f"{plan.device}, {gib(plan.available_bytes)} free of {gib(plan.total_bytes)}"),
+        ("linear weights", gib(plan.linear_bytes)),
+        ("embedding and norms", gib(plan.embedding_bytes - plan.expert_bytes)),
+        *([("experts", gib(plan.expert_bytes))] if plan.expert_bytes else []),
+        ("workspace", f"{gib(plan.workspace_bytes)}, {_largest_step(plan)}"),
+        *([("CUDA graphs", f"{gib(graph_bytes)}, for up to {MAX_NUM_GRAPHS} sizes of step")] if graph_bytes else []),
+        ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
+        ("total", gib(used)),
+        ("peak while loading", _loading(plan)),
+        ("concurrent tokens", f"{plan.num_kv_tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),
+        ("longest sequences", f"{plan.num_full_sequences:,} of {plan.max_model_len:,} tokens at once"),
+    ]
+    width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
+    notes = [*facts.notes, *length_notes(facts, plan.max_model_len)]
+    lines += ["", *(f"note: {note}" for note in notes)] if notes else []
+    return "\n".join(lines)
+
+
+def _loading(plan: MemoryPlan) -> str:
+    """Where it is the process's own memory, as the system counts it; what a GPU's model takes on the host is little."""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    if plan.device != "cpu":
+        return f"{gib(plan.loading_bytes)} on the device"
+    whole = gib(plan.loading_bytes + plan.process_bytes)
+    built = gib(plan.facts.num_parameters * plan.dtype.itemsize)
+    text = f"{whole}: {built} of {dtype} weights, packed piece by piece; {gib(plan.process_bytes)} the process itself"
+    return text if plan.can_load else f"{text}; MORE THAN IS FREE"
+
+
+def _largest_step(plan: MemoryPlan) -> str:
+    return f"steps of up to {plan.max_num_batched_tokens:,} tokens, with {plan.max_num_logits:,} rows of logits"
+
+
+def _setting_line(name: str, setting: Setting, width: int) -> str:
+    reason = f": {setting.reason}" if setting.reason else ""
+    return f"{name:<{width}}  {setting.value}  ({setting.source}{reason})"

@@ -1,0 +1,263 @@
+"""The arithmetic of a plan: bytes of one model on one machine, and the tokens that fit beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import EngineConfig
+from engine.kv_cache.storage import KVCache
+from engine.loading.loading_peak import loading_peak, weight_sizes
+from engine.loading.model_facts import ModelFacts
+from engine.planning.machine import Machine
+from engine.planning.resolve import Resolved, SettingError, parse_cache_size
+
+_QUANTIZED_BYTES = {"int4": 0.625, "int8": 1.0625, "fp16": 2}  # per weight, at most, whatever the model's dtype
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_GPU_FRACTION = 0.9  # of the device, weights included
+_CPU_SHARE = 0.5  # of what is free beside the weights: the machine is not the server's alone
+_CPU_TOKENS_PER_SEQ = 384  # of cache for each of max_num_seqs: a short chat, its cached prefix and its answer
+
+SCORED_ROWS = 256  # of prompts, whose logits a step may hold beside all that are sampled: at 150k tokens, 150 MB
+
+MAX_NUM_GRAPHS = 48  # CUDA graphs that are kept at once
+MAX_GRAPH_ROWS = 512  # of a CUDA graph: a larger step computes for longer than its launches take
+_GRAPH_CONTEXTS = 1 << 20  # tokens, of all contexts that one graph attends to; steps with more run eagerly
+_SPLIT_TOKENS = 256  # of a context per piece; were a chip's config to cut smaller ones, fewer tokens would have room
+_GRAPH_ALLOWANCE = 8 << 20  # bytes that the driver keeps for each graph, assumed: not measured yet
+
+
+class PlanError(ValueError):
+    """The model does not fit; the text has the numbers and the one change that helps."""
+
+    kind = "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphDemand:
+    """What decoding steps as CUDA graphs take: two buffers that all share, and what comes with each. Bytes."""
+
+    attention: int = 0  # partial results of contexts that are cut in pieces
+    others: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.others
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is needed before the first key is stored, and what each token of the cache adds. Bytes."""
+
+    linear: int
+    embedding: int
+    loading: int  # at the peak while the weights are loaded and packed; nothing of the rest is there then
+    workspace: int
+    num_logits: int  # rows of a step, for which the workspace has room
+    graphs: GraphDemand
+    kv_per_token: int
+    read_per_token: int  # to lay one layer's context out in order, beside the cache
+
+    @property
+    def fixed(self) -> int:
+        return self.linear + self.embedding + self.workspace + self.graphs.total
+
+    @property
+    def per_token(self) -> int:
+        return self.kv_per_token + self.read_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class Sizer:
+    """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts.
+
+    device, kernels, quantization: what "auto" became. measured_workspace: the bytes that a largest step took, where one
+    was run; without it they are estimated.
+    """
+
+    facts: ModelFacts
+    config: EngineConfig
+    machine: Machine
+    device: str
+    kernels: str
+    quantization: str
+    num_lookahead: int
+    num_threads: int
+    measured_workspace: int | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.config.kv_cache.block_size
+
+    def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
+        facts, size = self.facts, DTYPES[dtype].itemsize
+        is_packed = self.quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
+        output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
+        weight_size = _QUANTIZED_BYTES.get(self.quantization, size)
+        in_layers = facts.num_linear_parameters
+        if not facts.ties_output:  # those of the output layer, which may be kept in another format
+            output = min(in_layers, facts.vocab_size * facts.hidden_size)
+            in_layers -= output
+        sizes = weight_sizes(
+            self.kernels,
+            self.quantization,
+            built=size,
+            packed=weight_size,
+            is_random=self.config.model.load_format == "dummy",
+            num_threads=self.num_threads,
+        )
+        kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
+        num_sampled = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
+        num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
+        # float32: as computed and as laid out; of sampled rows, processed, sorted and noise
+        logits = (2 * num_logits + 3 * num_sampled) * facts.vocab_size * 4
+        activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
+        estimated = logits + activations
+        return Demand(
+            linear=int(in_layers * weight_size + output * sizes.output),
+            embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
+            loading=loading_peak(facts.num_parameters, facts.matrices, sizes),
+            workspace=estimated if self.measured_workspace is None else self.measured_workspace,
+            num_logits=num_logits,
+            graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
+            kv_per_token=kv_per_token,
+            read_per_token=0 if self._reads_in_place else -(-2 * kv_per_token // len(facts.attention_layers)),
+        )
+
+    @property
+    def _has_triton(self) -> bool:
+        """Whose steps can be captured."""
+        return self.device == "cuda" and self.kernels == "triton"
+
+    @property
+    def _reads_in_place(self) -> bool:
+        """Whether attention reads the cache where it lies."""
+        return self._has_triton or self.kernels == "numba"
+
+    def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
+        """size: bytes of an activation"""
+        facts, rows_per_seq = self.facts, 1 + self.num_lookahead
+        num_rows = min(MAX_GRAPH_ROWS, max_num_seqs * rows_per_seq)
+        layers = facts.attention_layers
+        num_pieces = _GRAPH_CONTEXTS // _SPLIT_TOKENS + max_num_seqs
+        item = max(layer.num_heads * (layer.head_dim + 1) for layer in layers) * 4
+        num_blocks = num_blocks_for(self._wanted_length() + self.num_lookahead, self.block_size)
+        tables = 2 * max_num_seqs * num_blocks * 8
+        activations = num_rows * (2 * facts.widest + 8 * facts.hidden_size) * size
+        each = num_rows * facts.hidden_size * size + _GRAPH_ALLOWANCE
+        return GraphDemand(num_pieces * rows_per_seq * item, tables + activations + MAX_NUM_GRAPHS * each)
+
+    def cache_tokens(self, demand: Demand, max_num_seqs: int) -> Resolved[int]:
+        """How many tokens of keys and values there will be. PlanError where the memory for them is not free."""
+        size = parse_cache_size(self.config.kv_cache.memory)
+        free = self.machine.available_bytes - demand.fixed
+        if free < demand.per_token * self.block_size:
+            raise PlanError(self._too_large(demand))
+        if size.num_bytes is not None:
+            return self._as_asked(size.num_bytes // demand.kv_per_token, demand, free)
+        if size.num_tokens is not None:
+            return self._as_asked(size.num_tokens, demand, free)
+        if size.fraction is not None:
+            return self._share_of_device(size.fraction, demand, free, "config")
+        if self.device == "cuda":
+            return self._share_of_device(_GPU_FRACTION, demand, free, "default")
+        return self._modest(demand, free, max_num_seqs)
+
+    def length(self, demand: Demand, num_blocks: int) -> Resolved[int]:
+        """max_model_len, for which one sequence and its look-ahead must fit; PlanError where they do not."""
+        wanted, is_auto = self._wanted_length(), self.config.model.max_model_len == "auto"
+        room = num_blocks * self.block_size
+        fits = room - self.num_lookahead
+        if wanted <= fits:
+            return Resolved(wanted, "model", "the trained context") if is_auto else Resolved(wanted, "config")
+        needed = num_blocks_for(wanted + self.num_lookahead, self.block_size)
+        if fits < 1:
+            raise PlanError(
+                f"the KV cache holds {room} tokens, no more than the look-ahead of {self.num_lookahead}; "
+                f'set kv_cache.memory to "{needed * self.block_size}tokens"'
+            )
+        if is_auto:
+            return Resolved(fits, "measured", f"trained for {wanted}, but the KV cache holds {room} tokens")
+        raise PlanError(
+            f"one sequence of model.max_model_len = {wanted} tokens and {self.num_lookahead} of look-ahead needs "
+            f"{needed} KV blocks ({gib(needed * self.block_size * demand.kv_per_token)}), but there is room for "
+            f"{num_blocks}; set model.max_model_len to {fits} or less"
+        )
+
+    def _wanted_length(self) -> int:
+        """max_model_len as set, or as trained."""
+        wanted, trained = self.config.model.max_model_len, self.facts.trained_context
+        longest = max(trained, self.facts.longest_context)
+        if wanted == "auto":
+            return trained
+        if wanted > longest:
+            stretched = f" (its rope scaling stretches that to {longest} at most)" if longest > trained else ""
+            raise SettingError(
+                f"model.max_model_len is {wanted}, but the model was trained for {trained} tokens{stretched} and "
+                f"answers nonsense beyond; set it to {longest} or less"
+            )
+        return wanted
+
+    def _as_asked(self, num_tokens: int, demand: Demand, free: int) -> Resolved[int]:
+        if num_tokens * demand.per_token <= free:
+            return Resolved(num_tokens, "config")
+        raise PlanError(
+            f"kv_cache.memory is {self.config.kv_cache.memory}: {num_tokens} tokens take "
+            f"{gib(num_tokens * demand.per_token)}, reading them included, but {gib(free)} are free beside the model; "
+            f'set it to "{free // demand.per_token}tokens" or less'
+        )
+
+    def _share_of_device(self, fraction: float, demand: Demand, free: int, source: str) -> Resolved[int]:
+        total = self.machine.total_bytes
+        room = min(free, int(total * fraction) - demand.fixed)
+        if room < demand.per_token * self.block_size:
+            raise PlanError(
+                f"kv_cache.memory is {fraction:g} of {gib(total)}, but the weights and the workspace alone take "
+                f"{gib(demand.fixed)}; set it to {min(1.0, demand.fixed / total + 0.1):.2f} or more"
+            )
+        return Resolved(room // demand.per_token, source, f"{fraction:g} of {gib(total)}, less weights and workspace")
+
+    def _modest(self, demand: Demand, free: int, max_num_seqs: int) -> Resolved[int]:
+        """As much as the requests are likely to use, of a memory that others use too."""
+        wanted = max(self._wanted_length() + self.num_lookahead, max_num_seqs * _CPU_TOKENS_PER_SEQ)
+        wanted = num_blocks_for(wanted, self.block_size) * self.block_size
+        affordable = int(free * _CPU_SHARE) // demand.per_token
+        if wanted <= affordable:
+            reason = f"one longest sequence, or {_CPU_TOKENS_PER_SEQ} tokens for each of max_num_seqs"
+            return Resolved(wanted, "default", reason)
+        reason = f"{_CPU_SHARE:g} of the {gib(free)} that are free beside the model"
+        return Resolved(max(affordable, self.block_size), "measured", reason)
+
+    def _too_large(self, demand: Demand) -> str:
+        fix = "name a smaller model in model.path"
+        if demand.linear + demand.embedding < self.machine.available_bytes // 2:
+            fix = "lower scheduler.max_num_batched_tokens"
+        if _QUANTIZED_BYTES.get(self.quantization, 2) > 1 and self._fits_with(demand, bytes_per_weight=1):
+            fix = "set model.quantization to int8"
+        elif self.config.model.dtype == "float32" and self._fits_with(demand, bytes_per_weight=2):
+            fix = "set model.dtype to bfloat16"
+        return (
+            f"{self.facts.path} needs {gib(demand.linear + demand.embedding)} for its weights and "
+            f"{gib(demand.workspace + demand.graphs.total)} to work in, but {gib(self.machine.available_bytes)} of "
+            f"{gib(self.machine.total_bytes)} are free; {fix}"
+        )
+
+    def _fits_with(self, demand: Demand, *, bytes_per_weight: int) -> bool:
+        smaller = (
+            demand.workspace
+            + demand.graphs.total
+            + demand.embedding
+            + self.facts.num_linear_parameters * bytes_per_weight
+        )
+        return bool(smaller < self.machine.available_bytes)
+
+
+def num_blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+def gib(num_bytes: int) -> str:
+    """A size for people: GiB, or MiB below half of one."""
+    return f"{num_bytes / 2**30:,.2f} GiB" if abs(num_bytes) >= 2**29 else f"{num_bytes / 2**20:,.1f} MiB"

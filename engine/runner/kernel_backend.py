@@ -1,0 +1,161 @@
+"""What `device.kernels` stands for: how weights are packed, who runs the layers, who samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from engine.attention.backend import ATTENTION_BACKENDS, AttentionBackend
+from engine.batch.block_tables import BlockTables
+from engine.kv_cache.storage import KVCache
+from engine.lazy_import import load_object
+from engine.models.llama import Llama
+from engine.models.model import Model
+from engine.models.operations import load_operations
+from engine.planning.engine_plan import MemoryPlan
+from engine.quantization.method import prepare_linears
+from engine.runner.model_runner import ModelRunner
+from engine.runner.strict_runner import OneTokenRunner
+from engine.sampling.sampler import SAMPLERS, TokenSampler
+from kernels.layout import PANEL
+
+if TYPE_CHECKING:
+    from engine.attention.numba_backend import NumbaAttention
+    from engine.runner.cuda_graphs import GraphDevice
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBackend:
+    """The parts of an engine that depend on the kernels. is_strict: `device.determinism`
+
+    A module is imported when its kernels are wanted: one compiles, the other needs a package of its own.
+    """
+
+    plan: MemoryPlan
+    is_strict: bool
+    is_torch_only: bool = False  # somebody wants no compiled kernels at all
+
+    def has_compiled_attention(self, model: Model) -> bool:
+        """Whether the KV cache is read by compiled loops, under compiled layers or, on a CPU, under torch's.
+
+        Its rows are independent of each other, and under torch's layers it is as fast as torch's own or faster.
+        """
+        plan = self.plan
+        if plan.kernels == "numba":
+            return True
+        fits = plan.block_size % PANEL == 0 and all(layer.head_dim % PANEL == 0 for layer in model.attention_layers)
+        return plan.kernels == "torch" and plan.device == "cpu" and fits and not self.is_torch_only
+
+    def compile(self) -> None:
+        """Compiles the CPU's kernels, or reads what was compiled before."""
+        import_module("kernels.numba.program.team")
+
+    def prepare(self, model: Model) -> bool:
+        """Packs the weights, in place, and gives the model its operations. Leaves torch the threads that it may use.
+
+        Returns whether a row's numbers depend on the row alone from then on, if that is known.
+        """
+        plan = self.plan
+        if plan.kernels == "numba":
+            from engine.quantization.numba_cpu import pack_linears
+
+            torch.set_num_threads(1)  # ours multiply; its own would spin beside them
+            pack_linears(model, plan.quantization, num_threads=plan.num_threads)
+            return True
+        model.operations = load_operations(plan.kernels)
+        prepare_linears(model, plan.quantization, num_threads=plan.num_threads)
+        if self._fixes_rows and isinstance(model, Llama):
+            from engine.runner.strict_linear import fix_rows
+
+            fix_rows(model)
+            return True
+        if not self.has_compiled_attention(model):
+            return False
+        from engine.runner.padded_rows import make_rows_independent
+
+        return make_rows_independent(model, is_strict=self.is_strict)
+
+    def make_attention(self, cache: KVCache) -> AttentionBackend:
+        """Torch's or Triton's attention over a cache."""
+        if self._fixes_rows:
+            from engine.attention.triton_backend import TritonAttention
+
+            return TritonAttention(cache, one_path=True)
+        make = cast(Callable[[KVCache], AttentionBackend], load_object(ATTENTION_BACKENDS[self.plan.kernels]))
+        return make(cache)
+
+    def make_runner(self, model: Model, cache: KVCache, *, has_independent_rows: bool) -> ModelRunner:
+        """has_independent_rows: as `prepare` found it; where it is asked for and not so, tokens go one by one."""
+        plan = self.plan
+        if plan.kernels == "numba":  # strict or not: there, a row's result depends on nothing but the row
+            return make_numba_runner(model, cache, plan)
+        goes_one_by_one = self.is_strict and not has_independent_rows
+        if plan.graphs.total and not goes_one_by_one:
+            from engine.runner.cuda_graphs import CudaGraphDevice
+
+            return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
+        if cache.keys_as_columns:
+            attention: AttentionBackend = make_numba_attention(model, cache, plan)
+        else:
+            attention = self.make_attention(cache)
+        runner = OneTokenRunner if goes_one_by_one else ModelRunner
+        return runner(model, cache, attention, block_size=plan.block_size)
+
+    def make_sampler(self, vocab_size: int) -> TokenSampler:
+        make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
+        return make(vocab_size)
+
+    @property
+    def _fixes_rows(self) -> bool:
+        """Whether strict determinism comes from products of one shape, for models whose products we know: on a GPU."""
+        return self.is_strict and self.plan.kernels == "triton" and self.plan.device == "cuda"
+
+
+def make_gpu_runner(
+    model: Model, cache: KVCache, plan: MemoryPlan, graph_device: GraphDevice, *, one_path: bool = False
+) -> ModelRunner:
+    """Graphs are captured while requests are served; here, they get the memory that the plan has for them.
+
+    one_path: as of `TritonAttention`
+    """
+    from engine.attention.triton_backend import TritonAttention, make_graph_space
+    from engine.runner.cuda_graphs import GraphLimits, GraphRunner
+
+    device = cache.kv[0].device
+    space = make_graph_space(
+        model.attention_layers,
+        plan.dtype,
+        device,
+        max_context=plan.max_model_len + plan.num_lookahead_tokens,
+        num_bytes=plan.graphs.attention,
+    )
+    attention, tables = TritonAttention(cache, graph_space=space, one_path=one_path), BlockTables()
+    limits = GraphLimits(
+        max_num_seqs=plan.max_num_seqs,
+        max_rows_per_seq=1 + plan.num_lookahead_tokens,
+        max_num_blocks=-(-space.max_context // plan.block_size),
+        block_size=plan.block_size,
+    )
+    graphs = GraphRunner(model, attention, tables, limits=limits, graph_device=graph_device, device=device)
+    return ModelRunner(model, cache, attention, block_size=plan.block_size, tables=tables, graphs=graphs)
+
+
+def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan) -> ModelRunner:
+    """A runner of a packed Llama. Leave torch one thread: its others would spin beside ours."""
+    from engine.models.llama_numba import NumbaLlama
+
+    assert isinstance(model, Llama), "the plan says what can be compiled"
+    attention = make_numba_attention(model, cache, plan)
+    return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention, block_size=plan.block_size)
+
+
+def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan) -> NumbaAttention:
+    """Compiled attention and the team of threads that runs it, under compiled layers or torch's."""
+    from engine.attention.numba_backend import NumbaAttention, scratch_bytes
+    from kernels.numba.program.team import Team
+
+    return NumbaAttention(cache, Team(plan.num_threads, scratch_bytes=scratch_bytes(model.attention_layers)))

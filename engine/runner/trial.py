@@ -1,0 +1,61 @@
+"""One token through a whole engine before it serves: a model that cannot answer does not say that it is ready."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.models.model_error import FOREIGN_ERRORS, ModelError
+from engine.runner.async_stepping import LaunchingSampler
+from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
+
+_FIRST_BLOCK = 1  # after the null block; free, and written anew by whoever gets it
+
+
+class TriedRunner(Protocol):
+    """What is tried, as `ModelRunner` has it."""
+
+    def forward(self, batch: list[Scheduled]) -> tuple[Tensor, Tensor]: ...
+
+
+def compute_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, block: int) -> Sampled:
+    """What follows token 0 at position 0. Its keys and values go into the block, whatever is there."""
+    request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
+    batch = [Scheduled(Sequence(request, [0], block_table=[block]), 1, 0, samples=True)]
+    _, logits = runner.forward(batch)
+    (sampled,) = sampler.launch(logits, batch).finish()
+    return sampled
+
+
+@torch.inference_mode()
+def try_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, path: str, dtype: torch.dtype) -> None:
+    """Computes token 0 at position 0 and samples what follows. ModelError where a layer, the head or the sampler fails.
+
+    Memory that runs out, or a device that is lost, is no fault of the model's, and is raised as it comes.
+    """
+    try:
+        sampled = compute_one_token(runner, sampler, block=_FIRST_BLOCK)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except FOREIGN_ERRORS as error:
+        raise ModelError(
+            f"{path} was loaded, but cannot compute a token: {type(error).__name__}: {error}; "
+            "try model.implementation transformers or another checkpoint"
+        ) from error
+    if sampled.error is not None:
+        raise ModelError(
+            f"{path} was loaded, but the scores of its first token are not finite numbers in {_name(dtype)}; "
+            f"{_advice(dtype)}"
+        )
+
+
+def _advice(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "set model.dtype to float32 or bfloat16, whose numbers are larger"
+    return "its weights are damaged, or too large for its own arithmetic: download it again"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

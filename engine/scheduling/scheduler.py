@@ -1,0 +1,471 @@
+"""Decides which sequences run in a step and what becomes of their tokens.
+
+There is no prefill phase and no decode phase. Every sequence has tokens that are not in the KV cache yet; a step spends
+its token budget on catching up. A prompt chunk, a single decoded token and a run of drafts are the same thing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import insort
+from dataclasses import dataclass, field, replace
+
+from engine.circuit_breaker import CircuitBreaker
+from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.kv_cache.manager import KVCacheManager, needs_prompt_scores
+from engine.scheduling.request_queue import WaitingQueue
+from engine.scheduling.step_outputs import one_more_token, output_of
+from engine.types import Sampled, Scheduled, Sequence, StepOutput
+
+logger = logging.getLogger(__name__)
+
+PROMPT_SHARE = 3  # prompt tokens for each sequence that decodes in the same step
+MAX_PROMPT_STEPS = 16  # beside others that decode, where the budget allows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """The budgets of a step, and what bounds a sequence.
+
+    max_num_batched_tokens: tokens that a step computes, at most. max_num_logits: rows of logits among them; None: one
+    for each. headroom: output tokens per sequence for which room is kept free when another is admitted.
+
+    min_prompt_share: prompt tokens that a step computes even while others decode; None: as many as the budget allows.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_logits: int | None = None
+    min_prompt_share: int | None = None
+    num_lookahead_tokens: int = 0
+    headroom: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"scheduler.max_num_batched_tokens is {self.max_num_batched_tokens}, but scheduler.max_num_seqs is "
+                f"{self.max_num_seqs}: each running request needs a token per step; raise the first or lower the second"
+            )
+        if self.max_num_logits is not None and self.max_num_logits < self.max_num_seqs:
+            raise ValueError(f"{self.max_num_logits} rows of logits are too few for {self.max_num_seqs} requests")
+
+    @property
+    def num_logits_rows(self) -> int:
+        """Rows of logits that a step may have."""
+        return self.max_num_batched_tokens if self.max_num_logits is None else self.max_num_logits
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making."""
+
+    budget: int  # tokens that are left
+    num_logits: int  # rows of logits that are left
+    num_to_come: int  # sequences that run, or may start, and have had no turn yet: a row of logits is kept for each
+    num_spare_blocks: int | None = None  # free ones that drafts may take; None: nobody has asked yet
+    items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
+
+    def add(self, item: Scheduled) -> None:
+        self.items[item.seq.arrival] = item
+        self.budget -= item.num_new_tokens
+        self.num_logits -= item.num_logits
+
+    def drop(self, seq: Sequence) -> None:
+        item = self.items.pop(seq.arrival, None)
+        if item is not None:
+            self.budget += item.num_new_tokens
+            self.num_logits += item.num_logits
+
+
+class Scheduler:
+    """Owns the waiting and running sequences, and alone writes their tokens and progress.
+
+    Admission cannot thrash: a sequence is admitted only while every running one could still grow by its headroom, and
+    each preemption doubles a sequence's headroom. So a request is preempted at most log2(max_tokens / headroom) times.
+    """
+
+    def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
+        self.kv = kv
+        self.limits = limits
+        self._full_budget = limits.max_num_batched_tokens
+        num_tokens = limits.max_model_len + limits.num_lookahead_tokens
+        if kv.window is None and kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
+            raise ValueError(
+                f"one request of max_model_len ({limits.max_model_len} tokens) needs {kv.num_blocks_for(num_tokens)} "
+                f"KV blocks of {kv.block_size} tokens, not {kv.pool.num_blocks}; lower model.max_model_len to "
+                f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
+            )
+        if kv.window is not None:
+            num_tokens = min(limits.max_model_len, self._num_tokens_in_window(kv.window)) + limits.num_lookahead_tokens
+            if kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
+                raise ValueError(
+                    f"one request needs {kv.num_blocks_for(num_tokens)} KV blocks of {kv.block_size} tokens, for a "
+                    f"window of {kv.window} and a step of {limits.max_num_batched_tokens}, not {kv.pool.num_blocks}; "
+                    "lower scheduler.max_num_batched_tokens or raise kv_cache.memory"
+                )
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in order of service: priority, then arrival
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
+        self.num_prefix_hits = 0
+        self.num_first_prompt_tokens = 0  # of the sequences that have got their first token
+        self._budget_breaker = CircuitBreaker()
+        self._num_arrivals = 0
+        self._by_id: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence. Raises ValueError where it could never run."""
+        request_id = seq.request.request_id
+        if request_id in self._by_id:
+            raise ValueError(f"request id {request_id} is in use; ids must be unique among unfinished requests")
+        if seq.num_tokens >= self.limits.max_model_len:
+            raise ValueError(
+                f"prompt has {seq.num_tokens} tokens, but max_model_len is {self.limits.max_model_len} and at least "
+                "one token must be generated; shorten it or raise model.max_model_len"
+            )
+        seq.max_num_tokens = min(seq.num_prompt_tokens + seq.params.max_tokens, self.limits.max_model_len)
+        seq.stop_token_ids = frozenset(seq.params.stop_token_ids)
+        seq.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._by_id[request_id] = seq
+        self.waiting.push(seq)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Forgets the request and frees its blocks; None if it is unknown or has finished."""
+        seq = self._by_id.get(request_id)
+        if seq is None:
+            return None
+        if not self.waiting.remove(seq):
+            self.running.remove(seq)
+        self._forget(seq)
+        return seq
+
+    def schedule(self) -> list[Scheduled]:
+        """Plans the next step.
+
+        Sequences that lack a single token come first: theirs are the streams that somebody is reading. What is left
+        of the budget, or as much of it as these streams can wait for, goes to those further behind, in order of
+        service, and then to new ones.
+        """
+        num_seqs = min(len(self.running) + len(self.waiting), self.limits.max_num_seqs)
+        plan = _Plan(self.limits.max_num_batched_tokens, self.limits.num_logits_rows, num_seqs)
+        num_preemptions = self.num_preemptions
+        caught_up: list[Sequence] = []
+        behind: list[Sequence] = []
+        for seq in self.running:
+            (caught_up if _is_caught_up(seq) else behind).append(seq)
+        self._continue_streams(caught_up, plan)
+        if caught_up and self.limits.min_prompt_share is not None:
+            plan.budget = min(plan.budget, self._prompt_share(len(caught_up), behind))
+        for seq in behind:
+            plan.num_to_come -= 1
+            self._continue(seq, plan, plan.budget)
+        if self.num_preemptions == num_preemptions:
+            self._admit(plan)
+        return list(plan.items.values())
+
+    def update(self, batch: list[Scheduled], sampled: list[Sampled]) -> list[StepOutput]:
+        """Commits a step: the tokens that were computed, and those that were sampled for each item."""
+        now, outputs = time.monotonic(), []
+        for item, result in zip(batch, sampled, strict=True):
+            seq = item.seq
+            if item.num_new_tokens == 1 and self._goes_on(seq, result):  # most of them
+                outputs.append(one_more_token(seq, result))
+                continue
+            seq.num_computed_tokens += item.num_new_tokens
+            if item.num_drafts:
+                seq.num_computed_tokens += len(result.accepted) - item.num_drafts
+                seq.num_drafts += item.num_drafts
+                seq.num_accepted_drafts += len(result.accepted)
+            if seq.draft_token_ids:  # those too that had no place in the step: they follow another token
+                seq.draft_token_ids, seq.draft_parents = [], []
+            seq.num_scored_tokens += item.num_scored
+            token_ids = self._append(seq, result.token_ids)
+            if seq.first_token_at is None:
+                seq.num_prefill_chunks += 1
+                if token_ids:
+                    seq.first_token_at = now
+                    self.num_first_prompt_tokens += _num_computed_prompt_tokens(seq)
+            if result.error is not None:
+                seq.finish_reason = "error"  # what it wrote into the cache may be wrong, in earlier steps too
+                self.kv.uncache(seq)
+            else:
+                self.kv.commit(seq)
+            if token_ids or result.prompt_logprobs or seq.finish_reason:
+                outputs.append(output_of(seq, token_ids, result, now))
+            if seq.finish_reason:
+                self.running.remove(seq)
+                self._forget(seq)
+        return outputs
+
+    @property
+    def is_budget_lowered(self) -> bool:
+        return self.limits.max_num_batched_tokens < self._full_budget
+
+    def lower_budget(self, num_tokens: int) -> None:
+        """Steps have at most so many tokens for a while, or one for each request that may run, if that is more."""
+        lowered = max(num_tokens, self.limits.max_num_seqs)
+        self._budget_breaker.trip()
+        if lowered < self.limits.max_num_batched_tokens:
+            self.limits = replace(self.limits, max_num_batched_tokens=lowered)
+            logger.warning(
+                "steps have at most %d tokens for a while; if this comes again, set scheduler.max_num_batched_tokens",
+                lowered,
+            )
+
+    def note_quiet_step(self) -> None:
+        """Call it after a step that had memory enough: after many of them, the budget is whole again."""
+        if self._budget_breaker.step():
+            self.limits = replace(self.limits, max_num_batched_tokens=self._full_budget)
+            logger.info("steps have up to %d tokens again", self._full_budget)
+
+    def _prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
+        """Prompt tokens of a step that others decode in: each of their tokens waits for all of these.
+
+        A step takes about as long as it has tokens, so that few streams would stutter with each prompt that fills the
+        budget. The share grows with the streams, as many short answers need many prompts, and with the prompts, whose
+        first tokens must not wait for hundreds of steps.
+        """
+        assert self.limits.min_prompt_share is not None
+        read = behind or ([self.waiting.first] if len(self.waiting) else [])
+        longest = max((seq.num_tokens for seq in read), default=0)
+        return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
+
+    def _continue_streams(self, caught_up: list[Sequence], plan: _Plan) -> None:
+        """A token each, or one and its drafts. Most have a place for them already."""
+        num_after, size, num_lookahead = len(caught_up), self.kv.block_size, self.limits.num_lookahead_tokens
+        items, budget = plan.items, plan.budget
+        for seq in caught_up:
+            num_after -= 1  # each of them gets a token before this one's drafts do
+            plan.num_to_come -= 1
+            num_tokens, num_drafts = len(seq.token_ids), len(seq.draft_token_ids)
+            if num_drafts:
+                num_rows = plan.num_logits - plan.num_to_come
+                num_drafts = _num_verified_drafts(seq, min(budget - num_after, num_rows) - 1)
+            has_place = num_tokens + num_drafts + num_lookahead <= len(seq.block_table) * size
+            if has_place and num_drafts >= 0 and budget > num_drafts and seq.request.params.prompt_logprobs is None:
+                items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
+                budget -= 1 + num_drafts
+                plan.num_logits -= 1 + num_drafts
+            else:
+                plan.budget = budget
+                self._continue(seq, plan, max(budget - num_after, 1))
+                budget = plan.budget
+        plan.budget = budget
+
+    def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
+        if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
+            return
+        item = self._fit(seq, budget, plan)
+        num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
+        if not self.kv.allocate(seq, num_tokens):
+            self._take_back_blocks_of_drafts(plan)
+        while not self.kv.allocate(seq, num_tokens):
+            victim = self.running.pop()
+            plan.drop(victim)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        plan.add(item)
+
+    def _take_back_blocks_of_drafts(self, plan: _Plan) -> None:
+        """Frees the blocks that hold nothing but guesses: of drafts that were wrong, and of those in the plan, which
+        loses them. A sequence that is preempted costs more than any guess may gain."""
+        for seq in self.running:
+            item = plan.items.get(seq.arrival)
+            if item is not None and item.num_drafts:
+                plan.drop(seq)
+                plan.add(replace(item, num_new_tokens=item.num_new_tokens - item.num_drafts, num_drafts=0))
+            self.kv.give_back(seq, seq.num_tokens + self.limits.num_lookahead_tokens)
+
+    def _admit(self, plan: _Plan) -> None:
+        """Starts waiting sequences while budget, seats and memory last, first come first served.
+
+        A sequence whose next prefix block is being computed by another waits for it instead of computing it again.
+        """
+        if not self._may_admit(plan):
+            return
+        held: list[Sequence] = []
+        coming = self._coming_hashes()
+        num_reserved = sum(map(self._num_reserved_blocks, self.running))
+        while self._may_admit(plan):
+            seq = self.waiting.first
+            prefix = self.kv.find_prefix(seq)
+            if len(held) < self.limits.max_num_seqs and self._next_block_is_coming(seq, prefix, coming):
+                held.append(self.waiting.pop())
+                continue
+            num_reserved_tokens = self._reserved_tokens(seq, prefix.count(NULL_BLOCK))
+            num_needed = self.kv.num_new_blocks(seq, num_reserved_tokens, prefix)
+            if num_needed + num_reserved > self.kv.pool.num_free:
+                break
+            self._start(self.waiting.pop(), prefix)
+            coming.update(self.kv.hashes(seq)[: seq.num_prompt_tokens // self.kv.block_size])
+            plan.num_to_come -= 1
+            self._continue(seq, plan, plan.budget)
+            num_reserved += self._num_reserved_blocks(seq)
+        for seq in held:
+            self.waiting.push(seq)
+
+    def _may_admit(self, plan: _Plan) -> bool:
+        return plan.budget > 0 and len(self.running) < self.limits.max_num_seqs and len(self.waiting) > 0
+
+    def _start(self, seq: Sequence, prefix: list[int]) -> None:
+        self.kv.start(seq, prefix)
+        num_hits = min(len(prefix) * self.kv.block_size, seq.num_prompt_tokens)
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens = num_hits
+            self.num_prefix_queries += seq.num_prompt_tokens
+            self.num_prefix_hits += num_hits
+        # The first allocation cannot fail, because `_admit` has counted it; an empty table means "preempted".
+        allocated = self.kv.allocate(seq, seq.num_computed_tokens + 1)
+        assert allocated, "a sequence was admitted without room"
+        insort(self.running, seq, key=_service_order)
+
+    def _coming_hashes(self) -> set[bytes]:
+        """Digests of the prompt blocks that running sequences have yet to fill."""
+        size = self.kv.block_size
+        return {
+            block_hash
+            for seq in self.running
+            if not _is_caught_up(seq)
+            for block_hash in self.kv.hashes(seq)[seq.num_committed_blocks : seq.num_prompt_tokens // size]
+        }
+
+    def _next_block_is_coming(self, seq: Sequence, prefix: list[int], coming: set[bytes]) -> bool:
+        if not coming or not self.kv.can_share_prefix(seq):
+            return False
+        hashes = self.kv.hashes(seq)
+        num_usable = (seq.num_tokens - 1) // self.kv.block_size
+        return len(prefix) < num_usable and hashes[len(prefix)] in coming
+
+    def _num_reserved_blocks(self, seq: Sequence) -> int:
+        """Free blocks that are kept for a running sequence."""
+        num_tokens = self._reserved_tokens(seq, seq.num_released_blocks)
+        return max(self.kv.num_blocks_for(num_tokens) - len(seq.block_table), 0)
+
+    def _reserved_tokens(self, seq: Sequence, num_released_blocks: int) -> int:
+        """Tokens that the sequence must be able to hold before another is admitted.
+
+        num_released_blocks: leading ones of its table that are none, as they lie behind its window
+        """
+        limits = self.limits
+        headroom = limits.headroom << min(seq.num_preemptions, 20)
+        end = min(seq.num_tokens + headroom, seq.max_num_tokens)
+        if self.kv.window is not None:  # blocks behind the window are free again; those in it and a chunk are not
+            end = min(end, num_released_blocks * self.kv.block_size + self._num_tokens_in_window(self.kv.window))
+        return end + limits.num_lookahead_tokens
+
+    def _num_tokens_in_window(self, window: int) -> int:
+        """Tokens that a sequence holds at most, where each layer has a window: those in it and a step's."""
+        return window + self._full_budget + 2 * self.kv.block_size
+
+    def _fit(self, seq: Sequence, budget: int, plan: _Plan) -> Scheduled:
+        """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count.
+
+        Of the plan's rows of logits it may have all but one for each sequence that is still to come.
+        """
+        num_logits = plan.num_logits - plan.num_to_come
+        computed = seq.num_computed_tokens
+        num_verified = min(seq.num_tokens - computed, budget)
+        if needs_prompt_scores(seq):
+            return self._fit_scored(seq, num_verified, num_logits)
+        samples = computed + num_verified == seq.num_tokens
+        num_drafts = _num_verified_drafts(seq, min(budget - num_verified, num_logits - 1)) if samples else 0
+        if num_drafts:
+            num_drafts = self._num_drafts_with_room(seq, num_drafts, plan)
+        return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
+
+    def _num_drafts_with_room(self, seq: Sequence, num_drafts: int, plan: _Plan) -> int:
+        """Drafts for which there are blocks that no running sequence needs for its own tokens in this step: a guess
+        must not preempt anybody."""
+        if plan.num_spare_blocks is None:
+            plan.num_spare_blocks = self.kv.pool.num_free - sum(map(self._num_blocks_of_step, self.running))
+        num_tokens = seq.num_tokens + self.limits.num_lookahead_tokens
+        num_blocks = max(self.kv.num_blocks_for(num_tokens), len(seq.block_table))
+        num_extra = max(self.kv.num_blocks_for(num_tokens + num_drafts) - num_blocks, 0)
+        num_extra = min(num_extra, max(plan.num_spare_blocks, 0))
+        plan.num_spare_blocks -= num_extra
+        return max(min(num_drafts, (num_blocks + num_extra) * self.kv.block_size - num_tokens), 0)
+
+    def _num_blocks_of_step(self, seq: Sequence) -> int:
+        """Blocks that a sequence lacks for its own tokens, those of a whole prompt as far as a step may reach."""
+        end = min(seq.num_tokens, seq.num_computed_tokens + self.limits.max_num_batched_tokens)
+        num_tokens = end + self.limits.num_lookahead_tokens
+        return max(self.kv.num_blocks_for(num_tokens) - len(seq.block_table), 0)
+
+    def _fit_scored(self, seq: Sequence, num_new_tokens: int, num_logits: int) -> Scheduled:
+        """A chunk whose rows score the prompt tokens that follow them.
+
+        Rows that were scored before (the sequence was preempted) are computed without logits in a chunk of their own,
+        and no chunk reaches from the prompt into the output: so the rows with logits are always the chunk's last.
+        """
+        computed, num_prompt = seq.num_computed_tokens, seq.num_prompt_tokens
+        if computed < seq.num_scored_tokens:
+            return Scheduled(seq, min(num_new_tokens, seq.num_scored_tokens - computed), 0, samples=False)
+        end = num_prompt if seq.num_tokens == num_prompt else num_prompt - 1
+        num_new_tokens = min(num_new_tokens, end - computed, num_logits)
+        num_scored = min(computed + num_new_tokens, num_prompt - 1) - computed
+        samples = computed + num_new_tokens == seq.num_tokens
+        return Scheduled(seq, num_new_tokens, 0, samples, num_scored)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.kv.free(seq)
+        seq.draft_token_ids, seq.draft_parents = [], []
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push(seq)
+
+    def _goes_on(self, seq: Sequence, result: Sampled) -> bool:
+        """Commits the token of a step of one token in the middle of an answer. False, and nothing has changed, if the
+        step was more than that: the first token, the last one, an error, a prompt's."""
+        token_ids, known = result.token_ids, seq.token_ids
+        if not token_ids or seq.first_token_at is None or result.prompt_logprobs is not None or seq.draft_token_ids:
+            return False
+        if len(known) + 1 >= seq.max_num_tokens or token_ids[0] in seq.stop_token_ids:
+            return False
+        known.append(token_ids[0])
+        seq.num_computed_tokens += 1
+        if seq.num_computed_tokens % self.kv.block_size == 0 or self.kv.window is not None:
+            self.kv.commit(seq)
+        return True
+
+    def _append(self, seq: Sequence, token_ids: list[int]) -> list[int]:
+        """Appends tokens up to the first that ends the sequence; returns those that count."""
+        params, known = seq.request.params, seq.token_ids
+        for i, token_id in enumerate(token_ids):
+            known.append(token_id)
+            if token_id in seq.stop_token_ids and seq.num_output_tokens > params.min_tokens:
+                seq.finish_reason, seq.stop_token_id = "stop", token_id
+                return token_ids[: i + 1]
+            if len(known) >= seq.max_num_tokens:
+                seq.finish_reason = "length"
+                return token_ids[: i + 1]
+        return token_ids
+
+    def _forget(self, seq: Sequence) -> None:
+        self.kv.free(seq)
+        del self._by_id[seq.request.request_id]
+
+
+def _service_order(seq: Sequence) -> tuple[int, int]:
+    return seq.request.priority, seq.arrival
+
+
+def _num_verified_drafts(seq: Sequence, budget: int) -> int:
+    """So many of its drafts may still count, where the budget has so many tokens for them."""
+    return min(len(seq.draft_token_ids), budget, seq.max_num_tokens - seq.num_tokens - 1)
+
+
+def _is_caught_up(seq: Sequence) -> bool:
+    return len(seq.token_ids) - seq.num_computed_tokens == 1
+
+
+def _num_computed_prompt_tokens(seq: Sequence) -> int:
+    """None of a sequence that another process had begun: its first token is an old one."""
+    return 0 if seq.request.output_token_ids else seq.num_prompt_tokens - seq.num_cached_tokens

@@ -1,0 +1,1 @@
+"""What the compiled operations are made of: vectors, register tiles, memory, number formats."""

@@ -1,0 +1,231 @@
+"""Vectors of 16 lanes in LLVM's own terms, and the loops over vectors that a compiler would not find by itself.
+
+LLVM splits a vector into two registers of AVX2, four of NEON, or one of AVX-512. Addresses are integers.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from kernels.layout import PANEL
+
+LANES = PANEL  # a vector is one row of a panel
+GROUP = 32  # elements along the depth that share the scale of an integer format, as in GGUF's blocks
+STEPS = 32767.0  # of a 16-bit integer, on either side of zero
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT = ir.FloatType()
+FLOATS = ir.VectorType(FLOAT, LANES)
+INTS = ir.VectorType(I32, LANES)
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    """A scalar in all lanes."""
+    vector = ir.VectorType(scalar.type, LANES)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+
+
+def constant(value: float) -> ir.Constant:
+    """A number, rounded to float32, in all lanes."""
+    return ir.Constant(FLOATS, [value] * LANES)
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+def call_by_name(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    """Calls one of LLVM's intrinsics, or a function of the C library."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return call_by_name(builder, f"llvm.fma.v{LANES}f32", FLOATS, a, b, c)
+
+
+def load_floats(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
+    """16 consecutive elements as float32, exactly."""
+    if element == "float32":
+        return load(builder, address, FLOATS, 4)
+    bits = load(builder, address, ir.VectorType(I16, LANES), 2)
+    if element == "bfloat16":  # the upper half of a float32
+        wide = builder.shl(builder.zext(bits, INTS), ir.Constant(INTS, [16] * LANES))
+        return builder.bitcast(wide, FLOATS)
+    return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+
+
+def exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """e^x within 2 units in the last place from -87.3 to 88; e^-87.3 below, 0 below -1e9; e^88 above; NaN of NaN.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (coefficients of Cephes, Moshier 1992).
+    """
+    is_nothing = builder.fcmp_ordered("<", x, constant(-1e9))
+    low = builder.select(builder.fcmp_ordered("<", x, constant(-87.3)), constant(-87.3), x)
+    x = builder.select(builder.fcmp_ordered(">", low, constant(88.0)), constant(88.0), low)
+    n = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(x, constant(1.44269504)))
+    r = fma(builder, n, constant(-0.693359375), x)
+    r = fma(builder, n, constant(2.12194440e-4), r)
+    p = constant(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(builder, p, r, constant(coefficient))
+    p = builder.fadd(fma(builder, p, builder.fmul(r, r), r), constant(1.0))
+    # a NaN is no number to convert: it is in p already, whatever power of two it meets
+    whole = builder.select(builder.fcmp_unordered("uno", x, x), constant(0.0), n)
+    power = builder.shl(
+        builder.add(builder.fptosi(whole, INTS), ir.Constant(INTS, [127] * LANES)), ir.Constant(INTS, [23] * LANES)
+    )
+    return builder.select(is_nothing, constant(0.0), builder.fmul(p, builder.bitcast(power, FLOATS)))
+
+
+class Loop:
+    """for index in range(count), with values carried from turn to turn."""
+
+    def __init__(self, builder: ir.IRBuilder, count: ir.Value, carried: list[ir.Value]) -> None:
+        self.builder, self.count = builder, count
+        before = builder.block
+        self.head = builder.append_basic_block("head")
+        self.body = builder.append_basic_block("body")
+        self.end = builder.append_basic_block("end")
+        builder.branch(self.head)
+        builder.position_at_end(self.head)
+        self.index = builder.phi(I64)
+        self.index.add_incoming(I64(0), before)
+        self.values = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(self.values, carried, strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", self.index, count), self.body, self.end)
+        builder.position_at_end(self.body)
+
+    def close(self, carried: list[ir.Value]) -> list[ir.Value]:
+        """Ends the body with the values of the next turn; returns those after the last turn."""
+        builder = self.builder
+        self.index.add_incoming(builder.add(self.index, I64(1)), builder.block)
+        for phi, value in zip(self.values, carried, strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(self.head)
+        builder.position_at_end(self.end)
+        return list(self.values)
+
+
+def define(module: ir.Module, name: str, num_arguments: int) -> tuple[ir.Function, bool]:
+    """A function of that many integers, and whether its body is still to be written."""
+    kind = ir.FunctionType(ir.VoidType(), [I64] * num_arguments)
+    function = cgutils.get_or_insert_function(module, kind, name)
+    is_new = not function.blocks
+    if is_new:
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+    return function, is_new
+
+
+@intrinsic
+def exponentiate(typing_context, scores, count, largest):  # type: ignore[no-untyped-def]
+    """scores = e^(scores - largest), float32 [16 * count] at an address; returns their sum, in an order of its own."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        address, num_vectors, peak = arguments
+        peaks = splat(builder, peak)
+        loop = Loop(builder, num_vectors, [constant(0.0)])
+        place = builder.add(address, builder.mul(loop.index, I64(4 * LANES)))
+        weights = exponential(builder, builder.fsub(load_floats(builder, place, "float32"), peaks))
+        store(builder, weights, place)
+        (total,) = loop.close([builder.fadd(loop.values[0], weights)])
+        return sum_lanes(builder, total)
+
+    return types.float32(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def largest_of(typing_context, scores, count, floor):  # type: ignore[no-untyped-def]
+    """The largest of `floor` and float32 [16 * count] at an address, whatever is no number left out."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        address, num_vectors, least = arguments
+        loop = Loop(builder, num_vectors, [splat(builder, least)])
+        values = load_floats(builder, builder.add(address, builder.mul(loop.index, I64(4 * LANES))), "float32")
+        is_larger = builder.fcmp_ordered(">", values, loop.values[0])
+        (largest,) = loop.close([builder.select(is_larger, values, loop.values[0])])
+        return call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
+
+    return types.float32(types.int64, types.int64, types.float32), generate
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """The sum of all lanes, halves first."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        parts = [
+            builder.shuffle_vector(
+                vector, vector, ir.Constant(ir.VectorType(I32, width), list(range(first, first + width)))
+            )
+            for first in (0, width)
+        ]
+        vector = builder.fadd(*parts)
+    return builder.extract_element(vector, I32(0))
+
+
+@intrinsic
+def silu_and_multiply(typing_context, gate, up, out, count):  # type: ignore[no-untyped-def]
+    """out = gate / (1 + e^-gate) * up, float32 [16 * count] each."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        loop = Loop(builder, arguments[3], [])
+        offset = builder.mul(loop.index, I64(4 * LANES))
+        gates, ups = (load_floats(builder, builder.add(base, offset), "float32") for base in arguments[:2])
+        below = builder.fadd(constant(1.0), exponential(builder, builder.fneg(gates)))
+        store(builder, builder.fmul(builder.fdiv(gates, below), ups), builder.add(arguments[2], offset))
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def round_groups(typing_context, x, out, scales, count):  # type: ignore[no-untyped-def]
+    """Rounds groups of 32 to 16-bit integers: float32 [count, 32] -> int16 [count, 32], and float32 [count, 2], the
+    scale of each group and the scale times the sum of its integers."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        source, target, factors, num_groups = arguments
+        loop = Loop(builder, num_groups, [])
+        start = builder.add(source, builder.mul(loop.index, I64(4 * GROUP)))
+        halves = [load_floats(builder, builder.add(start, I64(4 * LANES * half)), "float32") for half in (0, 1)]
+        sizes = [call_by_name(builder, f"llvm.fabs.v{LANES}f32", FLOATS, half) for half in halves]
+        largest = builder.select(builder.fcmp_ordered(">", sizes[0], sizes[1]), *sizes)
+        peak = call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
+        is_some = builder.fcmp_ordered(">", peak, ir.Constant(FLOAT, 1e-30))
+        steps = ir.Constant(FLOAT, STEPS)
+        inverse = builder.select(is_some, builder.fdiv(steps, peak), ir.Constant(FLOAT, 0.0))
+        inverses = splat(builder, inverse)
+        total = ir.Constant(INTS, [0] * LANES)
+        for half, values in enumerate(halves):
+            whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
+            integers = builder.fptosi(whole, INTS)
+            total = builder.add(total, integers)
+            place = builder.add(target, builder.mul(loop.index, I64(2 * GROUP)))
+            words = builder.trunc(integers, ir.VectorType(I16, LANES))
+            store(builder, words, builder.add(place, I64(2 * LANES * half)), 2)
+        summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        are_numbers = call_by_name(
+            builder, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), builder.fcmp_ordered("ord", *halves)
+        )  # neither the peak nor an integer would say that an element is none
+        scale = builder.select(are_numbers, builder.fdiv(peak, steps), ir.Constant(FLOAT, math.nan))
+        place = builder.add(factors, builder.mul(loop.index, I64(8)))
+        store(builder, scale, place)
+        store(builder, builder.fmul(scale, builder.sitofp(summed, FLOAT)), builder.add(place, I64(4)))
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate

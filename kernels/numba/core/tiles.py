@@ -1,0 +1,340 @@
+"""Register tiles: the inner loops of all matrix products, written directly in LLVM's vector instructions.
+
+A tile multiplies a few rows by a few panels of 16 columns and keeps every sum in a register from the first element to
+the last (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, section 6.3). Vectors are
+16 lanes wide whatever the machine has: LLVM splits them into two registers of AVX2, four of NEON, or one of AVX-512.
+
+How a sum is taken depends on its row and its column alone, never on the tile that holds it: a row's result is the
+same, bit for bit, however many rows are multiplied together.
+
+Addresses are integers, strides count elements. Numba compiles the callers, and inlines nothing of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from kernels.numba.core.lanes import (
+    FLOAT,
+    FLOATS,
+    GROUP,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    Loop,
+    call_by_name,
+    define,
+    fma,
+    load,
+    load_floats,
+    splat,
+    store,
+)
+
+MAX_ROWS_OF_TWO_PANELS = 2
+PARTS_AHEAD = 2  # of 1 to 4 KB each
+MIN_ROWS_OF_UNPACKED = 4
+MAX_ROWS = 6  # 6 rows of two registers are 12 sums, which leaves AVX2's 16 registers 4 for operands
+
+
+def _write_sums(
+    builder: ir.IRBuilder, sums: list[list[ir.Value]], out: ir.Value, ldo: ir.Value, adds: ir.Value
+) -> None:
+    """Stores the sums of a tile, or adds them to what is there."""
+    is_added = builder.icmp_signed("!=", adds, I64(0))
+    for row, row_sums in enumerate(sums):
+        for panel, total in enumerate(row_sums):
+            offset = builder.add(builder.mul(ldo, I64(4 * row)), I64(4 * LANES * panel))
+            address = builder.add(out, offset)
+            with builder.if_else(is_added) as (then, otherwise):
+                with then:
+                    store(builder, builder.fadd(load(builder, address, FLOATS, 4), total), address)
+                with otherwise:
+                    store(builder, total, address)
+
+
+def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
+    """(x, ldx, w, w_stride, panel_stride, depth, out, ldo, adds): the tile of float sums.
+
+    x: float32 [rows, depth]; element i of column c of panel p is w[p * panel_stride + i * w_stride + c]
+    """
+    function, is_new = define(module, f"float_tile_{rows}x{panels}_{element}", 9)
+    if not is_new:
+        return function
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, ldx, w, w_stride, panel_stride, depth, out, ldo, adds = function.args
+    size = 4 if element == "float32" else 2
+    zero = ir.Constant(FLOATS, [0.0] * LANES)
+    x_rows = [builder.add(x, builder.mul(ldx, I64(4 * row))) for row in range(rows)]
+    w_panels = [builder.add(w, builder.mul(panel_stride, I64(size * panel))) for panel in range(panels)]
+    step = builder.mul(w_stride, I64(size))
+    loop = Loop(builder, depth, [zero] * (rows * panels))
+    offset = builder.mul(loop.index, step)
+    weights = [load_floats(builder, builder.add(base, offset), element) for base in w_panels]
+    sums = []
+    for row in range(rows):
+        scalar = load(builder, builder.add(x_rows[row], builder.shl(loop.index, I64(2))), FLOAT, 4)
+        broadcast = splat(builder, scalar)
+        for panel in range(panels):
+            sums.append(fma(builder, broadcast, weights[panel], loop.values[row * panels + panel]))
+    sums = loop.close(sums)
+    _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    builder.ret_void()
+    return function
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Asks for the line of an address, which need not be one of ours."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
+
+def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.Function:
+    """(x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo): the tile of one panel that lies in parts.
+
+    parts: addresses of them, and of PARTS_AHEAD more. Lines are asked for so far in advance: parts begin anywhere in
+    memory, and no processor guesses where. Element i of column c of a part is i * w_stride + c after `offset` bytes.
+    scores: each part is 16 columns of out = x @ part, all of one depth. Else each is 16 elements of the depth, `depth`
+    in all, and out += x @ parts; the first `skipped` elements, fewer than 16, are not looked at.
+    """
+    function, is_new = define(module, f"paged_tile_{rows}_{element}_{'scores' if scores else 'sums'}", 10)
+    if not is_new:
+        return function
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo = function.args
+    size = 4 if element == "float32" else 2
+    zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * rows
+    step = builder.mul(w_stride, I64(size))
+    outer = Loop(builder, num_parts, [] if scores else zeros)
+    place = builder.add(parts, builder.shl(outer.index, I64(3)))
+    part, following = (
+        builder.add(load(builder, builder.add(place, I64(8 * ahead)), I64, 8), offset) for ahead in (0, PARTS_AHEAD)
+    )
+    if scores:
+        first, begin, count = I64(0), I64(0), depth
+    else:
+        first = builder.mul(outer.index, I64(LANES))
+        begin = builder.select(builder.icmp_signed("==", outer.index, I64(0)), skipped, I64(0))
+        left = builder.sub(depth, first)
+        end = builder.select(builder.icmp_signed("<", left, I64(LANES)), left, I64(LANES))
+        count = builder.sub(end, begin)
+    x_rows = [
+        builder.add(x, builder.shl(builder.add(builder.mul(ldx, I64(row)), first), I64(2))) for row in range(rows)
+    ]
+    inner = Loop(builder, count, zeros if scores else outer.values)
+    index = builder.add(inner.index, begin)
+    distance = builder.mul(index, step)
+    _prefetch(builder, builder.add(following, distance))
+    weights = load_floats(builder, builder.add(part, distance), element)
+    sums = []
+    for row in range(rows):
+        scalar = load(builder, builder.add(x_rows[row], builder.shl(index, I64(2))), FLOAT, 4)
+        sums.append(fma(builder, splat(builder, scalar), weights, inner.values[row]))
+    sums = inner.close(sums)
+    if scores:
+        target = builder.add(out, builder.mul(outer.index, I64(4 * LANES)))
+        _write_sums(builder, [[total] for total in sums], target, ldo, I64(0))
+        outer.close([])
+    else:
+        sums = outer.close(sums)
+        _write_sums(builder, [[total] for total in sums], out, ldo, I64(1))
+    builder.ret_void()
+    return function
+
+
+def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Products of 32 int16, neighbours added: [16] int32 (x86: PMADDWD)."""
+    features = llvm.get_host_cpu_features()
+    width = 32 if features.get("avx512bw") else 16 if features.get("avx2") else 0
+    if not width:
+        wide = ir.VectorType(I32, 2 * LANES)
+        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+        even, odd = (
+            builder.shuffle_vector(products, products, ir.Constant(INTS, list(range(first, 2 * LANES, 2))))
+            for first in (0, 1)
+        )
+        return builder.add(even, odd)
+    name = "llvm.x86.avx512.pmaddw.d.512" if width == 32 else "llvm.x86.avx2.pmadd.wd"
+    part = ir.VectorType(I32, width // 2)
+    if width == 32:
+        return call_by_name(builder, name, part, a, b)
+    halves = []
+    for first in (0, 16):
+        lanes = ir.Constant(ir.VectorType(I32, 16), list(range(first, first + 16)))
+        halves.append(call_by_name(builder, name, part, *(builder.shuffle_vector(v, v, lanes) for v in (a, b))))
+    return builder.shuffle_vector(halves[0], halves[1], ir.Constant(INTS, list(range(LANES))))
+
+
+def _load_pairs(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
+    """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side."""
+    words = ir.VectorType(I16, 2 * LANES)
+    if element == "unpacked int4":
+        return load(builder, address, words, 2)
+    if element == "int8":
+        return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), words)
+    packed = builder.zext(load(builder, address, ir.VectorType(I8, LANES), 1), INTS)
+    shifted = builder.shl(packed, ir.Constant(INTS, [12] * LANES))  # the upper four bits to the upper word
+    both = builder.and_(builder.or_(packed, shifted), ir.Constant(INTS, [0x000F000F] * LANES))
+    return builder.bitcast(both, words)
+
+
+def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
+    """(x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, out, ldo, adds): exact sums of integer
+    products within a group of `GROUP` elements, then float32 sums of the groups, each times its two scales.
+
+    x: int16 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 2], the scale of each group and scale * sum
+    w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or uint8 [num_groups, GROUP / 2, 16] with two int4, or the
+    same as int16 [num_groups, GROUP / 2, 16, 2]
+    scales: float16, each panel is [panel_groups, 16] (int8), or [panel_groups, 2, 16] with the offset too (int4)
+    panel_stride: bytes of a panel of w
+    """
+    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 12)
+    if not is_new:
+        return function
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, out, ldo, adds = function.args
+    has_offset = element != "int8"
+    pair_bytes = {"int4": LANES, "int8": 2 * LANES, "unpacked int4": 4 * LANES}[element]
+    group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
+    zero = ir.Constant(FLOATS, [0.0] * LANES)
+    outer = Loop(builder, num_groups, [zero] * (rows * panels))
+    group = outer.index
+    x_groups = [
+        builder.add(builder.add(x, builder.mul(ldx, I64(2 * row))), builder.mul(group, I64(2 * GROUP)))
+        for row in range(rows)
+    ]
+    first_pair = builder.mul(group, I64(pair_bytes * (GROUP // 2)))
+    w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_pair) for p in range(panels)]
+    inner = Loop(builder, I64(GROUP // 2), [ir.Constant(INTS, [0] * LANES)] * (rows * panels))
+    weights = [
+        _load_pairs(builder, builder.add(base, builder.mul(inner.index, I64(pair_bytes))), element) for base in w_groups
+    ]
+    totals = []
+    for row in range(rows):
+        pair = load(builder, builder.add(x_groups[row], builder.shl(inner.index, I64(2))), I32, 2)
+        broadcast = builder.bitcast(splat(builder, pair), ir.VectorType(I16, 2 * LANES))
+        for panel in range(panels):
+            product = _multiply_pairs(builder, broadcast, weights[panel])
+            totals.append(builder.add(inner.values[row * panels + panel], product))
+    totals = inner.close(totals)
+    sums = []
+    for row in range(rows):
+        place = builder.add(builder.mul(ldg, I64(8 * row)), builder.mul(group, I64(8)))
+        row_scale = splat(builder, load(builder, builder.add(x_scales, place), FLOAT, 4))
+        row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(place, I64(4))), FLOAT, 4))
+        for panel in range(panels):
+            first = builder.mul(panel_groups, I64(group_scales * panel))
+            address = builder.add(builder.add(scales, first), builder.mul(group, I64(group_scales)))
+            scale = builder.fmul(row_scale, load_floats(builder, address, "float16"))
+            total = builder.sitofp(totals[row * panels + panel], FLOATS)
+            value = fma(builder, total, scale, outer.values[row * panels + panel])
+            if has_offset:
+                offset = load_floats(builder, builder.add(address, I64(2 * LANES)), "float16")
+                value = fma(builder, row_sum, offset, value)
+            sums.append(value)
+    sums = outer.close(sums)
+    _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    builder.ret_void()
+    return function
+
+
+_Writer = Callable[[ir.Module, int, int, str], ir.Function]
+
+
+def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: int = 1) -> Callable[..., None]:
+    """An intrinsic (rows, panels, *arguments) that calls the tile of rows in min_rows..MAX_ROWS and panels in 1..2.
+
+    Two panels are for one or two rows, whose few sums would wait for one another; more would not fit the registers.
+    """
+
+    @intrinsic
+    def tile(typing_context, arguments):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            (packed,) = values
+            rows, panels, *rest = cgutils.unpack_tuple(builder, packed, 2 + num_arguments)
+            end = builder.append_basic_block("tiled")
+            case = builder.add(builder.mul(rows, I64(2)), panels)
+            switch = builder.switch(case, end)
+            for num_rows in range(min_rows, MAX_ROWS + 1):
+                for num_panels in (1, 2):
+                    if num_panels == 2 and num_rows > MAX_ROWS_OF_TWO_PANELS:
+                        continue
+                    block = builder.append_basic_block("tile")
+                    switch.add_case(I64(2 * num_rows + num_panels), block)
+                    builder.position_at_end(block)
+                    builder.call(write(builder.module, num_rows, num_panels, element), rest)
+                    builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(arguments), generate
+
+    return tile
+
+
+def _dispatching_rows(element: str, *, scores: bool) -> Callable[..., None]:
+    """An intrinsic (rows, *arguments) that calls the paged tile of so many rows, 1..MAX_ROWS."""
+
+    @intrinsic
+    def tile(typing_context, arguments):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            (packed,) = values
+            rows, *rest = cgutils.unpack_tuple(builder, packed, 11)
+            end = builder.append_basic_block("tiled")
+            switch = builder.switch(rows, end)
+            for num_rows in range(1, MAX_ROWS + 1):
+                block = builder.append_basic_block("tile")
+                switch.add_case(I64(num_rows), block)
+                builder.position_at_end(block)
+                builder.call(_paged_tile(builder.module, num_rows, element, scores), rest)
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(arguments), generate
+
+    return tile
+
+
+score_float32, score_bfloat16, score_float16 = (
+    _dispatching_rows(element, scores=True) for element in ("float32", "bfloat16", "float16")
+)
+weigh_float32, weigh_bfloat16, weigh_float16 = (
+    _dispatching_rows(element, scores=False) for element in ("float32", "bfloat16", "float16")
+)
+multiply_float32 = _dispatching(_float_tile, "float32", 9)
+multiply_bfloat16 = _dispatching(_float_tile, "bfloat16", 9)
+multiply_float16 = _dispatching(_float_tile, "float16", 9)
+multiply_int8 = _dispatching(_integer_tile, "int8", 12)
+multiply_int4 = _dispatching(_integer_tile, "int4", 12)
+multiply_unpacked_int4 = _dispatching(_integer_tile, "unpacked int4", 12, min_rows=MIN_ROWS_OF_UNPACKED)
+
+
+@njit(inline="always")
+def rows_of_next_tile(remaining):
+    """Rows of a tile where `remaining` are still to be multiplied, so that all are of about the same height."""
+    return -(-remaining // -(-remaining // MAX_ROWS))
+
+
+@intrinsic
+def unpack_int4(typing_context, packed, out, num_pairs):  # type: ignore[no-untyped-def]
+    """uint8 [num_pairs, 16] with two int4 each -> int16 [num_pairs, 16, 2], addresses."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        loop = Loop(builder, arguments[2], [])
+        source = builder.add(arguments[0], builder.mul(loop.index, I64(LANES)))
+        target = builder.add(arguments[1], builder.mul(loop.index, I64(4 * LANES)))
+        store(builder, _load_pairs(builder, source, "int4"), target, 2)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate

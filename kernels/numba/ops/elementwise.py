@@ -1,0 +1,178 @@
+"""What lies between two matrix products: normalisation, rotation, activation, rounding to integers.
+
+Each function computes some rows of one operation, in float32; each row in the same way, whatever its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from kernels.numba.core.formats import BFLOAT16, FLOAT32
+from kernels.numba.core.lanes import GROUP, LANES, round_groups, silu_and_multiply
+from kernels.numba.core.memory import (
+    bfloat16_value,
+    float16_value,
+    floats,
+    integers,
+    to_bfloat16_bits,
+    to_float16_bits,
+    words,
+)
+
+# sums may be reordered, so that they are vectors; NaN and infinity stay what they are
+REORDERED = {"reassoc", "contract", "nsz"}
+_FUSED = {"contract"}
+
+
+@njit(fastmath=REORDERED)
+def _inverse_norm(x, size, eps):
+    """1 / sqrt(mean of squares + eps)"""
+    total = np.float32(0.0)
+    for i in range(size):
+        total += x[i] * x[i]
+    return np.float32(1.0) / np.float32(math.sqrt(total / np.float32(size) + eps))
+
+
+@njit
+def normalise_rows(x, weight, out, first, last, size, eps):
+    """out = x / sqrt(mean(x^2) + eps) * weight for rows first..last of [rows, size] (Zhang and Sennrich, 2019)."""
+    factors = floats(weight, size)
+    for row in range(first, last):
+        source, target = floats(x + row * size * 4, size), floats(out + row * size * 4, size)
+        inverse = _inverse_norm(source, size, eps)
+        for i in range(size):
+            target[i] = source[i] * inverse * factors[i]
+
+
+@njit
+def _normalise_head(x, weight, size, eps):
+    head, factors = floats(x, size), floats(weight, size)
+    inverse = _inverse_norm(head, size, eps)
+    for i in range(size):
+        head[i] = head[i] * inverse * factors[i]
+
+
+@njit(fastmath=_FUSED)
+def _rotate_head(x, cos, sin, half):
+    """Turns pair (i, i + half) by its angle (Su et al., 2021, in GPT-NeoX's order). cos, sin: [2 * half], sin's first
+    half negated, as in `kernels.reference.rope.rope_factors`."""
+    low, high = floats(x, half), floats(x + half * 4, half)
+    cosines, sines = floats(cos, half), floats(sin + half * 4, half)
+    for i in range(half):
+        a, b = low[i], high[i]
+        low[i] = a * cosines[i] - b * sines[i]
+        high[i] = b * cosines[i] + a * sines[i]
+
+
+@njit
+def _store(value, address, kind):
+    if kind == FLOAT32:
+        floats(address, 1)[0] = value
+    elif kind == BFLOAT16:
+        words(address, 1)[0] = to_bfloat16_bits(value)
+    else:  # held within what the format reaches: an infinity would spoil every sum that it enters
+        words(address, 1)[0] = to_float16_bits(min(max(value, np.float32(-65504.0)), np.float32(65504.0)))
+
+
+@njit
+def rotate_and_store_rows(
+    qkv,
+    first,
+    last,
+    num_heads,
+    num_kv_heads,
+    size,
+    q_norm,
+    k_norm,
+    eps,
+    cos,
+    sin,
+    width,
+    slots,
+    cache,
+    kind,
+    blocks,
+    block,
+):
+    """Normalises and rotates queries and keys in place, and writes keys and values into the paged cache.
+
+    qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; q_norm, k_norm: float32 [size], or 0
+    cos, sin: float32 [rows, width], width rotated elements of a head, 0 for none; slots: int64 [rows]
+    cache: one layer, [2, num_kv_heads, blocks, ...], of `kind`: keys of a block are [size, block], values [block, size]
+    """
+    element = 4 if kind == FLOAT32 else 2
+    row_bytes = (num_heads + 2 * num_kv_heads) * size * 4
+    head_bytes = blocks * block * size * element
+    places = integers(slots, last)
+    for row in range(first, last):
+        heads = qkv + row * row_bytes
+        for head in range(num_heads + num_kv_heads):
+            address = heads + head * size * 4
+            norm = q_norm if head < num_heads else k_norm
+            if norm != 0:
+                _normalise_head(address, norm, size, eps)
+            if width != 0:
+                _rotate_head(address, cos + row * width * 4, sin + row * width * 4, width // 2)
+        page, offset = places[row] // block, places[row] % block
+        for head in range(num_kv_heads):
+            keys = floats(heads + (num_heads + head) * size * 4, size)
+            values = floats(heads + (num_heads + num_kv_heads + head) * size * 4, size)
+            key_block = cache + head * head_bytes + page * block * size * element
+            value_row = key_block + num_kv_heads * head_bytes + offset * size * element
+            for i in range(size):
+                _store(keys[i], key_block + (i * block + offset) * element, kind)
+            for i in range(size):
+                _store(values[i], value_row + i * element, kind)
+
+
+@njit
+def silu_and_multiply_rows(x, out, first, last, size):
+    """out = silu(gate) * up for rows of x: [rows, 2 * size], gate and up side by side (Shazeer, 2020, SwiGLU)."""
+    for row in range(first, last):
+        gate = x + row * size * 8
+        silu_and_multiply(gate, gate + size * 4, out + row * size * 4, size // LANES)
+
+
+@njit
+def quantise_rows(x, out, scales, first, last, size):
+    """Rounds rows to 16-bit integers, with a scale for each group of 32: within 2^-16 of the group's largest element.
+
+    x: float32 [rows, size]; out: int16 [rows, size]; scales: float32 [rows, size / 32, 2], the scale of each group and
+    the sum of its rounded elements.
+    """
+    groups = size // GROUP
+    for row in range(first, last):
+        round_groups(x + row * size * 4, out + row * size * 2, scales + row * groups * 8, groups)
+
+
+@njit
+def fill_rows(source, out, first, last, size, adds):
+    """Copies the same `size` float32 (a bias) into rows of out, or adds them."""
+    values = floats(source, size)
+    for row in range(first, last):
+        target = floats(out + row * size * 4, size)
+        for i in range(size):
+            target[i] = target[i] + values[i] if adds != 0 else values[i]
+
+
+@njit
+def gather_rows(table, kind, indices, out, first, last, size):
+    """out[row] = table[indices[row]] as float32. table: [any, size] of `kind`; indices: int64 [rows]"""
+    rows = integers(indices, last)
+    for row in range(first, last):
+        target = floats(out + row * size * 4, size)
+        if kind == FLOAT32:
+            wide = floats(table + rows[row] * size * 4, size)
+            for i in range(size):
+                target[i] = wide[i]
+        else:
+            narrow = words(table + rows[row] * size * 2, size)
+            if kind == BFLOAT16:
+                for i in range(size):
+                    target[i] = bfloat16_value(narrow[i])
+            else:
+                for i in range(size):
+                    target[i] = float16_value(narrow[i])

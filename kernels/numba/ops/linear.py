@@ -1,0 +1,124 @@
+"""Matrix products with packed weights: a unit of work is some rows by some panels of 16 columns."""
+
+from __future__ import annotations
+
+from numba import njit, types
+
+from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
+from kernels.numba.core.lanes import GROUP, LANES
+from kernels.numba.core.tiles import (
+    MAX_ROWS_OF_TWO_PANELS,
+    multiply_bfloat16,
+    multiply_float16,
+    multiply_float32,
+    multiply_int4,
+    multiply_int8,
+    multiply_unpacked_int4,
+    rows_of_next_tile,
+    unpack_int4,
+)
+from kernels.numba.kernel_cache import kernel
+
+BLOCK_ROWS = 96  # rows that stay in the second-level cache while all panels pass by
+MIN_ROWS_TO_UNPACK = 12  # that an int4 panel must meet for unpacking it once to pay; their tiles have 4 to 6 rows
+BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
+SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2
+
+
+@njit
+def panel_bytes(kind, depth):
+    """Bytes of the elements of one panel. depth: a multiple of GROUP for the integer formats"""
+    if kind == FLOAT32:
+        return depth * LANES * 4
+    if kind == INT8:
+        return depth * LANES
+    if kind == INT4:
+        return depth * LANES // 2
+    return depth * LANES * 2
+
+
+@kernel(types.void(*[types.int64] * 14))
+def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, unpacked, out, ldo, adds):
+    """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel.
+
+    unpacked: those elements of an int4 panel as int16, or 0
+    """
+    stride = panel_bytes(kind, depth)
+    skipped = panel_bytes(kind, first)
+    if kind == FLOAT32:
+        multiply_float32((rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 4, count, out, ldo, adds))
+    elif kind == BFLOAT16:
+        multiply_bfloat16((rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, out, ldo, adds))
+    elif kind == FLOAT16:
+        multiply_float16((rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, out, ldo, adds))
+    else:
+        groups, group = depth // GROUP, first // GROUP
+        x_scales = scales + group * 8
+        if unpacked != 0:
+            multiply_unpacked_int4(
+                (rows, panels, x + first * 2, depth, x_scales, groups, unpacked, 0,
+                 w_scales + group * LANES * 4, groups, count // GROUP, out, ldo, adds)
+            )  # fmt: skip
+        elif kind == INT8:
+            multiply_int8(
+                (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
+                 w_scales + group * LANES * 2, groups, count // GROUP, out, ldo, adds)
+            )  # fmt: skip
+        else:
+            multiply_int4(
+                (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
+                 w_scales + group * LANES * 4, groups, count // GROUP, out, ldo, adds)
+            )  # fmt: skip
+
+
+@kernel(types.void(*[types.int64] * 14))
+def _multiply_panels(
+    kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
+):
+    count = min(BLOCK_DEPTH, depth - start)
+    row_bytes = depth * (2 if kind in (INT8, INT4) else 4)
+    scale_bytes = depth // GROUP * 8
+    panel_scales = depth // GROUP * LANES * (4 if kind == INT4 else 2)
+    panel = first_panel
+    while panel < last_panel:
+        panels = 2 if rows <= MAX_ROWS_OF_TWO_PANELS and panel + 1 < last_panel else 1
+        unpacked = 0
+        if kind == INT4 and rows >= MIN_ROWS_TO_UNPACK:
+            unpacked = scratch
+            stride = panel_bytes(kind, depth)
+            unpack_int4(w + panel * stride + panel_bytes(kind, start), scratch, count // 2)
+        row = 0
+        while row < rows:
+            tile = rows_of_next_tile(rows - row)
+            _multiply(
+                kind, tile, panels, x + row * row_bytes, scales + row * scale_bytes, depth,
+                w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count, unpacked,
+                out + (row * ldo + panel * LANES) * 4, ldo, adds,
+            )  # fmt: skip
+            row += tile
+        panel += panels
+
+
+@kernel(types.void(*[types.int64] * 14))
+def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch):
+    """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
+
+    x: float32 [rows, depth], or int16 with scales as `quantise_rows` leaves them; out: float32, ldo elements a row
+    scratch: SCRATCH_BYTES of this thread
+    """
+    groups = -(-num_panels // panels_at_once)
+    block, group = unit // groups, unit % groups
+    first_row = block * BLOCK_ROWS
+    first_panel = group * panels_at_once
+    last_panel = min(first_panel + panels_at_once, num_panels)
+    is_integer = kind in (INT8, INT4)
+    x += first_row * depth * (2 if is_integer else 4)
+    scales += first_row * (depth // GROUP) * 8
+    out += first_row * ldo * 4
+    start = 0
+    while start < depth:
+        _multiply_panels(
+            kind, min(BLOCK_ROWS, rows - first_row), x, scales, depth, w, w_scales, start, first_panel, last_panel,
+            out, ldo, 1 if adds != 0 or start > 0 else 0, scratch,
+        )  # fmt: skip
+        start += BLOCK_DEPTH

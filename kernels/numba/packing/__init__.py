@@ -1,0 +1,1 @@
+"""Weights in the order and the formats that the register tiles read."""

@@ -1,0 +1,223 @@
+"""A model's step as a list of operations that a team of threads works off together, without Python in between.
+
+An operation is cut into units. Threads take units from a shared counter, and go on to the next operation when all units
+of this one are done: a thread that the system has put aside holds nobody up, unless it holds a unit.
+"""
+
+from __future__ import annotations
+
+import platform
+from enum import IntEnum
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from kernels.numba.core.lanes import call_by_name
+from kernels.numba.core.memory import add_to_counter, floats, integers, read_counter, write_counter
+from kernels.numba.kernel_cache import kernel
+from kernels.numba.ops.attention import attend_unit
+from kernels.numba.ops.elementwise import (
+    fill_rows,
+    gather_rows,
+    normalise_rows,
+    quantise_rows,
+    rotate_and_store_rows,
+    silu_and_multiply_rows,
+)
+from kernels.numba.ops.linear import BLOCK_ROWS, multiply_unit
+
+NUM_STEP_FIELDS = 16
+NUM_TILE_FIELDS = 6  # of a unit of attention, see `Step.TILES`
+NUM_FIELDS = 24  # integers of an operation; the last holds a float's bits or two
+LINE = 64  # bytes that two cores cannot write at the same time without waiting for each other
+
+
+class Operation(IntEnum):
+    """Field 0 of an operation; the others follow in `_run_unit`."""
+
+    GATHER = 0
+    NORMALISE = 1
+    QUANTISE = 2
+    FILL = 3
+    MULTIPLY = 4
+    ROTATE_AND_STORE = 5
+    ATTEND = 6
+    SILU_AND_MULTIPLY = 7
+
+
+class Step(IntEnum):
+    """Integers that all operations of a step share: numbers, and addresses of what attention wants."""
+
+    ROWS = 0
+    INPUT_IDS = 1
+    POSITIONS = 2
+    SLOTS = 3
+    TREE = 4
+    TREE_WIDTH = 5
+    NUM_TILES = 6  # of attention
+    TILES = 7  # int64 [num_tiles, 6]: first token, tokens, context, first row, new tokens, address of the block table
+    ROTATIONS = 8  # addresses of cos and sin of each rotation of the model, up to 4
+
+
+class Control(IntEnum):
+    """Integers by which the threads know of one another, each on a line of its own."""
+
+    GENERATION = 0  # counts programs; a change wakes the others
+    OPEN = 1  # whether the program may be joined
+    INSIDE = 2  # threads in it, the caller not counted
+    COUNTERS = 3  # of each operation: units taken, units done
+
+
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU = (int(op) for op in Operation)
+_ROWS, _INPUT_IDS, _POSITIONS, _SLOTS, _TREE, _TREE_WIDTH, _NUM_TILES, _TILES, _ROTATIONS = (int(s) for s in Step)
+_GENERATION, _OPEN, _INSIDE, _COUNTERS = (int(c) * LINE for c in Control)
+_ROWS_AT_ONCE = 8
+_SPINS_BEFORE_YIELD = 4096
+
+
+@intrinsic
+def _pause(typing_context):  # type: ignore[no-untyped-def]
+    """Tells the core that this is a wait."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if platform.machine() in ("x86_64", "AMD64"):
+            call_by_name(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _give_up_core(typing_context):  # type: ignore[no-untyped-def]
+    """sched_yield(2)"""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        call_by_name(builder, "sched_yield", ir.IntType(32))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _cycles(typing_context):  # type: ignore[no-untyped-def]
+    """The processor's cycle counter."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return call_by_name(builder, "llvm.readcyclecounter", ir.IntType(64))
+
+    return types.int64(), generate
+
+
+@njit(inline="always")
+def _count_units(op, step):
+    kind, rows = op[0], step[_ROWS]
+    if kind == _MULTIPLY:
+        return -(-rows // BLOCK_ROWS) * -(-op[7] // op[8])
+    if kind == _ATTEND:
+        return step[_NUM_TILES] * op[4]
+    return -(-rows // _ROWS_AT_ONCE)
+
+
+@njit(inline="always")
+def _run_unit(unit, op, op_floats, step, scratch):
+    kind = op[0]
+    rows = step[_ROWS]
+    first = unit * _ROWS_AT_ONCE
+    last = min(first + _ROWS_AT_ONCE, rows)
+    if kind == _MULTIPLY:
+        multiply_unit(
+            unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch,
+        )  # fmt: skip
+    elif kind == _ATTEND:
+        kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
+        attend_unit(
+            op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
+            tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS], tile[5], step[_TREE],
+            step[_TREE_WIDTH], scratch,
+        )  # fmt: skip
+    elif kind == _NORMALISE:
+        normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
+    elif kind == _QUANTISE:
+        quantise_rows(op[1], op[2], op[3], first, last, op[4])
+    elif kind == _STORE:
+        cos, sin = (step[_ROTATIONS + 2 * op[7]], step[_ROTATIONS + 2 * op[7] + 1]) if op[8] != 0 else (0, 0)
+        rotate_and_store_rows(
+            op[1], first, last, op[2], op[3], op[4], op[5], op[6], op_floats[0], cos, sin, op[8], step[_SLOTS],
+            op[9], op[10], op[11], op[12],
+        )  # fmt: skip
+    elif kind == _SILU:
+        silu_and_multiply_rows(op[1], op[2], first, last, op[3])
+    elif kind == _FILL:
+        fill_rows(op[1], op[2], first, last, op[3], op[4])
+    elif kind == _GATHER:
+        gather_rows(op[1], op[2], step[_INPUT_IDS], op[3], first, last, op[4])
+
+
+@njit(inline="always")
+def _work(program, num_ops, step_address, control, scratch, times):
+    step = integers(step_address, NUM_STEP_FIELDS)
+    if times != 0:
+        integers(times, 1)[0] = _cycles()
+    for index in range(num_ops):
+        op = integers(program + index * NUM_FIELDS * 8, NUM_FIELDS)
+        op_floats = floats(program + (index * NUM_FIELDS + NUM_FIELDS - 1) * 8, 2)
+        taken = control + _COUNTERS + index * 2 * LINE
+        done = taken + LINE
+        num_units = _count_units(op, step)
+        while True:
+            unit = add_to_counter(taken, 1)
+            if unit >= num_units:
+                break
+            _run_unit(unit, op, op_floats, step, scratch)
+            add_to_counter(done, 1)
+        spins = 0
+        while read_counter(done) < num_units:
+            _pause()
+            spins += 1
+            if spins % _SPINS_BEFORE_YIELD == 0:
+                _give_up_core()
+        if times != 0:
+            integers(times, num_ops + 1)[index + 1] = _cycles()
+
+
+@kernel("void(int64)")
+def open_program(control):
+    """Lets the other threads join what the caller is about to run; they see all that it wrote before."""
+    write_counter(control + _OPEN, 1)
+    add_to_counter(control + _GENERATION, 1)
+
+
+@kernel("int64(int64,int64,int64,int64,int64,int64)", nogil=True)
+def run(call, control, scratch, times, seen, num_spins):
+    """Runs programs. A thread with `num_spins` 0 leads: it runs one with whoever joins, and returns when it is done and
+    nobody is in it any more. The others follow: they join programs as they come, and return the last generation that
+    they have seen when none came for `num_spins` turns.
+
+    call: int64 [3]: the program, int64 [num_ops, NUM_FIELDS]; num_ops; the step, int64 [NUM_STEP_FIELDS], see `Step`
+    control: see `Control`; scratch: memory of this thread
+    times: int64 [1 + num_ops], where the leader notes the cycle counter before and after each operation, or 0
+    (One function for both, since each compiled function has all of the kernels in it.)
+    """
+    what = integers(call, 3)
+    spins = 0
+    while True:
+        if num_spins > 0:
+            generation = read_counter(control + _GENERATION)
+            if generation == seen:
+                spins += 1
+                if spins > num_spins:
+                    return seen
+                _pause()
+                continue
+            seen, spins = generation, 0
+            add_to_counter(control + _INSIDE, 1)
+        if num_spins == 0 or read_counter(control + _OPEN) > 0:
+            _work(what[0], what[1], what[2], control, scratch, times)
+        if num_spins == 0:
+            break
+        add_to_counter(control + _INSIDE, -1)
+    add_to_counter(control + _OPEN, -1)
+    while read_counter(control + _INSIDE) > 0:
+        _pause()
+    return seen

@@ -1,0 +1,135 @@
+"""Threads that run a program together, and the memory that they share."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.numba.program.program import LINE, NUM_FIELDS, Control, Operation, open_program, run
+
+_NUM_SPINS = 3000  # turns of some 30 ns: a follower stays awake between the two programs of a step, not between steps
+_MAX_OPERATIONS = 4096
+
+
+def operation(kind: Operation, *fields: int, factors: tuple[float, float] = (0.0, 0.0)) -> list[int]:
+    """One operation: the integers that it takes, in the order of `program._run_unit`, and up to two floats."""
+    bits = int(np.array(factors, np.float32).view(np.int64)[0])
+    return [int(kind), *fields, *[0] * (NUM_FIELDS - 2 - len(fields)), bits]
+
+
+class Program:
+    """Operations in memory that the threads read. operations: [num_ops, NUM_FIELDS] int64; step: int64, see `Step`"""
+
+    def __init__(self, operations: Sequence[Sequence[int]], step: Tensor, *, keeps: Sequence[Tensor] = ()) -> None:
+        self.operations = torch.tensor(operations, dtype=torch.int64)
+        self.step = step
+        self.call = torch.tensor([self.operations.data_ptr(), len(operations), step.data_ptr()])
+        self._keeps = tuple(keeps)  # whose addresses are in the operations
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramTimes:
+    """One run of a program. cycles: of the processor's counter, before the first operation and after each; start, end:
+    of the whole, in seconds"""
+
+    operations: list[Operation]
+    cycles: list[int]
+    start: float
+    end: float
+
+
+class Team:
+    """The calling thread and `num_threads - 1` others, which sleep while there is nothing to run.
+
+    One program at a time; only one thread may call `run`. scratch_bytes: memory that each thread has for itself.
+    """
+
+    def __init__(self, num_threads: int, *, scratch_bytes: int) -> None:
+        self.num_threads = num_threads
+        num_control = (Control.COUNTERS + 2 * _MAX_OPERATIONS) * LINE // 8
+        self._control = torch.zeros(num_control, dtype=torch.int64)  # torch's memory begins on a line
+        self._counters = self._control.numpy()[Control.COUNTERS * LINE // 8 :]
+        self._call = torch.zeros(3, dtype=torch.int64)
+        self._scratch = [torch.zeros(scratch_bytes // 8 + 1, dtype=torch.int64) for _ in range(num_threads)]
+        self._followers = [_Follower(self._control, self._call, scratch) for scratch in self._scratch[1:]]
+        self._timed: list[ProgramTimes] | None = None
+        weakref.finalize(self, _stop, self._followers)
+
+    def run(self, program: Program) -> None:
+        """Runs the program to its end."""
+        if self._timed is None:
+            self._run(program, 0)
+            return
+        cycles = torch.zeros(1 + len(program.operations), dtype=torch.int64)
+        start = time.perf_counter()
+        self._run(program, cycles.data_ptr())
+        end = time.perf_counter()
+        operations = [Operation(kind) for kind in program.operations[:, 0].tolist()]
+        self._timed.append(ProgramTimes(operations, cycles.tolist(), start, end))
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[list[ProgramTimes]]:
+        """Until it is left, each program that is run adds what it took to the list."""
+        assert self._timed is None, "one at a time"
+        self._timed = timed = []
+        try:
+            yield timed
+        finally:
+            self._timed = None
+
+    def _run(self, program: Program, times: int) -> None:
+        num_ops = len(program.operations)
+        assert num_ops <= _MAX_OPERATIONS, f"a program of {num_ops} operations"
+        self._counters[: num_ops * 2 * LINE // 8] = 0
+        self._call.copy_(program.call)
+        open_program(self._control.data_ptr())
+        for follower in self._followers:
+            follower.wake()
+        run(self._call.data_ptr(), self._control.data_ptr(), self._scratch[0].data_ptr(), times, 0, 0)
+
+
+class _Follower:
+    """A thread that joins programs. It watches for the next one for a while, then sleeps."""
+
+    def __init__(self, control: Tensor, call: Tensor, scratch: Tensor) -> None:
+        self._keeps = (control, call, scratch)
+        self._shared = control.numpy()
+        self._awake = threading.Semaphore(0)
+        self._sleeps = self._stops = False
+        self._thread = threading.Thread(target=self._follow, name="kernels", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Call it after the generation has changed. (Both sides hold the interpreter's lock where they look.)"""
+        if self._sleeps:
+            self._sleeps = False
+            self._awake.release()
+
+    def stop(self) -> None:
+        self._stops = True
+        self._sleeps = False
+        self._awake.release()
+
+    def _follow(self) -> None:
+        control, call, scratch = (part.data_ptr() for part in self._keeps)
+        seen = 0
+        while not self._stops:
+            seen = run(call, control, scratch, 0, seen, _NUM_SPINS)
+            self._sleeps = True
+            if self._shared[Control.GENERATION * LINE // 8] != seen:
+                self._sleeps = False
+                continue
+            self._awake.acquire()
+
+
+def _stop(followers: list[_Follower]) -> None:
+    for follower in followers:
+        follower.stop()

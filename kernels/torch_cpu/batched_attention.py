@@ -1,0 +1,73 @@
+"""Attention on a CPU as a few large matrix products over gathered keys and values.
+
+The indices and biases are made once per step (`engine.attention.torch_plan`); what is here runs once per layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCORES = 1 << 23  # scores held at once where a prompt chunk cannot use the fused kernel: 32 MB of float32
+
+
+def gather_context(
+    blocks: Tensor, block_rows: Tensor, blank_rows: Tensor | None, num_contexts: int, head_dim: int, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Copies the blocks of a group of contexts (one per sequence and KV head) next to each other.
+
+    blocks: [2 * num_kv_heads * num_blocks, block_size * head_dim], a layer's cache
+    block_rows: [2 * num_contexts * blocks per context] rows of it, first of the keys and then of the values
+    blank_rows: rows of the result, seen as [2 * num_contexts * num_tokens, head_dim], that hold no token of the
+        context: they are zeroed, since what is masked must still be finite
+    out: [>= as many elements as are gathered], the memory of the result
+    Returns k, v: [num_contexts, num_tokens, head_dim].
+    """
+    context = out[: block_rows.shape[0] * blocks.shape[1]].view(-1, blocks.shape[1])
+    torch.index_select(blocks, 0, block_rows, out=context)
+    if blank_rows is not None:
+        context.view(-1, head_dim).index_fill_(0, blank_rows, 0.0)
+    k, v = context.view(2, num_contexts, -1, head_dim).unbind(0)
+    return k, v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """softmax(cap(q @ k.T * scale) + bias) @ v for many small problems at once.
+
+    q: [num_contexts, num_rows, head_dim]; k, v: [num_contexts, num_tokens, head_dim]
+    bias: [num_contexts or 1, num_rows or 1, num_tokens], 0 where a row sees the token and -inf where not
+    """
+    if soft_cap is None:
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    else:
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale / soft_cap).tanh_().mul_(soft_cap).add_(bias)
+    return torch.bmm(scores.softmax(dim=-1), v)
+
+
+def attend_chunk(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None) -> Tensor:
+    """One sequence's prompt chunk over its context.
+
+    q: [num_queries, num_heads, head_dim]; k, v: [num_kv_heads, num_tokens, head_dim]
+    bias: [num_queries, num_tokens] as in `attend`; None is causal, for a chunk that is the whole context
+    Returns [num_queries, num_heads, head_dim].
+    """
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, num_tokens, _ = k.shape
+    group = num_heads // num_kv_heads
+    grouped = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    if soft_cap is None:
+        # heads of a group share their keys by a stride of zero, which the fused kernel reads without a copy
+        k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+        return out.permute(2, 0, 1, 3).reshape(q.shape)
+    if bias is None:
+        bias = q.new_full((num_queries, num_tokens), -torch.inf).triu_(1)
+    step = max(1, MAX_SCORES // (num_heads * num_tokens))
+    parts = []
+    for start in range(0, num_queries, step):
+        rows = grouped[:, :, start : start + step].flatten(1, 2)
+        part_bias = bias[None, start : start + step].repeat(1, group, 1)
+        part = attend(rows, k, v, part_bias, scale, soft_cap)
+        parts.append(part.view(num_kv_heads, group, -1, head_dim).permute(2, 0, 1, 3).reshape(-1, num_heads, head_dim))
+    return torch.cat(parts)

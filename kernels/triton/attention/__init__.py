@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache: the wrapper, the plan of its programs, and the kernels."""

@@ -1,0 +1,1 @@
+"""What lies between the matrix products of a layer, under the names that `kernels.reference` has for it."""

@@ -1,0 +1,1 @@
+"""Sampling of a whole vocabulary: penalties and log-probabilities, truncation, and the choice of tokens."""

@@ -1,0 +1,1 @@
+"""The command line: serve, plan, doctor. The only place of the server that may run the engine's code itself."""

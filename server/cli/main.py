@@ -1,0 +1,202 @@
+"""The command `peregrine`. Flags come from the config's schema; errors end in one line that says what to do."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import JsonValue
+
+from engine.client.client import EngineClient, launch_engine
+from engine.ipc.messages import EXIT_CODES
+from server.complain import complain, until_the_reader_leaves
+from server.settings import (
+    ConfigError,
+    Layer,
+    LoadedConfig,
+    Setting,
+    all_settings,
+    load_config,
+    read_assignments,
+    read_environment,
+    read_file,
+)
+from server.version import VERSION
+
+COMMANDS = {
+    "serve": "serve a model over HTTP",
+    "plan": "say what fits into this machine's memory, before anything is loaded",
+    "doctor": "say what this machine has, and which kernel each part of a model will use",
+}
+
+_MERGE = "merge the adapter into its base model with peft's merge_and_unload, and serve the result as MODEL"
+_ONE_PROCESS = "a model runs on one device; start a server for each"
+NOT_SUPPORTED = {  # vLLM's flags that have no counterpart, and what to do instead
+    "--enable-lora": f"there are no LoRA adapters; {_MERGE}",
+    "--lora-modules": f"there are no LoRA adapters; {_MERGE}",
+    "--max-loras": f"there are no LoRA adapters; {_MERGE}",
+    "--max-lora-rank": f"there are no LoRA adapters; {_MERGE}",
+    "--tensor-parallel-size": _ONE_PROCESS,
+    "--pipeline-parallel-size": _ONE_PROCESS,
+    "--data-parallel-size": _ONE_PROCESS,
+    "--trust-remote-code": "code of a checkpoint is never run; families that transformers or Peregrine know need none",
+    "--limit-mm-per-prompt": "images are not read; of multimodal checkpoints the language model answers text",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Unknown flags name the nearest known one; every complaint is the last line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        complain(message)
+        raise SystemExit(EXIT_CODES["config"])
+
+    def parse_fully(self, arguments: Sequence[str]) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            if flag in NOT_SUPPORTED:
+                self.error(f"{flag} is not supported: {NOT_SUPPORTED[flag]}")
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._flags(parsed.command), n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; peregrine {parsed.command} --help lists the flags"
+            self.error(f"there is no flag {unknown[0]}{hint}")
+        return parsed
+
+    def _flags(self, command: str) -> list[str]:
+        flags = [name for setting in flagged_settings() for name in option_names(setting)]
+        return [*flags, "--config", "--set", "--help"] if command in COMMANDS else ["--version", "--help"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return until_the_reader_leaves(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    parser = make_parser()
+    parsed = parser.parse_fully(sys.argv[1:] if arguments is None else arguments)
+    try:
+        loaded = load_config(layers(parsed))
+    except ConfigError as error:
+        complain(f"config: {error}")
+        return EXIT_CODES["config"]
+    if parsed.command == "plan":
+        from server.cli.plan import plan
+
+        return plan(loaded)
+    if parsed.command == "doctor":
+        from server.cli.doctor import doctor
+
+        return doctor(loaded)
+    return _serve(loaded)
+
+
+def _serve(loaded: LoadedConfig) -> int:
+    launched = launch_engine(loaded.config)  # its imports take seconds, and the server's run meanwhile
+    try:
+        from server.cli.serve import serve
+
+        return serve(loaded, make_engine=partial(EngineClient, first_child=launched))
+    finally:
+        launched.discard()
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="peregrine", description="Serves language models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"peregrine {VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog="All settings are in configs/default.yaml and docs/operator-settings.md; "
+            "those without a flag are set by --set or --config.",
+            allow_abbrev=False,
+        )
+        command.add_argument("model", nargs="?", metavar="MODEL", help=all_settings()["model.path"].description)
+        command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, as YAML")
+        for setting in flagged_settings():
+            add_flag(command, setting)
+    return parser
+
+
+def flagged_settings() -> Iterator[Setting]:
+    """One setting for each flag."""
+    seen: set[str] = set()
+    for setting in all_settings().values():
+        if setting.flag is not None and setting.flag.name not in seen:
+            seen.add(setting.flag.name)
+            yield setting
+
+
+def option_names(setting: Setting) -> list[str]:
+    assert setting.flag is not None
+    name = setting.flag.name
+    return [name, name.replace("--", "--no-", 1)] if setting.info.annotation is bool else [name]
+
+
+def add_flag(command: argparse.ArgumentParser, setting: Setting) -> None:
+    """Flags that are not given leave no trace, so that files and defaults keep their say."""
+    flag = setting.flag
+    assert flag is not None
+    text = f"{setting.description} [{setting.name}]".replace("%", "%%")
+    suppressed = argparse.SUPPRESS
+    if flag.key is not None:
+        keys = {s.flag.key: s.name for s in all_settings().values() if s.flag is not None and s.flag.name == flag.name}
+        text = "JSON object with " + ", ".join(f"{key} [{name}]" for key, name in keys.items())
+        command.add_argument(flag.name, dest=flag.name, default=suppressed, metavar="JSON", help=text)
+    elif setting.info.annotation is bool:
+        command.add_argument(
+            flag.name, dest=flag.name, default=suppressed, action=argparse.BooleanOptionalAction, help=text
+        )
+    elif isinstance(setting.default, list):
+        command.add_argument(
+            flag.name, dest=flag.name, default=suppressed, nargs="+", action="extend", metavar="VALUE", help=text
+        )
+    else:
+        command.add_argument(flag.name, dest=flag.name, default=suppressed, metavar="VALUE", help=text)
+
+
+def layers(parsed: argparse.Namespace) -> Iterator[Layer]:
+    """From the weakest to the strongest. Raises ConfigError."""
+    values: dict[str, JsonValue] = vars(parsed)
+    if parsed.config is not None:
+        yield read_file(parsed.config)
+    yield read_environment(os.environ)
+    if parsed.model is not None:
+        yield Layer("MODEL", {"model.path": parsed.model})
+    for setting in flagged_settings():
+        flag = setting.flag
+        assert flag is not None
+        if flag.name in values and flag.key is None:
+            yield Layer(flag.name, {setting.name: values[flag.name]})
+        elif flag.name in values:
+            yield read_json_flag(flag.name, str(values[flag.name]))
+    yield read_assignments(parsed.set)
+
+
+def read_json_flag(name: str, text: str) -> Layer:
+    """Several settings in one JSON object. Raises ConfigError."""
+    settings = {s.flag.key: s.name for s in all_settings().values() if s.flag is not None and s.flag.name == name}
+    known = [key for key in settings if key is not None]
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{name}: must be a JSON object with keys of {', '.join(known)}")
+    for key in given:
+        if key not in settings:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+            raise ConfigError(f"{name}: there is no key {key!r}; {hint}")
+    return Layer(name, {settings[key]: value for key, value in given.items()})

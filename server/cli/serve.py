@@ -1,0 +1,217 @@
+"""`peregrine serve`: runs the application until a signal or a failure ends it, and ends it well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import ipaddress
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from functools import partial
+from math import ceil
+from typing import Literal, TypeVar, cast
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.client.client import EngineClient
+from engine.ipc.messages import EXIT_CODES
+from server.app import MakeEngine, create_app
+from server.complain import complain
+from server.config import Config
+from server.http.http_protocol import HttpProtocol
+from server.http.intake import Intake
+from server.settings import LoadedConfig
+from server.state import ServerState
+from server.telemetry.console import Console, process_begun_at
+
+T = TypeVar("T")
+logger = logging.getLogger("peregrine.server")
+
+OWN_FILES = 128  # descriptors of the server that are no connections, with some to spare
+LAST_BYTES = 5  # seconds that answers get to be written after all of them have ended
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, without a will of its own about signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> int:
+    """Serves until told to stop. The exit code: 0, or that of what made it end."""
+    _configure_logging()
+    config = loaded.config
+    console = Console(config, sys.stdout, begun_at=process_begun_at())
+    try:
+        listener = listen(config.server.host, config.server.port)
+    except OSError as error:
+        complain(explain_bind(error, config.server.host, config.server.port))
+        return EXIT_CODES["config"]
+    host, port = listener.getsockname()[:2]
+    url = f"http://{_connectable(host)}:{port}"
+    console.timed("listen", f"{url} (GET /readyz tells when the model is ready)")
+    if not config.server.api_keys and not _is_loopback(host):
+        logger.warning("anybody who reaches %s may use the model: no server.api_keys are set", url)
+    app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
+    state: ServerState = app.state.server
+    server = make_http_server(app, config)
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(_run(state, server, listener, console, url))
+    if state.failure is None:
+        console.say("stopped")
+        return 0
+    complain(f"{state.failure.kind}: {state.failure.message}")
+    return EXIT_CODES[state.failure.kind]
+
+
+def make_http_server(app: FastAPI, config: Config, *, lifespan: Literal["on", "off"] = "on") -> HttpServer:
+    """uvicorn with our bounds on what comes before a request is authorised."""
+    operation = config.operation
+    max_connections = _usable_connections(operation.max_connections)
+    intake = Intake(max_connections=max_connections, max_held_bytes=operation.max_total_head_bytes)
+    protocol = partial(HttpProtocol, settings=config, intake=intake)
+    return HttpServer(
+        uvicorn.Config(
+            app,
+            http=cast(type[asyncio.Protocol], protocol),  # uvicorn only calls it
+            ws="none",
+            lifespan=lifespan,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=ceil(operation.keep_alive_timeout),
+            timeout_graceful_shutdown=LAST_BYTES,
+        )
+    )
+
+
+def _usable_connections(max_connections: int) -> int:
+    """As many as the process may have open, beside its own files; that limit is raised as far as it may be."""
+    wanted = max_connections + OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections
+    usable = max(soft - OWN_FILES, soft // 2)
+    logger.warning("ulimit -n is %d: %d connections are kept open, not operation.max_connections", soft, usable)
+    return usable
+
+
+async def _run(state: ServerState, server: HttpServer, listener: socket.socket, console: Console, url: str) -> None:
+    stop = _catch_signals(console)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    announcing = asyncio.create_task(_announce(state, console, url))
+    await _first_of(stop.wait(), state.failed.wait(), asyncio.shield(serving))
+    announcing.cancel()
+    state.drain()
+    await _finish_requests(state, server, console)
+    await state.engine.stop()  # requests that are left get their terminal event from this
+    server.should_exit = True
+    await serving
+
+
+async def _announce(state: ServerState, console: Console, url: str) -> None:
+    await state.first_ready.wait()
+    gc.collect()
+    gc.freeze()  # what was imported stays: to look through it for garbage stops every stream for a tenth of a second
+    if state.engine.model is not None:
+        console.banner(state.engine.model, url)
+
+
+async def _finish_requests(state: ServerState, server: HttpServer, console: Console) -> None:
+    """Waits until every request has been answered, but not for longer than it may take."""
+    tasks = server.server_state.tasks
+    timeout = state.config.server.shutdown_timeout
+    if tasks:
+        console.say(f"stopping: {len(tasks)} requests have {timeout:g} s to finish; Ctrl+C ends them at once")
+    deadline = time.monotonic() + timeout
+    failing = asyncio.create_task(state.failed.wait())
+    while tasks and not failing.done() and (left := deadline - time.monotonic()) > 0:
+        await asyncio.wait({*tasks, failing}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+    failing.cancel()
+    if tasks and state.failure is None:
+        console.say(f"stopping: {len(tasks)} requests did not finish in {timeout:g} s and are ended")
+
+
+def _catch_signals(console: Console) -> asyncio.Event:
+    """Set by SIGTERM or SIGINT. A second SIGINT ends the process on the spot; the engine notices and goes too."""
+    stop = asyncio.Event()
+
+    def on_interrupt() -> None:
+        if stop.is_set():
+            console.say("stopped at once")
+            os._exit(128 + signal.SIGINT)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    return stop
+
+
+async def _first_of(*waits: Coroutine[None, None, bool] | asyncio.Future[None]) -> None:
+    """Until one of them is over; the others are cancelled."""
+    tasks = {asyncio.ensure_future(wait) for wait in waits}
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before anything slow is begun. Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def explain_bind(error: OSError, host: str, port: int) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"config: server.host {host!r} is not an address of this machine; use --host 127.0.0.1 or --host 0.0.0.0"
+    reasons = {
+        errno.EADDRINUSE: f"port {port} on {host} is in use; stop what uses it, or choose another with --port",
+        errno.EACCES: f"port {port} needs more rights than this user has; choose one above 1023 with --port",
+        errno.EADDRNOTAVAIL: f"{host} is not an address of this machine; use --host 127.0.0.1 or --host 0.0.0.0",
+    }
+    reason = reasons.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror}")
+    return f"config: {reason}"
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback
+
+
+def _connectable(host: str) -> str:
+    """The address for a browser on this machine: 0.0.0.0 is one to listen on, not to connect to."""
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return f"[{host}]" if address.version == 6 else host
+
+
+def _configure_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    line = "time=%(asctime)s.%(msecs)03d level=%(levelname)s logger=%(name)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -1,0 +1,235 @@
+"""Who may enter the queue. The bounds are on what waits; what runs is bounded by the engine."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
+from server.config import LimitsConfig
+from server.errors import ApiError, bad_request
+
+if TYPE_CHECKING:
+    from engine.client.client import EngineClient
+
+MAX_RETRY_AFTER = 60.0  # seconds; the OpenAI SDKs ignore longer ones
+MIN_FAR_RETRY_AFTER = 10.0  # seconds, of those whose place would come later than that; spread, so that few collide
+SLACK = 1.25  # places are so much further apart than the queue drains: who comes a little early must not find it full
+GUESSED_RATE = 2.0  # requests per second, before anything was measured
+GUESS_SECONDS = 0.5  # how much measured time the guess counts for
+STARTING_RETRY_AFTER = 2.0
+DRAINING_RETRY_AFTER = 5.0  # for the load balancer to choose another server, or for the next one to start
+FAILED_RETRY_AFTER = 30.0
+
+
+class DrainRate:
+    """How many requests per second make room for others that wait: the rate at which a queue drains.
+
+    Measured while requests wait, in a window of so many seconds of such time that fades exponentially: what an idle
+    server does says nothing of what it could do. It begins as a guess, of which so much stays in it that a request
+    which ends at once does not look like a thousand per second.
+    """
+
+    def __init__(self, *, window: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window = window
+        self._clock = clock
+        self._num_ends = 0.0  # both fade
+        self._seconds = 0.0
+        self._seen_at = 0.0
+        self._did_wait = False
+
+    def watch(self, *, waited: bool, waits: bool) -> None:
+        """Something happened: whether requests waited until now, and whether some wait after it."""
+        now = self._clock()
+        if self._did_wait and waited:
+            fade = math.exp(-(now - self._seen_at) / self._window)
+            self._num_ends *= fade
+            self._seconds = self._seconds * fade + self._window * (1 - fade)
+        self._seen_at, self._did_wait = now, waits
+
+    def count(self) -> None:
+        """A request left the engine while others waited."""
+        self._num_ends += 1.0
+
+    def per_second(self) -> float:
+        return (self._num_ends + GUESSED_RATE * GUESS_SECONDS) / (self._seconds + GUESS_SECONDS)
+
+    def cautious_seconds(self) -> float:
+        """Seconds between two requests that leave the queue, rounded up: the more, the fewer ends were seen."""
+        return (SLACK + 1.0 / (1.0 + self._num_ends)) / self.per_second()
+
+
+class Place:
+    """Room in the queue for the choices of one request. A context manager: what no choice has taken is given back."""
+
+    def __init__(self, admission: Admission, num_requests: int, num_tokens: int) -> None:
+        self._admission = admission
+        self._num_requests = num_requests
+        self._num_tokens = num_tokens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release(self._num_requests, self._num_tokens)
+
+    def hand_over(self, num_tokens: int) -> None:
+        """The engine gets a choice now, in the same moment, and counts it from here on."""
+        self._release(1, num_tokens)
+
+    def end(self) -> None:
+        """A choice that was handed over has left the engine."""
+        self._admission.note_end()
+
+    def _release(self, num_requests: int, num_tokens: int) -> None:
+        self._num_requests -= num_requests
+        self._num_tokens -= num_tokens
+        self._admission.release(num_requests, num_tokens)
+
+
+class Admission:
+    """Refuses what the queue has no room for, and everything while the server cannot generate.
+
+    Admitting is counting: what was let in fills the queue before the engine hears of it. Who is refused is told the
+    time of a place of its own, behind those that were refused before: places lie as far apart as the queue drains.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        limits: LimitsConfig,
+        drain_rate: DrainRate,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._drain_rate = drain_rate
+        self._clock = clock
+        self._num_reserved = 0  # admitted, and not with the engine yet
+        self._num_reserved_tokens = 0
+        self._places: list[tuple[float, int]] = []  # a heap: when who was refused comes again, and how many they are
+        self._num_placed = 0  # of all of them
+        self._is_closed = False
+
+    def close(self) -> None:
+        self._is_closed = True
+
+    def check_available(self) -> None:
+        """Raises ApiError 503 while the server cannot generate. A restarting engine keeps its queue, so it can."""
+        if self._is_closed:
+            raise ApiError(
+                503,
+                "the server is shutting down and takes no new requests; try another server, or this one later",
+                code="draining",
+                retry_after=DRAINING_RETRY_AFTER,
+            )
+        state = self._engine.state
+        if state == "starting":
+            phase = f"{self._engine.phase or 'starting'} {self._engine.phase_detail}".rstrip()
+            raise ApiError(
+                503,
+                f"the model is still loading ({phase}); GET /readyz tells when it is ready",
+                code="starting",
+                retry_after=STARTING_RETRY_AFTER,
+            )
+        if state in ("failed", "stopped"):
+            failure = self._engine.failure
+            raise ApiError(
+                503,
+                f"the engine has stopped ({failure.kind}); the server must be restarted"
+                if failure
+                else "the engine has stopped",
+                code="engine_down",
+                retry_after=FAILED_RETRY_AFTER,
+            )
+
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for the engine, those that it has not been told of included."""
+        return self._engine.num_waiting + self._num_reserved
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._engine.num_waiting_tokens + self._num_reserved_tokens
+
+    def check_size(self, num_requests: int, num_tokens: int) -> None:
+        """Raises ApiError 400 for what even an empty queue has no room for: sending it again would not help."""
+        limits = self._limits
+        if num_requests > limits.max_queued_requests:
+            raise bad_request(
+                f"the request asks for {num_requests} choices (prompts times n), more than the "
+                f"{limits.max_queued_requests} that limits.max_queued_requests lets wait; send fewer at once",
+                param="n",
+            )
+        if num_tokens > limits.max_queued_tokens:
+            raise bad_request(
+                f"the request has {num_tokens} prompt tokens (each prompt n times), more than the "
+                f"{limits.max_queued_tokens} that limits.max_queued_tokens lets wait; send fewer at once",
+                param="prompt",
+            )
+
+    def admit(self, num_requests: int, num_tokens: int) -> Place:
+        """Gives `num_requests` sequences of together `num_tokens` prompt tokens a place, or raises ApiError.
+
+        400: it can never have one; 429: not now; 503: the server cannot generate.
+        """
+        self.check_available()
+        self.check_size(num_requests, num_tokens)
+        waiting, waiting_tokens = self.num_waiting, self.num_waiting_tokens
+        self._drain_rate.watch(waited=waiting > 0, waits=waiting > 0)
+        limit = self._limits.max_queued_requests
+        if waiting + num_requests > limit:
+            raise ApiError(
+                429,
+                f"{waiting} requests wait, {num_requests} more would pass limits.max_queued_requests ({limit}); "
+                "try again later",
+                retry_after=self._seconds_to_place(num_requests, waiting + num_requests - limit),
+            )
+        limit = self._limits.max_queued_tokens
+        if waiting_tokens + num_tokens > limit:
+            excess = (waiting_tokens + num_tokens - limit) * waiting / max(waiting_tokens, 1)
+            raise ApiError(
+                429,
+                f"{waiting_tokens} prompt tokens wait, {num_tokens} more would pass limits.max_queued_tokens "
+                f"({limit}); try again later",
+                retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
+            )
+        self._num_reserved += num_requests
+        self._num_reserved_tokens += num_tokens
+        self._drain_rate.watch(waited=waiting > 0, waits=True)
+        return Place(self, num_requests, num_tokens)
+
+    def release(self, num_requests: int, num_tokens: int) -> None:
+        """For places: so much of what was admitted is with the engine, or will never be."""
+        self._num_reserved -= num_requests
+        self._num_reserved_tokens -= num_tokens
+
+    def note_end(self) -> None:
+        """For places: a choice has left the engine, and what it had there is free."""
+        waits = self.num_waiting > 0
+        self._drain_rate.watch(waited=waits, waits=waits)
+        if waits:
+            self._drain_rate.count()
+
+    def _seconds_to_place(self, num_requests: int, num_excess: float) -> float:
+        """Gives one that was refused the place behind all who were refused before and have yet to come; tells when.
+
+        num_excess: requests that must leave the queue before there is room. Whole seconds are all that some clients
+        read of it, so no more places come within one than the queue can take at once. Places that come later than
+        clients are ready to wait are given to nobody: who would have had them comes again at some time before it, to
+        be placed when the line is shorter.
+        """
+        now = self._clock()
+        while self._places and self._places[0][0] <= now:
+            self._num_placed -= heapq.heappop(self._places)[1]
+        spacing = max(self._drain_rate.cautious_seconds(), 1.0 / self._limits.max_queued_requests)
+        seconds = (self._num_placed + num_excess) * spacing
+        if seconds > MAX_RETRY_AFTER:
+            return random.uniform(MIN_FAR_RETRY_AFTER, MAX_RETRY_AFTER)
+        heapq.heappush(self._places, (now + seconds, num_requests))
+        self._num_placed += num_requests
+        return seconds

@@ -1,0 +1,236 @@
+"""Server-sent events: how deltas reach a client as they come, and what happens when it leaves or nothing comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, suppress
+from typing import Protocol, TypeVar
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, error_body, internal_error
+from server.generation.choice import Choice, Delta, DeltaCollector
+from server.generation.generation import Generation, Job
+from server.json_encoding import encode_json
+from server.off_loop import off_loop
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+KEEP_ALIVE_SECONDS = 10.0
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+LARGE_DELTA = 256  # scored tokens; what tells of more is put into words off the event loop
+PLAIN_TOKENS = 64  # which only add their text, or their number, to an answer: they cost as much as a scored one
+LINE_ENDS = {text.encode(): b"\\u%04x" % ord(text) for text in "\u2028\u2029\x85"}
+"""Characters that may stand in JSON as they are, but at which many readers of events cut lines."""
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
+
+encode = msgspec.json.Encoder().encode
+
+
+class ReplyWriter(Protocol):
+    """How one endpoint words its answers. Made for one request."""
+
+    def chunks(self, delta: Delta) -> Iterable[msgspec.Struct]:
+        """What a stream says of a delta."""
+        ...
+
+    def last_chunk(self) -> msgspec.Struct | None:
+        """What a stream says after the last delta, if anything."""
+        ...
+
+    def reply(self, choices: list[Delta]) -> msgspec.Struct:
+        """The whole answer at once; one delta per choice, in order."""
+        ...
+
+
+async def deliver(
+    request: Request, generation: Generation, writer: ReplyWriter, *, headers: dict[str, str]
+) -> Response:
+    """Runs the generation and answers with all of it. If the client leaves, the generation is aborted."""
+    choices = [DeltaCollector(choice.index) for choice in generation.job.choices]
+
+    async def collect() -> None:
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                choices[delta.index].add(delta)
+
+    work = asyncio.ensure_future(collect())
+    if not await _finished(request, work):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    work.result()
+    deltas = [choice.collected() for choice in choices]
+    if sum(map(_num_items, deltas, generation.job.choices)) > LARGE_DELTA:
+        body = await off_loop(lambda: encode_json(writer.reply(deltas)))
+    else:
+        body = encode(writer.reply(deltas))
+    return Response(body, media_type="application/json", headers=headers)
+
+
+async def deliver_stream(
+    request: Request,
+    generation: Generation,
+    writer: ReplyWriter,
+    *,
+    headers: dict[str, str],
+    patience: float = KEEP_ALIVE_SECONDS,
+) -> Response:
+    """Waits for the first delta, so that what fails early has a status, and then streams.
+
+    Where nothing comes for `patience` seconds, the stream begins without it: proxies give up on silence.
+    """
+    deltas = generation.deltas()
+    first = asyncio.ensure_future(anext(deltas))
+    stays = await _finished(request, first, seconds=patience)
+    if not stays or (first.done() and first.exception() is not None):
+        await deltas.aclose()
+        if not stays:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        first.result()
+    source = EventSource(deltas, first, writer, generation.job)
+    return EventStream(source, headers, patience=patience)
+
+
+async def _finished(request: Request, work: asyncio.Future[T], *, seconds: float | None = None) -> bool:
+    """Waits for the work, at most so many seconds. False if the client left; then the work is cancelled and over.
+
+    Without this, the work for a client that has left would go on to its end: nothing else watches the connection
+    before the response begins.
+    """
+    gone = asyncio.ensure_future(_disconnected(request))
+    over = asyncio.Event()
+    work.add_done_callback(lambda _: over.set())
+    gone.add_done_callback(lambda _: over.set())
+    stays = True
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await over.wait()
+        stays = work.done() or not gone.done()
+    except asyncio.CancelledError:
+        stays = False
+        raise
+    finally:
+        gone.cancel()
+        if not stays:
+            work.cancel()
+        await asyncio.gather(gone, *([] if stays else [work]), return_exceptions=True)
+    return stays
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventSource:
+    """A generation that has been started, as the bytes of events. `close` ends it, whether `events` was read or not."""
+
+    def __init__(
+        self,
+        deltas: AsyncGenerator[Delta, None],
+        first: asyncio.Future[Delta],
+        writer: ReplyWriter,
+        job: Job,
+    ) -> None:
+        self._deltas = deltas
+        self._first = first
+        self._writer = writer
+        self._choices = job.choices
+        self._request_id = job.request_id
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            yield await self._encoded(await self._first)
+            async for delta in self._deltas:
+                yield await self._encoded(delta)
+            if (last := self._writer.last_chunk()) is not None:
+                yield _event(last)
+        except ApiError as error:
+            yield _event(error_body(error))
+        except Exception:  # the border: the status is sent, so the client can only be told here
+            logger.exception("the stream of request %s failed", self._request_id)
+            yield _event(error_body(internal_error(self._request_id)))
+        yield DONE
+
+    async def close(self) -> None:
+        self._first.cancel()
+        await asyncio.gather(self._first, return_exceptions=True)
+        await self._deltas.aclose()
+
+    async def _encoded(self, delta: Delta) -> bytes:
+        chunks = self._writer.chunks
+        if _num_items(delta, self._choices[delta.index]) > LARGE_DELTA:  # the scores of a long prompt, or its text
+            return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))
+        return b"".join(_event(chunk) for chunk in chunks(delta))
+
+
+class EventStream(StreamingResponse):
+    """Sends the events, and a comment whenever nothing else was sent for `patience` seconds."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, source: EventSource, headers: dict[str, str], *, patience: float) -> None:
+        self._patience = patience
+        self._source = source
+        self._events = source.events()
+        self._last_sent_at = 0.0
+        unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events, headers={**unbuffered, **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._source.close()
+
+    async def stream_response(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        now = asyncio.get_running_loop().time
+        self._last_sent_at = now()
+        keep_alive = asyncio.ensure_future(self._keep_alive(send))
+        try:
+            async for event in self._events:
+                self._last_sent_at = now()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            keep_alive.cancel()
+            await asyncio.gather(keep_alive, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep_alive(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            due_at = self._last_sent_at + self._patience
+            if now() < due_at:
+                await asyncio.sleep(due_at - now())
+                continue
+            self._last_sent_at = now()
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+
+
+def _event(message: msgspec.Struct | dict[str, dict[str, str | None]]) -> bytes:
+    return _framed(encode(message))
+
+
+def _framed(message: bytes) -> bytes:
+    if not message.isascii():
+        for character, escaped in LINE_ENDS.items():
+            if character in message:
+                message = message.replace(character, escaped)
+    return b"data: " + message + b"\n\n"
+
+
+def _num_items(delta: Delta, choice: Choice) -> float:
+    """How much an answer may say of it. The first may repeat the prompt."""
+    num_scored = len(delta.logprobs) + len(delta.prompt_logprobs)
+    num_plain = len(delta.token_ids) + (len(choice.prompt.token_ids) if delta.is_first else 0)
+    return num_scored + num_plain / PLAIN_TOKENS

@@ -1,0 +1,99 @@
+"""What happens to every request around the routes: an id, a log line, a last resort for errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import error_response, internal_error
+from server.http.auth import PUBLIC_PATHS
+
+access_log = logging.getLogger("peregrine.access")
+logger = logging.getLogger("peregrine.server")
+
+USABLE_ID = re.compile(rb"[A-Za-z0-9._:=+/@-]{1,128}")  # goes into logs, bodies and headers
+QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}
+"""Asked every few seconds, forever."""
+
+
+class RequestContext:
+    """Outermost middleware: gives the request its id, logs one line when it is over, answers where code has failed."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        reply = Reply(send, state)
+        try:
+            await self._app(scope, receive, reply.send)
+        except ClientDisconnect:
+            pass  # in the middle of its body; there is nobody to answer
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if reply.status is None:  # else the connection is closed in the middle, which clients notice
+                await error_response(internal_error(request_id))(scope, receive, reply.send)
+        finally:
+            reply.log(scope)
+
+
+class Reply:
+    """Watches an answer on its way out."""
+
+    def __init__(self, send: Send, state: dict[str, str]) -> None:
+        self.status: int | None = None
+        self._send = send
+        self._state = state  # the request's own; a route may put a better id there, and `log_fields`
+        self._started_at = time.monotonic()
+        self._first_byte_at: float | None = None
+        self._num_bytes = 0
+        self._is_complete = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._state["request_id"].encode())]
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if body and self._first_byte_at is None:
+                self._first_byte_at = time.monotonic()
+            self._num_bytes += len(body)
+            self._is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    def log(self, scope: Scope) -> None:
+        """Neither query nor body: they may hold what users wrote."""
+        now = time.monotonic()
+        level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+        access_log.log(
+            level,
+            "id=%s client=%s method=%s path=%s status=%s bytes=%d first_byte_seconds=%.3f seconds=%.3f complete=%s%s",
+            self._state["request_id"],
+            (scope.get("client") or ("-",))[0],
+            scope["method"],
+            scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "backslashreplace"),
+            self.status,
+            self._num_bytes,
+            (self._first_byte_at or now) - self._started_at,
+            now - self._started_at,
+            "yes" if self._is_complete else "no",
+            f" {fields}" if (fields := self._state.get("log_fields")) else "",
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's X-Request-Id where it is usable, else a new one."""
+    given: list[bytes] = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and USABLE_ID.fullmatch(given[0]):
+        return given[0].decode()
+    return uuid.uuid4().hex

@@ -1,0 +1,169 @@
+"""A process that renders chat templates: `python -m server.text.template_worker`, started by `chat_renderer`.
+
+A template is a program, and what clients send is its input: nested loops over a conversation may take for ever, and one
+multiplication may ask for gigabytes. Here both meet limits, and where those do not help, the process is killed and
+nothing is lost with it. It reads requests from its standard input and ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import msgspec
+
+Plain = str | int | float | bool | None
+GRACE = 2  # seconds of processor time from the alarm, which a call into C does not hear, to the end of the process
+_PROBE = "peregrine-probe"
+_MOST_KNOWN = 16  # templates
+_LONGEST_REASON = 1000  # characters; a template may quote all that it was given
+_WANT_PARTS: dict[str, bool] = {}  # by template
+
+
+class Render(msgspec.Struct, kw_only=True):
+    """A conversation and the template to render it with. Limits: processor seconds, characters, bytes of memory."""
+
+    template: str
+    turns: list[dict[str, str | None]]
+    variables: dict[str, Plain]
+    tools: list[dict[str, object]] | None = None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    max_seconds: float
+    max_characters: int
+    max_bytes: int
+
+
+class Rendered(msgspec.Struct):
+    """text: None where the template, or a limit, refused the conversation; then why."""
+
+    text: str | None
+    reason: str = ""
+
+
+class TimeIsUp(BaseException):
+    """No Exception, so that no template and no library catches it."""
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """Raises OverflowError for numbers of more than 64 bits, UnicodeEncodeError for halves of characters."""
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(8, "little") + data
+
+
+def read_frame(stream: IO[bytes]) -> bytes | None:
+    """None at the end of the stream."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    size = int.from_bytes(head, "little")
+    data = stream.read(size)
+    return data if len(data) == size else None
+
+
+def render(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> Rendered:
+    """Within the limits. Exceptions of the template become the reason."""
+    own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    end = int(used.ru_utime + used.ru_stime + request.max_seconds) + 1 + GRACE
+    _limit(resource.RLIMIT_CPU, end)
+    _limit(resource.RLIMIT_AS, own_bytes + request.max_bytes)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, request.max_seconds)
+        turns = [_in_parts(turn) for turn in request.turns] if _wants_parts(request, render_template) else request.turns
+        texts, _ = render_template(
+            [turns],
+            tools=request.tools,
+            chat_template=request.template,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            **request.variables,
+        )
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    except TimeIsUp:
+        return Rendered(None, f"it took more than {request.max_seconds:g} s of processor time")
+    except MemoryError:
+        return Rendered(None, f"it took more than {request.max_bytes >> 20} MiB of memory")
+    except RecursionError:
+        return Rendered(None, "it called itself too often")
+    except _template_errors() as error:
+        return Rendered(None, _as_unicode(str(error).split("Final message to continue:")[0][:_LONGEST_REASON]))
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
+    if len(texts[0]) > request.max_characters:
+        return Rendered(None, f"it made {len(texts[0])} characters, more than {request.max_characters}")
+    return Rendered(_as_unicode(texts[0]))
+
+
+def _as_unicode(text: str) -> str:
+    """A template may write half of a character, which no tokenizer takes."""
+    return text.encode(errors="replace").decode()
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a template raises that does not fit a conversation."""
+    from jinja2 import TemplateError
+
+    return TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError
+
+
+def _in_parts(turn: dict[str, str | None]) -> dict[str, object]:
+    if turn["content"] is None:
+        return dict(turn)
+    return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+
+
+def _wants_parts(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> bool:
+    """Whether the template looks for a message's text in a list of parts, as those of some multimodal models do.
+
+    Such a template makes nothing of a text: it is shown one, once, and then the same in a part.
+    """
+    wants = _WANT_PARTS.get(request.template)
+    if wants is None:
+        turn: dict[str, str | None] = {"role": "user", "content": _PROBE}
+        shown = []
+        for probe in (turn, _in_parts(turn)):
+            try:
+                texts, _ = render_template([[probe]], chat_template=request.template, **request.variables)
+                shown.append(_PROBE in texts[0] and "'type'" not in texts[0])
+            except _template_errors():  # it wants another conversation than this; the real one will show what
+                shown.append(False)
+        wants = shown == [False, True]
+        if len(_WANT_PARTS) >= _MOST_KNOWN:
+            _WANT_PARTS.clear()
+        _WANT_PARTS[request.template] = wants
+    return wants
+
+
+def _limit(kind: int, value: int) -> None:
+    """As far as the limits allow with which the server itself was started."""
+    hard = resource.getrlimit(kind)[1]
+    bounds = [bound for bound in (value, hard) if bound != resource.RLIM_INFINITY]
+    resource.setrlimit(kind, (min(bounds, default=resource.RLIM_INFINITY), hard))
+
+
+def _time_is_up(number: int, frame: FrameType | None) -> None:
+    raise TimeIsUp
+
+
+def main() -> None:
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    signal.signal(signal.SIGVTALRM, _time_is_up)
+    decoder = msgspec.msgpack.Decoder(Render)
+    while (data := read_frame(requests)) is not None:
+        answers.write(frame(render(decoder.decode(data), render_jinja_template)))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

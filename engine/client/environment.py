@@ -28,7 +28,7 @@ def engine_environment(inherited: Mapping[str, str], config: EngineConfig | None
         for name, value in inherited.items()
         if not SECRET.search(name) or (needs_hub and HUB.fullmatch(name))
     }
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     if Path(root).name in ("site-packages", "dist-packages"):
         return environment
     path = environment.get("PYTHONPATH")

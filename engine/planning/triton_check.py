@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -46,8 +45,7 @@ def _find(place: str) -> str:
     except (ImportError, AttributeError) as error:
         return f"MISSING, {error}"
     function = inspect.unwrap(getattr(found, "fn", found))  # of what triton.jit wraps
-    file = Path(inspect.getfile(function))
-    return f"{place.partition(':')[2]}, {'/'.join(file.parts[-3:])}"
+    return f"{place.partition(':')[2]}, {function.__module__.replace('.', '/')}.py"
 
 
 def _provenance(device: torch.device) -> str:

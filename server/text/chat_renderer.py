@@ -106,7 +106,7 @@ class ChatRenderer:
             return process
         if process is not None:
             self._kill(process)
-        root = str(Path(__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         environment["TRANSFORMERS_VERBOSITY"] = "error"

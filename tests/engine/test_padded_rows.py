@@ -127,7 +127,7 @@ def differences(runner: ModelRunner, others: list[ModelRunner]) -> int:
 def test_a_row_has_the_same_bits_however_it_is_computed(model: Model) -> None:
     if not make_rows_independent(model, is_strict=False):
         assert not has_fast_bf16(), "it holds wherever oneDNN multiplies bfloat16 in hardware"
-        pytest.skip("on this processor a row's bits depend on the number of rows, and the README says so")
+        pytest.skip("on this processor a row's bits depend on the number of rows, and docs/guarantees.md says so")
     runners = [make_runner(model), make_runner(model, num_threads=3), make_runner(model)]
     assert differences(make_runner(model), runners) == 0
 

@@ -13,12 +13,18 @@ from server.settings import LoadedConfig
 from server.version import VERSION
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "fastapi", "uvicorn")
+NAMESAKE = "kernels"  # a distribution of Hugging Face, whose package has the name of a folder of ours
 Row = tuple[str, str]
 
 
 def doctor(loaded: LoadedConfig) -> int:
-    """Prints what it finds; exit code 2 where a setting does not go with this machine."""
-    for name, value in [*software(), *machine(), *default_model()]:
+    """Prints what it finds; exit code 2 where a setting does not go with this machine, or a package with ours."""
+    for name, value in software():
+        print(f"{name:<24} {value}")
+    if clash := name_clash():  # before anything is imported that might find the wrong one
+        complain(clash)
+        return EXIT_CODES["config"]
+    for name, value in [*machine(), *default_model()]:
         print(f"{name:<24} {value}")
     try:
         rows = list(kernels(loaded))
@@ -35,6 +41,23 @@ def software() -> Iterator[Row]:
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for name in PACKAGES:
         yield name, _installed(name)
+
+
+def name_clash() -> str | None:
+    """What to do where Hugging Face's `kernels` is installed beside ours; None where it is not.
+
+    Only one package can have the name: either our kernels are not found, or transformers, which imports its own
+    wherever their metadata are, finds ours.
+    """
+    try:
+        found = version(NAMESAKE)
+    except PackageNotFoundError:
+        return None
+    return (
+        f"the package {NAMESAKE} {found} of Hugging Face is installed beside Peregrine, whose own package has the same "
+        f"name, and Python imports only one of them: python -m pip uninstall {NAMESAKE}, and install Peregrine again, "
+        "or give Peregrine an environment of its own"
+    )
 
 
 def machine() -> Iterator[Row]:

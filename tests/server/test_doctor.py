@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.planning.triton_check import TRITON_PARTS, describe_triton_kernels
 from server.cli.main import main
+
+ROOT = Path(__file__).parents[2]
 
 
 def doctor(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,3 +80,37 @@ def test_a_kernel_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(TRITON_PARTS, "norm", "kernels.triton.layers.norm:nothing_of_this_name")
     parts = describe_triton_kernels(torch.device("cpu"), torch.float32)
     assert parts["norm"].startswith("Triton's interpreter, slow: MISSING")
+
+
+@pytest.fixture
+def namesake(tmp_path: Path) -> Path:
+    """A folder with Hugging Face's package `kernels` in it, as pip leaves it, on nobody's path yet."""
+    metadata = tmp_path / "kernels-0.18.2.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    return tmp_path
+
+
+def test_doctor_says_so_if_another_package_called_kernels_is_installed(
+    namesake: Path, monkeypatch: pytest.MonkeyPatch, run_doctor: Doctor
+) -> None:
+    assert run_doctor("device.kernels=torch")[0] == 0
+    monkeypatch.syspath_prepend(namesake)
+    code, table, complaint = run_doctor("device.kernels=torch")
+    assert code == 2
+    assert "kernels 0.18.2 of Hugging Face" in complaint
+    assert "pip uninstall kernels" in complaint
+    assert "transformers" in table
+    assert "cpu" not in table  # which would have imported one of the two
+
+
+def test_doctor_says_so_where_the_other_package_hides_our_kernels(namesake: Path) -> None:
+    command = [sys.executable, "-m", "server.cli", "doctor"]
+    path = os.pathsep.join((str(namesake), str(ROOT)))
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, cwd=namesake, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "pip uninstall kernels" in result.stderr.splitlines()[-1]

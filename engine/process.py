@@ -25,7 +25,7 @@ from typing import Protocol, cast
 
 from engine.config import EngineConfig
 from engine.ipc.framing import FrameError, FrameSocket, to_engine_decoder
-from engine.ipc.inflight_record import CrashNote
+from engine.ipc.inflight_record import InflightRecord
 from engine.ipc.messages import (
     EXIT_CODES,
     Abort,
@@ -69,8 +69,8 @@ EngineFactory = Callable[[EngineConfig, Report], tuple[SteppedEngine, ModelInfo]
 Connection = FrameSocket[ToEngine]
 
 
-class Pulse:
-    """Sends a heartbeat from a thread of its own, with the age of the main thread's step, and how old it may get."""
+class HeartbeatSender:
+    """A thread that sends heartbeats, with the age of the main thread's step and the age at which it is hung."""
 
     def __init__(self, connection: Connection, *, interval: float) -> None:
         self._connection = connection
@@ -84,7 +84,7 @@ class Pulse:
         self._step_started_at = time.monotonic()
 
     def allow(self, limit: Callable[[], float]) -> None:
-        """So many more seconds for the step. Asked for when a heartbeat is sent: few steps see one."""
+        """Adds seconds to the time that the step may take. Called in the thread, for the few steps that last."""
         self._limits.append(limit)
 
     def step_ended(self) -> None:
@@ -107,12 +107,17 @@ class EngineLoop:
     """Carries messages to the engine and its outputs back, one frame per step."""
 
     def __init__(
-        self, engine: SteppedEngine, connection: Connection, note: CrashNote, pulse: Pulse, patience: StepPatience
+        self,
+        engine: SteppedEngine,
+        connection: Connection,
+        inflight: InflightRecord,
+        heartbeats: HeartbeatSender,
+        patience: StepPatience,
     ) -> None:
         self._engine = engine
         self._connection = connection
-        self._note = note
-        self._pulse = pulse
+        self._inflight = inflight
+        self._heartbeats = heartbeats
         self._patience = patience
         self._size = StepSize(0, 0)  # of the step that runs
         engine.on_batch = self._expect
@@ -159,10 +164,10 @@ class EngineLoop:
 
     def _expect(self, batch: list[Scheduled]) -> None:
         """The step is about to compute this; more than once, where it computes again what has failed together."""
-        self._note.write(batch)
+        self._inflight.write(batch)
         size = size_of(batch)
         self._size = StepSize(self._size.num_tokens + size.num_tokens, self._size.num_pairs + size.num_pairs)
-        self._pulse.allow(lambda: self._patience.limit(size))
+        self._heartbeats.allow(lambda: self._patience.limit(size))
 
     def _step(self) -> tuple[list[StepOutput], list[str], StepStats | None]:
         if not (self._engine.has_work or self._aborted):
@@ -170,18 +175,18 @@ class EngineLoop:
         self._aborted = False
         self._size = StepSize(0, 0)
         started_at = time.monotonic()
-        self._pulse.step_started()
+        self._heartbeats.step_started()
         result = self._engine.step()
-        self._note.clear()
-        self._pulse.step_ended()
+        self._inflight.clear()
+        self._heartbeats.step_ended()
         if self._size.num_tokens:
             self._patience.learn(self._size, time.monotonic() - started_at)
         return result
 
 
-def run(connection: Connection, note: CrashNote, *, factory: str, heartbeat_interval: float) -> int:
+def run(connection: Connection, inflight: InflightRecord, *, factory: str, heartbeat_interval: float) -> int:
     """The life of the process after its set-up. Returns the exit code; every failure was told to the server."""
-    pulse = Pulse(connection, interval=heartbeat_interval)
+    heartbeats = HeartbeatSender(connection, interval=heartbeat_interval)
     try:
         gc.disable()  # imports make a million objects that stay: to look through them for garbage takes 0.6 s of 4
         build = load_factory(factory)  # the server may still be busy with its own
@@ -200,7 +205,7 @@ def run(connection: Connection, note: CrashNote, *, factory: str, heartbeat_inte
     gc.freeze()  # what was loaded stays: the collector need not walk it in every pause
     try:
         connection.send(Ready(model))
-        EngineLoop(engine, connection, note, pulse, StepPatience(model)).run()
+        EngineLoop(engine, connection, inflight, heartbeats, StepPatience(model)).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:  # border: the server starts a new process and replays
@@ -293,7 +298,7 @@ def tie_to_parent(parent: int) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.process", description=__doc__)
     parser.add_argument("fd", type=int, help="the socket to the server")
-    parser.add_argument("note_fd", type=int, help="the shared memory of the crash note")
+    parser.add_argument("record_fd", type=int, help="the shared memory of the in-flight record")
     parser.add_argument("parent", type=int, help="the server's process id")
     parser.add_argument("--factory", default="engine.build:build_engine")
     parser.add_argument("--heartbeat-interval", type=float, default=1.0, help="seconds")
@@ -304,8 +309,8 @@ def main(arguments: list[str]) -> int:
     faulthandler.enable()
     logging.basicConfig(format="engine: %(levelname)s %(name)s: %(message)s")
     connection = FrameSocket(socket.socket(fileno=options.fd), to_engine_decoder())
-    note = CrashNote(options.note_fd)
-    return run(connection, note, factory=options.factory, heartbeat_interval=options.heartbeat_interval)
+    inflight = InflightRecord(options.record_fd)
+    return run(connection, inflight, factory=options.factory, heartbeat_interval=options.heartbeat_interval)
 
 
 if __name__ == "__main__":

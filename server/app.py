@@ -1,4 +1,4 @@
-"""The HTTP application: puts the parts together."""
+"""The composition root of the server: makes the HTTP application of its parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]
 
 
 class Application(FastAPI):
-    """FastAPI, whose description of itself knows that wrong fields are 400 here."""
+    """FastAPI, whose OpenAPI document says 400, not 422, for invalid fields."""
 
     def openapi(self) -> dict[str, JsonValue]:
         document = super().openapi()

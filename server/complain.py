@@ -1,4 +1,4 @@
-"""How a command ends that could not do its work, or that nobody listens to any more.
+"""How commands end: with an error line, or silently when the reader of their output has left.
 
 Imports nothing of ours: the engine's start must not wait for the server's.
 """

@@ -1,4 +1,4 @@
-"""Every setting of the server beside the engine's. One schema: YAML keys, `--set` and the flags all come from it."""
+"""The schema of the server's settings, beside the engine's: YAML keys, `--set` and the flags all come from it."""
 
 from __future__ import annotations
 

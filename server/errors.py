@@ -1,4 +1,4 @@
-"""One table of what can go wrong over HTTP, and the one body and set of headers that every error has."""
+"""HTTP errors: the table of statuses, and the body and headers that every error has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ErrorBody = dict[str, dict[str, str | None]]
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """What clients are told about a status code where the raiser does not say otherwise."""
+    """The defaults of a status code, where the raiser does not say otherwise."""
 
     type: str
     code: str | None

@@ -1,4 +1,4 @@
-"""JSON of answers of any size.
+"""The encoder of large JSON answers, in parts.
 
 One call of the encoder holds the interpreter's lock: half a second for the log-probabilities of a long prompt. Long
 lists and each choice are therefore encoded by themselves, and between them the event loop gets its turn when this runs

@@ -1,4 +1,4 @@
-"""Work whose size a client sets, done in threads beside the event loop: a few at a time, the others in order.
+"""Thread pools beside the event loop, for work whose size a client chooses.
 
 A thread alone does not keep the loop running. A call into C holds the interpreter's lock until it returns, and each
 thread that wants the lock may have it before the loop does: with thirty-two of them the loop waited 0.7 s. So Python

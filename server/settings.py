@@ -1,4 +1,4 @@
-"""From files, flags and the environment to one Config. Every error names where the value came from, and the fix."""
+"""Loading of the config from files, flags and the environment. Errors name the source of a value, and the fix."""
 
 from __future__ import annotations
 

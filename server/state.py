@@ -1,4 +1,4 @@
-"""What the routes share; it lies at `app.state.server`."""
+"""The state of a running server, which the routes share, at `app.state.server`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ServerState:
 
     @property
     def is_ready(self) -> bool:
-        """Requests that come now are taken and run."""
+        """Whether new requests are accepted and run."""
         return self.status == "ready"
 
     def become_ready(self, tokenizer: Tokenizer) -> None:
@@ -67,14 +67,14 @@ class ServerState:
         self.first_ready.set()
 
     def drain(self) -> None:
-        """Closes admission, gives up bodies that are half read, and turns readiness off, for good."""
+        """Ends admission and readiness for good, and abandons bodies that are half read."""
         self.draining = True
         self.body_budget.close()
         self.state_since = time.monotonic()
         self.admission.close()
 
     def fail(self, failure: Failed) -> None:
-        """The server cannot go on; the first reason is kept."""
+        """Marks the server as failed, for good; the first reason is kept."""
         if self.failure is None:
             self.failure = failure
             self.state_since = time.monotonic()

@@ -1,4 +1,4 @@
-"""Keeps the server's state true to what happens to the engine."""
+"""The observer that updates the server's state when the engine becomes ready or dies."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 
 from engine.ipc.messages import Failed, ModelInfo, TokenizerAssets
 from server.state import ServerState
-from server.telemetry.observers import Deaf
+from server.telemetry.observers import NullObserver
 from server.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("peregrine.server")
 
 
-class StateWatch(Deaf):
-    """The server becomes ready when the engine and the tokenizer are both there."""
+class StateWatch(NullObserver):
+    """Makes the server ready when both the engine and the tokenizer, which is loaded in a thread, are."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state

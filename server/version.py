@@ -1,4 +1,4 @@
-"""Which Peregrine this is."""
+"""The version of Peregrine."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""The server's view of the engine: requests in, outputs out. That a process lies in between, and may die, is hidden."""
+"""The engine client: requests in, outputs out. It hides the engine's process and its deaths."""
 
 from __future__ import annotations
 

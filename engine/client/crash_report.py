@@ -1,4 +1,4 @@
-"""The file that is left behind when the engine will not come back: shapes and reasons, never contents."""
+"""The crash report: written when the server gives up on the engine, with sizes and reasons, never contents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def state_directory() -> Path:
 
 
 def write_crash_report(report: CrashReport) -> Path | None:
-    """Returns the file, readable by its owner alone. None if no directory could be written: a report must not fail."""
+    """Writes the report, readable by its owner alone, and returns its path. None if no directory can be written."""
     prefix = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-"
     content = msgspec.json.format(msgspec.json.encode(report), indent=2)
     for find_directory in (state_directory, lambda: Path(tempfile.gettempdir())):

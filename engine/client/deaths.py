@@ -1,4 +1,4 @@
-"""The deaths of the engine process: which of them count, and when they are too many."""
+"""The deaths of the engine process: which of them count, and when the server should give up."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import msgspec
 
 from engine.client.engine_process import Ending
 from engine.config import SupervisionConfig
-from engine.ipc.inflight_record import BatchLine
+from engine.ipc.inflight_record import InflightRequest
 
 MAX_REMEMBERED = 64  # deaths, for the crash report
-FRUITLESS_FACTOR = 10  # times `max_deaths`: as many without any progress end it, whatever they were put down to
+FRUITLESS_FACTOR = 10  # times `max_deaths`: deaths in a row without any output that end the server for any reason
 
 
 class Death(msgspec.Struct, frozen=True, kw_only=True):
-    """One death of the engine process, fit for a report."""
+    """One death of the engine process, as the crash report has it."""
 
     at: float  # seconds since the epoch
     reason: str
     exit_code: int  # negative: the signal
     was_ready: bool
     was_killed_before_its_first_step: bool
-    batch: list[BatchLine]
+    batch: list[InflightRequest]
     output_tail: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whose fault a death was, as far as that is known.
+    """Which requests a death is attributed to.
 
-    has_suspect: the process had nothing but a request that was under suspicion already. culprit_ids: requests that were
-    at fault in the deaths they were in, earlier ones too: quarantined, or gone before they could be tried alone.
+    has_suspect: the process had only a suspect, which is being tried. culprit_ids: requests that explain this death and
+    earlier ones: they are quarantined, or were aborted before they could be tried alone.
     """
 
     has_suspect: bool
@@ -55,11 +55,10 @@ def describe_death(ending: Ending, *, reason: str, was_ready: bool, has_stepped:
 
 
 class Deaths:
-    """Counts towards `supervision.max_deaths` what neither a request nor a kill from outside explains.
+    """Counts the deaths that neither a request nor a kill from outside explains.
 
-    A death that is put down to one request costs that request; a kill before the first step says nothing about the
-    engine. Only a long run of deaths in which nothing at all was computed counts whatever its reasons are: then it is
-    not the requests.
+    A death that is attributed to a request ends that request; a kill before the first step says nothing about the
+    engine. Only a long series of deaths without a single output ends the server whatever the reasons are.
     """
 
     def __init__(self, config: SupervisionConfig) -> None:
@@ -86,15 +85,15 @@ class Deaths:
 
     @property
     def num_counted(self) -> int:
-        """As of the last death."""
+        """The deaths that count, at the time of the last one."""
         return len(self._counted)
 
     def num_in_window(self, now: float) -> int:
-        """Of any kind, those that do not count included."""
+        """Deaths within the window, including those that do not count."""
         return sum(now - death.at <= self._config.window for death in self.recent)
 
     def describe_excess(self) -> str | None:
-        """Why it is not worth another try; None if it is."""
+        """Why the server should give up; None if it should start another process."""
         max_deaths, window = self._config.max_deaths, self._config.window
         if self.num_counted >= max_deaths:
             return f"the engine process died {self.num_counted} times within {window:g} s (supervision.max_deaths)"

@@ -1,4 +1,4 @@
-"""File descriptors that are kept free for another engine process, where clients' connections take all others."""
+"""A reserve of file descriptors, with which an engine process can be started while connections use up all others."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-NUM_DESCRIPTORS = 12  # a socket pair, two pipes, the crash note three times, /dev/null, and two to spare
+NUM_DESCRIPTORS = 12  # a socket pair, two pipes, the in-flight record three times, /dev/null, and two to spare
 
 
 class DescriptorReserve:
-    """Holds descriptors open that it can give up at any time: nobody else can have taken them meanwhile."""
+    """Holds descriptors open, and closes them for a moment when a process is started."""
 
     def __init__(self) -> None:
         self._descriptors: list[int] = []
 
     def fill(self) -> None:
-        """Takes what it lacks, or what there is."""
+        """Opens descriptors up to the full number, as far as the system has any."""
         with contextlib.suppress(OSError):
             while len(self._descriptors) < NUM_DESCRIPTORS:
                 self._descriptors.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
@@ -27,7 +27,7 @@ class DescriptorReserve:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """They are free within, for code that does not give the loop a turn, and taken back after."""
+        """A context in which the descriptors are free. It must not await, or a connection could take them."""
         self.release()
         try:
             yield

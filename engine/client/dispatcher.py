@@ -1,4 +1,4 @@
-"""Between the journal and the engine process: sends requests and aborts, hands outputs to whom they belong."""
+"""The dispatcher: sends requests and aborts to the engine process, and routes its outputs to their readers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.types import Request, StepOutput
 
 
 class Dispatcher:
-    """The supervisor's listener. All of it runs in the event loop."""
+    """Routes requests and outputs; the supervisor tells it of the process. All of it runs in the event loop."""
 
     def __init__(self, observer: EngineObserver) -> None:
         self.journal = Journal()
@@ -26,7 +26,7 @@ class Dispatcher:
         self._gone: tuple[str, str] | None = None  # kind and message, once no process will follow
 
     def register(self, request: Request) -> Entry:
-        """Takes the request in charge. Raises ValueError if its id is in use, EngineError if there is no engine."""
+        """Adds a request. Raises ValueError if its id is in use, EngineError if the engine will not come back."""
         if self._gone is not None:
             raise _error(*self._gone)
         entry = self.journal.add(request, now=time.monotonic())
@@ -34,16 +34,16 @@ class Dispatcher:
         return entry
 
     def leave(self, entry: Entry) -> None:
-        """The consumer of the request is gone. Aborts it if it has not ended."""
+        """Ends the request of a consumer that has left: aborts it, unless it has ended."""
         if entry.is_over:
             return
         entry.is_over = True
         self.journal.leave(entry)
         if entry.add_number:
-            if not self._aborted_ids:  # all that leave in this turn of the loop go in one frame
+            if not self._aborted_ids:  # aborts of one iteration of the loop go in one frame
                 asyncio.get_running_loop().call_soon(self._send_aborts)
             self._aborted_ids.append(entry.request.request_id)
-        self._send_due()  # others may have waited for it, if it was a suspect
+        self._send_due()  # if it was a suspect, the next one's turn comes
 
     def engine_ready(self, send: Callable[[ToEngine], int], model: ModelInfo) -> None:
         self._send = send
@@ -84,7 +84,7 @@ class Dispatcher:
             self._end(entry, kind, message)
 
     def _addressee(self, request_id: str, step: Step) -> Entry | None:
-        """None if the request was left, even if another has taken its id since."""
+        """The entry of an output; None if its request was aborted, even if a later one has the same id."""
         entry = self.journal.get(request_id)
         return entry if entry is not None and 0 < entry.add_number <= step.num_received else None
 
@@ -104,7 +104,7 @@ class Dispatcher:
             return
         entry.outbox.put_nowait(news)
         if self.journal.passes_trial(entry):
-            if self.journal.has_suspects:  # the next one is to have the process to itself
+            if self.journal.has_suspects:  # which must have the process to themselves
                 self.journal.withdraw(entry)
                 self._aborted_ids.append(entry.request.request_id)
             self._send_due()
@@ -121,7 +121,7 @@ class Dispatcher:
     def _send_due(self) -> None:
         if self._send is None:
             return
-        self._send_aborts()  # first: an id that was left may be in use again
+        self._send_aborts()  # first, since a new request may have the id of an aborted one
         while due := self.journal.take_due():
             for entry in due:
                 completion = entry.completion(self._max_model_len)

@@ -1,4 +1,4 @@
-"""The server's hold on one engine process: its socket, its output, its end."""
+"""The server's handle of one engine process: its socket, its output, its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from engine.client.environment import engine_environment
 from engine.config import EngineConfig
 from engine.ipc.framing import FrameProtocol, from_engine_decoder
-from engine.ipc.inflight_record import BatchLine, CrashNote, create_note_fd
+from engine.ipc.inflight_record import InflightRecord, InflightRequest, create_record_fd
 from engine.ipc.messages import Failed, FromEngine, Heartbeat, Phase, Step, ToEngine
 
 logger = logging.getLogger(__name__)
@@ -34,17 +34,17 @@ OUTPUT_GRACE = 0.5  # seconds that a dead process's last bytes may take
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a child ended, and what it was computing then."""
+    """How a process ended, and what it was computing then."""
 
     exit_code: int  # negative: the signal that ended it
-    batch: list[BatchLine]
+    batch: list[InflightRequest]
     output_tail: list[str]
     failed: Failed | None  # its own last word
     was_out_of_memory: bool  # the kernel's out-of-memory killer ran while it lived
     broken_frame: str | None
 
     def describe(self) -> str:
-        """One line without anything a client sent."""
+        """The reason in one line, without anything that a client sent."""
         if self.failed is not None:
             return self.failed.message
         if self.broken_frame is not None:
@@ -90,13 +90,13 @@ class EngineChild:
     def __init__(
         self,
         process: subprocess.Popen[bytes],
-        note: CrashNote,
+        inflight: InflightRecord,
         tail: OutputTail,
         output: asyncio.ReadTransport,
         on_message: Callable[[FromEngine], None],
     ) -> None:
         self._process = process
-        self._note = note
+        self._inflight = inflight
         self._tail = tail
         self._output = output
         self._oom_kills_at_start = count_oom_kills()
@@ -104,8 +104,8 @@ class EngineChild:
         self._heard = True
         self.connection: FrameProtocol[FromEngine] = FrameProtocol(from_engine_decoder(), self._take)
         self.num_sent = 0
-        self.step_seconds = 0.0  # age of the step it is in, as of the last heartbeat
-        self.step_limit = 0.0  # and how long the engine would have it take; 0: it does not know
+        self.step_seconds = 0.0  # age of its current step, at the last heartbeat
+        self.step_limit = 0.0  # the age at which that step is hung; 0: unknown
         self.failed: Failed | None = None
 
     @property
@@ -129,7 +129,7 @@ class EngineChild:
         return self.num_sent
 
     def take_heard(self) -> bool:
-        """Whether anything came since the last call."""
+        """Whether any message has come since the last call."""
         heard, self._heard = self._heard, False
         return heard
 
@@ -138,7 +138,7 @@ class EngineChild:
         return self.connection.closed.done() or self._process.poll() is not None
 
     def kill(self) -> None:
-        """SIGKILL: the one signal that a stopped process obeys too."""
+        """Sends SIGKILL, the one signal that ends a stopped process, too."""
         self._process.kill()
 
     async def end(self, *, grace: float) -> Ending:
@@ -149,7 +149,7 @@ class EngineChild:
             self.kill()
             if not await self._exits_within(KILL_GRACE):
                 logger.error("the engine process %d does not die: it hangs in the kernel", self.pid)
-        # its last words may still be on their way; a grandchild that inherited the pipes must not hold us up
+        # its last output may still be in the pipes, which a grandchild may have inherited: hence the limit
         await asyncio.wait([asyncio.gather(self.connection.closed, self._tail.closed)], timeout=OUTPUT_GRACE)
         return self._release()
 
@@ -165,8 +165,8 @@ class EngineChild:
     def _release(self) -> Ending:
         self.connection.close()
         self._output.close()
-        batch = self._note.read()
-        self._note.close()
+        batch = self._inflight.read()
+        self._inflight.close()
         exit_code = -signal.SIGKILL if self._process.returncode is None else self._process.returncode
         return Ending(
             exit_code=exit_code,
@@ -184,10 +184,10 @@ class EngineChild:
 
 @dataclass(slots=True)
 class LaunchedChild:
-    """An engine process that nobody hears yet. It is busy with its imports until it gets a Configure message."""
+    """An engine process without an event loop yet: it imports, and then waits for its Configure message."""
 
     process: subprocess.Popen[bytes]
-    note: CrashNote
+    inflight: InflightRecord
     output_file: io.RawIOBase
     socket: socket.socket
     owned: contextlib.ExitStack  # all of these, until `attach` passes them on
@@ -197,7 +197,7 @@ class LaunchedChild:
         loop = asyncio.get_running_loop()
         with self.owned:
             output, tail = await loop.connect_read_pipe(OutputTail, self.output_file)
-            child = EngineChild(self.process, self.note, tail, output, on_message)
+            child = EngineChild(self.process, self.inflight, tail, output, on_message)
             self.socket.setblocking(False)
             await loop.create_unix_connection(lambda: child.connection, sock=self.socket)
             self.owned.pop_all()  # from here on, all of it is released by the child's `end`
@@ -221,26 +221,26 @@ def launch_child(factory: str, *, heartbeat_interval: float, config: EngineConfi
         read_fd, write_fd = os.pipe()
         output_file = ours.enter_context(os.fdopen(read_fd, "rb", buffering=0))
         theirs.callback(os.close, write_fd)
-        note_fd = create_note_fd()
-        theirs.callback(os.close, note_fd)
-        note = CrashNote(os.dup(note_fd))
-        ours.callback(note.close)
+        record_fd = create_record_fd()
+        theirs.callback(os.close, record_fd)
+        inflight = InflightRecord(os.dup(record_fd))
+        ours.callback(inflight.close)
         process = subprocess.Popen(
-            _command(their_socket.fileno(), note_fd, factory, heartbeat_interval),
+            _command(their_socket.fileno(), record_fd, factory, heartbeat_interval),
             stdin=subprocess.DEVNULL,
             stdout=write_fd,
             stderr=write_fd,
-            pass_fds=(their_socket.fileno(), note_fd),
+            pass_fds=(their_socket.fileno(), record_fd),
             start_new_session=True,
             env=engine_environment(os.environ, config),
         )
         ours.callback(process.wait)
         ours.callback(process.kill)
-        return LaunchedChild(process, note, output_file, our_socket, ours.pop_all())
+        return LaunchedChild(process, inflight, output_file, our_socket, ours.pop_all())
 
 
-def _command(socket_fd: int, note_fd: int, factory: str, heartbeat_interval: float) -> list[str]:
-    command = [sys.executable, "-m", "engine.process", str(socket_fd), str(note_fd), str(os.getpid())]
+def _command(socket_fd: int, record_fd: int, factory: str, heartbeat_interval: float) -> list[str]:
+    command = [sys.executable, "-m", "engine.process", str(socket_fd), str(record_fd), str(os.getpid())]
     return [*command, "--factory", factory, "--heartbeat-interval", str(heartbeat_interval)]
 
 

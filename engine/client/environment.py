@@ -1,4 +1,4 @@
-"""The environment of the engine process: ours, without what the engine has no use for if it leaks."""
+"""The environment variables of the engine process: the server's, without its secrets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HUB = re.compile(r"(?:HF|HUGGING_?FACE)_\w*", re.IGNORECASE)  # HF_TOKEN, HUGGIN
 
 
 def engine_environment(inherited: Mapping[str, str], config: EngineConfig | None) -> dict[str, str]:
-    """Keys, tokens and passwords are told by their names. The hub's are kept where the config names something on a hub.
+    """`inherited` without keys, tokens and passwords, which are recognised by their names.
 
-    config: None where it is not known: nothing is loaded from a hub. A checkout that is not installed must be found by
-    the child as it was found by us.
+    The hub's are kept where the config names something on a hub; config None: it does not. PYTHONPATH leads the child
+    to this checkout, where it is not installed.
     """
     needs_hub = config is not None and is_on_hub(config)
     environment = {

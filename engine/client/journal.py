@@ -1,4 +1,7 @@
-"""What the server must remember of each request so that a new engine process can go on where the old one died."""
+"""The journal: what the server remembers of each request, so that a new engine process can continue it after a crash.
+
+All of it runs in the server's event loop.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import msgspec
 from engine.client.deaths import Verdict
 from engine.types import Request, StepOutput
 
-MAX_SOLO_DEATHS = 2  # a suspect that was alone in the step at so many deaths is not tried again
-TRIAL_TOKENS = 4  # a suspect that got so many is none any more: an engine that works ahead dies a step or two late
+MAX_SOLO_DEATHS = 2  # deaths alone in the step, after which a suspect is quarantined
+TRIAL_TOKENS = 4  # new tokens that clear a suspect: with steps in flight, the engine dies a step or two late
 MAX_REMEMBERED_LEAVERS = 4096
 
 
@@ -31,18 +34,18 @@ class EngineError(RuntimeError):
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One request between its registration and its end."""
+    """The journal's entry of one request, from its registration to its end."""
 
     request: Request
     registered_at: float  # seconds, time.monotonic
     emitted: list[int]
     outbox: asyncio.Queue[StepOutput | EngineError] = field(default_factory=asyncio.Queue)
-    add_number: int = 0  # number of its Add frame to the process that runs; 0: not sent
-    is_running: bool = False  # the process that runs has started it
-    has_run: bool = False  # some process has
+    add_number: int = 0  # number of its Add frame to the current process; 0: not sent
+    is_running: bool = False  # the current process has started it
+    has_run: bool = False  # some process has started it
     is_over: bool = False  # its last output or its error is in the outbox
-    num_tokens_here: int = 0  # of the process that runs
-    num_solo_deaths: int = 0  # as a suspect, alone in the step
+    num_tokens_here: int = 0  # output tokens of the current process
+    num_solo_deaths: int = 0  # deaths as a suspect, alone in the step
     num_prompt_logprobs: int = 0  # delivered
     num_repeated_logprobs: int = 0  # prompt log-probabilities of a replay that were delivered before its crash
 
@@ -51,11 +54,11 @@ class Entry:
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
     def resumed(self) -> Request:
-        """The request as a process that knows nothing of it must get it."""
+        """The request to be replayed: with the output tokens so far."""
         return msgspec.structs.replace(self.request, output_token_ids=list(self.emitted))
 
     def accept(self, output: StepOutput) -> StepOutput | None:
-        """Notes what the client is about to get. None: it has all of it already."""
+        """Records an output, and returns what of it the client has not had; None if there is nothing."""
         if output.prompt_logprobs is not None:
             output = self._without_repeats(output)
         self.emitted += output.token_ids
@@ -72,7 +75,7 @@ class Entry:
         return msgspec.structs.replace(output, prompt_logprobs=fresh or None) if num_repeated else output
 
     def completion(self, max_model_len: int | None) -> StepOutput | None:
-        """The last output of a request whose emitted tokens are all it may have; None if there is more to compute."""
+        """The last output of a request that was complete at the crash; None if there is more to compute."""
         if not self.emitted:
             return None
         params, request_id = self.request.params, self.request.request_id
@@ -84,12 +87,12 @@ class Entry:
 
 
 class Journal:
-    """All requests that have not ended, in order of arrival, and which of them the engine process may have now.
+    """All requests that have not ended, in order of arrival, and which of them are to be sent to the engine process.
 
-    After a death of the process the requests that were in the batch are suspects. They are tried one at a time: each
-    has the process to itself until it has some new tokens, and then waits for the others' trials. So a request that
-    kills the engine is alone when it does so again, and the others of its first batch survive it. Those whose answer
-    has begun are tried first, and last those that were alone at a death: most innocents go on before it dies again.
+    When the process dies, the requests of its batch become suspects, of which one may have killed it. They are tried
+    one at a time: each has the new process to itself until it has some new tokens, and then waits until all were tried.
+    So a request that kills the engine is alone when it does so again, and the others of its batch survive. Those whose
+    answer has begun are tried first, those that were alone at a death last, so that most innocent requests go on early.
     A suspect is quarantined at its second death alone, because the first may have been a kill from outside.
     """
 
@@ -97,8 +100,8 @@ class Journal:
         self._entries: dict[str, Entry] = {}
         self._unsent: dict[str, Entry] = {}
         self._suspects: dict[str, Entry] = {}
-        self._leavers: deque[str] = deque(maxlen=MAX_REMEMBERED_LEAVERS)  # left the process that runs without a token
-        self._lost_suspects: set[str] = set()  # left before they could be tried alone
+        self._leavers: deque[str] = deque(maxlen=MAX_REMEMBERED_LEAVERS)  # aborted, sent and still without a token
+        self._lost_suspects: set[str] = set()  # suspects that were aborted before they could be tried alone
         self.num_waiting = 0
         self.num_waiting_tokens = 0  # prompt and, in a replay, emitted tokens
         self.num_running = 0
@@ -129,7 +132,7 @@ class Journal:
             self._count_waiting(entry, -1)
 
     def leave(self, entry: Entry) -> None:
-        """Removes a request that has not ended: its client does not want it any more."""
+        """Removes a request that its client has aborted."""
         if entry.request.request_id in self._suspects:
             self._lost_suspects.add(entry.request.request_id)
         elif entry.add_number and not entry.num_tokens_here:
@@ -137,7 +140,7 @@ class Journal:
         self.remove(entry)
 
     def start(self, entry: Entry) -> None:
-        """The engine has run it for the first time since it was sent."""
+        """Counts the request as running: the current process has started it."""
         if entry.is_running:
             return
         self._count_waiting(entry, -1)
@@ -145,7 +148,7 @@ class Journal:
         entry.is_running = entry.has_run = True
 
     def passes_trial(self, entry: Entry) -> bool:
-        """Whether it was a suspect, and has just got tokens enough to be none any more."""
+        """Clears a suspect that has enough new tokens. Whether it did."""
         if entry.num_tokens_here < TRIAL_TOKENS or self._suspects.pop(entry.request.request_id, None) is None:
             return False
         entry.num_solo_deaths = 0
@@ -156,12 +159,12 @@ class Journal:
         return bool(self._suspects)
 
     def withdraw(self, entry: Entry) -> None:
-        """It is not in the process that runs any more, and is sent again when the trials are over."""
+        """Marks the request as not sent, to be sent again after the trials. The caller aborts it in the process."""
         self._unsend(entry)
         self._unsent[entry.request.request_id] = entry
 
     def take_due(self) -> list[Entry]:
-        """Which requests to send now: one suspect, or where there is none all, in order of arrival."""
+        """The requests to send now: one suspect, or where there is none all, in order of arrival."""
         if not self._suspects:
             due, self._unsent = self._unsent, {}
             return sorted(due.values(), key=lambda entry: entry.registered_at)
@@ -170,12 +173,12 @@ class Journal:
         return [] if suspect is None else [suspect]
 
     def forget_process(self, batch_ids: list[str]) -> tuple[list[Entry], Verdict]:
-        """The process is gone: all requests are unsent again. `batch_ids`: of the step it died in.
+        """Marks all requests as not sent, after the process has died in a step of the requests `batch_ids`.
 
-        Returns the requests that are not to be tried again, removed, and whose fault the death was.
+        Returns the quarantined requests, which it removes, and the verdict on the death.
         """
         culprit_ids: set[str] = set()
-        if not self._suspects:  # all others of those deaths went on, so it was one of the lost
+        if not self._suspects:  # all other suspects were cleared, so it was one of those that were aborted
             culprit_ids, self._lost_suspects = self._lost_suspects, set()
         on_trial = next((entry for entry in self._suspects.values() if entry.add_number), None)
         quarantined: list[Entry] = []
@@ -210,7 +213,7 @@ class Journal:
         return entries
 
     def _count_waiting(self, entry: Entry, sign: int) -> None:
-        # a waiting request emits nothing, so that the same number is taken off that was put on
+        # num_tokens is the same at both calls, since a waiting request gets no tokens
         self.num_waiting += sign
         self.num_waiting_tokens += sign * entry.num_tokens
 

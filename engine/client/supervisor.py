@@ -1,4 +1,7 @@
-"""Keeps an engine process running: starts it, watches it, kills it when it hangs, starts it again, gives up in time."""
+"""The supervisor keeps an engine process running: it starts, watches, kills and restarts it, or gives up.
+
+All of it runs in the server's event loop.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class SupervisionLimits:
 
 
 class EngineObserver(Protocol):
-    """Hears what happens to the engine: for metrics and logs. Called in the event loop; must not block or raise."""
+    """The interface of metrics and logs to the engine's events. Called in the event loop; must not block or raise."""
 
     def on_phase(self, name: str, detail: str) -> None: ...
 
@@ -69,10 +72,10 @@ class EngineObserver(Protocol):
 
 
 class Listener(Protocol):
-    """Whoever has requests in the engine."""
+    """The interface of the owner of the requests, the dispatcher."""
 
     def engine_ready(self, send: Callable[[ToEngine], int], model: ModelInfo) -> None:
-        """A fresh process without requests waits; `send` returns the number of the frame."""
+        """A new process is ready, without requests; `send` returns the number of the frame."""
         ...
 
     def engine_stepped(self, step: Step) -> None: ...
@@ -87,7 +90,7 @@ class Listener(Protocol):
 
 
 class Supervisor:
-    """Runs one engine process at a time until `stop`, or until it is not worth another try."""
+    """Runs one engine process at a time, until `stop` or until it gives up (`engine.client.deaths`)."""
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class Supervisor:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="engine supervisor")
 
     async def stop(self) -> None:
-        """Ends the process, with SIGKILL if it does not go by itself. May be called in any state, and again."""
+        """Ends the process, with SIGKILL after a grace period. May be called in any state, and again."""
         was_ready = self.state is EngineState.READY
         if self.state not in (EngineState.FAILED, EngineState.STOPPED):
             self.state = EngineState.STOPPED
@@ -161,7 +164,7 @@ class Supervisor:
             self._reserve.release()
 
     async def _live_once(self) -> bool:
-        """Runs one process from its start to its end. Returns whether another is worth a try."""
+        """Runs one process from its start to its end. Returns whether another should be started."""
         launched, self._launched = self._launched, None
         launched = launched or await self._launch()
         if launched is None:
@@ -185,7 +188,7 @@ class Supervisor:
         return self._judge(ending, hang or ending.describe())
 
     async def _launch(self) -> LaunchedChild | None:
-        """Starts another process, as soon as the machine lets us. None: there was no need any more."""
+        """Starts a process, and tries again while the system lacks resources. None if it was stopped meanwhile."""
         while not self._stopping:
             try:
                 with self._reserve.lent():
@@ -228,13 +231,13 @@ class Supervisor:
         self._listener.engine_ready(self._child.send, model)
 
     async def _watch(self, child: EngineChild) -> str | None:
-        """Returns when the process has ended, or when it hung and was killed: then why."""
+        """Waits for the end of the process, and kills it when it hangs; the reason, if it did."""
         loop = asyncio.get_running_loop()
         silent, last = 0.0, loop.time()
         while not child.has_ended and not self._stopping:
             await self._sleep(self._limits.check_interval)
             now = loop.time()
-            # a long pause of our own (a stopped terminal job, a blocked loop) says nothing about the child
+            # after a long pause of this process (a stopped terminal job, a blocked loop), no messages can be expected
             silent = 0.0 if child.take_heard() else silent + min(now - last, 2 * self._limits.check_interval)
             last = now
             hang = self._find_hang(child, silent)
@@ -300,7 +303,7 @@ class Supervisor:
         self._wake.clear()
 
     async def _sleep(self, seconds: float) -> None:
-        """Until woken, at most for so long."""
+        """Sleeps for so many seconds, or until woken."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()

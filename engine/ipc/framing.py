@@ -23,7 +23,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class FrameError(Exception):
-    """The bytes are no frame that this program writes: the stream is lost from here on."""
+    """Bytes that are no valid frame: nothing after them on the stream can be read."""
 
 
 def to_engine_decoder() -> msgspec.msgpack.Decoder[ToEngine]:
@@ -46,7 +46,7 @@ def encode_frame(message: ToEngine | FromEngine) -> bytearray:
 
 
 class FrameReader(Generic[Message]):
-    """Turns pieces of a byte stream into messages, wherever the stream was cut."""
+    """An incremental decoder: messages from a byte stream that arrives in pieces of any size."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[Message]) -> None:
         self._decoder = decoder
@@ -77,7 +77,7 @@ class FrameReader(Generic[Message]):
 
 
 class FrameSocket(Generic[Message]):
-    """The blocking end. Any thread may send; one thread receives."""
+    """The engine's end of the socket, blocking. Any thread may send; one thread receives."""
 
     def __init__(self, sock: socket.socket, decoder: msgspec.msgpack.Decoder[Message]) -> None:
         sock.setblocking(True)
@@ -92,7 +92,7 @@ class FrameSocket(Generic[Message]):
             self._socket.sendall(frame)
 
     def receive(self, *, wait: bool) -> list[Message]:
-        """Returns all that has arrived; with `wait`, at least some bytes are waited for.
+        """All messages that have arrived; with `wait`, blocks until there are bytes.
 
         Raises EOFError once all before the end of the stream was returned, FrameError where it is damaged.
         """
@@ -101,7 +101,7 @@ class FrameSocket(Generic[Message]):
         while (data := self._read(flags)) is not None:
             if not data:
                 if messages:
-                    return messages  # the next call meets the end again
+                    return messages  # the next call raises EOFError
                 raise EOFError("the other end closed the socket")
             messages += self._reader.feed(data)
             flags = socket.MSG_DONTWAIT
@@ -118,7 +118,7 @@ class FrameSocket(Generic[Message]):
 
 
 class FrameProtocol(asyncio.Protocol, Generic[Message]):
-    """The asyncio end: calls `on_message` for each message as it arrives, so reading never waits for anybody.
+    """The server's end of the socket, in its event loop: calls `on_message` for each message as it arrives.
 
     `closed` gets its result when the stream has ended and every message before its end was handed over: None, or the
     FrameError that ended it.

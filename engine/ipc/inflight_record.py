@@ -1,7 +1,7 @@
-"""What the engine is computing right now, in memory that outlives it.
+"""The in-flight record: which requests are in the step that the engine is computing, in memory shared with the server.
 
-The child writes the note before each step and clears it after; the parent reads it when the child is dead. So a crash
-that leaves no time for a last word, kill -9 included, still names the requests that were in the batch.
+The engine process writes it before each step and clears it after; the server reads it when that process has died. So
+a death without warning, kill -9 included, still names the requests that were in the batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import msgspec
 
 from engine.types import Scheduled
 
-NOTE_BYTES = 2**20  # of address space; only pages that were written take memory
+RECORD_BYTES = 2**20  # of address space; only pages that were written take memory
 LENGTH = struct.Struct("<I")
 
 
-class BatchLine(msgspec.Struct, frozen=True, array_like=True):
-    """One request of the batch: its shape, not its contents."""
+class InflightRequest(msgspec.Struct, frozen=True, array_like=True):
+    """One request of the batch: sizes, no contents."""
 
     request_id: str
     num_computed_tokens: int
@@ -27,40 +27,44 @@ class BatchLine(msgspec.Struct, frozen=True, array_like=True):
     num_drafts: int
 
 
-class CrashNote:
-    """One shared area, mapped by both processes: four bytes of length, then the batch in MessagePack."""
+class InflightRecord:
+    """The shared memory, mapped by both processes: four bytes of length, then the batch in MessagePack."""
 
     def __init__(self, fd: int) -> None:
-        """Maps the area of `fd` and closes it: the mapping stays."""
-        self._memory = mmap.mmap(fd, NOTE_BYTES)
+        """Maps the memory of `fd`, and closes `fd`; the mapping stays."""
+        self._memory = mmap.mmap(fd, RECORD_BYTES)
         os.close(fd)
         self._encoder = msgspec.msgpack.Encoder()
         self._buffer = bytearray()
 
     def write(self, batch: list[Scheduled]) -> None:
-        """Takes microseconds. A batch too long for the area is cut."""
-        lines = [
-            BatchLine(item.seq.request.request_id, item.seq.num_computed_tokens, item.num_new_tokens, item.num_drafts)
+        """Records a batch, in microseconds. One that is too long for the memory is cut short."""
+        requests = [
+            InflightRequest(
+                item.seq.request.request_id, item.seq.num_computed_tokens, item.num_new_tokens, item.num_drafts
+            )
             for item in batch
         ]
-        self._encoder.encode_into(lines, self._buffer)
-        while len(self._buffer) > NOTE_BYTES - LENGTH.size:
-            lines = lines[: len(lines) // 2]
-            self._encoder.encode_into(lines, self._buffer)
-        self.clear()  # a crash between the two writes leaves no note rather than a wrong one
+        self._encoder.encode_into(requests, self._buffer)
+        while len(self._buffer) > RECORD_BYTES - LENGTH.size:
+            requests = requests[: len(requests) // 2]
+            self._encoder.encode_into(requests, self._buffer)
+        self.clear()  # so that a crash between the two writes leaves an empty record, not a wrong one
         self._memory[LENGTH.size : LENGTH.size + len(self._buffer)] = bytes(self._buffer)
         LENGTH.pack_into(self._memory, 0, len(self._buffer))
 
     def clear(self) -> None:
         LENGTH.pack_into(self._memory, 0, 0)
 
-    def read(self) -> list[BatchLine]:
-        """The batch of the step that was cut short; empty if none was, or if the child damaged its note."""
+    def read(self) -> list[InflightRequest]:
+        """The batch of the step that runs, or was interrupted; empty if there is none, or if the memory was damaged."""
         (num_bytes,) = LENGTH.unpack_from(self._memory, 0)
-        if not 0 < num_bytes <= NOTE_BYTES - LENGTH.size:
+        if not 0 < num_bytes <= RECORD_BYTES - LENGTH.size:
             return []
         try:
-            return msgspec.msgpack.decode(self._memory[LENGTH.size : LENGTH.size + num_bytes], type=list[BatchLine])
+            return msgspec.msgpack.decode(
+                self._memory[LENGTH.size : LENGTH.size + num_bytes], type=list[InflightRequest]
+            )
         except (msgspec.DecodeError, UnicodeDecodeError):
             return []
 
@@ -68,8 +72,8 @@ class CrashNote:
         self._memory.close()
 
 
-def create_note_fd() -> int:
-    """Makes an empty area, for `CrashNote` in this process (through `os.dup`) and in the child that inherits it."""
-    fd = os.memfd_create("peregrine-crash-note")
-    os.ftruncate(fd, NOTE_BYTES)
+def create_record_fd() -> int:
+    """Empty shared memory, for an `InflightRecord` here (of `os.dup`) and one in the child that inherits it."""
+    fd = os.memfd_create("peregrine-inflight")
+    os.ftruncate(fd, RECORD_BYTES)
     return fd

@@ -1,4 +1,4 @@
-"""What crosses between the server process and the engine process, and nothing else: typed MessagePack, no pickle."""
+"""The messages between the server process and the engine process: typed MessagePack, never pickle."""
 
 from __future__ import annotations
 
@@ -75,19 +75,21 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """One step, all requests of it."""
+    """The outputs of one step, for all of its requests."""
 
     outputs: list[StepOutput]
     started: list[str]  # requests that ran for the first time in this step: they left the queue
     stats: StepStats | None
-    num_received: int = 0  # frames taken in before the step: outputs of an id added later belong to a predecessor
+    num_received: int = (
+        0  # frames received before the step: an Add with a higher number is of a later request of the id
+    )
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Once a second, from a thread of its own: the process lives, and its current step has run for so long."""
+    """A sign of life, once a second, from a thread of its own, with the age of the current step."""
 
     step_seconds: float  # 0 while idle
-    step_limit: float = 0.0  # seconds after which this step would be hung, as far as the engine knows; 0: it does not
+    step_limit: float = 0.0  # seconds after which the engine holds this step to be hung; 0: unknown
 
 
 EXIT_CODES = {"internal": 1, "config": 2, "memory": 3, "model": 4, "crash_loop": 5}

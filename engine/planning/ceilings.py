@@ -1,7 +1,7 @@
-"""How fast this machine is at best: ceilings that are measured, and rates that real steps have reached.
+"""Roofline ceilings of this machine, measured at start, and the rates that real steps have reached.
 
 Other programs can only make a machine look slower, so the best of many short measurements counts, and the best of all
-starts is kept in the cache directory, by machine and version. No rate ever falls: one unlucky second costs nothing.
+starts is kept in the cache directory, by machine and version: a rate never falls.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from engine.planning.machine import Ceilings, Machine
 logger = logging.getLogger(__name__)
 
 CEILING_SECONDS = 0.06  # spent on each of the two measurements
-_PIECE_BYTES = 4 << 20  # read at once: 0.1 ms, in which a thread is seldom interrupted
-_NUM_PIECES_IN_A_STRETCH = 16  # of each thread
+_PIECE_BYTES = 4 << 20  # per timed read: 0.1 ms, in which a thread is seldom interrupted
+_NUM_PIECES_IN_A_STRETCH = 16  # consecutive reads of each thread, of which the best stretch counts
 _CACHE_LEVEL_3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _BLOCK_BYTES = (128 << 20, 512 << 20)  # least and most that is read before it is read again
 _GPU_REPEATS = 8
@@ -36,7 +36,7 @@ _GPU_REPEATS = 8
 
 @dataclass(frozen=True, slots=True)
 class CeilingsFile:
-    """The ceilings of one machine, kept from start to start. A file that cannot be read or written is done without."""
+    """The file with the ceilings of one machine. If it cannot be read or written, each start measures anew."""
 
     path: Path
 
@@ -48,7 +48,7 @@ class CeilingsFile:
         return ceilings if ceilings.is_sane else Ceilings()
 
     def add(self, seen: Ceilings) -> Ceilings:
-        """Keeps what is better than what is known, and returns the best of both."""
+        """Merges ceilings into the file, the higher of each, and returns the result."""
         known = self.read()
         best = known.best_of(seen)
         if best != known:
@@ -92,10 +92,10 @@ def with_ceilings(machine: Machine, device: str) -> Machine:
 
 
 def measure_ceilings(num_threads: int) -> tuple[float, float]:
-    """The bytes per second that this CPU reads and the float32 operations per second that it computes, at best.
+    """This CPU's ceilings: bytes per second read from memory, float32 operations per second.
 
-    Threads wait for nobody: the arithmetic is that of one thread, times their number, and reads are counted in the best
-    stretch of time of all of them.
+    Without barriers between threads: the arithmetic is that of one thread, times their number, and reads are counted in
+    the best stretch of time of all threads.
     """
     num_before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def measure_ceilings(num_threads: int) -> tuple[float, float]:
 
 
 def measure_gpu_ceilings() -> Ceilings:
-    """The same of a GPU: operations are bfloat16's. Nothing is known where its memory is taken."""
+    """A GPU's ceilings, of bfloat16 operations; unknown where its memory has no room for the measurement."""
     try:
         block = torch.ones(1 << 26, device="cuda")
         matrix = torch.ones(4096, 4096, dtype=torch.bfloat16, device="cuda")
@@ -168,7 +168,7 @@ def best_rate(ends: list[float], num_threads: int) -> float:
 
 
 def _block_bytes() -> int:
-    """Several times what the last cache holds."""
+    """Bytes of the memory that is read: several times the last-level cache."""
     least, most = _BLOCK_BYTES
     try:
         cached = int(_CACHE_LEVEL_3.read_text().strip().removesuffix("K")) << 10

@@ -1,4 +1,4 @@
-"""Plans memory before anything is loaded: what the weights take, what is left for keys and values, what fits."""
+"""The memory plan: what the weights take, what is left for the KV cache, and what fits, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ RESOLVED_SETTINGS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What goes where, in bytes, and what fits. `settings` has every resolved "auto", by its key in the config."""
+    """The bytes of everything in memory, and what fits. `settings`: every resolved "auto", by its config key."""
 
     facts: ModelFacts
     model_config: ModelConfig  # with the resolved length, dtype and quantization
     device: str
     kernels: str  # torch, triton or numba
     num_threads: int
-    step_name: str  # by which the rate of such steps is remembered
+    step_name: str  # the key under which the measured rate of such steps is kept
     total_bytes: int  # of the device
     available_bytes: int
     linear_bytes: int
-    embedding_bytes: int  # and all else that is no linear layer
+    embedding_bytes: int  # and everything else that is no linear layer
     loading_bytes: int  # at the peak while weights are loaded and packed
     process_bytes: int  # of the process itself, with its libraries
-    workspace_bytes: int  # the most that one step needs besides weights and cache
+    workspace_bytes: int  # of the largest step, besides weights and cache
     graphs: GraphDemand
     kv_bytes_per_token: int
     block_size: int  # tokens
@@ -79,7 +79,7 @@ class MemoryPlan:
 
     @property
     def can_load(self) -> bool:
-        """Whether the peak while loading fits into what is free. Where not, the kernel may end the process."""
+        """Whether the peak while loading fits into the free memory. If not, the system may kill the process."""
         return self.loading_bytes <= self.available_bytes
 
     @property
@@ -104,7 +104,7 @@ class MemoryPlan:
 def plan_memory(
     facts: ModelFacts, config: EngineConfig, machine: Machine, *, measured_workspace: int | None = None
 ) -> MemoryPlan:
-    """Resolves what is "auto" and fits the cache into the memory.
+    """Makes the plan: resolves each "auto", and fits the KV cache into the memory.
 
     measured_workspace: the bytes that a largest step took (`engine.runner.memory_profile`), in place of the estimate.
     PlanError where not even one sequence of max_model_len and its look-ahead fits, SettingError for a setting that

@@ -1,4 +1,4 @@
-"""Whether keys and values can leave float16's range, which a KV cache would turn into infinities and those into NaN."""
+"""Overflow of a float16 KV cache: a bound of the keys and values, and a wider cache where they could exceed it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 @torch.no_grad()
 def bound_of_keys_and_values(model: Model) -> float:
-    """No key or value of the model is larger, whatever it reads; 0 for layers that are not our own.
+    """An upper bound of the magnitude of any key or value, for any input; 0 for layers that are not our own.
 
     A normalised row has a length of sqrt(hidden size) before its weights, so its product with a row of the matrix is
     at most that times the row's length (Cauchy, Schwarz). A rotation mixes two elements. Call it before packing.
@@ -52,7 +52,7 @@ def _largest(numbers: Tensor) -> float:
 def with_cache_that_holds(plan: MemoryPlan, bound: float, config: EngineConfig, machine: Machine) -> MemoryPlan:
     """The plan with a cache of float32 where float16 could not hold `bound`; of bfloat16 where that has no room.
 
-    Who set `kv_cache.dtype` keeps it. machine: as it was before the model was loaded
+    A `kv_cache.dtype` that is set is kept. machine: as it was before the model was loaded
     """
     if plan.kv_dtype != torch.float16 or bound <= FLOAT16_MAX or config.kv_cache.dtype != "auto":
         return plan
@@ -68,7 +68,7 @@ def with_cache_that_holds(plan: MemoryPlan, bound: float, config: EngineConfig, 
 
 
 def overflow_note(plan: MemoryPlan, bound: float) -> str | None:
-    """A line for who asked for a cache that may overflow."""
+    """A warning for a `kv_cache.dtype` that was set and may overflow."""
     if plan.kv_dtype != torch.float16 or bound <= FLOAT16_MAX:
         return None
     return f"kv_cache.dtype is float16, but {_why(bound)}: a text that gets there fails; auto takes float32"

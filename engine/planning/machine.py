@@ -1,4 +1,4 @@
-"""What this machine has, and which kernels follow from it."""
+"""The hardware of this machine: cores, instructions, memory, GPU; and the kernels that run on it, in words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNLIMITED = 1 << 60  # cgroup version 1 writes a number near 2**63 where there 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Rates of one machine, the best that were seen; 0 where nothing is known."""
+    """The highest measured rates of one machine; 0 where unknown."""
 
     bytes_per_second: float = 0.0  # read from memory
     flops_per_second: float = 0.0  # of matrix products
@@ -92,10 +92,10 @@ def read_machine() -> Machine:
 
 @contextmanager
 def freeing_at_once() -> Iterator[None]:
-    """Has the allocator give each freed tensor back to the system, while a model is loaded and packed.
+    """A context in which glibc returns freed memory to the system at once, for loading and packing a model.
 
-    glibc would keep hundreds of megabytes of it for later. Afterwards it keeps up to 32 MiB at a time again, which is
-    as far as it goes by itself (mallopt(3), M_MMAP_THRESHOLD): activations are allocated in every step.
+    Otherwise it would keep hundreds of megabytes for later. Afterwards allocations of up to 32 MiB are kept again, the
+    most that glibc itself allows (mallopt(3), M_MMAP_THRESHOLD), since activations are allocated in every step.
     """
     libc = ctypes.CDLL(None)
     set_threshold = getattr(libc, "mallopt", lambda option, value: 0)
@@ -119,7 +119,7 @@ def describe_kernels(machine: Machine, *, dtype: torch.dtype, quantization: str)
 
 
 def describe_compiled_kernels(machine: Machine, *, quantization: str) -> dict[str, str]:
-    """The same for `device.kernels: numba`, where one program holds all of a step's layers."""
+    """As `describe_kernels`, for `device.kernels: numba`, where one program computes all layers of a step."""
     program = "in the same program, float32"
     return {
         "linear layers": f"compiled; weights as {COMPILED_FORMATS[quantization]}",
@@ -168,7 +168,7 @@ def _read_cpu_name() -> str:
 
 
 def _num_usable_threads(num_cores: int) -> int:
-    """Physical cores, less those that affinity or a quota takes away. Two threads of a core share its multipliers."""
+    """Physical cores within affinity and quota. Not logical ones, since the two of a core share its multipliers."""
     usable = float(num_cores)
     if hasattr(os, "sched_getaffinity"):
         num_logical = os.cpu_count() or num_cores
@@ -192,7 +192,7 @@ def cgroup_cpu_quota(root: Path) -> float | None:
     if len(fields) != 2:
         fields = [_read(root / "cpu" / name) or "" for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
     quota, period = fields
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:  # "max" and -1 are no limit
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0:  # "max" and -1 mean no limit
         return None
     return int(quota) / int(period)
 

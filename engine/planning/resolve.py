@@ -1,4 +1,4 @@
-"""Resolves each "auto" of the config that depends on the machine: a value, where it came from, and why."""
+"""Resolves each "auto" of the config that depends on the machine: to a value, its source, and the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_NUM_SEQS = {"cpu": 32, "cuda": 256}  # where nobody set them
 _GPU_BATCHED_TOKENS = 8192
 _CPU_BATCHED_TOKENS = (64, 512)  # least and most; fewer would leave too little beside 32 decoding sequences
 _CPU_STEP_SECONDS = 0.125  # of a step that is full of prompt tokens
-_CPU_EFFICIENCY = 0.8  # of what a machine multiplies at best, that a step reaches: until steps have shown what they do
+_CPU_EFFICIENCY = 0.8  # of the machine's ceiling that a step is assumed to reach until steps were measured
 _CPU_FLOPS = 80e9  # of one thread, with AVX2: where nothing was measured
 
 
@@ -115,7 +115,7 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
 def resolve_quantization(
     config: EngineConfig, machine: Machine, device: str, *, dtype: str, kernels: str
 ) -> Resolved[str]:
-    """`dtype`: as resolved. Who asked for float32, or for no quantization, gets exactly the model's weights."""
+    """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved."""
     asked = config.model.quantization
     formats = COMPILED_FORMATS if kernels == "numba" else FORMATS
     if asked != "auto":
@@ -151,7 +151,7 @@ def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resol
 def resolve_limits(
     config: EngineConfig, device: str, facts: ModelFacts, *, step_rate: Resolved[int]
 ) -> tuple[Resolved[int], Resolved[int]]:
-    """(max_num_seqs, max_num_batched_tokens). An auto gives way to the other where that one is set.
+    """(max_num_seqs, max_num_batched_tokens). An "auto" adapts to the other one where that is set.
 
     On a CPU, a step with a prompt in it holds up the tokens of all others, and so is kept to what the machine computes
     in about an eighth of a second: larger ones are no faster.
@@ -181,7 +181,7 @@ def resolve_limits(
 
 
 def resolve_step_rate(machine: Machine, step_name: str, *, num_threads: int) -> Resolved[int]:
-    """The operations per second of a step that is full of prompt tokens.
+    """Operations per second of a step full of prompt tokens, as measured, or else estimated.
 
     step_name: of this model's steps, as `step_name` makes it
     """
@@ -197,7 +197,7 @@ def resolve_step_rate(machine: Machine, step_name: str, *, num_threads: int) -> 
 
 
 def step_name(facts: ModelFacts, kernels: str, quantization: str, num_threads: int) -> str:
-    """What the rate of a model's steps is remembered by: all that it depends on beside the machine."""
+    """The key of a measured step rate: everything that it depends on beside the machine."""
     size = f"{facts.num_parameters} {facts.num_linear_parameters}"
     return f"{facts.architecture} {size} {kernels} {quantization} {num_threads}"
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: bytes of one model on one machine, and the tokens that fit beside it."""
+"""The arithmetic of a memory plan: the bytes of one model on one machine, and the KV tokens that fit beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORED_ROWS = 256  # of prompts, whose logits a step may hold beside all that ar
 MAX_NUM_GRAPHS = 48  # CUDA graphs that are kept at once
 MAX_GRAPH_ROWS = 512  # of a CUDA graph: a larger step computes for longer than its launches take
 _GRAPH_CONTEXTS = 1 << 20  # tokens, of all contexts that one graph attends to; steps with more run eagerly
-_SPLIT_TOKENS = 256  # of a context per piece; were a chip's config to cut smaller ones, fewer tokens would have room
+_SPLIT_TOKENS = 256  # of a context per split of split-KV; with a chip's smaller splits, fewer tokens have room
 _GRAPH_ALLOWANCE = 8 << 20  # bytes that the driver keeps for each graph, assumed: not measured yet
 
 
@@ -37,9 +37,9 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GraphDemand:
-    """What decoding steps as CUDA graphs take: two buffers that all share, and what comes with each. Bytes."""
+    """The bytes that CUDA graphs take: two buffers that all share, and what each adds."""
 
-    attention: int = 0  # partial results of contexts that are cut in pieces
+    attention: int = 0  # partial results of split-KV
     others: int = 0
 
     @property
@@ -49,7 +49,7 @@ class GraphDemand:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is needed before the first key is stored, and what each token of the cache adds. Bytes."""
+    """The bytes that are needed besides the KV cache, and those that each token of it takes."""
 
     linear: int
     embedding: int
@@ -71,7 +71,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Sizer:
-    """One model, one machine. `num_lookahead`: tokens past its length that a sequence may need for its drafts.
+    """Computes the sizes for one model on one machine. `num_lookahead`: tokens that drafts add to a sequence.
 
     device, kernels, quantization: what "auto" became. measured_workspace: the bytes that a largest step took, where one
     was run; without it they are estimated.
@@ -128,12 +128,12 @@ class Sizer:
 
     @property
     def _has_triton(self) -> bool:
-        """Whose steps can be captured."""
+        """Whether the kernels are Triton's, whose steps can be captured into CUDA graphs."""
         return self.device == "cuda" and self.kernels == "triton"
 
     @property
     def _reads_in_place(self) -> bool:
-        """Whether attention reads the cache where it lies."""
+        """Whether attention reads the paged cache in place, without a gather."""
         return self._has_triton or self.kernels == "numba"
 
     def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
@@ -150,7 +150,7 @@ class Sizer:
         return GraphDemand(num_pieces * rows_per_seq * item, tables + activations + MAX_NUM_GRAPHS * each)
 
     def cache_tokens(self, demand: Demand, max_num_seqs: int) -> Resolved[int]:
-        """How many tokens of keys and values there will be. PlanError where the memory for them is not free."""
+        """The tokens of the KV cache. PlanError where the memory for them is not free."""
         size = parse_cache_size(self.config.kv_cache.memory)
         free = self.machine.available_bytes - demand.fixed
         if free < demand.per_token * self.block_size:
@@ -220,7 +220,7 @@ class Sizer:
         return Resolved(room // demand.per_token, source, f"{fraction:g} of {gib(total)}, less weights and workspace")
 
     def _modest(self, demand: Demand, free: int, max_num_seqs: int) -> Resolved[int]:
-        """As much as the requests are likely to use, of a memory that others use too."""
+        """A CPU's default: as much as the requests are likely to use, of a memory that other programs use too."""
         wanted = max(self._wanted_length() + self.num_lookahead, max_num_seqs * _CPU_TOKENS_PER_SEQ)
         wanted = num_blocks_for(wanted, self.block_size) * self.block_size
         affordable = int(free * _CPU_SHARE) // demand.per_token

@@ -1,4 +1,4 @@
-"""What the two generation endpoints do alike between reading a body and running its choices."""
+"""Admission of a generation request: all that completions and chat do alike between body and generation."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _text(content: Content | None) -> str:
 
 
 class ChatWriter:
-    """Words the answers of one request in OpenAI's format for chat."""
+    """Formats the answers of one request as OpenAI's chat completions."""
 
     def __init__(self, body: ChatBody, generation: Generation, serving: Serving) -> None:
         self._body = body

@@ -92,7 +92,7 @@ def _num_scored(body: CompletionBody) -> int | None:
 
 
 class CompletionWriter:
-    """Words the answers of one request in OpenAI's format for completions."""
+    """Formats the answers of one request as OpenAI's completions."""
 
     def __init__(
         self, body: CompletionBody, generation: Generation, serving: Serving, echoes: Sequence[Echo] = ()

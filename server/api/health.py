@@ -1,4 +1,4 @@
-"""Whether the server lives, has started, is ready; what it runs, and with which settings."""
+"""The probes (liveness, readiness, startup), the version, the metrics and the effective config."""
 
 from __future__ import annotations
 

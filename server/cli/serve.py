@@ -41,7 +41,7 @@ LAST_BYTES = 5  # seconds that answers get to be written after all of them have 
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, without a will of its own about signals."""
+    """uvicorn's server without its signal handlers, since `serve` has its own."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The requests in flight, by id, and what ends them early: an abort or a deadline."""
+"""The HTTP requests in flight, by id, which an abort or a deadline may end early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may enter the queue. The bounds are on what waits; what runs is bounded by the engine."""
+"""Admission control: bounds on the requests that wait. Those that run are bounded by the engine."""
 
 from __future__ import annotations
 

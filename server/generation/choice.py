@@ -1,4 +1,4 @@
-"""One choice of an answer: one request to the engine, and how its steps become pieces of text."""
+"""One choice of an answer: its request to the engine, and the reader that turns outputs into deltas of text."""
 
 from __future__ import annotations
 

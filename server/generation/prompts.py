@@ -1,4 +1,4 @@
-"""From what a client calls a prompt to token ids that fit the model."""
+"""Prompts: from the forms that the API allows to token ids that fit the model."""
 
 from __future__ import annotations
 

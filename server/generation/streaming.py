@@ -1,4 +1,4 @@
-"""Server-sent events: how deltas reach a client as they come, and what happens when it leaves or nothing comes."""
+"""Server-sent events: sends deltas to a client as they come, with keep-alives, and aborts when it disconnects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ encode = msgspec.json.Encoder().encode
 
 
 class ReplyWriter(Protocol):
-    """How one endpoint words its answers. Made for one request."""
+    """The interface of an endpoint's formatter, made for one request."""
 
     def chunks(self, delta: Delta) -> Iterable[msgspec.Struct]:
         """What a stream says of a delta."""

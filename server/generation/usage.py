@@ -1,4 +1,4 @@
-"""What the chunks of a stream say of the usage."""
+"""The usage in the chunks of a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may ask: deny by default, decided on the path that the router will see."""
+"""Authentication by API keys: deny by default, decided on the path that the router will see."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from server.config import Config
 from server.errors import ApiError, error_response
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping"})
-"""What load balancers and orchestrators ask."""
+"""The probes of load balancers and orchestrators."""
 
 
-class Keyring:
-    """The API keys, kept as digests, and for each the salt that keeps its cached prefixes apart from others'."""
+class ApiKeys:
+    """The API keys, as digests, each with its tenant: a salt that keeps its cached prefixes apart from other keys."""
 
     def __init__(self, keys: list[str]) -> None:
-        secret = secrets.token_bytes(16)  # so that salts do not give keys away
+        secret = secrets.token_bytes(16)  # so that a salt does not reveal its key
         digests = [_digest(key.encode()) for key in keys]
         self._tenants = {digest: hmac.new(secret, digest, hashlib.sha256).hexdigest()[:32] for digest in digests}
 
@@ -28,7 +28,7 @@ class Keyring:
         return not self._tenants
 
     def tenant_of(self, key: bytes) -> str | None:
-        """None for an unknown key. Takes equally long for every key, known or not: all are compared, and to the end."""
+        """The tenant of a key; None if it is unknown. In constant time: all digests are compared in full."""
         given = _digest(key)
         found = None
         for digest, tenant in self._tenants.items():
@@ -38,11 +38,11 @@ class Keyring:
 
 
 class Authentication:
-    """Middleware: lets through what carries a key, or needs none. Sets `request.state.tenant`."""
+    """Middleware that answers 401 to requests without a needed key, and sets `request.state.tenant` for others."""
 
     def __init__(self, app: ASGIApp, *, config: Config) -> None:
         self._app = app
-        self._keys = Keyring(config.server.api_keys)
+        self._keys = ApiKeys(config.server.api_keys)
         self._public_paths = PUBLIC_PATHS | ({"/metrics"} if config.metrics.public else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +64,7 @@ class Authentication:
         if self._keys.is_empty or scope["path"] in self._public_paths:
             return ""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(values) != 1:  # of two, others on the way may have looked at the other
+        if len(values) != 1:  # with two headers, a proxy may have checked the other one
             return None
         scheme, _, key = values[0].partition(b" ")
         return self._keys.tenant_of(key.strip()) if scheme.lower() == b"bearer" else None

@@ -1,4 +1,4 @@
-"""Middleware that reads bodies: on demand, decompressed, within a limit for each and a budget for all of them."""
+"""The middleware that reads request bodies: on demand, decompressed, with a limit for each and a budget for all."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class IncomingBody:
         self._is_read = False
         self._num_received = 0
         self._num_held = 0
-        self.is_late = False  # its rest is not waited for
+        self.is_late = False  # it timed out
 
     def check_declared(self) -> None:
         """Raises ApiError 413 for a length that would not be read to its end."""

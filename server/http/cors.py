@@ -1,4 +1,4 @@
-"""Cross-origin resource sharing: which web pages' scripts may call the server."""
+"""Cross-origin resource sharing (CORS): which web pages' scripts may call the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1, with bounds on what comes before authorisation, and our error body for what is no HTTP."""
+"""The HTTP/1.1 protocol of a connection: uvicorn's, with bounds before authorisation, and JSON errors for bad HTTP."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 
 
 class Phase(Enum):
-    """Where a connection is in the request that it reads."""
+    """The state of a connection."""
 
     IDLE = auto()  # nothing of it has come
     HEAD = auto()  # its request line and headers come
@@ -69,7 +69,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._intake = intake
         self._phase = Phase.IDLE
         self._unread = b""  # while a request is answered: what came behind it
-        self._is_deaf = False  # nothing more is read of this connection
+        self._has_stopped_reading = False  # of this connection, for good
         self._refusal: ApiError | None = None  # why the parser was stopped
         self._num_head_bytes = 0
         self._num_head_lines = 0
@@ -106,7 +106,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._unread:
             data, self._unread = self._unread + data, b""
         start = self._num_calls = 0
-        while start < len(data) and self._phase is not Phase.CLOSING and not self._is_deaf:
+        while start < len(data) and self._phase is not Phase.CLOSING and not self._has_stopped_reading:
             if self._phase is Phase.ANSWER:
                 self._leave_unread(data[start:])
                 return
@@ -257,7 +257,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser = self._make_parser()
             num_read = upgrade.args[0]
         except httptools.HttpParserError as error:
-            if not self._is_deaf:
+            if not self._has_stopped_reading:
                 self._refuse(self._refusal or bad_request(f"this is not HTTP/1.1: {error}", code="invalid_http"))
             return num_read
         self._check_counts()
@@ -290,7 +290,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._stop(bad_request("the only Transfer-Encoding that is read is chunked; send that, or a length"))
 
     def _stop(self, refusal: ApiError) -> None:
-        """Leaves the parser in the middle of its work."""
+        """Raises out of a callback of the parser, with the error to answer."""
         self._refusal = refusal
         raise ValueError(refusal.message)
 
@@ -301,11 +301,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._intake.hold(self, len(data))
 
     def _stop_reading(self) -> None:
-        """Answers the request that it has, and closes."""
-        self._is_deaf = True
+        """Drops all further input; the connection closes after the current answer."""
+        self._has_stopped_reading = True
         self._unread = b""
         self.cycle.keep_alive = False
-        self.transport.resume_reading()  # what comes is dropped, and that nobody is there is noticed
+        self.transport.resume_reading()  # to drop what arrives, and to notice the end of the connection
 
     def _become_idle(self) -> None:
         self._disarm()

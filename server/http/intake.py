@@ -1,4 +1,4 @@
-"""Backpressure on connections: how many may be open, and how much all of them may hold before anybody is authorised."""
+"""Backpressure on connections: bounds on their number, and on the memory of all their unfinished heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_WARNINGS = 60.0
 
 
 class Connection(Protocol):
-    """As much of a connection as its eviction needs."""
+    """The interface of a connection to the intake."""
 
     def make_room(self) -> None:
         """Closes, or drops what it holds."""
@@ -26,10 +26,10 @@ class Connection(Protocol):
 
 
 class Intake:
-    """The open connections of one server. Where room is short, the one that has waited longest makes it.
+    """The open connections of one server. At a limit, the connection that has waited longest is evicted.
 
-    Whoever sends a whole request at once waits for microseconds, so eviction meets those who hold places without using
-    them: idle connections, and requests that come a byte at a time.
+    A request that is sent at once waits for microseconds, so eviction hits idle connections, and requests that arrive
+    a byte at a time.
     """
 
     def __init__(self, *, max_connections: int, max_held_bytes: int) -> None:

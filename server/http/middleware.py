@@ -1,4 +1,4 @@
-"""What happens to every request around the routes: an id, a log line, a last resort for errors."""
+"""The middleware around all others: a request id, the access log, and a 500 for exceptions that nothing else caught."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger("peregrine.server")
 
 USABLE_ID = re.compile(rb"[A-Za-z0-9._:=+/@-]{1,128}")  # goes into logs, bodies and headers
 QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}
-"""Asked every few seconds, forever."""
+"""Logged at a lower level, since they are polled."""
 
 
 class RequestContext:
-    """Outermost middleware: gives the request its id, logs one line when it is over, answers where code has failed."""
+    """Outermost middleware: sets the request id, logs one line at the end, and answers 500 to exceptions."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -48,7 +48,7 @@ class RequestContext:
 
 
 class Reply:
-    """Watches an answer on its way out."""
+    """Records status, size and times of a response while it is sent."""
 
     def __init__(self, send: Send, state: dict[str, str]) -> None:
         self.status: int | None = None
@@ -72,7 +72,7 @@ class Reply:
         await self._send(message)
 
     def log(self, scope: Scope) -> None:
-        """Neither query nor body: they may hold what users wrote."""
+        """Writes the access log's line, without query and body, which may hold what users wrote."""
         now = time.monotonic()
         level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
         access_log.log(

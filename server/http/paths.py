@@ -1,4 +1,4 @@
-"""Middleware for careless spellings of a path: doubled slashes, and one at the end."""
+"""The middleware that normalises paths: doubled slashes, and one at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SLASHES = re.compile("/{2,}")
 
 
 class TidyPath:
-    """Lets `//v1/models` and `/v1/models/` find `/v1/models`, as clients join base URLs and paths in many ways.
+    """Rewrites `//v1/models` and `/v1/models/` to `/v1/models`, since clients join base URLs and paths in many ways.
 
     It must come before authentication, which decides on the path that the router will see. Of a route that ends in an
     id, what comes before the id is spelt for the client; slashes in it and behind it belong to it.

@@ -1,4 +1,4 @@
-"""From the bytes of a request to its typed body; every way in which they can be wrong is a 400 that says how."""
+"""Parsing and validation of request bodies; every error is a 400 that says what is wrong."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NOT_YET = frozenset(
         "web_search_options", "suffix",
     }
 )  # fmt: skip
-INLINE_BYTES = 1 << 18  # of a body that is parsed in the event loop,
-INLINE_VALUES = 1 << 13  # and its values: of a hundred clients at once, too, which are parsed in one turn of the loop
+INLINE_BYTES = 1 << 18  # of a body that is parsed in the event loop, not in a thread,
+INLINE_VALUES = 1 << 13  # and its values: small enough for a hundred bodies in one iteration of the loop
 MAX_SHOWN = 200  # characters of a message that came from the request
 MAX_IGNORED_SHOWN = 20
 
@@ -57,7 +57,7 @@ def _parse(data: bytes, body_type: type[BodyT]) -> BodyT:
 
 
 def _parse_large(data: bytes, body_type: type[BodyT], limits: LimitsConfig) -> BodyT:
-    """Counts first: text is parsed fast, whatever its length, but many values hold up the whole server."""
+    """Counts the values before parsing: text of any length is fast, but many values would block the whole server."""
     if _is_within(bound_json(data), limits) or _is_within(size := measure_json(data), limits):
         return _parse(data, body_type)
     raise bad_request(

@@ -1,4 +1,4 @@
-"""How many values a JSON text has, counted without parsing it and without the interpreter's lock.
+"""The number of values in a JSON text, counted without parsing it and without the interpreter's lock.
 
 A parser makes an object of each value and holds the lock for all of them: a body of 16 MB may be one string, which
 takes 15 ms, or a million fields, which take 700.

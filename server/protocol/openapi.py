@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of routes that read and write their bodies themselves."""
+"""OpenAPI descriptions of routes that read and write their bodies without FastAPI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both ways to ask for text accept: the fields of the OpenAI API, vLLM's extensions to them, and ours.
+"""The request fields of completions and chat completions: OpenAI's, vLLM's extensions, and ours.
 
 Types are strict ("1" is not 1, but 1.0 is), bounds that no configuration widens stand in the types, and null means
 absent. Unknown fields are kept, so that the answer can name them. A body may hold millions of items, of which a report
@@ -71,7 +71,7 @@ class TextFormat(Body):
 
 
 class SamplingFields(Body):
-    """How tokens are chosen."""
+    """The sampling fields."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: the most likely token")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -106,7 +106,7 @@ class SamplingFields(Body):
 
 
 class RequestFields(SamplingFields):
-    """What both endpoints share beyond sampling."""
+    """The fields of both endpoints beyond sampling."""
 
     model: str
     n: Annotated[Whole, Field(ge=1, le=128)] | None = Field(

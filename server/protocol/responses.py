@@ -1,4 +1,4 @@
-"""What the generation endpoints answer, as structs: encoding one is a microsecond, which counts once per token.
+"""The responses of the generation endpoints, as msgspec structs, which are encoded in a microsecond, once per token.
 
 A field that may be UNSET is left out where it was not asked for. Where it was, every choice and chunk has it, and null
 where that one has nothing to say: clients read fields as attributes.

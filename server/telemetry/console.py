@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: the phases of the start, a banner, a log line per second while it works."""
+"""Output for a person at the terminal: the phases of the start, a banner, a log line per second while it works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 from engine.ipc.messages import ModelInfo
 from engine.types import StepStats
 from server.config import Config
-from server.telemetry.observers import Deaf
+from server.telemetry.observers import NullObserver
 from server.version import VERSION
 
 step_log = logging.getLogger("peregrine.steps")
@@ -21,7 +21,7 @@ step_log = logging.getLogger("peregrine.steps")
 STATS_INTERVAL = 1.0  # seconds
 
 
-class Console(Deaf):
+class Console(NullObserver):
     """Prints to a stream, one clean line at a time. `begun_at`: when the process began, seconds, time.monotonic."""
 
     def __init__(self, config: Config, stream: TextIO, *, begun_at: float) -> None:

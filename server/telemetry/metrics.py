@@ -1,4 +1,4 @@
-"""What is counted, and when. All of it happens in the event loop, in microseconds."""
+"""The metrics of a server, and the events that change them. All of it runs in the event loop, in microseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who hears what happens to the engine."""
+"""Observers of the engine: one that passes events on to several, and one that ignores them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("peregrine.server")
 
 
 class Observers(EngineObserver):
-    """Tells several observers, in their order."""
+    """Passes each event on to several observers, in order."""
 
     def __init__(self, *observers: EngineObserver) -> None:
         self._observers = list(observers)
@@ -45,8 +45,8 @@ class Observers(EngineObserver):
             observer.on_replay(num_requests)
 
 
-class Deaf(EngineObserver):
-    """Hears nothing; subclasses pick what they need."""
+class NullObserver(EngineObserver):
+    """Ignores every event: the base of observers that need only some."""
 
     def on_phase(self, name: str, detail: str) -> None:
         """Nothing."""

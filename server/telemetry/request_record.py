@@ -1,4 +1,4 @@
-"""What the metrics and the log line learn of one HTTP request for text."""
+"""The record of one generation request, for the metrics and its line in the log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BROKEN_OFF = {400: "invalid", 408: "timeout", 409: "abort"}  # all else is "erro
 
 
 class RunningRequest(Protocol):
-    """What is asked of a request that runs: how much it may become when it begins, and how much it was when it ends."""
+    """The interface of a running request to its record: its limits at the start, its counts at the end."""
 
     @property
     def choices_per_prompt(self) -> int: ...

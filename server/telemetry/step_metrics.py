@@ -1,4 +1,4 @@
-"""What the engine's steps add up to. Steps are frequent, so they are summed in plain numbers and shown at a scrape."""
+"""The metrics of the engine's steps, summed in plain numbers, since steps are frequent, and exported at a scrape."""
 
 from __future__ import annotations
 

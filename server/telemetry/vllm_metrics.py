@@ -1,4 +1,4 @@
-"""The same numbers under the names that vLLM gives them, made at the moment of a scrape."""
+"""The metrics under vLLM's names, computed at a scrape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates, rendered in processes of their own, which are replaced when a limit had to kill them."""
+"""Rendering of chat templates in worker processes, which are replaced when a limit has killed them."""
 
 from __future__ import annotations
 

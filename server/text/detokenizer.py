@@ -1,4 +1,4 @@
-"""Token ids to text, as they come."""
+"""Incremental detokenisation: text from token ids as they come."""
 
 from __future__ import annotations
 

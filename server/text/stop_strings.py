@@ -1,4 +1,4 @@
-"""Looking for stop strings in text that arrives in pieces."""
+"""Incremental search for stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 

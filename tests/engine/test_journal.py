@@ -9,7 +9,7 @@ import pytest
 from engine.client.deaths import Death, Deaths, Verdict
 from engine.client.journal import TRIAL_TOKENS, Entry, Journal
 from engine.config import SupervisionConfig
-from engine.ipc.inflight_record import BatchLine
+from engine.ipc.inflight_record import InflightRequest
 from engine.types import Request, SamplingParams, StepOutput, TokenLogprobs
 
 
@@ -180,7 +180,7 @@ def make_death(batch: list[str]) -> Death:
         exit_code=1,
         was_ready=True,
         was_killed_before_its_first_step=False,
-        batch=[BatchLine(name, 0, 1, 0) for name in batch],
+        batch=[InflightRequest(name, 0, 1, 0) for name in batch],
         output_tail=[],
     )
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.ipc.framing import HEADER, FrameSocket, encode_frame, from_engine_decoder
-from engine.ipc.inflight_record import NOTE_BYTES, BatchLine, CrashNote, create_note_fd
+from engine.ipc.inflight_record import RECORD_BYTES, InflightRecord, InflightRequest, create_record_fd
 from engine.ipc.messages import (
     EXIT_CODES,
     Abort,
@@ -45,16 +45,18 @@ class Child:
 
     def __init__(self, *, parent: int | None = None) -> None:
         ours, theirs = socket.socketpair()
-        note_fd = create_note_fd()
-        self.note = CrashNote(os.dup(note_fd))
+        record_fd = create_record_fd()
+        self.inflight = InflightRecord(os.dup(record_fd))
         self.socket = ours
         self.frames = FrameSocket(ours, from_engine_decoder())
         self.received: deque[FromEngine] = deque()
-        command = [sys.executable, "-m", "engine.process", str(theirs.fileno()), str(note_fd)]
+        command = [sys.executable, "-m", "engine.process", str(theirs.fileno()), str(record_fd)]
         command += [str(parent or os.getpid()), "--factory", crossing.FACTORY, "--heartbeat-interval", "0.05"]
-        self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(), note_fd), cwd=ROOT, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command, pass_fds=(theirs.fileno(), record_fd), cwd=ROOT, stderr=subprocess.PIPE
+        )
         theirs.close()
-        os.close(note_fd)
+        os.close(record_fd)
 
     def configure(self, options: str = "") -> None:
         self.frames.send(Configure(crossing.make_config(options).model_dump_json()))
@@ -77,7 +79,7 @@ class Child:
         self.process.kill()
         self.process.communicate()
         self.socket.close()
-        self.note.close()
+        self.inflight.close()
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_a_start_is_phases_then_ready_then_one_frame_per_step(child: Child) -> N
     )
     assert steps[0].started == ["r"]
     assert all(step.num_received == 2 and step.stats is not None for step in steps)
-    assert child.note.read() == []  # nobody is blamed for a death between two steps
+    assert child.inflight.read() == []  # nobody is blamed for a death between two steps
     child.frames.send(Shutdown())
     assert child.process.wait(10) == 0
 
@@ -138,7 +140,7 @@ def test_a_heartbeat_tells_the_age_of_a_step_that_hangs(child: Child) -> None:
         if message.step_seconds > 0.3:
             break
     assert ages == sorted(ages)
-    assert child.note.read() == [BatchLine("r", 0, script.CHUNK, 0)]
+    assert child.inflight.read() == [InflightRequest("r", 0, script.CHUNK, 0)]
 
 
 @pytest.mark.parametrize("moment", ["before the config", "idle", "in a step that hangs"])
@@ -240,15 +242,15 @@ def make_batch(num_seqs: int, *, name: str = "r") -> list[Scheduled]:
     ]
 
 
-def test_the_crash_note_is_seen_through_the_other_mapping() -> None:
-    fd = create_note_fd()
-    ours, theirs = CrashNote(os.dup(fd)), CrashNote(fd)
+def test_the_inflight_record_is_seen_through_the_other_mapping() -> None:
+    fd = create_record_fd()
+    ours, theirs = InflightRecord(os.dup(fd)), InflightRecord(fd)
     assert ours.read() == []
     theirs.write(make_batch(100))
-    assert ours.read() == [BatchLine(f"r{i}", i, 2 * i + 1, 0) for i in range(100)]
+    assert ours.read() == [InflightRequest(f"r{i}", i, 2 * i + 1, 0) for i in range(100)]
     theirs.write(make_batch(2))
     assert [line.request_id for line in ours.read()] == ["r0", "r1"]
-    theirs.write(make_batch(3, name="x" * (NOTE_BYTES // 2)))  # does not fit: the first does
+    theirs.write(make_batch(3, name="x" * (RECORD_BYTES // 2)))  # does not fit: the first does
     assert [line.num_computed_tokens for line in ours.read()] == [0]
     theirs.clear()
     assert ours.read() == []
@@ -256,14 +258,14 @@ def test_the_crash_note_is_seen_through_the_other_mapping() -> None:
     theirs.close()
 
 
-def test_a_damaged_crash_note_reads_as_no_note() -> None:
-    fd, chance = create_note_fd(), random.Random(1)
-    note = CrashNote(os.dup(fd))
+def test_a_damaged_inflight_record_reads_as_an_empty_one() -> None:
+    fd, chance = create_record_fd(), random.Random(1)
+    record = InflightRecord(os.dup(fd))
     for _ in range(200):
-        note.write(make_batch(3))
+        record.write(make_batch(3))
         os.pwrite(fd, chance.randbytes(chance.randint(1, 8)), chance.randint(0, 20))
-        assert all(isinstance(line, BatchLine) for line in note.read())
-    note.close()
+        assert all(isinstance(line, InflightRequest) for line in record.read())
+    record.close()
     os.close(fd)
 
 

@@ -6,7 +6,7 @@ import time
 import httpx
 import pytest
 
-from server.http.auth import PUBLIC_PATHS, Keyring
+from server.http.auth import PUBLIC_PATHS, ApiKeys
 
 KEYS = {"server": {"api_keys": ["key-one", "key-two"]}}
 GOOD = {"Authorization": "Bearer key-two"}
@@ -100,13 +100,13 @@ def test_two_authorization_headers_are_one_too_many(shared_operation):
 
 def test_each_key_has_a_salt_of_its_own_that_does_not_show_the_key():
     keys = [f"key-{index}" for index in range(50)]
-    ring = Keyring(keys)
-    tenants = [ring.tenant_of(key.encode()) for key in keys]
+    api_keys = ApiKeys(keys)
+    tenants = [api_keys.tenant_of(key.encode()) for key in keys]
     assert len(set(tenants)) == 50
-    assert tenants == [ring.tenant_of(key.encode()) for key in keys]
-    assert ring.tenant_of(b"key-50") is None
-    assert ring.tenant_of(b"\xff\x00") is None
-    assert Keyring(keys).tenant_of(b"key-0") != tenants[0]  # differs by process, so it cannot be looked up
+    assert tenants == [api_keys.tenant_of(key.encode()) for key in keys]
+    assert api_keys.tenant_of(b"key-50") is None
+    assert api_keys.tenant_of(b"\xff\x00") is None
+    assert ApiKeys(keys).tenant_of(b"key-0") != tenants[0]  # differs by process, so it cannot be looked up
 
 
 def test_requests_with_different_keys_do_not_share_cached_prefixes(operate):

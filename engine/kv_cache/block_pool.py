@@ -20,6 +20,7 @@ class BlockPool:
             raise ValueError(f"the KV cache needs at least 2 blocks (one is reserved), got {num_blocks}")
         self.num_blocks = num_blocks - 1
         self.num_cached_free = 0  # free blocks that still hold a reusable prefix
+        self.num_reuse_gains = 0  # how often a block became both owned and found by its hash: sharing it takes no room
         self.ref_counts = [0] * num_blocks
         self.hash_of: dict[int, bytes] = {}
         self.block_of: dict[bytes, int] = {}
@@ -49,6 +50,7 @@ class BlockPool:
         if self.ref_counts[block] == 0:
             del self.free_blocks[block]
             self.num_cached_free -= 1
+            self.num_reuse_gains += 1
         self.ref_counts[block] += 1
 
     def free(self, block: int) -> None:
@@ -62,14 +64,12 @@ class BlockPool:
         else:  # nothing worth keeping: reuse it first
             self.free_blocks.move_to_end(block, last=False)
 
-    def is_free(self, block: int) -> bool:
-        return self.ref_counts[block] == 0
-
     def cache(self, block: int, block_hash: bytes) -> None:
         """Remembers a full block by the hash of every token up to its end. The first block with a hash keeps it."""
         if block_hash not in self.block_of and block not in self.hash_of:
             self.hash_of[block] = block_hash
             self.block_of[block_hash] = block
+            self.num_reuse_gains += 1
 
     def uncache(self, block_hash: bytes) -> None:
         """Forgets what a hash stands for, if it is known. Whoever owns the block keeps it."""

@@ -9,6 +9,8 @@ import numpy as np
 from engine.kv_cache.block_pool import NULL_BLOCK, BlockPool
 from engine.types import Sequence
 
+HASHES_AT_ONCE = 64  # blocks that a look-up hashes ahead of what it knows: beyond the first that is missing, in vain
+
 
 class KVCacheManager:
     """Owns every block table.
@@ -41,25 +43,32 @@ class KVCacheManager:
     def can_share_prefix(self, seq: Sequence) -> bool:
         return self.prefix_caching and not needs_prompt_scores(seq)
 
-    def find_prefix(self, seq: Sequence) -> list[int]:
+    def find_prefix(self, seq: Sequence, *, max_num_hashes: int | None = None) -> list[int] | None:
         """The cached blocks of the sequence's longest known prefix; takes no reference.
 
         At least one token stays uncomputed: its logits are what we sample from. A request that wants the
         log-probabilities of its prompt recomputes all of it. With a window, null blocks stand for what lies behind it:
         nobody will look at it again.
+
+        max_num_hashes: blocks that are hashed, at most. Where more would be needed, the answer is None, and the next
+        call begins where this one stopped.
         """
         if not self.can_share_prefix(seq):
             return []
-        hashes = self.hashes(seq)[: (seq.num_tokens - 1) // self.block_size]
+        num_blocks = end = (seq.num_tokens - 1) // self.block_size
+        if max_num_hashes is not None:
+            end = min(num_blocks, len(seq.block_hashes) + max_num_hashes)
         if self.window is not None:
-            return self._find_last_window(hashes)
+            hashes = self.hashes(seq, end)[:end]
+            return self._find_last_window(hashes) if end == num_blocks else None
         blocks: list[int] = []
-        for block_hash in hashes:
-            block = self.pool.lookup(block_hash)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        while (start := len(blocks)) < end:
+            stop = min(start + HASHES_AT_ONCE, end)
+            for block in map(self.pool.block_of.get, self.hashes(seq, stop)[start:stop]):
+                if block is None:
+                    return blocks
+                blocks.append(block)
+        return blocks if end == num_blocks else None
 
     def _find_last_window(self, hashes: list[bytes]) -> list[int]:
         """The longest prefix of which all blocks are cached that the token behind it can see.
@@ -84,8 +93,16 @@ class KVCacheManager:
 
     def num_new_blocks(self, seq: Sequence, num_tokens: int, prefix: list[int]) -> int:
         """Free blocks that `seq` takes if it starts from `prefix` and grows to `num_tokens` tokens."""
-        num_free = sum(self.pool.is_free(block) for block in prefix if block != NULL_BLOCK)
+        owners = list(map(self.pool.ref_counts.__getitem__, prefix))
+        num_free = owners.count(0) - prefix.count(NULL_BLOCK)
         return self.num_blocks_for(num_tokens) - len(prefix) + num_free
+
+    def max_num_spared_blocks(self, num_gains_before: int) -> int | None:
+        """By how many `num_new_blocks` of any sequence can have shrunk since `pool.num_reuse_gains` was what is given.
+
+        None: by any number, as a window's prefix is found by its end, and then spares all that lies before it.
+        """
+        return None if self.window is not None else self.pool.num_reuse_gains - num_gains_before
 
     def start(self, seq: Sequence, prefix: list[int]) -> None:
         """Points a sequence that owns nothing at the blocks that `find_prefix` found."""
@@ -122,7 +139,7 @@ class KVCacheManager:
         """Offers the sequence's full, verified blocks to other sequences, and frees what its window left behind."""
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         if num_full > seq.num_committed_blocks and self.prefix_caching:
-            hashes = self.hashes(seq)
+            hashes = self.hashes(seq, num_full)
             for i in range(max(seq.num_committed_blocks, seq.num_released_blocks), num_full):
                 self.pool.cache(seq.block_table[i], hashes[i])
             seq.num_committed_blocks = num_full
@@ -134,7 +151,7 @@ class KVCacheManager:
 
         All of it: what it committed before it was preempted is not in its block table now, but may be found again.
         """
-        for block_hash in self.hashes(seq) if self.prefix_caching else []:
+        for block_hash in self.hashes(seq, seq.num_tokens // self.block_size) if self.prefix_caching else []:
             self.pool.uncache(block_hash)
 
     def free(self, seq: Sequence) -> None:
@@ -145,17 +162,17 @@ class KVCacheManager:
         seq.num_committed_blocks = seq.num_released_blocks = 0
         seq.num_computed_tokens = 0
 
-    def hashes(self, seq: Sequence) -> list[bytes]:
-        """The digests of the sequence's full blocks, extended to its newest token."""
+    def hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """The digests of the sequence's full blocks, of so many of them or of more: each is made once."""
         size, known = self.block_size, seq.block_hashes
-        num_full = seq.num_tokens // size
-        if len(known) == num_full:
-            return known
-        digest = known[-1] if known else self._root(seq.request.cache_salt)
         first = len(known)
-        data = np.array(seq.token_ids[first * size : num_full * size], dtype=np.int32).tobytes()
-        for i in range(num_full - first):
-            digest = blake2b(digest + data[i * size * 4 : (i + 1) * size * 4], digest_size=16).digest()
+        if num_blocks <= first:
+            return known
+        assert num_blocks <= seq.num_tokens // size, f"block {num_blocks - 1} is not full"
+        digest = known[-1] if known else self._root(seq.request.cache_salt)
+        data = np.array(seq.token_ids[first * size : num_blocks * size], dtype=np.int32).tobytes()
+        for start in range(0, len(data), 4 * size):
+            digest = blake2b(digest + data[start : start + 4 * size], digest_size=16).digest()
             known.append(digest)
         return known
 

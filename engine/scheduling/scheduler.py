@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_cache.block_pool import NULL_BLOCK
 from engine.kv_cache.manager import KVCacheManager, needs_prompt_scores
+from engine.scheduling.prompts_in_progress import PromptsInProgress
 from engine.scheduling.request_queue import WaitingQueue
 from engine.scheduling.step_outputs import one_more_token, output_of
 from engine.types import Sampled, Scheduled, Sequence, StepOutput
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_SHARE = 3  # prompt tokens for each sequence that decodes in the same step
 MAX_PROMPT_STEPS = 16  # beside others that decode, where the budget allows
+MAX_NUM_HASHES = 2048  # KV blocks that a step hashes to find prefixes, while others run who wait for it: about 2 ms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class _Plan:
     num_logits: int  # rows of logits that are left
     num_to_come: int  # sequences that run, or may start, and have had no turn yet: a row of logits is kept for each
     num_spare_blocks: int | None = None  # free ones that drafts may take; None: nobody has asked yet
+    num_hashes: int = MAX_NUM_HASHES  # blocks that may still be hashed
     items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
 
     def add(self, item: Scheduled) -> None:
@@ -77,6 +80,16 @@ class _Plan:
         if item is not None:
             self.budget += item.num_new_tokens
             self.num_logits += item.num_logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """The sequence for which there was no room when it was last looked at, and what is known of it since."""
+
+    seq: Sequence
+    num_needed: int  # free blocks
+    num_gains: int  # `BlockPool.num_reuse_gains` then
+    num_starts: int  # of sequences until then: one that started later may be computing its next block
 
 
 class Scheduler:
@@ -112,7 +125,8 @@ class Scheduler:
         self.num_prefix_hits = 0
         self.num_first_prompt_tokens = 0  # of the sequences that have got their first token
         self._budget_breaker = CircuitBreaker()
-        self._num_arrivals = 0
+        self._num_arrivals = self._num_starts = 0
+        self._refusal: _Refusal | None = None
         self._by_id: dict[str, Sequence] = {}
 
     @property
@@ -292,31 +306,54 @@ class Scheduler:
         if not self._may_admit(plan):
             return
         held: list[Sequence] = []
-        coming = self._coming_hashes()
+        in_progress = PromptsInProgress(self.kv, [seq for seq in self.running if not _is_caught_up(seq)])
         num_reserved = sum(map(self._num_reserved_blocks, self.running))
         while self._may_admit(plan):
             seq = self.waiting.first
-            prefix = self.kv.find_prefix(seq)
-            if len(held) < self.limits.max_num_seqs and self._next_block_is_coming(seq, prefix, coming):
+            if self._is_still_refused(seq, num_reserved):
+                break
+            prefix = self._find_prefix(seq, plan)
+            if prefix is None:
+                break
+            if len(held) < self.limits.max_num_seqs and in_progress.have_next_block(seq, prefix):
                 held.append(self.waiting.pop())
                 continue
             num_reserved_tokens = self._reserved_tokens(seq, prefix.count(NULL_BLOCK))
             num_needed = self.kv.num_new_blocks(seq, num_reserved_tokens, prefix)
             if num_needed + num_reserved > self.kv.pool.num_free:
+                self._refusal = _Refusal(seq, num_needed, self.kv.pool.num_reuse_gains, self._num_starts)
                 break
             self._start(self.waiting.pop(), prefix)
-            coming.update(self.kv.hashes(seq)[: seq.num_prompt_tokens // self.kv.block_size])
+            in_progress.add(seq)
             plan.num_to_come -= 1
             self._continue(seq, plan, plan.budget)
             num_reserved += self._num_reserved_blocks(seq)
         for seq in held:
             self.waiting.push(seq)
 
+    def _find_prefix(self, seq: Sequence, plan: _Plan) -> list[int] | None:
+        """None: it takes more hashing than this step has left, as others wait for it; the next ones go on."""
+        num_known = len(seq.block_hashes)
+        prefix = self.kv.find_prefix(seq, max_num_hashes=plan.num_hashes if self.running else None)
+        plan.num_hashes -= min(len(seq.block_hashes) - num_known, plan.num_hashes)
+        return prefix
+
+    def _is_still_refused(self, seq: Sequence, num_reserved: int) -> bool:
+        """Whether what has changed since it was refused cannot have made room for it, or somebody to wait for."""
+        refusal = self._refusal
+        if refusal is None or refusal.seq is not seq or refusal.num_starts != self._num_starts:
+            return False
+        num_spared = self.kv.max_num_spared_blocks(refusal.num_gains)
+        if num_spared is None:
+            return False
+        return refusal.num_needed - num_spared + num_reserved > self.kv.pool.num_free
+
     def _may_admit(self, plan: _Plan) -> bool:
         return plan.budget > 0 and len(self.running) < self.limits.max_num_seqs and len(self.waiting) > 0
 
     def _start(self, seq: Sequence, prefix: list[int]) -> None:
         self.kv.start(seq, prefix)
+        self._num_starts += 1
         num_hits = min(len(prefix) * self.kv.block_size, seq.num_prompt_tokens)
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = num_hits
@@ -326,23 +363,6 @@ class Scheduler:
         allocated = self.kv.allocate(seq, seq.num_computed_tokens + 1)
         assert allocated, "a sequence was admitted without room"
         insort(self.running, seq, key=_service_order)
-
-    def _coming_hashes(self) -> set[bytes]:
-        """Digests of the prompt blocks that running sequences have yet to fill."""
-        size = self.kv.block_size
-        return {
-            block_hash
-            for seq in self.running
-            if not _is_caught_up(seq)
-            for block_hash in self.kv.hashes(seq)[seq.num_committed_blocks : seq.num_prompt_tokens // size]
-        }
-
-    def _next_block_is_coming(self, seq: Sequence, prefix: list[int], coming: set[bytes]) -> bool:
-        if not coming or not self.kv.can_share_prefix(seq):
-            return False
-        hashes = self.kv.hashes(seq)
-        num_usable = (seq.num_tokens - 1) // self.kv.block_size
-        return len(prefix) < num_usable and hashes[len(prefix)] in coming
 
     def _num_reserved_blocks(self, seq: Sequence) -> int:
         """Free blocks that are kept for a running sequence."""

@@ -359,8 +359,8 @@ def test_a_request_that_fails_takes_what_it_computed_before_it_was_preempted_out
         world.step()
     world.scheduler.running.remove(seq)
     world.scheduler._preempt(seq)
-    first = world.kv.pool.lookup(world.kv.hashes(seq)[0])
-    world.kv.pool.uncache(world.kv.hashes(seq)[0])  # as another's need of a block would
+    first = world.kv.pool.lookup(world.kv.hashes(seq, 1)[0])
+    world.kv.pool.uncache(world.kv.hashes(seq, 1)[0])  # as another's need of a block would
     assert first is not None
     assert len(world.kv.pool.block_of) == 3
     batch = world.scheduler.schedule()

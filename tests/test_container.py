@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -13,8 +12,8 @@ from engine.config import DEFAULT_MODEL
 from server.settings import load_config, read_file
 from server.telemetry.dashboard import dashboard_page, queries
 from server.telemetry.metric_families import FAMILIES
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "configs" / "monitoring"
 IMAGE_TAG = re.compile(r"[\w-]+(/[\w-]+)?:v?\d+(\.\d+){1,2}[\w.-]*")  # no dot before the slash, so no host
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 PACKAGES = ("server", "engine", "kernels", "loadtest")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAY_IMPORT = {
@@ -205,6 +206,15 @@ def test_registries_resolve() -> None:
     assert len(entries) >= 8
     for file, module, name in entries:
         assert getattr(importlib.import_module(module), name, None) is not None, f"{file}: {module}:{name}"
+
+
+@pytest.mark.parametrize("package", ["server", "engine", "kernels"])
+def test_tests_lie_where_the_code_does(package: str) -> None:
+    """Offline compilation (`kernels/aot`) is a way to test, and no room."""
+    tests = ROOT / "tests"
+    for path in (tests / package).rglob("test_*.py"):
+        room = path.parent.relative_to(tests)
+        assert (ROOT / room).is_dir() or room.name == "aot", f"there is no {room}"
 
 
 def test_kernels_package_stays_empty() -> None:

@@ -4,7 +4,6 @@ Graphs, steps that are launched ahead, pinned copies, the measured workspace and
 together as `build_engine` does it.
 """
 
-import runpy
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.runner import cuda_graphs as graph_runner
 from engine.types import Request, SamplingParams, TokenLogprobs
+from tests.support.simulated_gpu import simulated_gpu
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter was not chosen before its import"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # to infinity, as it should
 ]
-simulated_gpu = runpy.run_path(str(Path(__file__).parents[1] / "simulated_gpu.py"))["simulated_gpu"]
 VOCAB_SIZE = 40
 SIZES = {
     "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3,

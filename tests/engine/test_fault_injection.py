@@ -8,14 +8,13 @@ process, and whatever its requests have been given by then is where another goes
 from __future__ import annotations
 
 import random
-import runpy
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 
 import msgspec
 import pytest
@@ -25,17 +24,18 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_cache.manager import KVCacheManager
-from engine.sampling import triton_sampler as sampler_triton
+from engine.sampling import triton_sampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams
 from kernels.reference import sampling
+from tests import ROOT
+from tests.support import faulty_device
+from tests.support.recorded_graphs import BLOCK_SIZE, FakeGraphDevice, Setup
+from tests.support.tiny_llamas import COST, VOCAB_SIZE
 
-HERE = Path(__file__).resolve().parent
-ENGINE = str(HERE.parents[1] / "engine") + "/"
-faulty = SimpleNamespace(**runpy.run_path(str(HERE / "faulty_device.py")))
-graphs = SimpleNamespace(**runpy.run_path(str(HERE / "test_graph_runner.py")))
+ENGINE = str(ROOT / "engine") + "/"
 COMPUTES = Engine._compute.__code__
 Site = tuple[str, int, str]  # file, line, "call" or "c_call"
 
@@ -84,7 +84,7 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 def make_torch(*, has_drafts: bool = False, overlap: bool = False) -> Engine:
     proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else None
-    return faulty.make_engine(overlap=overlap, proposer=proposer, num_blocks=60)
+    return faulty_device.make_engine(overlap=overlap, proposer=proposer, num_blocks=60)
 
 
 def make_numba(folder: Path) -> Engine:
@@ -100,11 +100,11 @@ def make_numba(folder: Path) -> Engine:
 
 def make_graphs() -> Engine:
     """Steps that are launched ahead and replayed, and a GPU's sampler."""
-    setup = graphs.Setup("full", graphs.FakeGraphDevice())
+    setup = Setup("full", FakeGraphDevice())
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
-    scheduler = Scheduler(KVCacheManager(60, graphs.BLOCK_SIZE), limits)
-    sampler = sampler_triton.TritonSampler(graphs.llamas.VOCAB_SIZE)
-    return Engine(setup.runner, scheduler, sampler, NoProposer(), graphs.llamas.COST, overlap=True)
+    scheduler = Scheduler(KVCacheManager(60, BLOCK_SIZE), limits)
+    sampler = triton_sampler.TritonSampler(VOCAB_SIZE)
+    return Engine(setup.runner, scheduler, sampler, NoProposer(), COST, overlap=True)
 
 
 def make_requests(*, max_tokens: int = 8) -> list[Request]:
@@ -160,7 +160,7 @@ def run(make_engine: Callable[[], Engine], injector: Injector) -> dict[str, list
 def kernels_are_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter would take a second for each step."""
     for name in ("sample_tokens", "penalise", "score_tokens"):
-        monkeypatch.setattr(sampler_triton, name, getattr(sampling, name))
+        monkeypatch.setattr(triton_sampler, name, getattr(sampling, name))
 
 
 @pytest.fixture(scope="module")

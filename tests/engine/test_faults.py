@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import runpy
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -24,10 +23,9 @@ from engine.faults import EngineFaultError
 from engine.sampling.rows import SampledRow
 from engine.sampling.token_counts import TokenCounts
 from engine.types import Request, SamplingParams, Scheduled, Sequence, StepOutput
+from tests.support import faulty_device
+from tests.support.scripted_client import QUICK, Recorder, until
 
-HERE = Path(__file__).parent
-faulty = SimpleNamespace(**runpy.run_path(str(HERE / "faulty_device.py")))
-crossing = SimpleNamespace(**runpy.run_path(str(HERE / "crossing.py")))
 BAD = 63  # a prompt token of requests that cannot be computed
 
 
@@ -83,13 +81,13 @@ def bad_request(name: str = "bad") -> Request:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_error_of_the_device_ends_the_process_in_whichever_step_it_comes(overlap: bool) -> None:
     for last in (0, 1, 4):
-        engine = faulty.make_engine(overlap=overlap)
+        engine = faulty_device.make_engine(overlap=overlap)
         seen: list[int] = []
 
         def before(batch: list[Scheduled], seen=seen, last=last) -> None:
             seen.append(len(batch))
             if len(seen) > last:
-                faulty.lose_device()
+                faulty_device.lose_device()
 
         engine.runner.before = before
         with pytest.raises(EngineFaultError, match="illegal memory access"):
@@ -99,11 +97,11 @@ def test_an_error_of_the_device_ends_the_process_in_whichever_step_it_comes(over
 def test_a_device_s_error_behind_another_is_seen() -> None:
     def before(batch: list[Scheduled]) -> None:
         try:
-            faulty.lose_device()
+            faulty_device.lose_device()
         except RuntimeError as error:
             raise ValueError("could not launch") from error
 
-    engine = faulty.make_engine()
+    engine = faulty_device.make_engine()
     engine.runner.before = before
     with pytest.raises(EngineFaultError, match="the device failed"):
         run(engine, requests(1))
@@ -116,9 +114,9 @@ def test_a_device_s_error_is_seen_where_tokens_are_awaited() -> None:
 
         def launch(self, *arguments):
             self._sampler.launch(*arguments)
-            return SimpleNamespace(finish=faulty.lose_device, tokens=None)
+            return SimpleNamespace(finish=faulty_device.lose_device, tokens=None)
 
-    engine = faulty.make_engine()
+    engine = faulty_device.make_engine()
     engine.sampler = LateError(engine.sampler)
     with pytest.raises(EngineFaultError):
         run(engine, requests(2))
@@ -127,8 +125,8 @@ def test_a_device_s_error_is_seen_where_tokens_are_awaited() -> None:
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_others", [0, 1, 4])
 def test_a_bad_request_fails_alone_even_where_it_is_alone(overlap: bool, num_others: int) -> None:
-    expected, _ = run(faulty.make_engine(), requests(num_others))
-    engine = faulty.make_engine(overlap=overlap)
+    expected, _ = run(faulty_device.make_engine(), requests(num_others))
+    engine = faulty_device.make_engine(overlap=overlap)
     engine.runner.before = fail_with_bad
     tokens, errors = run(engine, [*requests(num_others), bad_request()])
     assert list(errors) == ["bad"]
@@ -136,7 +134,7 @@ def test_a_bad_request_fails_alone_even_where_it_is_alone(overlap: bool, num_oth
 
 
 def test_where_every_one_of_several_fails_alone_it_is_nobody_s_fault() -> None:
-    engine = faulty.make_engine()
+    engine = faulty_device.make_engine()
     engine.runner.before = fail_with_bad
     blamed: list[list[str]] = []
     engine.on_batch = lambda batch: blamed.append([item.seq.request.request_id for item in batch])
@@ -146,7 +144,7 @@ def test_where_every_one_of_several_fails_alone_it_is_nobody_s_fault() -> None:
 
 
 def test_where_not_even_a_token_of_nobody_s_can_be_computed_the_process_ends() -> None:
-    engine = faulty.make_engine()
+    engine = faulty_device.make_engine()
     fails = [False]
 
     def before(batch: list[Scheduled]) -> None:
@@ -161,7 +159,7 @@ def test_where_not_even_a_token_of_nobody_s_can_be_computed_the_process_ends() -
 
 def test_launching_ahead_is_tried_again_after_it_failed() -> None:
     num_launched, fails = [0], [True]
-    engine = faulty.make_engine(overlap=True)
+    engine = faulty_device.make_engine(overlap=True)
     forward = engine.runner.forward
 
     def forward_or_fail(batch: list[Scheduled], ahead: Ahead | None = None):
@@ -171,7 +169,7 @@ def test_launching_ahead_is_tried_again_after_it_failed() -> None:
         return forward(batch, ahead)
 
     engine.runner.forward = forward_or_fail
-    expected, _ = run(faulty.make_engine(), requests(1, max_tokens=60))
+    expected, _ = run(faulty_device.make_engine(), requests(1, max_tokens=60))
     assert run(engine, requests(1, max_tokens=60)) == (expected, {})
     assert engine.degraded_modes == ["run_ahead"]
     fails[0] = False
@@ -182,13 +180,13 @@ def test_launching_ahead_is_tried_again_after_it_failed() -> None:
 
 
 async def test_requests_survive_a_lost_device_and_health_says_what_happens(tmp_path: Path) -> None:
-    observer = crossing.Recorder()
+    observer = Recorder()
     config = EngineConfig(model=ModelConfig(path=str(tmp_path)))
-    limits = crossing.QUICK
-    client = EngineClient(config, observer, limits=limits, factory=f"{HERE / 'faulty_device.py'}:build")
+    limits = QUICK
+    client = EngineClient(config, observer, limits=limits, factory=f"{faulty_device.__file__}:build")
     await client.start()
     try:
-        await crossing.until(lambda: client.state is EngineState.READY, seconds=60)
+        await until(lambda: client.state is EngineState.READY, seconds=60)
         states: list[EngineState] = []
 
         async def stream(request: Request) -> list[StepOutput]:
@@ -204,7 +202,7 @@ async def test_requests_survive_a_lost_device_and_health_says_what_happens(tmp_p
         watching.cancel()
     finally:
         await client.stop()
-    expected, _ = run(faulty.make_engine(), requests(4))
+    expected, _ = run(faulty_device.make_engine(), requests(4))
     tokens = [[token for output in each for token in output.token_ids] for each in outputs]
     assert {str(i): each for i, each in enumerate(tokens)} == expected
     assert EngineState.RESTARTING in states, "it was not ready in between"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import runpy
 import signal
 import socket
 import subprocess
@@ -12,8 +11,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -34,10 +31,9 @@ from engine.ipc.messages import (
 )
 from engine.process import describe_failure, load_factory
 from engine.types import Scheduled, Sequence
-
-crossing = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("crossing.py"))))
-script, make_request = crossing.script, crossing.make_request
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+from tests.support import scripted_engine
+from tests.support.scripted_client import FACTORY, make_config, make_request, process_state
 
 
 class Child:
@@ -51,7 +47,7 @@ class Child:
         self.frames = FrameSocket(ours, from_engine_decoder())
         self.received: deque[FromEngine] = deque()
         command = [sys.executable, "-m", "engine.process", str(theirs.fileno()), str(record_fd)]
-        command += [str(parent or os.getpid()), "--factory", crossing.FACTORY, "--heartbeat-interval", "0.05"]
+        command += [str(parent or os.getpid()), "--factory", FACTORY, "--heartbeat-interval", "0.05"]
         self.process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(), record_fd), cwd=ROOT, stderr=subprocess.PIPE
         )
@@ -59,7 +55,7 @@ class Child:
         os.close(record_fd)
 
     def configure(self, options: str = "") -> None:
-        self.frames.send(Configure(crossing.make_config(options).model_dump_json()))
+        self.frames.send(Configure(make_config(options).model_dump_json()))
 
     def receive(self, kind: type[FromEngine]) -> FromEngine:
         """The next message of that kind."""
@@ -102,7 +98,7 @@ def test_a_start_is_phases_then_ready_then_one_frame_per_step(child: Child) -> N
             if message.outputs and message.outputs[-1].finish_reason:
                 break
     assert [token for step in steps for output in step.outputs for token in output.token_ids] == (
-        script.expected_tokens(request)
+        scripted_engine.expected_tokens(request)
     )
     assert steps[0].started == ["r"]
     assert all(step.num_received == 2 and step.stats is not None for step in steps)
@@ -132,7 +128,7 @@ def test_an_abort_is_answered_with_statistics_that_say_the_engine_is_empty(child
 def test_a_heartbeat_tells_the_age_of_a_step_that_hangs(child: Child) -> None:
     child.configure()
     child.receive(Ready)
-    child.frames.send(Add(make_request("r", order=script.HANG)))
+    child.frames.send(Add(make_request("r", order=scripted_engine.HANG)))
     ages: list[float] = []
     for message in child.messages():
         assert isinstance(message, Heartbeat)
@@ -140,7 +136,7 @@ def test_a_heartbeat_tells_the_age_of_a_step_that_hangs(child: Child) -> None:
         if message.step_seconds > 0.3:
             break
     assert ages == sorted(ages)
-    assert child.inflight.read() == [InflightRequest("r", 0, script.CHUNK, 0)]
+    assert child.inflight.read() == [InflightRequest("r", 0, scripted_engine.CHUNK, 0)]
 
 
 @pytest.mark.parametrize("moment", ["before the config", "idle", "in a step that hangs"])
@@ -149,7 +145,7 @@ def test_the_end_of_the_socket_ends_the_process(child: Child, moment: str) -> No
         child.configure()
         child.receive(Ready)
     if moment == "in a step that hangs":
-        child.frames.send(Add(make_request("r", order=script.HANG)))
+        child.frames.send(Add(make_request("r", order=scripted_engine.HANG)))
         time.sleep(0.1)
     child.socket.shutdown(socket.SHUT_RDWR)
     child.socket.close()
@@ -211,14 +207,14 @@ def test_an_unusable_config_is_a_config_failure(child: Child) -> None:
 
 
 def test_kill_9_of_the_parent_leaves_no_engine_process() -> None:
-    code = f"""
-import asyncio, runpy
-crossing = runpy.run_path({str(Path(__file__).with_name("crossing.py"))!r})
+    code = """
+import asyncio
+from tests.support.scripted_client import make_client, make_request
 
 async def main():
-    client = crossing["make_client"]("delay=0.01")
+    client = make_client("delay=0.01")
     await client.start()
-    async for output in client.generate(crossing["make_request"]("r", max_tokens=100000)):
+    async for output in client.generate(make_request("r", max_tokens=100000)):
         print(client.pid, flush=True)
 
 asyncio.run(main())
@@ -227,10 +223,10 @@ asyncio.run(main())
     with parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert crossing.process_state(pid) not in ("", "Z")
+        assert process_state(pid) not in ("", "Z")
         os.kill(parent.pid, signal.SIGKILL)
     deadline = time.monotonic() + 5
-    while crossing.process_state(pid) not in ("", "Z"):
+    while process_state(pid) not in ("", "Z"):
         assert time.monotonic() < deadline, "the engine process outlives its parent"
         time.sleep(0.02)
 
@@ -274,7 +270,7 @@ def test_errors_are_sorted_by_what_can_be_done_about_them() -> None:
         """Named as torch's."""
 
     assert describe_failure(ValueError("lower it")) == Failed("config", "lower it")
-    assert describe_failure(script.ModelError("no such file")) == Failed("model", "no such file")
+    assert describe_failure(scripted_engine.ModelError("no such file")) == Failed("model", "no such file")
     assert describe_failure(OutOfMemoryError("9 GiB")).kind == "memory"
     assert describe_failure(KeyError("x")) == Failed("internal", "KeyError: 'x'")
     assert set(EXIT_CODES) == {"internal", "config", "memory", "model", "crash_loop"}
@@ -283,6 +279,6 @@ def test_errors_are_sorted_by_what_can_be_done_about_them() -> None:
 
 def test_a_factory_is_found_by_module_or_by_path() -> None:
     assert load_factory("json:dumps")({"a": 1}) == '{"a": 1}'
-    engine, model = load_factory(crossing.FACTORY)(crossing.make_config(), lambda name, detail: None)
+    engine, model = load_factory(FACTORY)(make_config(), lambda name, detail: None)
     assert not engine.has_work
     assert model.architecture == "Scripted"

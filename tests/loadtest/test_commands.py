@@ -17,6 +17,7 @@ from loadtest.cli import main
 from loadtest.peer_text import PeerText, parse_peer
 from loadtest.plot import html_page
 from loadtest.session import Session, load
+from tests.support.scripted_server import Reply, whole_answer
 
 SMALL = ["--prompt", "8", "--output", "4", "--seed", "3", "--warmup", "1"]
 
@@ -26,8 +27,8 @@ def results_of(folder: Path) -> Session:
     return load(file)
 
 
-def test_run_prints_every_figure_and_nothing_of_progress(serve, scripted, tmp_path, capsys) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served, gap=0.001))
+def test_run_prints_every_figure_and_nothing_of_progress(serve, tmp_path, capsys) -> None:
+    server = serve(lambda _, served: whole_answer(served, gap=0.001))
     file = tmp_path / "run.json"
     options = ["--concurrency", "2", "--requests", "6", "--slo", "ttft=5,itl=5", "--json", str(file)]
     assert main(["--url", server.url, *SMALL, *options]) == 0
@@ -44,17 +45,17 @@ def test_run_prints_every_figure_and_nothing_of_progress(serve, scripted, tmp_pa
     assert {len(request.body["prompt"]) for request in server.served} == {8}
 
 
-def test_run_writes_json_to_standard_output_alone(serve, scripted, capsys) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+def test_run_writes_json_to_standard_output_alone(serve, capsys) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     assert main(["--url", server.url, *SMALL, "--rate", "500", "--requests", "5", "--json", "-"]) == 0
     session = json.loads(capsys.readouterr().out)
     assert session["scenarios"][0]["rate"] == 500
     assert session["measurements"][0]["figures"]["num_answers"] == 5
 
 
-def test_errors_are_shown_with_an_example(serve, scripted, capsys) -> None:
-    refused = scripted.Reply(((0.0, b"queue is full"),), status=429)
-    server = serve(lambda i, served: refused if i % 2 else scripted.whole_answer(served))
+def test_errors_are_shown_with_an_example(serve, capsys) -> None:
+    refused = Reply(((0.0, b"queue is full"),), status=429)
+    server = serve(lambda i, served: refused if i % 2 else whole_answer(served))
     assert main(["--url", server.url, *SMALL, "--warmup", "0", "--concurrency", "1", "--requests", "4"]) == 0
     printed = capsys.readouterr().out
     assert "2 failed" in printed
@@ -62,8 +63,8 @@ def test_errors_are_shown_with_an_example(serve, scripted, capsys) -> None:
     assert "queue is full" in printed
 
 
-def test_no_answer_at_all_is_an_exit_status(serve, scripted, capsys) -> None:
-    refused = scripted.Reply(((0.0, b"queue is full"),), status=503)
+def test_no_answer_at_all_is_an_exit_status(serve, capsys) -> None:
+    refused = Reply(((0.0, b"queue is full"),), status=503)
     server = serve(lambda *_: refused)
     assert main(["--url", server.url, *SMALL, "--warmup", "0", "--requests", "2"]) == 1
     assert main(["--url", server.url, *SMALL, "--requests", "2"]) == 2
@@ -83,8 +84,8 @@ def compare(folder: Path, *arguments: str) -> int:
     return main(["compare", *SMALL, "--results", str(folder), "--name", "test", *arguments])
 
 
-def test_compare_alternates_between_the_servers_with_the_same_prompts(serve, scripted, tmp_path) -> None:
-    servers = [serve(lambda _, served: scripted.whole_answer(served)) for _ in range(3)]
+def test_compare_alternates_between_the_servers_with_the_same_prompts(serve, tmp_path) -> None:
+    servers = [serve(lambda _, served: whole_answer(served)) for _ in range(3)]
     peers = [f"--peer={name}={server.url}" for name, server in zip("abc", servers, strict=True)]
     rounds = ["--rounds", "2", "--concurrency", "1", "--requests", "3", "--warmup", "0"]
     assert compare(tmp_path, *peers, *rounds) == 0
@@ -97,8 +98,8 @@ def test_compare_alternates_between_the_servers_with_the_same_prompts(serve, scr
     assert [(m.server, m.round) for m in session.measurements] == [(n, r) for r in (0, 1) for n in "abc"]
 
 
-def test_compare_speaks_to_each_server_in_its_own_way(serve, scripted, tmp_path) -> None:
-    ours, theirs = (serve(lambda _, served: scripted.whole_answer(served)) for _ in range(2))
+def test_compare_speaks_to_each_server_in_its_own_way(serve, tmp_path) -> None:
+    ours, theirs = (serve(lambda _, served: whole_answer(served)) for _ in range(2))
     extra = '{"generation_config":"{\\"eos_token_id\\": -1}","ignore_eos":null}'
     peers = [f"--peer=ours={ours.url}", f"--peer=theirs={theirs.url}/v1,model=big,extra={extra},ignore_eos=elsewhere"]
     assert compare(tmp_path, *peers, "--rounds", "1", "--concurrency", "1", "--requests", "1") == 0
@@ -109,10 +110,10 @@ def test_compare_speaks_to_each_server_in_its_own_way(serve, scripted, tmp_path)
     assert json.loads(other["generation_config"]) == {"eos_token_id": -1}
 
 
-def test_compare_writes_ratios_a_page_and_a_table(serve, scripted, tmp_path, capsys) -> None:
+def test_compare_writes_ratios_a_page_and_a_table(serve, tmp_path, capsys) -> None:
     """The second server takes ten times as long per token: the ratios say so."""
-    fast = serve(lambda _, served: scripted.whole_answer(served, gap=0.01))
-    slow = serve(lambda _, served: scripted.whole_answer(served, gap=0.1))
+    fast = serve(lambda _, served: whole_answer(served, gap=0.01))
+    slow = serve(lambda _, served: whole_answer(served, gap=0.1))
     peers = [f"--peer=fast={fast.url},pid={os.getpid()}", f"--peer=slow={slow.url}"]
     load_ = ["--rounds", "2", "--concurrency", "1,2", "--requests", "2", "--prefill", "32", "--prefill-requests", "2"]
     assert compare(tmp_path, *peers, *load_) == 0
@@ -144,8 +145,8 @@ def test_a_table_of_something_else_is_refused(tmp_path, capsys) -> None:
     assert "no result" in capsys.readouterr().err
 
 
-def test_sweep_draws_every_point_in_well_formed_svg(serve, scripted, tmp_path) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served, first=0.005, gap=0.002))
+def test_sweep_draws_every_point_in_well_formed_svg(serve, tmp_path) -> None:
+    server = serve(lambda _, served: whole_answer(served, first=0.005, gap=0.002))
     options = ["--concurrency", "1,2,4", "--requests", "4", "--results", str(tmp_path)]
     assert main(["sweep", "--url", server.url, *SMALL, *options]) == 0
     page = html_page(results_of(tmp_path))
@@ -158,8 +159,8 @@ def test_sweep_draws_every_point_in_well_formed_svg(serve, scripted, tmp_path) -
         assert 0 <= float(circle.get("cy")) <= height
 
 
-def test_keys_do_not_get_into_files(serve, scripted, tmp_path) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+def test_keys_do_not_get_into_files(serve, tmp_path) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     peer = f"--peer=a={server.url},api_key=sesame1,model=m"
     load_ = ["--rounds", "1", "--concurrency", "1", "--requests", "1"]
     assert compare(tmp_path, peer, "--api-key", "sesame2", "--api-key=sesame3", *load_) == 0

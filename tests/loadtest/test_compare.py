@@ -17,6 +17,7 @@ from loadtest.progress import Progress
 from loadtest.runner import Plan
 from loadtest.session import Measurement, Session
 from loadtest.workload import Workload
+from tests.support.scripted_server import whole_answer
 
 CASE = Case("one", Workload(FixedLength(4), FixedLength(2), seed=1), Plan(ClosedLoop(1), 2, None, 0))
 
@@ -27,9 +28,9 @@ async def rounds_of(url: str, quietness: Quietness) -> list[Measurement]:
 
 
 @pytest.mark.parametrize(("max_busy_cores", "is_disturbed"), [(0.0, [True] * 3), (1000.0, [False])])
-async def test_disturbed_runs_are_repeated_and_marked(serve, scripted, max_busy_cores: float, is_disturbed) -> None:
+async def test_disturbed_runs_are_repeated_and_marked(serve, max_busy_cores: float, is_disturbed) -> None:
     """No machine is quieter than zero cores in use, none is busier than a thousand."""
-    server = serve(lambda _, served: scripted.whole_answer(served))
+    server = serve(lambda _, served: whole_answer(served))
     measurements = await rounds_of(server.url, Quietness(max_busy_cores, patience=0.0, window=0.02))
     assert [m.is_disturbed for m in measurements] == is_disturbed
     assert all(m.busy_cores is not None for m in measurements)
@@ -37,8 +38,8 @@ async def test_disturbed_runs_are_repeated_and_marked(serve, scripted, max_busy_
     assert len(set(prompts)) == len(prompts) == 2 * len(is_disturbed)
 
 
-async def test_medians_leave_disturbed_rounds_out_where_they_can(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+async def test_medians_leave_disturbed_rounds_out_where_they_can(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     (quiet,) = await rounds_of(server.url, Quietness(1000.0, patience=0.0, window=0.02))
     disturbed = replace(quiet, is_disturbed=True)
     session = Session("compare", "", 1, read_environment(), [], [CASE.scenario()], [disturbed, quiet])

@@ -29,8 +29,7 @@ from loadtest.gpu.records import (
 )
 from loadtest.gpu.runner import Settings, run_section
 from loadtest.gpu.sections import SECTIONS, Section
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")

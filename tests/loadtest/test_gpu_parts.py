@@ -27,8 +27,7 @@ from loadtest.gpu.shapes import LLAMA_8B, QWEN_600M, TINY, Shape
 from loadtest.gpu.stopwatch import Work, num_sets
 from loadtest.gpu.tune import tune, write_entry
 from loadtest.gpu.wheels import needed_packages, read_pins, write_flash_wheel
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 @pytest.mark.parametrize("shape", [LLAMA_8B, QWEN_600M, TINY], ids=lambda shape: shape.name)

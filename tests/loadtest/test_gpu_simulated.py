@@ -1,7 +1,6 @@
 """The measurements for a GPU as they run on one: tiny shapes, and a simulated device."""
 
 import importlib
-import runpy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,12 @@ from loadtest.gpu.records import Ceilings, Check, Problem, Record, Timing, Tuned
 from loadtest.gpu.sections import SECTIONS
 from loadtest.gpu.shapes import TINY, Load
 from loadtest.gpu.stopwatch import Stopwatch
+from tests.support.simulated_gpu import simulated_gpu
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # to infinity, as it should
 ]
-simulated_gpu = runpy.run_path(str(Path(__file__).parents[1] / "simulated_gpu.py"))["simulated_gpu"]
 
 
 class DeviceContext(Context, frozen=True):

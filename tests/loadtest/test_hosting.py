@@ -22,8 +22,10 @@ from loadtest.cli import main
 from loadtest.launch import LaunchedServer, without_keys
 from loadtest.process_tree import memory_of, pause, resume, tree_of
 from loadtest.session import Session, load
+from tests.support import answering_process
+from tests.support.scripted_server import whole_answer
 
-PROGRAM = Path(__file__).parent / "answering_process.py"
+PROGRAM = Path(answering_process.__file__)
 SMALL = ["--prompt", "4", "--output", "2", "--warmup", "0", "--concurrency", "1", "--requests", "2"]
 
 
@@ -127,8 +129,8 @@ def test_a_server_that_never_answers_is_given_up(prepared, capsys) -> None:
     assert "no answer within 0.2 s" in capsys.readouterr().err
 
 
-def test_the_answers_of_another_server_are_not_taken_for_those_of_the_one_started(serve, scripted, capsys) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+def test_the_answers_of_another_server_are_not_taken_for_those_of_the_one_started(serve, capsys) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     assert main(["compare", f"--peer=a={server.url}", "--peer-command=a=sleep 600", *SMALL]) == 2
     assert "listens" in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ from loadtest.outcome import Answer
 from loadtest.sse import EventSplitter
 from loadtest.transport import TimedTransport
 from loadtest.workload import Exchange
+from tests.support.scripted_server import DONE, Reply, event, whole_answer
 
 payloads = st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"").replace(b"\r", b"")), max_size=8)
 
@@ -54,43 +55,39 @@ def read(pieces: list[tuple[float, bytes]], asked: int | None) -> Answer:
     return outcome
 
 
-def test_a_chunk_of_several_tokens_is_one_gap_and_zeros(scripted) -> None:
+def test_a_chunk_of_several_tokens_is_one_gap_and_zeros() -> None:
     """Seven tokens in chunks of 3, 1, 2 and 1, as with speculation: six latencies, of which three are waits."""
-    event = scripted.event
     pieces = [(1.0, event("abc")), (1.5, event("d")), (1.75, event("ef")), (2.75, event("g", finish_reason="length"))]
-    answer = read([*pieces, (2.75, event(usage=(4, 7))), (2.8, scripted.DONE)], 7)
+    answer = read([*pieces, (2.75, event(usage=(4, 7))), (2.8, DONE)], 7)
     assert sorted(answer.inter_token_latencies()) == [0.0, 0.0, 0.0, 0.25, 0.5, 1.0]
     assert answer.time_to_first_token == 1.0
     assert answer.time_per_output_token == pytest.approx(1.75 / 6)
     assert answer.end_to_end == 2.8
 
 
-def test_continuous_usage_counts_the_same_as_usage_at_the_end(scripted) -> None:
-    event = scripted.event
+def test_continuous_usage_counts_the_same_as_usage_at_the_end() -> None:
     usage = [(1.0, event("ab", usage=(4, 2))), (2.0, event("c", finish_reason="length", usage=(4, 3)))]
-    answer = read([*usage, (2.0, event(usage=(4, 3))), (2.0, scripted.DONE)], 3)
+    answer = read([*usage, (2.0, event(usage=(4, 3))), (2.0, DONE)], 3)
     assert (answer.num_prompt_tokens, answer.num_output_tokens, answer.is_counted) == (4, 3, False)
 
 
-def test_without_usage_chunks_with_text_are_counted(scripted) -> None:
-    event = scripted.event
+def test_without_usage_chunks_with_text_are_counted() -> None:
     pieces = [(0.5, event("", chat=True)), (1.0, event("a", chat=True)), (2.0, event("b", chat=True))]
-    answer = read([*pieces, (2.0, event(finish_reason="length", chat=True)), (2.0, scripted.DONE)], 5)
+    answer = read([*pieces, (2.0, event(finish_reason="length", chat=True)), (2.0, DONE)], 5)
     assert (answer.num_output_tokens, answer.is_counted) == (2, True)
     assert answer.time_to_first_token == 1.0  # the chunk that only names the role is no token
 
 
-def test_last_tokens_without_text_end_with_the_finish_reason(scripted) -> None:
-    event = scripted.event
-    pieces = [(1.0, event("a")), (4.0, event(finish_reason="length")), (4.0, event(usage=(2, 3))), (4.0, scripted.DONE)]
+def test_last_tokens_without_text_end_with_the_finish_reason() -> None:
+    pieces = [(1.0, event("a")), (4.0, event(finish_reason="length")), (4.0, event(usage=(2, 3))), (4.0, DONE)]
     answer = read(pieces, 3)
     assert answer.time_per_output_token == pytest.approx(1.5)
-    only_special = read([(3.0, event(finish_reason="length")), (3.0, event(usage=(2, 1))), (3.0, scripted.DONE)], 1)
+    only_special = read([(3.0, event(finish_reason="length")), (3.0, event(usage=(2, 1))), (3.0, DONE)], 1)
     assert (only_special.time_to_first_token, only_special.inter_token_latencies()) == (3.0, [])
 
 
-async def test_the_body_says_what_was_asked_for_and_nulls_take_fields_out(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+async def test_the_body_says_what_was_asked_for_and_nulls_take_fields_out(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     extra = {"stream_options": None, "top_k": 1, "temperature": 0.5}
     target = Target(server.url + "/v1/", model="m", extra_body=extra, api_key="secret")
     async with Client(target) as client:
@@ -101,8 +98,8 @@ async def test_the_body_says_what_was_asked_for_and_nulls_take_fields_out(serve,
     assert (request.path, request.headers["authorization"]) == ("/v1/completions", "Bearer secret")
 
 
-async def test_chat_sends_a_message_and_refuses_token_ids(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+async def test_chat_sends_a_message_and_refuses_token_ids(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     async with Client(Target(server.url, model="m", api=Api.CHAT, ignore_eos=IgnoreEos.ELSEWHERE)) as client:
         assert isinstance(await client.send(Exchange("hello", 2)), Answer)
         with pytest.raises(ValueError, match="text prompts"):
@@ -113,17 +110,17 @@ async def test_chat_sends_a_message_and_refuses_token_ids(serve, scripted) -> No
 
 
 @pytest.mark.parametrize("framing", ["chunked", "close"])
-async def test_bodies_are_whole_in_either_framing(serve, scripted, framing: str) -> None:
+async def test_bodies_are_whole_in_either_framing(serve, framing: str) -> None:
     text = b"x" * 200_000
-    server = serve(lambda *_: scripted.Reply(((0.0, text), (0.01, b"end")), framing=framing))
+    server = serve(lambda *_: Reply(((0.0, text), (0.01, b"end")), framing=framing))
     async with httpx.AsyncClient(transport=TimedTransport(keeps_alive=False)) as http:
         response = await http.post(server.url, json={})
         assert response.content == text + b"end"
         assert (await http.get(server.url + "/version")).json() == {"version": "7.8.9"}
 
 
-async def test_each_request_has_its_own_connection(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+async def test_each_request_has_its_own_connection(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     async with Client(Target(server.url, model="m")) as client:
         for _ in range(3):
             await client.send(Exchange([1], 1))
@@ -131,8 +128,8 @@ async def test_each_request_has_its_own_connection(serve, scripted) -> None:
     assert server.served[0].headers["connection"] == "close"
 
 
-async def test_kept_connections_are_used_again_one_after_another_and_shared_by_none(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served, first=0.02))
+async def test_kept_connections_are_used_again_one_after_another_and_shared_by_none(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served, first=0.02))
     async with Client(Target(server.url, model="m", keeps_alive=True)) as client:
         for _ in range(3):
             await client.send(Exchange([1], 1))
@@ -142,10 +139,10 @@ async def test_kept_connections_are_used_again_one_after_another_and_shared_by_n
     assert server.num_connections == 4
 
 
-async def test_a_broken_connection_is_not_used_again(serve, scripted) -> None:
+async def test_a_broken_connection_is_not_used_again(serve) -> None:
     def first_breaks(index: int, served) -> object:
-        broken = scripted.Reply(((0.0, scripted.event("a")),), ending="disconnect")
-        return broken if index == 0 else scripted.whole_answer(served)
+        broken = Reply(((0.0, event("a")),), ending="disconnect")
+        return broken if index == 0 else whole_answer(served)
 
     server = serve(first_breaks)
     async with Client(Target(server.url, model="m", keeps_alive=True)) as client:

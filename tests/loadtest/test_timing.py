@@ -14,6 +14,7 @@ from loadtest.outcome import Answer
 from loadtest.progress import Progress
 from loadtest.runner import Plan, run
 from loadtest.workload import Exchange, Workload
+from tests.support.scripted_server import whole_answer
 
 
 def workload(num_output_tokens: int) -> Workload:
@@ -51,12 +52,12 @@ def errors_against(served: list, answers: list[Answer], num_tokens: int) -> dict
 
 @pytest.mark.parametrize(("concurrency", "num_requests", "first"), [(1, 5, 0.2), (16, 16, 0.3)])
 async def test_latencies_are_within_two_percent_of_the_servers_own(
-    serve, scripted, concurrency: int, num_requests: int, first: float
+    serve, concurrency: int, num_requests: int, first: float
 ) -> None:
     """Several tries, for when other work takes both cores for long; a wrong figure is wrong in all of them."""
     num_tokens, gap, errors = 8, 0.05, {}
     for _ in range(5):
-        server = serve(lambda _, served: scripted.whole_answer(served, first=first, gap=gap))
+        server = serve(lambda _, served: whole_answer(served, first=first, gap=gap))
         plan = Plan(ClosedLoop(concurrency), num_requests, None, concurrency)  # the warm-up makes the connections
         answers = await measure(server.url, plan, workload(num_tokens), keeps_alive=True)
         assert all(answer.time_to_first_token >= first for answer in answers)
@@ -67,14 +68,14 @@ async def test_latencies_are_within_two_percent_of_the_servers_own(
     assert max(errors.values()) < 0.02, errors
 
 
-async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_server_stalls(serve, scripted) -> None:
+async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_server_stalls(serve) -> None:
     """The server works on one request at a time: those that came meanwhile waited since they were due."""
     free_at = 0.0
 
     def one_at_a_time(_: int, served) -> object:
         nonlocal free_at
         free_at = max(free_at, served.received_at) + 0.05
-        return scripted.whole_answer(served, first=free_at - served.received_at)
+        return whole_answer(served, first=free_at - served.received_at)
 
     server = serve(one_at_a_time)
     rate, count = 100.0, 12
@@ -98,8 +99,8 @@ class StallingWorkload(Workload):
         return super().exchange(index)
 
 
-async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_client_stalls(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_client_stalls(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     load = StallingWorkload(FixedLength(4), FixedLength(1), seed=1)
     answers = await measure(server.url, Plan(OpenLoop(200.0), 20, None, 0), load)
     late = [answer for answer in answers if answer.sent_at - answer.started_at > 0.15]
@@ -109,8 +110,8 @@ async def test_open_loop_latencies_count_from_the_intended_arrival_when_the_clie
         assert answer.end_to_end >= 0.15
 
 
-async def test_a_closed_loop_never_has_more_requests_in_flight_than_its_concurrency(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served, first=0.01))
+async def test_a_closed_loop_never_has_more_requests_in_flight_than_its_concurrency(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served, first=0.01))
     answers = await measure(server.url, Plan(ClosedLoop(3), 20, None, 0), workload(2))
     assert len(answers) == 20
     for answer in answers:
@@ -118,16 +119,16 @@ async def test_a_closed_loop_never_has_more_requests_in_flight_than_its_concurre
         assert len(at_once) <= 3
 
 
-async def test_a_duration_ends_the_sending_but_not_the_answers(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served, first=0.05))
+async def test_a_duration_ends_the_sending_but_not_the_answers(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served, first=0.05))
     answers = await measure(server.url, Plan(ClosedLoop(2), None, 0.22, 0), workload(1))
     first = min(answer.started_at for answer in answers)
     assert 4 <= len(answers) <= 10
     assert all(answer.started_at - first < 0.23 for answer in answers)
 
 
-async def test_warm_up_requests_are_sent_and_not_counted(serve, scripted) -> None:
-    server = serve(lambda _, served: scripted.whole_answer(served))
+async def test_warm_up_requests_are_sent_and_not_counted(serve) -> None:
+    server = serve(lambda _, served: whole_answer(served))
     answers = await measure(server.url, Plan(ClosedLoop(2), 5, None, 4), workload(2))
     assert (len(answers), len(server.served)) == (5, 9)
     prompts = [tuple(request.body["prompt"]) for request in server.served]

@@ -13,6 +13,7 @@ from loadtest.calibration import calibrate
 from loadtest.client import Api, Target
 from loadtest.lengths import FixedLength, LogNormalLength, UniformLength, parse_length
 from loadtest.workload import PromptText, Workload
+from tests.support.scripted_server import DONE, Reply, event
 
 
 def gaps_of(rate: float, seed: int, count: int) -> np.ndarray:
@@ -107,17 +108,17 @@ def test_a_shared_prefix_leaves_every_prompt_a_token_of_its_own() -> None:
     assert {len(workload.exchange(i).prompt) for i in range(20)} == {8}
 
 
-async def test_words_are_calibrated_by_what_the_server_counts(serve, scripted) -> None:
+async def test_words_are_calibrated_by_what_the_server_counts(serve) -> None:
     """A server whose template has 9 tokens and whose words have two tokens each."""
 
     def count(text: str) -> int:
         return 9 + 2 * len(text.split())
 
     def reply(_: int, served) -> object:
-        num_tokens, done = served.body["max_tokens"], scripted.DONE
-        end = scripted.event(finish_reason="length", chat=True)
-        usage = scripted.event(usage=(count(served.body["messages"][0]["content"]), num_tokens))
-        return scripted.Reply(((0.0, scripted.event("a", chat=True)), (0.0, end), (0.0, usage), (0.0, done)))
+        num_tokens, done = served.body["max_tokens"], DONE
+        end = event(finish_reason="length", chat=True)
+        usage = event(usage=(count(served.body["messages"][0]["content"]), num_tokens))
+        return Reply(((0.0, event("a", chat=True)), (0.0, end), (0.0, usage), (0.0, done)))
 
     server = serve(reply)
     text = await calibrate(Target(server.url, model="m", api=Api.CHAT), seed=1)

@@ -3,7 +3,6 @@
 import difflib
 import random
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -23,8 +22,9 @@ from server.settings import (
     read_file,
     value_of,
 )
+from tests import ROOT
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 def test_there_are_few_settings():

@@ -13,11 +13,5 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _one_thread_and_seed(one_thread_and_seed: None) -> None:
+    """For every test of this folder."""

@@ -1,0 +1,68 @@
+"""Strict attention on the device: a row's bits do not depend on how many rows its sequence has in the step."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.attention.triton_backend import TritonAttention
+from engine.batch.block_tables import BlockTables
+from engine.batch.forward_batch import BatchBuilder
+from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.storage import KVCache
+from engine.types import Request, SamplingParams, Scheduled, Sequence
+from kernels.triton import configs
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
+CONTEXT, BLOCK_SIZE = 21, 16
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(
+    ("num_heads", "chunkings"),
+    [  # the interpreter's products depend on a row's place in its tile, so that must not change here
+        (16, ([16, 1, 3, 1],)),  # a tile per query
+        (2, ([8, 13], [16, 5])),  # eight queries a tile
+    ],
+)
+def test_a_chunk_has_the_bits_of_smaller_chunks(
+    device: torch.device,
+    num_heads: int,
+    chunkings: tuple[list[int], ...],
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = configs.AttentionConfig(
+        split_size=8, max_split_queries=4, decode_rows=16, decode_keys=8, prompt_rows=32, prompt_keys=32
+    )
+    monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, chip: small)
+    layer = AttentionLayer(0, num_heads=num_heads, num_kv_heads=1, head_dim=16, scale=0.25, window=window)
+    rows = [torch.randn(CONTEXT, heads, 16, device=device) for heads in (num_heads, 1, 1)]
+    params = SamplingParams(seed=0, max_tokens=9)
+    request = Request(request_id="r", prompt_token_ids=[1] * CONTEXT, params=params)
+
+    def attend(chunks: list[int], *, one_path: bool) -> torch.Tensor:
+        cache = KVCache([layer], num_blocks=7, block_size=BLOCK_SIZE, dtype=torch.float32, device=device)
+        attention = TritonAttention(cache, one_path=one_path)
+        builder = BatchBuilder(BLOCK_SIZE, device, BlockTables())
+        seq = Sequence(request, [1] * CONTEXT, block_table=[3, 1])
+        outputs = []
+        for size in chunks:
+            batch = builder.build([Scheduled(seq, size, 0, samples=False)])
+            attention.plan(batch)
+            start = seq.num_computed_tokens
+            outputs.append(attention(*(part[start : start + size] for part in rows), layer, batch).clone())
+            seq.num_computed_tokens += size
+        return torch.cat(outputs)
+
+    whole = attend([CONTEXT], one_path=True)
+    for chunks in chunkings:
+        assert sum(chunks) == CONTEXT
+        assert torch.equal(attend(chunks, one_path=True), whole)
+    item_bytes = 4 * num_heads * (16 + 1)
+    monkeypatch.setattr(
+        "engine.attention.triton_backend.ITEM_BYTES", 30 * item_bytes
+    )  # three passes: there are 63 items
+    assert torch.equal(attend([CONTEXT], one_path=True), whole)
+    usual = attend([CONTEXT], one_path=False)
+    np.testing.assert_allclose(usual.cpu(), whole.cpu(), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(usual, whole)

@@ -1,0 +1,218 @@
+"""An engine with compiled layers: the same tokens as torch's, and the same bits whatever else is computed with them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from engine.build import build_engine
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.ipc.messages import ModelInfo
+from engine.loading.loader import read_model_facts
+from engine.models.llama_numba import NumbaLlama
+from engine.planning.engine_plan import MemoryPlan, plan_memory
+from engine.planning.machine import Machine, read_machine
+from engine.planning.resolve import SettingError
+from engine.quantization.method import COMPILED_FORMATS
+from engine.types import Request, SamplingParams
+from tests.support.answers import answer_all
+
+VOCAB_SIZE = 150
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+}
+MODELS = {
+    "llama": LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]),
+    "mistral": MistralConfig(**SIZES, sliding_window=20, architectures=["MistralForCausalLM"]),
+    "qwen2": Qwen2Config(**SIZES, architectures=["Qwen2ForCausalLM"]),
+    "qwen3": Qwen3Config(**SIZES, head_dim=32, architectures=["Qwen3ForCausalLM"]),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, architectures=["SmolLM3ForCausalLM"]),
+}
+Section = dict[str, object]
+
+
+@pytest.fixture
+def save(tmp_path: Path):
+    """Writes a directory with nothing but a config; the weights are random."""
+
+    def write(config: PreTrainedConfig) -> Path:
+        config.save_pretrained(tmp_path)
+        return tmp_path
+
+    return write
+
+
+def make_config(path: Path, **sections: Section) -> EngineConfig:
+    model = {"path": str(path), "load_format": "dummy"} | sections.pop("model", {})
+    device = {"name": "cpu", "kernels": "numba", "num_threads": 1} | sections.pop("device", {})
+    return EngineConfig.model_validate({"model": model, "device": device, **sections})
+
+
+def build(path: Path, **sections: Section) -> tuple[Engine, ModelInfo]:
+    return build_engine(make_config(path, **sections), lambda phase, detail: None)
+
+
+def make_requests(*, greedy: bool = False) -> list[Request]:
+    rng = random.Random(1)
+    shared = [rng.randrange(VOCAB_SIZE) for _ in range(37)]
+    requests = []
+    for i in range(12):
+        tail = [rng.randrange(5) for _ in range(rng.randint(1, 60))]  # with repetition, for n-grams
+        params = SamplingParams(
+            seed=i,
+            max_tokens=14,
+            temperature=0.0 if greedy or i % 2 else 0.8,
+            logprobs=2,
+            prompt_logprobs=1 if i % 4 == 0 else None,
+        )
+        prompt = shared + tail if i % 3 == 0 else tail
+        requests.append(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    return requests
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
+    path, exact = save(MODELS[name]), {"dtype": "float32", "quantization": "none"}
+    ours, model = build(path, model=exact)
+    assert isinstance(ours.runner.model, NumbaLlama)
+    assert model.settings["device.kernels"].value == "numba"
+    theirs, _ = build(path, model=exact, device={"kernels": "torch"})
+    assert not isinstance(theirs.runner.model, NumbaLlama)
+    answered, expected = (answer_all(engine, make_requests(greedy=True)) for engine in (ours, theirs))
+    assert answered.tokens == expected.tokens
+    assert len({tuple(tokens) for tokens in answered.tokens.values()}) > 6  # they say different things
+    for request_id, (_, logprobs, _) in answered.answers.items():
+        for a, b in zip(logprobs, expected.answers[request_id][1], strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["auto", *COMPILED_FORMATS])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quantization: str, save) -> None:
+    path = save(MODELS[name])
+    model = {"quantization": quantization}
+    requests = make_requests()
+    engine, _ = build(path, model=model, kv_cache={"prefix_caching": False})
+    alone = {}
+    for request in requests:
+        alone |= answer_all(engine, [request]).answers
+    warm, _ = build(path, model=model, device={"num_threads": 2})
+    assert answer_all(warm, requests, at_once=2).answers == alone
+    assert answer_all(warm, requests, at_once=5).answers == alone
+    assert warm.scheduler.num_prefix_hits > 0
+    chunked, _ = build(path, model=model, scheduler={"max_num_seqs": 6, "max_num_batched_tokens": 23})
+    assert answer_all(chunked, requests).answers == alone
+    drafting, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
+    assert answer_all(drafting, requests, at_once=3).answers == alone
+    few_rows, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
+    few_rows.scheduler.limits = replace(few_rows.scheduler.limits, max_num_seqs=5, max_num_logits=9)
+    assert answer_all(few_rows, requests).answers == alone
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3"])
+def test_a_request_is_the_same_after_preemption(name: str, save) -> None:
+    path = save(MODELS[name])
+    requests = [longer(request) for request in make_requests()]
+    expected = answer_all(build(path)[0], requests, at_once=1).answers
+    tight, _ = build(path, model={"max_model_len": 160}, kv_cache={"memory": "208tokens"})
+    assert answer_all(tight, requests).answers == expected
+    assert tight.scheduler.num_preemptions > 0
+
+
+def longer(request: Request) -> Request:
+    """One whose answer outgrows the room that is kept free for it."""
+    params = msgspec.structs.replace(request.params, max_tokens=120)
+    return msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids[-12:], params=params)
+
+
+def test_the_default_keeps_weights_and_cache_in_half_precision(save) -> None:
+    engine, model = build(save(MODELS["llama"]))
+    settings = {key: setting.value for key, setting in model.settings.items()}
+    assert settings["model.dtype"] == "float32"
+    assert settings["model.quantization"] == "fp16"
+    assert settings["kv_cache.dtype"] == "float16"
+    assert engine.runner.kv_cache.keys_as_columns
+
+
+def a_cpu(*, has_amx: bool = False) -> Machine:
+    return replace(read_machine(), device="cpu", gpu=None, has_amx=has_amx)
+
+
+def plan(config: EngineConfig, machine: Machine | None = None) -> MemoryPlan:
+    return plan_memory(read_model_facts(config.model), config, machine or a_cpu())
+
+
+NOT_COMPILED = {
+    "head size 8": (LlamaConfig(**SIZES, head_dim=8), {}, "head size 8"),
+    "hidden size 72": (LlamaConfig(**{**SIZES, "hidden_size": 72}, head_dim=16), {}, "hidden size 72"),
+    "intermediate size 100": (LlamaConfig(**{**SIZES, "intermediate_size": 100}), {}, "intermediate size 100"),
+    "experts": (MixtralConfig(**SIZES, num_local_experts=4), {}, "experts"),
+    "a family without layers of ours": (
+        GPT2Config(vocab_size=VOCAB_SIZE, n_embd=64, n_layer=1, n_head=4, n_positions=64),
+        {},
+        "another kind than Llama's",
+    ),
+    "layers of transformers": (
+        MODELS["llama"],
+        {"model": {"implementation": "transformers"}},
+        "another kind than Llama's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COMPILED)
+def test_what_cannot_be_compiled_runs_on_torch_and_says_why(name: str, save) -> None:
+    model, sections, reason = NOT_COMPILED[name]
+    path = save(model)
+    made = plan(make_config(path, **sections, device={"kernels": "auto"}))
+    setting = made.settings["device.kernels"]
+    assert (made.kernels, setting.value) == ("torch", "torch")
+    assert reason in setting.reason
+    with pytest.raises(SettingError, match=reason) as refused:
+        plan(make_config(path, **sections))
+    assert refused.value.kind == "config"
+    assert '"auto" or "torch"' in str(refused.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_can_be_compiled_is_where_nothing_is_faster(name: str, save) -> None:
+    config = make_config(save(MODELS[name]), device={"kernels": "auto"})
+    made = plan(config)
+    assert (made.kernels, made.settings["device.kernels"].source) == ("numba", "default")
+    amx = plan(config, a_cpu(has_amx=True))
+    assert amx.kernels == "torch"
+    assert "AMX" in amx.settings["device.kernels"].reason
+    in_float32 = make_config(Path(config.model.path), model={"dtype": "float32"}, device={"kernels": "auto"})
+    assert plan(in_float32, a_cpu(has_amx=True)).kernels == "numba"
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_model_that_falls_back_to_torch_is_served(num_threads: int, save) -> None:
+    device = {"kernels": "auto", "num_threads": num_threads}
+    not_compiled = LlamaConfig(**{**SIZES, "intermediate_size": 100})
+    engine, model = build(save(not_compiled), device=device, kv_cache={"block_size": 8})
+    assert model.settings["device.kernels"].value == "torch"
+    assert not engine.runner.kv_cache.keys_as_columns
+    assert all(len(tokens) == 14 for tokens in answer_all(engine, make_requests()).tokens.values())

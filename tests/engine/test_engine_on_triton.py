@@ -1,0 +1,57 @@
+"""The whole engine on Triton's kernels: the same tokens as on torch's."""
+
+import pytest
+import torch
+
+from engine.attention.backend import AttentionBackend
+from engine.attention.torch_backend import TorchAttention
+from engine.attention.triton_backend import TritonAttention
+from engine.engine import Engine
+from engine.kv_cache.manager import KVCacheManager
+from engine.kv_cache.storage import KVCache
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.host_sampler import HostSampler
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.no_proposer import NoProposer
+from engine.types import Scheduled
+from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model, window_of
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
+
+
+class TreeProposer:
+    """Guesses two tokens after the newest, and one after the first of them."""
+
+    num_lookahead_tokens = 0
+
+    def propose(self, batch: list[Scheduled], hidden_states: torch.Tensor) -> None:
+        for item in batch:
+            newest = item.seq.token_ids[-1]
+            item.seq.draft_token_ids = [newest, (newest + 1) % VOCAB_SIZE, newest]
+            item.seq.draft_parents = [-1, -1, 0]
+
+
+PROPOSERS = {
+    "none": NoProposer,
+    "ngram": lambda: NgramProposer(num_drafts=3, ngram_max=3, ngram_min=1),
+    "tree": TreeProposer,
+}
+
+
+def _outputs(
+    model: str, attention: type[AttentionBackend], device: torch.device, proposer: str
+) -> dict[str, list[int]]:
+    llama = make_model(model).to(device)
+    cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, dtype=torch.float32, device=device)
+    limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
+    runner = ModelRunner(llama, cache, attention(cache), block_size=4)
+    scheduler = Scheduler(KVCacheManager(60, 4, window=window_of(model)), limits)
+    sampler = HostSampler(VOCAB_SIZE)
+    return answer_three(Engine(runner, scheduler, sampler, PROPOSERS[proposer](), COST))
+
+
+@pytest.mark.parametrize(("model", "proposer"), [("full", "none"), ("full", "tree"), ("window", "ngram")])
+def test_the_engine_says_the_same_on_triton_as_on_torch(device: torch.device, model: str, proposer: str) -> None:
+    found = _outputs(model, TritonAttention, device, proposer)
+    assert found == _outputs(model, TorchAttention, torch.device("cpu"), proposer)

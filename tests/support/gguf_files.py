@@ -1,0 +1,179 @@
+"""GGUF files of tiny models, written as the converter of llama.cpp names and orders their weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Format
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+THETA = 50000.0
+ROPE = {"rope_type": "default", "rope_theta": THETA}
+GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 16}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, rope_parameters=dict(ROPE)),
+    "smollm3": SmolLM3Config(**SHAPE, rope_parameters=dict(ROPE), pad_token_id=0),
+    "qwen2": Qwen2Config(**SHAPE, rope_parameters=dict(ROPE)),
+    "qwen3": Qwen3Config(**SHAPE, rope_parameters=dict(ROPE)),
+    "phi3": Phi3Config(**(SHAPE | {"head_dim": 16}), rope_parameters=dict(ROPE), pad_token_id=0, sliding_window=16),
+    "gemma2": Gemma2Config(**SHAPE, rope_parameters=dict(ROPE), **GEMMA),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE,
+        rope_parameters={"full_attention": dict(ROPE), "sliding_attention": {**ROPE, "rope_theta": 10000.0}},
+        **GEMMA,
+    ),
+}
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "in"]
+
+
+def make_model(architecture: str, *, tied: bool, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = copy.deepcopy(CONFIGS[architecture])
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 1.0 if parameter.dim() == 1 else 0.2)
+    return model.eval()
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def gguf_name(architecture: str, name: str) -> str:
+    names = GEMMA_NAMES if architecture.startswith("gemma") else NAMES
+    stem, _, kind = name.rpartition(".")
+    if stem in names:
+        return f"{names[stem]}.{kind}"
+    _, _, layer, inner = stem.split(".", 3)
+    return f"blk.{layer}.{names[inner]}.{kind}"
+
+
+def interleave(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """What the converter does to q and k of some architectures."""
+    halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def converted(architecture: str, name: str, weight: np.ndarray) -> np.ndarray:
+    heads = {"q_proj": SHAPE["num_attention_heads"], "k_proj": SHAPE["num_key_value_heads"]}
+    projection = name.split(".")[-2]
+    if architecture in ("llama", "smollm3") and projection in heads:
+        return interleave(weight, heads[projection])
+    if architecture.startswith("gemma") and "norm" in name:
+        return weight + 1
+    return weight
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    state: dict[str, Tensor],
+    format: Format = Format.F32,
+    rope_freqs: np.ndarray | None = None,
+    extra: dict[str, int] | None = None,
+    **split: int,
+) -> Path:
+    """extra: numbers of the metadata besides those of the shape; split: how the writer cuts the file into parts"""
+    writer = gguf.GGUFWriter(path, architecture, **split)
+    for key, value in (extra or {}).items():
+        writer.add_uint32(key, value)
+    writer.add_context_length(SHAPE["max_position_embeddings"])
+    writer.add_embedding_length(SHAPE["hidden_size"])
+    writer.add_block_count(SHAPE["num_hidden_layers"])
+    writer.add_feed_forward_length(SHAPE["intermediate_size"])
+    writer.add_head_count(SHAPE["num_attention_heads"])
+    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(SHAPE["rms_norm_eps"])
+    writer.add_rope_freq_base(THETA)
+    if architecture in ("phi3", "gemma2", "gemma3"):
+        writer.add_sliding_window(16)
+    if architecture == "phi3":
+        writer.add_rope_dimension_count(16)
+    else:
+        writer.add_key_length(SHAPE["head_dim"])
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
+    add_tokenizer(writer)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
+    for name, tensor in state.items():
+        weight = converted(architecture, name, tensor.numpy())
+        kind = format if tensor.dim() == 2 else Format.F32
+        raw = gguf.quantize(np.ascontiguousarray(weight), kind)
+        writer.add_tensor(gguf_name(architecture, name), raw, raw_dtype=kind)
+    finish(writer)
+    return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    tokens = TOKENS + [f"<extra_{i}>" for i in range(SHAPE["vocab_size"] - len(TOKENS))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["h e", "i n"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,5 +1,5 @@
-"""The width of a panel, apart from what is compiled for it: a plan asks for it before anything is."""
+"""The panel width of compiled CPU layers: a module of its own, since planning needs it without compiling any kernel."""
 
 from __future__ import annotations
 
-PANEL = 16  # columns of a packed matrix, or keys of a block, that compiled products compute at once
+PANEL = 16  # output columns of a packed matrix, or keys of a KV block, that a register tile computes at once

@@ -6,7 +6,7 @@ from engine.arrays import Floats
 from engine.sampling.gumbel import TIME_OF_GAP, GumbelRace
 from engine.sampling.host_sampler import HostSampler
 from engine.sampling.noise import Words
-from kernels.numba.ops.sampling import start_race, sum_weights
+from kernels.numba.ops.sampling import draw_noise, sum_weights
 
 
 class NumbaRace(GumbelRace):
@@ -16,7 +16,7 @@ class NumbaRace(GumbelRace):
         return float(sum_weights(gaps))
 
     def _start(self, gaps: Floats, key: Words) -> None:
-        start_race(gaps, self._words, key[0], key[1], TIME_OF_GAP, self._bits, self._times)
+        draw_noise(gaps, self._words, key[0], key[1], TIME_OF_GAP, self._bits, self._times)
 
 
 class NumbaSampler(HostSampler):

@@ -1,5 +1,5 @@
-"""Kernels of a CPU, compiled by Numba when they are first imported, and then kept on disk (`kernel_cache`).
+"""Kernels of a CPU, compiled by Numba on import, and cached on disk (`kernel_cache`).
 
-Import `kernels.numba.program.team` only where they will run: the first import on a machine compiles for fifteen
-seconds or so.
+Import `kernels.numba.program.team` only where they will run: the first import on a machine compiles for some fifteen
+seconds.
 """

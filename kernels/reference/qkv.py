@@ -1,4 +1,4 @@
-"""What happens between the merged projection and attention: head norms, rotation and the KV write, as one."""
+"""Head norms, rotation and KV write as one operation: all between the merged projection and attention."""
 
 from __future__ import annotations
 

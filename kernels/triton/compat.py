@@ -1,4 +1,4 @@
-"""What kernels need to say the same thing on a GPU and in Triton's interpreter.
+"""Operations that a GPU and Triton's interpreter would compute differently, for kernels that run on both.
 
 The interpreter computes in numpy, which has no bfloat16: products of bfloat16 tiles would silently be wrong there, so
 kernels load into float32 and multiply with `dot`. Nothing here touches a driver: importing needs no GPU.

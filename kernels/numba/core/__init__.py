@@ -1,1 +1,1 @@
-"""What the compiled operations are made of: vectors, register tiles, memory, number formats."""
+"""The building blocks of the compiled operations: vectors, register tiles, memory, number formats."""

@@ -1,4 +1,4 @@
-"""How elements are kept: the number of each format in an operation, and what it stands for."""
+"""The formats in which elements are stored, as the numbers that operations have for them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Register tiles: the inner loops of all matrix products, written directly in LLVM's vector instructions.
+"""Register tiles: the micro-kernels of all matrix products, generated as LLVM vector instructions.
 
 A tile multiplies a few rows by a few panels of 16 columns and keeps every sum in a register from the first element to
 the last (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, section 6.3). Vectors are
 16 lanes wide whatever the machine has: LLVM splits them into two registers of AVX2, four of NEON, or one of AVX-512.
 
-How a sum is taken depends on its row and its column alone, never on the tile that holds it: a row's result is the
-same, bit for bit, however many rows are multiplied together.
+The order of a sum depends on its row and its column alone, never on the shape of the tile: a row's result is the same,
+bit for bit, however many rows are multiplied together.
 
-Addresses are integers, strides count elements. Numba compiles the callers, and inlines nothing of this.
+Addresses are integers, strides count elements. The callers are compiled by Numba, which does not inline the tiles.
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Asks for the line of an address, which need not be one of ours."""
+    """Prefetches the cache line of an address, which may be invalid."""
     pointer = builder.inttoptr(address, I8.as_pointer())
     call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
 
 def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.Function:
-    """(x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo): the tile of one panel that lies in parts.
+    """(x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo): a tile of a paged matrix.
 
-    parts: addresses of them, and of PARTS_AHEAD more. Lines are asked for so far in advance: parts begin anywhere in
-    memory, and no processor guesses where. Element i of column c of a part is i * w_stride + c after `offset` bytes.
+    parts: their addresses, and those of the next PARTS_AHEAD, which are prefetched: the hardware prefetcher cannot
+    predict them. Element i of column c of a part is i * w_stride + c after `offset` bytes.
     scores: each part is 16 columns of out = x @ part, all of one depth. Else each is 16 elements of the depth, `depth`
-    in all, and out += x @ parts; the first `skipped` elements, fewer than 16, are not looked at.
+    in all, and out += x @ parts; the first `skipped` elements, fewer than 16, are left out.
     """
     function, is_new = define(module, f"paged_tile_{rows}_{element}_{'scores' if scores else 'sums'}", 10)
     if not is_new:
@@ -253,7 +253,8 @@ _Writer = Callable[[ir.Module, int, int, str], ir.Function]
 def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: int = 1) -> Callable[..., None]:
     """An intrinsic (rows, panels, *arguments) that calls the tile of rows in min_rows..MAX_ROWS and panels in 1..2.
 
-    Two panels are for one or two rows, whose few sums would wait for one another; more would not fit the registers.
+    One or two rows take two panels, for enough independent sums to hide the latency of an addition; with more rows, two
+    would not fit into the registers.
     """
 
     @intrinsic
@@ -321,7 +322,7 @@ multiply_unpacked_int4 = _dispatching(_integer_tile, "unpacked int4", 12, min_ro
 
 @njit(inline="always")
 def rows_of_next_tile(remaining):
-    """Rows of a tile where `remaining` are still to be multiplied, so that all are of about the same height."""
+    """Rows of the next of the tiles that `remaining` rows are divided into, which all have about the same height."""
     return -(-remaining // -(-remaining // MAX_ROWS))
 
 

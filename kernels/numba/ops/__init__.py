@@ -1,1 +1,1 @@
-"""The operations of a step, each compiled for ranges of its rows or columns."""
+"""The operations of a forward pass, and sampling's loops over a vocabulary: each computes some rows or columns."""

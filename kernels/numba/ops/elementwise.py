@@ -1,6 +1,6 @@
-"""What lies between two matrix products: normalisation, rotation, activation, rounding to integers.
+"""The operations between two matrix products: normalisation, rotation, activation, rounding to integers.
 
-Each function computes some rows of one operation, in float32; each row in the same way, whatever its neighbours.
+Each function computes some rows of one operation, in float32; a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _normalise_head(x, weight, size, eps):
 
 @njit(fastmath=_FUSED)
 def _rotate_head(x, cos, sin, half):
-    """Turns pair (i, i + half) by its angle (Su et al., 2021, in GPT-NeoX's order). cos, sin: [2 * half], sin's first
+    """Rotates pair (i, i + half) by its angle (Su et al., 2021, in GPT-NeoX's order). cos, sin: [2 * half], sin's first
     half negated, as in `kernels.reference.rope.rope_factors`."""
     low, high = floats(x, half), floats(x + half * 4, half)
     cosines, sines = floats(cos, half), floats(sin + half * 4, half)

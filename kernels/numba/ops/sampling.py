@@ -1,4 +1,4 @@
-"""The two passes over a whole vocabulary that sampling a token takes, each in one loop."""
+"""The two loops over a whole vocabulary that sampling a token takes on a CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _SMALLEST_EXPONENT = np.float32(-126.0)  # below it, float32 loses its bits
 
 
 @kernel(types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS), nogil=True)
-def start_race(gaps, words, first_key, second_key, time_of_gap, bits, times):
-    """Noise bits and times of every token, as `engine.sampling.noise` and `engine.sampling.gumbel` define them."""
+def draw_noise(gaps, words, first_key, second_key, time_of_gap, bits, times):
+    """Fills the noise bits (`engine.sampling.noise`) and the times (`engine.sampling.gumbel`) of all tokens."""
     for i in range(len(gaps)):
         x = np.uint32(words[i] ^ first_key)  # Numba's integers grow to 64 bits, unless told not to
         x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))

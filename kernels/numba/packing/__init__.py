@@ -1,1 +1,1 @@
-"""Weights in the order and the formats that the register tiles read."""
+"""Packing: weights in the layout and the formats that the register tiles read."""

@@ -1,6 +1,7 @@
-"""Finds the integers and scales from which a matrix was once made, so that it can be kept in them and lose nothing.
+"""Recovers the integers and scales of a dequantised matrix (of GGUF's Q4_0, Q4_1 or Q8_0), to store it exactly.
 
-A group of 32 weights is accepted if level * scale + offset, computed in float32, gives each of them back bit for bit.
+A *level* is the integer of a weight. A group of 32 weights is accepted if level * scale + offset, computed in float32,
+gives each of them back bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kernels.numba.kernel_cache import kernel
 
 @njit
 def _match(values, levels, scale, offset):
-    """Writes the levels of a group that scale and offset give; whether they are exact."""
+    """Fills the levels of a group for a scale and an offset, and returns whether they give back every weight."""
     inverse = np.float32(1.0) / scale if scale != np.float32(0.0) else np.float32(0.0)
     is_exact = True
     for i in range(GROUP):

@@ -1,6 +1,6 @@
-"""Weight matrices in the order in which the tiles read them, and which format holds one exactly.
+"""Packing of weight matrices: the layout that the register tiles read, and the smallest format that is exact.
 
-A panel is 16 output features; within it come the input features in order: a tile reads memory from front to end.
+A panel is 16 output features, with its input features in order, so that a tile reads memory sequentially.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def unpack(packed: PackedMatrix) -> Tensor:
 
 
 def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Looks at a few rows first, as most matrices are exact or far from it."""
+    """Whether the format holds every element. Checks a few rows first, since most matrices are exact or far from it."""
     return all(torch.equal(rows.to(dtype).float(), rows) for rows in (weight[:16], weight[16:]))
 
 

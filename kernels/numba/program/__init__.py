@@ -1,1 +1,1 @@
-"""A step as one program of operations, and the team of threads that works it off."""
+"""A forward pass as a program, a list of compiled operations, and the team of threads that runs it."""

@@ -1,4 +1,7 @@
-"""Threads that run a program together, and the memory that they share."""
+"""A team of threads that runs programs, and the memory that its threads share.
+
+The leader is the thread that calls `Team.run`, the engine's main thread; followers are daemon threads.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,32 @@ from torch import Tensor
 
 from kernels.numba.program.program import LINE, NUM_FIELDS, Control, Operation, open_program, run
 
-_NUM_SPINS = 3000  # turns of some 30 ns: a follower stays awake between the two programs of a step, not between steps
+_NUM_SPINS = 3000  # of some 30 ns: enough to stay awake between the two programs of a step, not between steps
 _MAX_OPERATIONS = 4096
 
 
 def operation(kind: Operation, *fields: int, factors: tuple[float, float] = (0.0, 0.0)) -> list[int]:
-    """One operation: the integers that it takes, in the order of `program._run_unit`, and up to two floats."""
+    """The fields of one operation: its integers, in the order of `program._run_unit`, and up to two floats."""
     bits = int(np.array(factors, np.float32).view(np.int64)[0])
     return [int(kind), *fields, *[0] * (NUM_FIELDS - 2 - len(fields)), bits]
 
 
 class Program:
-    """Operations in memory that the threads read. operations: [num_ops, NUM_FIELDS] int64; step: int64, see `Step`"""
+    """A list of operations in shared memory. operations: [num_ops, NUM_FIELDS] int64; step: int64, see `Step`"""
 
     def __init__(self, operations: Sequence[Sequence[int]], step: Tensor, *, keeps: Sequence[Tensor] = ()) -> None:
         self.operations = torch.tensor(operations, dtype=torch.int64)
         self.step = step
         self.call = torch.tensor([self.operations.data_ptr(), len(operations), step.data_ptr()])
-        self._keeps = tuple(keeps)  # whose addresses are in the operations
+        self._keeps = tuple(keeps)  # tensors whose addresses are in the operations, kept alive
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramTimes:
-    """One run of a program. cycles: of the processor's counter, before the first operation and after each; start, end:
-    of the whole, in seconds"""
+    """The times of one run of a program.
+
+    cycles: readings of the processor's counter, before the first operation and after each; start, end: seconds
+    """
 
     operations: list[Operation]
     cycles: list[int]
@@ -47,15 +52,15 @@ class ProgramTimes:
 
 
 class Team:
-    """The calling thread and `num_threads - 1` others, which sleep while there is nothing to run.
+    """The calling thread and `num_threads - 1` followers, which sleep while there is nothing to run.
 
-    One program at a time; only one thread may call `run`. scratch_bytes: memory that each thread has for itself.
+    One program at a time; only one thread may call `run`. scratch_bytes: private memory of each thread.
     """
 
     def __init__(self, num_threads: int, *, scratch_bytes: int) -> None:
         self.num_threads = num_threads
         num_control = (Control.COUNTERS + 2 * _MAX_OPERATIONS) * LINE // 8
-        self._control = torch.zeros(num_control, dtype=torch.int64)  # torch's memory begins on a line
+        self._control = torch.zeros(num_control, dtype=torch.int64)  # aligned by torch to a cache line
         self._counters = self._control.numpy()[Control.COUNTERS * LINE // 8 :]
         self._call = torch.zeros(3, dtype=torch.int64)
         self._scratch = [torch.zeros(scratch_bytes // 8 + 1, dtype=torch.int64) for _ in range(num_threads)]
@@ -77,7 +82,7 @@ class Team:
 
     @contextlib.contextmanager
     def timing(self) -> Iterator[list[ProgramTimes]]:
-        """Until it is left, each program that is run adds what it took to the list."""
+        """A context within which each run of a program appends its times to the list."""
         assert self._timed is None, "one at a time"
         self._timed = timed = []
         try:
@@ -97,35 +102,39 @@ class Team:
 
 
 class _Follower:
-    """A thread that joins programs. It watches for the next one for a while, then sleeps."""
+    """A thread that joins programs. Between two, it spins for a while without the interpreter's lock, then sleeps."""
 
     def __init__(self, control: Tensor, call: Tensor, scratch: Tensor) -> None:
         self._keeps = (control, call, scratch)
         self._shared = control.numpy()
         self._awake = threading.Semaphore(0)
-        self._sleeps = self._stops = False
+        self._is_asleep = self._must_stop = False
         self._thread = threading.Thread(target=self._follow, name="kernels", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Call it after the generation has changed. (Both sides hold the interpreter's lock where they look.)"""
-        if self._sleeps:
-            self._sleeps = False
+        """Wakes the thread if it sleeps. Call it after the generation has changed.
+
+        No wake-up is lost: the follower sets `_is_asleep` before it reads the generation, this is called after the
+        generation was written, and both hold the interpreter's lock while they read or write the flag.
+        """
+        if self._is_asleep:
+            self._is_asleep = False
             self._awake.release()
 
     def stop(self) -> None:
-        self._stops = True
-        self._sleeps = False
+        self._must_stop = True
+        self._is_asleep = False
         self._awake.release()
 
     def _follow(self) -> None:
         control, call, scratch = (part.data_ptr() for part in self._keeps)
         seen = 0
-        while not self._stops:
+        while not self._must_stop:
             seen = run(call, control, scratch, 0, seen, _NUM_SPINS)
-            self._sleeps = True
+            self._is_asleep = True
             if self._shared[Control.GENERATION * LINE // 8] != seen:
-                self._sleeps = False
+                self._is_asleep = False
                 continue
             self._awake.acquire()
 

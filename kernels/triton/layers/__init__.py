@@ -1,1 +1,1 @@
-"""What lies between the matrix products of a layer, under the names that `kernels.reference` has for it."""
+"""The operations between the matrix products of a layer, under the names of `kernels.reference`."""

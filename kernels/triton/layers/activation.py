@@ -13,20 +13,17 @@ _SILU, _GELU, _GELU_TANH = 0, 1, 2
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (SwiGLU; Shazeer, 2020), in float32, returned in the input's dtype.
-
-    gate_up: [..., 2 * intermediate_size], gate first. Returns [..., intermediate_size].
-    """
+    """As `kernels.reference.activation.silu_and_mul`, in float32."""
     return _launch(gate_up, _SILU)
 
 
 def gelu_and_mul(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up with the exact, error-function GELU. Shapes as in `silu_and_mul`."""
+    """As `kernels.reference.activation.gelu_and_mul`, in float32."""
     return _launch(gate_up, _GELU)
 
 
 def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    """gelu(gate) * up with the tanh approximation of GELU, as Gemma has it. Shapes as in `silu_and_mul`."""
+    """As `kernels.reference.activation.gelu_tanh_and_mul`, in float32."""
     return _launch(gate_up, _GELU_TANH)
 
 

@@ -1,7 +1,8 @@
-"""Mixtures of experts as two grouped products. No size depends on the routing, so a CUDA graph can hold all of it.
+"""Mixtures of experts as two grouped matrix products (GEMMs).
 
-A *pair* is a token and one of its experts. Pairs are sorted by expert; the rows of one expert are cut into tiles, and
-a program finds out on the device which expert its tile belongs to.
+A *pair* is a token and one of its experts. Pairs are sorted by expert, the rows of an expert are divided into tiles,
+and each program looks up on the device which expert its tile belongs to: no size depends on the routing, as CUDA graphs
+need it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,7 @@ from kernels.triton.configs import MoeConfig, chip_of, moe_config
 
 
 def route(router_logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor, Tensor]:
-    """The experts of each token and their shares: (weights float32, experts int64), [num_tokens, top_k] each.
-
-    Softmax over all experts in float32, then the largest; of equal ones the lowest number. With `normalise` the kept
-    shares are scaled to sum to one (Mixtral, Qwen3); without, they are left as they are (OLMoE).
-
-    router_logits: [num_tokens, num_experts]
-    """
+    """As `kernels.reference.moe.route`."""
     num_tokens, num_experts = router_logits.shape
     assert router_logits.stride(1) == 1, "rows are contiguous"
     assert top_k <= num_experts, f"{top_k} of {num_experts} experts"
@@ -53,14 +48,9 @@ def mix_experts(
     *,
     config: MoeConfig | None = None,
 ) -> Tensor:
-    """The weighted sum of each token's experts, each of them down(silu(gate(x)) * up(x)).
+    """As `kernels.reference.moe.mix_experts`.
 
-    x: [num_tokens, hidden_size]
-    gate_up: [num_experts, 2 * intermediate_size, hidden_size], gate first
-    down: [num_experts, hidden_size, intermediate_size]
-    weights, experts: [num_tokens, top_k] of `route`
     config: tile sizes; by default those for this many pairs per expert
-    Returns [num_tokens, hidden_size] in x's dtype; the sum is in float32, in the order of the experts' shares.
     """
     (num_tokens, hidden_size), (num_experts, double_size, _), top_k = x.shape, gate_up.shape, experts.shape[1]
     size, num_pairs = double_size // 2, num_tokens * top_k
@@ -75,7 +65,9 @@ def mix_experts(
     starts = torch.searchsorted(owners, torch.arange(num_experts + 1, device=x.device))
     hidden = x.new_empty(num_pairs, size)
     parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
-    num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)  # each expert may begin a tile
+    num_tiles = triton.cdiv(num_pairs, config.rows) + min(
+        num_experts, num_pairs
+    )  # each expert may have one partial tile
     products = ((x, gate_up, hidden, size), (hidden, down, parts, hidden_size))
     for source, matrix, target, width in products:
         grouped_kernel[(num_tiles, triton.cdiv(width, config.columns))](
@@ -115,7 +107,7 @@ def route_kernel(
     PADDED_K: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    # grid: [num_tokens]; one program chooses one token's experts, the best of those left, TOP_K times
+    # grid: [num_tokens]; one program: one token, TOP_K times the largest that is left
     token = tl.program_id(0).to(tl.int64)
     numbers = tl.arange(0, PADDED)
     logits = tl.load(logits_ptr + token * stride_token + numbers, mask=numbers < NUM_EXPERTS, other=float("-inf"))
@@ -161,7 +153,7 @@ def grouped_kernel(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # grid: [num_tiles, cdiv(width, COLUMNS)]; one program multiplies a tile of an expert's pairs by some of its columns
+    # grid: [num_tiles, cdiv(width, COLUMNS)]; one program: a tile of an expert's pairs by COLUMNS columns
     #   gated:  rows of x, by pair      -> silu(gate) * up, in the order of the experts
     #   else:   in the experts' order   -> weighted, by pair
     numbers = tl.arange(0, PADDED_EXPERTS)
@@ -171,7 +163,7 @@ def grouped_kernel(
     tiles = tl.cdiv(ends - starts, ROWS)
     last_tiles = tl.cumsum(tiles, 0)
     expert = tl.sum((is_expert & (last_tiles <= tl.program_id(0))).to(tl.int32), 0)
-    if expert >= NUM_EXPERTS:  # there are fewer tiles than there could be
+    if expert >= NUM_EXPERTS:  # the grid is for the most tiles that there can be
         return
     is_mine = numbers == expert
     tile = tl.program_id(0) - tl.sum(tl.where(is_mine, last_tiles - tiles, 0), 0)

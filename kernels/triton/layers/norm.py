@@ -11,9 +11,9 @@ from kernels.triton.compat import next_power_of_2
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, returned in x's dtype.
+    """As `kernels.reference.norm.rms_norm`, in float32.
 
-    x: [..., dim], heads of a wider tensor included; weight: [dim]
+    x: heads of a wider tensor included
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, weight, out, None, eps)
@@ -21,11 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalises x + residual, and returns (normalised, x + residual): the second is the next residual.
+    """As `kernels.reference.norm.add_rms_norm`, in float32.
 
     The sum is rounded to x's dtype before it is normalised, as if it had been stored in between.
-
-    x, residual: [..., dim]; weight: [dim]. Neither input is changed.
     """
     assert x.shape == residual.shape, f"{tuple(x.shape)} onto {tuple(residual.shape)}"
     out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))

@@ -1,9 +1,8 @@
-"""Sampling one token per row on the device, without sorting and without a copy to the host in between.
+"""Sampling one token per row on the device: Gumbel-max, without sorting and without a synchronisation.
 
-A row of the vocabulary is more than one program reads quickly, so it is cut into chunks, of which a program has one in
-its registers: one kernel finds the largest logit of each; where top-k or top-p is asked for, one makes a histogram of
-the gaps, and one collects what may be kept, or, without them, finds each chunk's best token; the last joins what the
-chunks found, row by row.
+A row of logits is divided into chunks that fit into the registers of a program, so that many programs read it. One
+kernel finds the maximum of each chunk. For rows with top-k or top-p, one adds the gaps to a histogram, and one collects
+the tokens that may be kept; for other rows, that one finds the best token of each chunk. The last reduces each row.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from kernels.triton.sampling.truncate import (
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 _TWO_31 = tl.constexpr(2147483648.0)
 _SLACK = tl.constexpr(1.0001)  # far more than the rounding of noise and scores, in float32
-_COUNTS_STRIDE = tl.constexpr(NUM_BINS.value + 4)  # the bins, and how many tokens are collected
-_TOKENS_AT_ONCE = 2048  # of a chunk
-_MAX_COLLECTED = 8192  # tokens of a row; where more may be kept, the whole row is searched, by one program, slowly
+_COUNTS_STRIDE = tl.constexpr(NUM_BINS.value + 4)  # the bins, then the number of collected tokens, then padding
+_TOKENS_AT_ONCE = 2048  # in a chunk
+_MAX_COLLECTED = 8192  # tokens of a row; one with more candidates is searched as a whole, by one program, slowly
 
 
 def sample_tokens(
@@ -46,16 +45,9 @@ def sample_tokens(
     is_random: bool = True,
     is_truncated: bool = True,
 ) -> Tensor:
-    """One token per row. [num_rows] int64; the lowest id among equals; `none` where the largest is not finite.
+    """As `kernels.reference.sampling.sample_tokens`, and exactly the same tokens.
 
-    The same tokens as the definition in `kernels.reference.sampling`: the noise has the same bits, and what is
-    kept is decided by exact sums.
-
-    logits: [num_rows, vocab_size] float32; keys: [num_rows, 2] int32
-    temperatures: [num_rows] float32; max_gaps: [num_rows] float32, infinity is off
-    top_ks: [num_rows] int64, the vocabulary's size is off; top_ps: [num_rows] float64, 1 is off
-    is_random: False where no row has a temperature, is_truncated: where none that has one has top-k or top-p, either:
-    that spares launches
+    is_random, is_truncated: False spares launches
     """
     num_rows, vocab_size = logits.shape
     assert logits.dtype == torch.float32, f"{logits.dtype} logits"
@@ -70,7 +62,7 @@ def sample_tokens(
         return tokens
     chunk = min(_TOKENS_AT_ONCE, next_power_of_2(vocab_size))
     num_chunks = triton.cdiv(vocab_size, chunk)
-    peaks, scores = torch.empty(2, num_rows, num_chunks, dtype=torch.float32, device=device).unbind()
+    chunk_maxima, scores = torch.empty(2, num_rows, num_chunks, dtype=torch.float32, device=device).unbind()
     firsts, winners = torch.empty(2, num_rows, num_chunks, dtype=torch.int32, device=device).unbind()
     counts = torch.empty(num_rows, _COUNTS_STRIDE.value, dtype=torch.int32, device=device)
     weights = torch.empty(num_rows, NUM_BINS.value, dtype=torch.int64, device=device)
@@ -80,17 +72,17 @@ def sample_tokens(
     columns = (temperatures, max_gaps, top_ks, top_ps)
     sizes = {"TOKENS": chunk, "CHUNKS": next_power_of_2(num_chunks), "num_warps": 8}
     grid = (num_rows, num_chunks)
-    peaks_kernel[grid](*row, peaks, firsts, counts, weights, TOKENS=chunk, num_warps=8)
+    chunk_max_kernel[grid](*row, chunk_maxima, firsts, counts, weights, TOKENS=chunk, num_warps=8)
     if is_random and is_truncated:
-        histogram_kernel[grid](*row, *columns, peaks, counts, weights, **sizes)
+        histogram_kernel[grid](*row, *columns, chunk_maxima, counts, weights, **sizes)
     if is_random:
         chunk_kernel[grid](
-            *row, *columns, keys.contiguous(), peaks, counts, weights, collected, scores, winners,
+            *row, *columns, keys.contiguous(), chunk_maxima, counts, weights, collected, scores, winners,
             MAX_COLLECTED=max_collected, **sizes,
         )  # fmt: skip
-    join_kernel[(num_rows,)](
-        *row, *columns, keys.contiguous(), peaks, firsts, counts, weights, collected, scores, winners, tokens, none,
-        MAX_COLLECTED=max_collected, **sizes,
+    reduce_kernel[(num_rows,)](
+        *row, *columns, keys.contiguous(), chunk_maxima, firsts, counts, weights, collected, scores, winners, tokens,
+        none, MAX_COLLECTED=max_collected, **sizes,
     )  # fmt: skip
     return tokens
 
@@ -127,28 +119,28 @@ def read_keys(keys_ptr, row):
 
 
 @triton.jit
-def peaks_kernel(
+def chunk_max_kernel(
     logits_ptr,
     vocab_size,
     stride_row,
     num_chunks,
-    peaks_ptr,
+    chunk_max_ptr,
     firsts_ptr,
     counts_ptr,
     weights_ptr,
     TOKENS: tl.constexpr,
 ):
-    """Of each chunk the largest logit, not a number where one of them is not, and the first token that has it."""
-    # grid: [num_rows, num_chunks]; the first chunk of a row also empties the row's histogram
+    """The largest logit of each chunk, NaN where any is NaN, and the first token that has it."""
+    # grid: [num_rows, num_chunks]; the program of a row's first chunk also clears the row's histogram
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     tokens = chunk * TOKENS + tl.arange(0, TOKENS)
     logits = tl.load(logits_ptr + row * stride_row + tokens, mask=tokens < vocab_size, other=float("-inf"))
     is_nan = logits != logits
-    peak = tl.max(tl.where(is_nan, float("-inf"), logits), 0)
-    first = tl.min(tl.where(logits == peak, tokens, vocab_size), 0)
+    row_max = tl.max(tl.where(is_nan, float("-inf"), logits), 0)
+    first = tl.min(tl.where(logits == row_max, tokens, vocab_size), 0)
     has_nan = tl.max(is_nan.to(tl.int32), 0) > 0
-    tl.store(peaks_ptr + row * num_chunks + chunk, tl.where(has_nan, float("nan"), peak))
+    tl.store(chunk_max_ptr + row * num_chunks + chunk, tl.where(has_nan, float("nan"), row_max))
     tl.store(firsts_ptr + row * num_chunks + chunk, first)
     if chunk == 0:
         bins = tl.arange(0, NUM_BINS)
@@ -158,22 +150,22 @@ def peaks_kernel(
 
 
 @triton.jit
-def read_peak(peaks_ptr, row, num_chunks, CHUNKS: tl.constexpr):
-    """The row's largest logit, and whether tokens can be sampled from it."""
+def read_row_max(chunk_max_ptr, row, num_chunks, CHUNKS: tl.constexpr):
+    """The row's largest logit, and whether it is finite, without which no token can be sampled."""
     chunks = tl.arange(0, CHUNKS)
-    peaks = tl.load(peaks_ptr + row * num_chunks + chunks, mask=chunks < num_chunks, other=float("-inf"))
-    has_nan = tl.max((peaks != peaks).to(tl.int32), 0)
-    peak = tl.max(tl.where(peaks != peaks, float("-inf"), peaks), 0)
-    return peak, (has_nan == 0) & (peak > float("-inf")) & (peak < float("inf"))
+    chunk_maxima = tl.load(chunk_max_ptr + row * num_chunks + chunks, mask=chunks < num_chunks, other=float("-inf"))
+    has_nan = tl.max((chunk_maxima != chunk_maxima).to(tl.int32), 0)
+    row_max = tl.max(tl.where(chunk_maxima != chunk_maxima, float("-inf"), chunk_maxima), 0)
+    return row_max, (has_nan == 0) & (row_max > float("-inf")) & (row_max < float("inf"))
 
 
 @triton.jit
-def read_chunk(row_ptr, chunk, vocab_size, peak, temperature, max_gap, TOKENS: tl.constexpr):
-    """The tokens of a chunk, their gaps, and which of them min-p leaves."""
+def read_chunk(row_ptr, chunk, vocab_size, row_max, temperature, max_gap, TOKENS: tl.constexpr):
+    """The tokens of a chunk, their gaps, and which of them min-p keeps."""
     tokens = chunk * TOKENS + tl.arange(0, TOKENS)
     is_token = tokens < vocab_size
     logits = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
-    gaps = gap_of(logits, peak, temperature + tl.zeros_like(logits))
+    gaps = gap_of(logits, row_max, temperature + tl.zeros_like(logits))
     return tokens, gaps, is_token & (gap_bits(gaps) <= gap_bits(max_gap))
 
 
@@ -187,25 +179,25 @@ def histogram_kernel(
     max_gaps_ptr,
     top_ks_ptr,
     top_ps_ptr,
-    peaks_ptr,
+    chunk_max_ptr,
     counts_ptr,
     weights_ptr,
     TOKENS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Adds each chunk of the rows that have top-k or top-p to their histograms."""
+    """Adds the chunks of rows with top-k or top-p to the histograms of the rows."""
     # grid: [num_rows, num_chunks]
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures_ptr + row)
     top_p = tl.load(top_ps_ptr + row)
     if (temperature < _GREEDY_BELOW) | ((tl.load(top_ks_ptr + row) >= vocab_size) & (top_p >= 1.0)):
         return
-    peak, is_usable = read_peak(peaks_ptr, row, num_chunks, CHUNKS)
+    row_max, is_usable = read_row_max(chunk_max_ptr, row, num_chunks, CHUNKS)
     if not is_usable:
         return
     max_gap = tl.load(max_gaps_ptr + row)
     row_ptr = logits_ptr + row * stride_row
-    _, gaps, is_left = read_chunk(row_ptr, tl.program_id(1), vocab_size, peak, temperature, max_gap, TOKENS)
+    _, gaps, is_left = read_chunk(row_ptr, tl.program_id(1), vocab_size, row_max, temperature, max_gap, TOKENS)
     add_to_histogram(
         counts_ptr + row * _COUNTS_STRIDE, weights_ptr + row * NUM_BINS, gaps, is_left, top_p < 1.0
     )  # fmt: skip
@@ -213,27 +205,27 @@ def histogram_kernel(
 
 @triton.jit
 def best_of(tokens, gaps, is_kept, first_key, second_key, vocab_size):
-    """The best score of the kept tokens of a tile, and the lowest token that has it; minus infinity without any.
+    """The best score of the kept tokens of a tile, and the lowest token that has it; minus infinity if none is kept.
 
-    A score is at most -log(v * exp(gap)), because noise never exceeds -log(v). So the tokens are scored in the order of
-    these products, with the logarithms in float64 that are spared the others, until no other can reach the best: after
-    one or two, mostly.
+    A score, noise - gap, is at most -log(v * exp(gap)), because noise never exceeds -log(v). So tokens are scored,
+    which takes logarithms in float64, in ascending order of that product, until none that is left can exceed the best:
+    one or two tokens, mostly.
     """
-    races = (noise_bits(tokens, first_key, second_key).to(tl.float32) + 0.5) * tl.exp(gaps)
-    races = tl.where(is_kept, races, float("inf"))
-    least = tl.min(races, 0)
-    bound = least
+    products = (noise_bits(tokens, first_key, second_key).to(tl.float32) + 0.5) * tl.exp(gaps)
+    products = tl.where(is_kept, products, float("inf"))
+    smallest = tl.min(products, 0)
+    bound = smallest
     best = tl.full([], float("-inf"), tl.float32)
     winner = tl.full([], 0, tl.int32) + vocab_size
-    while (least <= bound) & (least < float("inf")):
-        token = tl.min(tl.where(races == least, tokens, vocab_size), 0)
+    while (smallest <= bound) & (smallest < float("inf")):
+        token = tl.min(tl.where(products == smallest, tokens, vocab_size), 0)
         gap = tl.max(tl.where(tokens == token, gaps, float("-inf")), 0)
         score = gumbel(noise_bits(token, first_key, second_key)) - gap
         winner = tl.where(score > best, token, tl.where(score == best, tl.minimum(winner, token), winner))
         best = tl.maximum(best, score)
         bound = tl.exp(-best) * (_SLACK * _TWO_31)
-        races = tl.where(tokens == token, float("inf"), races)
-        least = tl.min(races, 0)
+        products = tl.where(tokens == token, float("inf"), products)
+        smallest = tl.min(products, 0)
     return best, winner
 
 
@@ -248,7 +240,7 @@ def chunk_kernel(
     top_ks_ptr,
     top_ps_ptr,
     keys_ptr,
-    peaks_ptr,
+    chunk_max_ptr,
     counts_ptr,
     weights_ptr,
     collected_ptr,
@@ -258,19 +250,19 @@ def chunk_kernel(
     CHUNKS: tl.constexpr,
     MAX_COLLECTED: tl.constexpr,
 ):
-    """Collects the tokens of each chunk that top-k or top-p may keep; where there are neither, finds the best token."""
+    """Collects the tokens of a chunk that top-k or top-p may keep; in rows with neither, finds its best token."""
     # grid: [num_rows, num_chunks]
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     temperature = tl.load(temperatures_ptr + row)
     if temperature < _GREEDY_BELOW:
         return
-    peak, is_usable = read_peak(peaks_ptr, row, num_chunks, CHUNKS)
+    row_max, is_usable = read_row_max(chunk_max_ptr, row, num_chunks, CHUNKS)
     if not is_usable:
         return
     max_gap = tl.load(max_gaps_ptr + row)
     row_ptr = logits_ptr + row * stride_row
-    tokens, gaps, is_left = read_chunk(row_ptr, chunk, vocab_size, peak, temperature, max_gap, TOKENS)
+    tokens, gaps, is_left = read_chunk(row_ptr, chunk, vocab_size, row_max, temperature, max_gap, TOKENS)
     top_k = tl.load(top_ks_ptr + row).to(tl.int64)
     top_p = tl.load(top_ps_ptr + row)
     if (top_k >= vocab_size) & (top_p >= 1.0):
@@ -291,7 +283,7 @@ def chunk_kernel(
 
 
 @triton.jit
-def join_kernel(
+def reduce_kernel(
     logits_ptr,
     vocab_size,
     stride_row,
@@ -301,7 +293,7 @@ def join_kernel(
     top_ks_ptr,
     top_ps_ptr,
     keys_ptr,
-    peaks_ptr,
+    chunk_max_ptr,
     firsts_ptr,
     counts_ptr,
     weights_ptr,
@@ -314,10 +306,10 @@ def join_kernel(
     CHUNKS: tl.constexpr,
     MAX_COLLECTED: tl.constexpr,
 ):
-    """Each row's token."""
+    """The sampled token of each row."""
     # grid: [num_rows]
     row = tl.program_id(0).to(tl.int64)
-    peak, is_usable = read_peak(peaks_ptr, row, num_chunks, CHUNKS)
+    row_max, is_usable = read_row_max(chunk_max_ptr, row, num_chunks, CHUNKS)
     if not is_usable:
         tl.store(tokens_ptr + row, none)
         return
@@ -325,9 +317,11 @@ def join_kernel(
     is_chunk = chunks < num_chunks
     temperature = tl.load(temperatures_ptr + row)
     if temperature < _GREEDY_BELOW:
-        peaks = tl.load(peaks_ptr + row * num_chunks + chunks, mask=is_chunk, other=float("-inf"))
+        chunk_maxima = tl.load(chunk_max_ptr + row * num_chunks + chunks, mask=is_chunk, other=float("-inf"))
         firsts = tl.load(firsts_ptr + row * num_chunks + chunks, mask=is_chunk, other=0)
-        tl.store(tokens_ptr + row, tl.min(tl.where(is_chunk & (peaks == peak), firsts, vocab_size), 0).to(tl.int64))
+        tl.store(
+            tokens_ptr + row, tl.min(tl.where(is_chunk & (chunk_maxima == row_max), firsts, vocab_size), 0).to(tl.int64)
+        )
         return
     top_k = tl.load(top_ks_ptr + row).to(tl.int64)
     top_p = tl.load(top_ps_ptr + row)
@@ -338,7 +332,7 @@ def join_kernel(
         tl.store(tokens_ptr + row, tl.min(tl.where(is_best, winners, vocab_size), 0).to(tl.int64))
         return
 
-    # a token is kept if its gap is below the cut, or at the cut and the token's id not above last_level
+    # kept: tokens whose gap is below the cut, and those at the cut with ids up to last_level
     row_ptr = logits_ptr + row * stride_row
     list_ptr = collected_ptr + row * MAX_COLLECTED
     counts_row = counts_ptr + row * _COUNTS_STRIDE
@@ -351,7 +345,7 @@ def join_kernel(
         is_list,
         num,
         vocab_size,
-        peak,
+        row_max,
         temperature,
         tl.load(max_gaps_ptr + row),
         top_k,
@@ -364,7 +358,7 @@ def join_kernel(
     best = float("-inf")
     winner = vocab_size
     for start in range(0, num, TOKENS):
-        tokens, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS)
+        tokens, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, row_max, temperature, TOKENS)
         bits = gap_bits(gaps)
         is_kept = is_token & ((bits < cut) | ((bits == cut) & (tokens <= last_level)))
         score, token = best_of(tokens, gaps, is_kept, first_key, second_key, vocab_size)

@@ -20,17 +20,9 @@ def penalise(
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """Penalises, in place, tokens that a row's text already has.
+    """As `kernels.reference.sampling.penalise`; rows with penalties of 1 and 0 are not read.
 
-    First the repetition penalty, over prompt and output: it divides a positive logit and multiplies a negative one
-    (Keskar et al. 2019, "CTRL", section 4.1). Then frequency times the number of occurrences in the output plus
-    presence, subtracted (a product that a GPU may fuse, and then rounds otherwise once in 10^8). Rows with penalties
-    of 1 and 0 are not even read.
-
-    logits: [num_rows, vocab_size] float32
-    counts: [num_states, vocab_size] int32, occurrences in the output; is_in_prompt: the same shape, bool
-    states: [num_rows], which state is each row's; repetition: [num_rows] float32
-    frequency, presence: [num_rows] float64, so that their sum is rounded once
+    frequency times the occurrences may be fused with what is added to it, and then rounds otherwise once in 10^8.
     """
     num_rows, vocab_size = logits.shape
     assert counts.shape == is_in_prompt.shape == (counts.shape[0], vocab_size), f"{tuple(counts.shape)}"
@@ -56,12 +48,7 @@ def penalise(
 
 
 def score_tokens(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and ranks of one token per row: (float64, int64), [num_rows] each.
-
-    The rank is 1 plus the number of tokens that are strictly more likely.
-
-    logits: [num_rows, vocab_size] float32; tokens: [num_rows] int64
-    """
+    """As `kernels.reference.sampling.score_tokens`."""
     num_rows, vocab_size = logits.shape
     assert tokens.shape == (num_rows,), f"{tuple(tokens.shape)} tokens for {num_rows} rows"
     assert logits.stride(1) == 1, "rows are contiguous"

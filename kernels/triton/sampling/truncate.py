@@ -1,9 +1,9 @@
-"""Min-p, top-k and top-p on the device: where a row is cut, found without a sort.
+"""Min-p, top-k and top-p on the device, without a sort: the gap at which a row is truncated, by a radix search.
 
-Floats that are not negative are ordered as their bits are, so the cut is an integer. A histogram over their leading
-bits says in which bin it lies; the tokens up to there are collected, and a search among them finds the cut itself: each
-pass sums what lies below three thresholds and leaves a quarter of the range. Sums are of integers, and exact, so
-neither the order of atomic additions nor that of the collected tokens changes anything.
+Floats that are not negative have the order of their bits, so the cut is an integer. A histogram over the leading bits
+of the gaps gives the bin that the cut is in; the tokens up to that bin are collected, and a search among them gives the
+cut: each iteration sums the tokens below three thresholds, and keeps a quarter of the range. Sums are of integers, and
+thus exact: the order of atomic additions, and of the collected tokens, does not change them.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import triton.language as tl
 NUM_BINS = tl.constexpr(256)
 _BIN_BITS = tl.constexpr(19)  # leaves sixteen bins between a power of two and the next
 _FIRST_BIN = tl.constexpr(0x3C800000 >> 19)  # of the gap 2^-6; smaller ones are in bin 0 too
-_FAR_BITS = tl.constexpr(0x41800000)  # of the gap 16; what lies there is counted in the last bin, all together
+_FAR_BITS = tl.constexpr(0x41800000)  # of the gap 16; all larger gaps are in the last bin
 _WEIGHT_UNIT = tl.constexpr(1099511627776.0)  # 2^40
 _ROUNDER = tl.constexpr(4503599627370496.0)  # 2^52: adding it leaves no fraction
 _INFINITE_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def gap_of(logits, peak, temperature):
-    """Divided as IEEE 754 says, or the tokens would not be those of a CPU."""
-    return tl.div_rn(peak - logits, temperature)
+def gap_of(logits, row_max, temperature):
+    """(row_max - logits) / temperature, rounded as IEEE 754 demands, as on a CPU, which must sample the same tokens."""
+    return tl.div_rn(row_max - logits, temperature)
 
 
 @triton.jit
 def gap_bits(gaps):
-    """An int32 per gap, in the gaps' order. Plus 0 makes a zero's sign positive."""
+    """The bits of each gap as an int32, in the order of the gaps. Adding 0 makes a negative zero positive."""
     return (gaps + 0.0).to(tl.int32, bitcast=True)
 
 
@@ -46,14 +46,14 @@ def bins_of(bits):
 
 @triton.jit
 def before_bin(bin):
-    """The highest bits below those of the bin."""
+    """The largest bits below those of the bin."""
     start = tl.where(bin == NUM_BINS - 1, _FAR_BITS, (bin + _FIRST_BIN) << _BIN_BITS)
     return tl.where(bin == 0, -1, start - 1)
 
 
 @triton.jit
 def add_to_histogram(counts_ptr, weights_ptr, gaps, is_left, has_top_p):
-    """Adds the tokens of a tile that min-p leaves to the bins of their row."""
+    """Adds the tokens of a tile that min-p keeps to the bins of their row."""
     bits = gap_bits(gaps)
     bins = bins_of(bits)
     is_near = is_left & (bits < _FAR_BITS)
@@ -68,14 +68,14 @@ def add_to_histogram(counts_ptr, weights_ptr, gaps, is_left, has_top_p):
 
 @triton.jit
 def limit_of(total, top_p):
-    """The weight that the tokens before a kept one must not have reached."""
+    """Top-p as a sum of weights: a token is kept while those before it sum to less."""
     return tl.maximum(tl.ceil(total.to(tl.float64) * top_p).to(tl.int64), 1)
 
 
 @triton.jit
 def read_bins(counts_ptr, weights_ptr, top_k, top_p):
-    """What the histogram of a row tells: whether top-k cuts anything off, the weight of all tokens, the bin that the
-    last collected token is in, and how many tokens, or how much weight, lie before that bin."""
+    """(has_top_k, total, last_bin, before) of a row's histogram: whether top-k removes any token, the weight of all
+    tokens, the bin of the last token that may be kept, and the count (with top-k) or weight of the bins before it."""
     bins = tl.arange(0, NUM_BINS)
     counts = tl.load(counts_ptr + bins).to(tl.int64)
     weights = tl.load(weights_ptr + bins)
@@ -90,14 +90,14 @@ def read_bins(counts_ptr, weights_ptr, top_k, top_p):
 
 
 @triton.jit
-def read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS: tl.constexpr):
-    """Tokens of a row, one after the other or as a list has them, and their gaps. Past the last of `num`: token -1."""
+def read_tokens(row_ptr, list_ptr, is_list, start, num, row_max, temperature, TOKENS: tl.constexpr):
+    """Tokens start..start + TOKENS of a row, or of a list of its tokens, and their gaps. Beyond `num`: token -1."""
     places = start + tl.arange(0, TOKENS)
     is_token = places < num
     listed = tl.load(list_ptr + places, mask=places < tl.where(is_list, num, 0), other=0)
     tokens = tl.where(is_list, listed, places)
     logits = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
-    return tl.where(is_token, tokens, -1), is_token, gap_of(logits, peak, temperature + tl.zeros_like(logits))
+    return tl.where(is_token, tokens, -1), is_token, gap_of(logits, row_max, temperature + tl.zeros_like(logits))
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def sums_up_to(
     list_ptr,
     is_list,
     num,
-    peak,
+    row_max,
     temperature,
     low,
     first,
@@ -115,15 +115,15 @@ def sums_up_to(
     BY_WEIGHT: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """What the tokens above `low` and up to each of three rising thresholds count, or weigh, together. int64"""
+    """The number, or the weight, of the tokens with bits above `low` up to each of three ascending thresholds. int64"""
     to_first = tl.zeros([TOKENS], tl.int64)
     to_second = tl.zeros([TOKENS], tl.int64)
     to_third = tl.zeros([TOKENS], tl.int64)
     for start in range(0, num, TOKENS):
-        _, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS)
+        _, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, row_max, temperature, TOKENS)
         bits = gap_bits(gaps)
         is_inside = (bits > low) & (bits <= third) & is_token
-        if tl.max(is_inside.to(tl.int32), 0) > 0:  # exponentials in float64 are dear
+        if tl.max(is_inside.to(tl.int32), 0) > 0:  # spares exponentials in float64
             values = weights_of(gaps) if BY_WEIGHT else tl.full([TOKENS], 1, tl.int64)
             values = tl.where(is_inside, values, 0)
             to_third += values
@@ -138,7 +138,7 @@ def search(
     list_ptr,
     is_list,
     num,
-    peak,
+    row_max,
     temperature,
     low,
     high,
@@ -147,9 +147,9 @@ def search(
     BY_WEIGHT: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The lowest bits up to which tokens reach the target, and what the tokens below them have.
+    """The smallest bits for which the tokens up to them reach the target, and the sum of the tokens below them.
 
-    Those up to `low` have `below`, which is less than the target; those up to `high` reach it.
+    On entry, the tokens up to `low` sum to `below`, less than the target, and those up to `high` reach it.
     """
     while high - low > 1:
         quarter = (high - low + 3) // 4
@@ -157,7 +157,7 @@ def search(
         second = tl.minimum(first + quarter, high)
         third = tl.minimum(second + quarter, high)
         to_first, to_second, to_third = sums_up_to(
-            row_ptr, list_ptr, is_list, num, peak, temperature, low, first, second, third, BY_WEIGHT, TOKENS
+            row_ptr, list_ptr, is_list, num, row_max, temperature, low, first, second, third, BY_WEIGHT, TOKENS
         )
         if below + to_first >= target:
             high = first
@@ -176,19 +176,21 @@ def search(
 
 
 @triton.jit
-def last_of_level(row_ptr, list_ptr, is_list, num, vocab_size, peak, temperature, cut, num_kept, TOKENS: tl.constexpr):
-    """Of the tokens at the cut, the num_kept-th lowest id; the highest id of all where there are no more than those."""
+def last_of_level(
+    row_ptr, list_ptr, is_list, num, vocab_size, row_max, temperature, cut, num_kept, TOKENS: tl.constexpr
+):
+    """The num_kept-th lowest id of the tokens at the cut, or, where there are no more, the vocabulary's highest id."""
     low = tl.full([], -1, tl.int32)
     high = tl.full([], 0, tl.int32) + vocab_size - 1
-    middle = high  # how many are there at all? Mostly one
+    middle = high  # the first iteration counts all tokens at the cut; mostly there is one
     while high - low > 1:
         num_found = tl.full([], 0, tl.int64)
         for start in range(0, num, TOKENS):
-            tokens, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, peak, temperature, TOKENS)
+            tokens, is_token, gaps = read_tokens(row_ptr, list_ptr, is_list, start, num, row_max, temperature, TOKENS)
             is_level = is_token & (gap_bits(gaps) == cut) & (tokens <= middle)
             num_found += tl.sum(is_level.to(tl.int32), 0)
         if num_found <= num_kept and middle == vocab_size - 1:
-            low = high  # all of them
+            low = high  # all are kept
         elif num_found >= num_kept:
             high = middle
         else:
@@ -204,7 +206,7 @@ def truncate(
     is_list,
     num,
     vocab_size,
-    peak,
+    row_max,
     temperature,
     max_gap,
     top_k,
@@ -213,43 +215,47 @@ def truncate(
     weights_ptr,
     TOKENS: tl.constexpr,
 ):
-    """The bits where the row is cut, and the last token id that is kept at the cut.
+    """(cut, last_level): the bits of the largest kept gap, and the highest token id that is kept among those at it.
 
-    The row has been added to its histogram; the tokens are all that lie up to the bin that `read_bins` names, or more.
+    Needs the histogram of the row. The tokens must include all up to the last bin of `read_bins`.
     """
     has_top_k, total, last_bin, before = read_bins(counts_ptr, weights_ptr, top_k, top_p)
     cut = gap_bits(max_gap)
-    num_level = tl.full([], 1, tl.int64) << 40  # of the tokens at the cut: all of them
+    num_level = tl.full([], 1, tl.int64) << 40  # tokens kept at the cut: all
     low = before_bin(last_bin)
     end = tl.minimum(before_bin(tl.minimum(last_bin + 1, NUM_BINS - 1)), cut)
     high = tl.where(last_bin == NUM_BINS - 1, cut, end)
     if has_top_k:
-        cut, below = search(row_ptr, list_ptr, is_list, num, peak, temperature, low, high, before, top_k, False, TOKENS)
+        cut, below = search(
+            row_ptr, list_ptr, is_list, num, row_max, temperature, low, high, before, top_k, False, TOKENS
+        )
         num_level = top_k - below
         low = tl.full([], -1, tl.int32)
         high = cut
         before = tl.full([], 0, tl.int64)
     if top_p < 1.0:
-        if has_top_k:  # what is left, less what was cut off at its level
+        if has_top_k:  # top-p is of what top-k keeps
             _, below, total = sums_up_to(
-                row_ptr, list_ptr, is_list, num, peak, temperature, -1, -1, cut - 1, cut, True, TOKENS
+                row_ptr, list_ptr, is_list, num, row_max, temperature, -1, -1, cut - 1, cut, True, TOKENS
             )
             total = tl.minimum(total, below + num_level * weight_at(cut))
         limit = limit_of(total, top_p)
         old_cut = cut
-        cut, below = search(row_ptr, list_ptr, is_list, num, peak, temperature, low, high, before, limit, True, TOKENS)
+        cut, below = search(
+            row_ptr, list_ptr, is_list, num, row_max, temperature, low, high, before, limit, True, TOKENS
+        )
         num_needed = tl.cdiv(limit - below, weight_at(cut))
         num_level = tl.where(cut == old_cut, tl.minimum(num_level, num_needed), num_needed)
     last_level = tl.full([], 0x7FFFFFFF, tl.int32)
     if has_top_k | (top_p < 1.0):
         last_level = last_of_level(
-            row_ptr, list_ptr, is_list, num, vocab_size, peak, temperature, cut, num_level, TOKENS
+            row_ptr, list_ptr, is_list, num, vocab_size, row_max, temperature, cut, num_level, TOKENS
         )
     return cut, last_level
 
 
 @triton.jit
 def weight_at(bits):
-    """Of a token whose gap has these bits; at least 1, as somebody divides by it."""
+    """The weight of a token whose gap has these bits, and at least 1, since callers divide by it."""
     weights = weights_of((bits + tl.zeros([1], tl.int32)).to(tl.float32, bitcast=True))
     return tl.maximum(tl.max(weights, 0), 1)

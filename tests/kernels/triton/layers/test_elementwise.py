@@ -57,8 +57,8 @@ def test_gated_activations(device: torch.device, dtype: torch.dtype, name: str) 
     for size in (5, 1100):
         gate_up = (4 * torch.randn(2, 2 * size, device=device)).to(dtype)
         gate_up[0, :2] = torch.tensor([-300.0, 300.0])
-        expected = getattr(kernels.activation, name)(gate_up.double())
-        check(getattr(kernels.triton.activation, name)(gate_up), expected, dtype)
+        expected = getattr(kernels.reference.activation, name)(gate_up.double())
+        check(getattr(kernels.triton.layers.activation, name)(gate_up), expected, dtype)
 
 
 def check_rotation_and_store(

@@ -14,8 +14,8 @@ from engine.sampling.noise import gumbel, noise_bits, noise_keys, token_words
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.reference.sampling import NO_TOKEN, is_kept, token_noise
 from kernels.reference.sampling import sample_tokens as definition
+from kernels.triton.sampling import sample_tokens as sampling
 from kernels.triton.sampling.sample_tokens import sample_tokens
-from kernels.triton.sampling.sample_tokens import sample_tokens as sampling
 from kernels.triton.sampling.truncate import NUM_BINS, add_to_histogram, gap_bits, truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should

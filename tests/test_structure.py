@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "engine": {"engine", "kernels"},
     "kernels": {"kernels"},
     "loadtest": {"loadtest"},  # HTTP only; its microbenchmarks look inside
-    "loadtest/micro": {"loadtest", "engine", "kernels"},
+    "loadtest/micro": {"loadtest", "server", "engine", "kernels"},
     "loadtest/gpu": {"loadtest", "engine", "kernels"},
 }
 FROM_ENGINE = {

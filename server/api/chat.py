@@ -159,6 +159,11 @@ class ChatWriter:
         if delta.finish_reason is not None:
             yield self._closing(delta)
 
+    def text_chunk(self, index: int, text: str) -> ChatChunk | None:
+        if self._body.logprobs or self._body.return_token_ids or self._usage.is_continuous:
+            return None
+        return self._chunk([ChatChunkChoice(index=index, delta=ChatDelta(content=text))])
+
     def last_chunk(self) -> ChatChunk | None:
         usage = self._usage.of_end()
         if usage is None:

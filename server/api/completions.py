@@ -109,6 +109,15 @@ class CompletionWriter:
         self._usage.count(delta)
         yield self._completion([self._choice(delta)], usage=self._usage.of_chunk(), has_timing=self._is_last(delta))
 
+    def text_chunk(self, index: int, text: str) -> Completion | None:
+        body = self._body
+        if body.logprobs is not None or body.return_token_ids or self._usage.is_continuous:
+            return None
+        choice = CompletionChoice(index=index, text=text)
+        if body.prompt_logprobs is not None:
+            choice.prompt_logprobs = None
+        return self._completion([choice], usage=self._usage.of_chunk(), has_timing=False)
+
     def last_chunk(self) -> Completion | None:
         usage = self._usage.of_end()
         return None if usage is None else self._completion([], usage=usage, has_timing=False)

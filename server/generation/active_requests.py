@@ -13,43 +13,67 @@ T = TypeVar("T")
 
 
 class ActiveRequest:
-    """One HTTP request in flight.
+    """One HTTP request in flight. Made in the event loop; `close` it when it has ended.
+
+    One timer watches its deadline, however many tokens come before: it interrupts whoever waits in `next` then.
 
     deadline: in the event loop's time, seconds; None: it may take as long as it takes.
     """
 
     def __init__(self, deadline: float | None) -> None:
-        self.deadline = deadline
         self._reason: ApiError | None = None
-        self._waits: set[asyncio.Timeout] = set()
+        self._is_late = False
+        self._waits: dict[asyncio.Task[object], int] = {}  # to how many requests to be cancelled each had before
+        self._interrupted: set[asyncio.Task[object]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._pass_deadline)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def abort(self, reason: ApiError) -> None:
         """Ends the request: whoever waits for its output gets `reason` raised, now or at the next wait."""
         if self._reason is None:
             self._reason = reason
-            now = asyncio.get_running_loop().time()
-            for wait in self._waits:
-                if not wait.expired():  # else the deadline came first, in this very moment
-                    wait.reschedule(now)
+            self._interrupt()
 
     async def next(self, items: AsyncGenerator[T, None]) -> T:
         """The next item. Raises TimeoutError at the deadline, the reason of an abort, and StopAsyncIteration.
 
-        After the first two the generator is closed: they interrupt it where it waits.
+        After the first two the generator is closed: they interrupt it where it waits. What is there without a wait is
+        handed out after the deadline too.
         """
         if self._reason is not None:
             raise self._reason
-        wait = asyncio.timeout_at(self.deadline)
-        try:
-            async with wait:
-                self._waits.add(wait)
+        if self._is_late:
+            async with asyncio.timeout(0):
                 return await anext(items)
-        except TimeoutError:
-            if self._reason is not None:
-                raise self._reason from None
+        task = asyncio.current_task()
+        assert task is not None
+        self._waits[task] = task.cancelling()
+        try:
+            return await anext(items)
+        except asyncio.CancelledError:
+            if task in self._interrupted and task.cancelling() <= self._waits[task] + 1:  # else others cancel it too
+                raise self._reason or TimeoutError from None
             raise
         finally:
-            self._waits.discard(wait)
+            del self._waits[task]
+            if task in self._interrupted:
+                self._interrupted.remove(task)
+                task.uncancel()
+
+    def _pass_deadline(self) -> None:
+        self._is_late = True
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        for task in self._waits:
+            if task not in self._interrupted:  # else the deadline or an abort came first, in this very moment
+                self._interrupted.add(task)
+                task.cancel()
 
 
 class ActiveRequests:
@@ -73,6 +97,7 @@ class ActiveRequests:
         try:
             yield active
         finally:
+            active.close()
             for name in names:
                 self._by_id[name].discard(active)
                 if not self._by_id[name]:

@@ -30,6 +30,8 @@ PLAIN_TOKENS = 64  # which only add their text, or their number, to an answer: t
 LINE_ENDS = {text.encode(): b"\\u%04x" % ord(text) for text in "\u2028\u2029\x85"}
 """Characters that may stand in JSON as they are, but at which many readers of events cut lines."""
 
+MARK = "the text of a chunk"  # stands for it where the rest is encoded ahead
+
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 encode = msgspec.json.Encoder().encode
@@ -40,6 +42,10 @@ class ReplyWriter(Protocol):
 
     def chunks(self, delta: Delta) -> Iterable[msgspec.Struct]:
         """What a stream says of a delta."""
+        ...
+
+    def text_chunk(self, index: int, text: str) -> msgspec.Struct | None:
+        """What a stream says of a delta in the middle of a choice, if that depends on nothing but its text."""
         ...
 
     def last_chunk(self) -> msgspec.Struct | None:
@@ -145,6 +151,7 @@ class EventSource:
         self._writer = writer
         self._choices = job.choices
         self._request_id = job.request_id
+        self._text_frames: dict[int, TextFrame | None] = {}  # by choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -166,10 +173,37 @@ class EventSource:
         await self._deltas.aclose()
 
     async def _encoded(self, delta: Delta) -> bytes:
+        if delta.text and not delta.is_first and delta.finish_reason is None:
+            if delta.index not in self._text_frames:
+                self._text_frames[delta.index] = make_text_frame(self._writer, delta.index)
+            frame = self._text_frames[delta.index]
+            if frame is not None:
+                return frame.encoded(delta.text)
         chunks = self._writer.chunks
         if _num_items(delta, self._choices[delta.index]) > LARGE_DELTA:  # the scores of a long prompt, or its text
             return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))
         return b"".join(_event(chunk) for chunk in chunks(delta))
+
+
+class TextFrame:
+    """An event of which all but the text is known before it comes, and encoded once."""
+
+    def __init__(self, head: bytes, tail: bytes) -> None:
+        self._head, self._tail = b"data: " + head, tail + b"\n\n"
+
+    def encoded(self, text: str) -> bytes:
+        return self._head + _without_line_ends(encode(text)) + self._tail
+
+
+def make_text_frame(writer: ReplyWriter, index: int) -> TextFrame | None:
+    """Of a choice's deltas; None where they say more than their text."""
+    empty, marked = writer.text_chunk(index, ""), writer.text_chunk(index, MARK)
+    if empty is None or marked is None:
+        return None
+    head, mark, tail = _without_line_ends(encode(marked)).partition(encode(MARK))
+    if not mark or head + encode("") + tail != _without_line_ends(encode(empty)):  # the mark is also a model's name
+        return None
+    return TextFrame(head, tail)
 
 
 class EventStream(StreamingResponse):
@@ -222,11 +256,15 @@ def _event(message: msgspec.Struct | dict[str, dict[str, str | None]]) -> bytes:
 
 
 def _framed(message: bytes) -> bytes:
+    return b"data: " + _without_line_ends(message) + b"\n\n"
+
+
+def _without_line_ends(message: bytes) -> bytes:
     if not message.isascii():
         for character, escaped in LINE_ENDS.items():
             if character in message:
                 message = message.replace(character, escaped)
-    return b"data: " + message + b"\n\n"
+    return message
 
 
 def _num_items(delta: Delta, choice: Choice) -> float:

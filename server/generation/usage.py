@@ -20,6 +20,11 @@ class StreamUsage:
         self._generation = generation
         self._num_tokens = 0
 
+    @property
+    def is_continuous(self) -> bool:
+        """Each chunk has its own."""
+        return self._is_continuous
+
     def count(self, delta: Delta) -> None:
         """Call it before the chunk that has the delta's tokens is worded."""
         self._num_tokens += len(delta.token_ids)

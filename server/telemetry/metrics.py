@@ -16,6 +16,7 @@ from engine.types import RequestTiming, StepStats
 from server.telemetry import metric_families as families
 from server.telemetry.metric_families import Family
 from server.telemetry.step_metrics import StepMetrics
+from server.telemetry.token_metrics import TokenMetrics
 from server.telemetry.vllm_metrics import VllmCollector
 from server.version import VERSION
 
@@ -46,6 +47,8 @@ class Metrics:
         self.model_name = model_name
         self.steps = StepMetrics(model_name, proposer)
         self.registry.register(self.steps)
+        self._tokens = TokenMetrics(model_name)
+        self.registry.register(self._tokens)
         self._make_request_instruments()
         self._deaths = families.ENGINE_DEATHS.counter(self.registry).labels(model_name)
         self._replayed = families.REPLAYED_REQUESTS.counter(self.registry).labels(model_name)
@@ -62,7 +65,6 @@ class Metrics:
         outcomes = families.REQUESTS.counter(registry)
         self._outcomes = {outcome: outcomes.labels(name, outcome) for outcome in OUTCOMES}
         self._time_to_first_token = families.TIME_TO_FIRST_TOKEN.histogram(registry).labels(name)
-        self._inter_token_latency = families.INTER_TOKEN_LATENCY.histogram(registry).labels(name)
         self._duration = families.REQUEST_DURATION.histogram(registry).labels(name)
         self._queue_time = families.QUEUE_TIME.histogram(registry).labels(name)
         self._prefill_time = families.PREFILL_TIME.histogram(registry).labels(name)
@@ -75,7 +77,6 @@ class Metrics:
         self._request_max_tokens = families.REQUEST_MAX_TOKENS.histogram(registry).labels(name)
         self._prompt_tokens = families.PROMPT_TOKENS.counter(registry).labels(name)
         self._cached_prompt_tokens = families.CACHED_PROMPT_TOKENS.counter(registry).labels(name)
-        self._generation_tokens = families.GENERATION_TOKENS.counter(registry).labels(name)
 
     # One HTTP request for text is one request: it arrives once, and is either finished or rejected, once.
 
@@ -114,11 +115,7 @@ class Metrics:
 
     def tokens_delivered(self, num_tokens: int, seconds_since_last: float | None) -> None:
         """Call it for every output that has tokens; `seconds_since_last` is None for a choice's first."""
-        self._generation_tokens.inc(num_tokens)
-        if seconds_since_last is not None:
-            latency = seconds_since_last / num_tokens
-            for _ in range(num_tokens):
-                self._inter_token_latency.observe(latency)
+        self._tokens.count(num_tokens, seconds_since_last)
 
     # EngineObserver
 

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.types import DEGRADED_MODES, StepStats
 from server.telemetry import metric_families as families
+from server.telemetry.distribution import Distribution
 from server.telemetry.metric_families import Family
 
 PHASES = ("schedule", "forward", "sample", "update", "propose")
-
-
-class Distribution:
-    """Counts of values by bucket, as a Prometheus histogram has them."""
-
-    def __init__(self, family: Family) -> None:
-        self._bounds = family.buckets
-        self._counts = [0] * (len(family.buckets) + 1)  # the last is beyond all bounds
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def add_to(self, metric: HistogramMetricFamily, labels: Sequence[str]) -> None:
-        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        counts = accumulate(self._counts)
-        metric.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sum)
 
 
 class Roofline:

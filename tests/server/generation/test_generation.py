@@ -305,3 +305,84 @@ async def _until(condition) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)  # the fake engine has nothing to wait for
+
+
+async def test_a_deadline_ends_a_request_whose_engine_is_silent_after_many_tokens() -> None:
+    """One timer for all waits: those that came in time neither stop it nor put it off."""
+    requests, loop = ActiveRequests(), asyncio.get_running_loop()
+    silence = asyncio.Event()
+
+    async def items():
+        for number in range(1000):
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+            yield number
+        await silence.wait()
+
+    deadline = loop.time() + 0.2
+    with requests.register("", ("a",), deadline) as active:
+        stream = items()
+        assert [await active.next(stream) for _ in range(1000)] == list(range(1000))
+        with pytest.raises(TimeoutError):
+            await active.next(stream)
+        assert loop.time() >= deadline
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+
+async def test_a_deadline_ends_every_choice_that_waits_and_not_who_waits_elsewhere() -> None:
+    requests, loop = ActiveRequests(), asyncio.get_running_loop()
+
+    async def never():
+        await asyncio.Event().wait()
+        yield 1
+
+    with requests.register("", ("a",), loop.time() + 0.05) as active:
+        waits = [asyncio.create_task(active.next(never())) for _ in range(3)]
+        await asyncio.sleep(0.1)  # as a reader that is slow: it is not interrupted
+        assert [type(wait.exception()) for wait in waits] == [TimeoutError] * 3
+
+
+async def test_what_is_there_after_the_deadline_is_still_handed_out() -> None:
+    requests, loop = ActiveRequests(), asyncio.get_running_loop()
+    queue: asyncio.Queue[int] = asyncio.Queue()
+
+    async def items():
+        while True:
+            yield await queue.get()
+
+    with requests.register("", ("a",), loop.time() + 0.01) as active:
+        for number in range(3):
+            queue.put_nowait(number)
+        await asyncio.sleep(0.05)
+        stream = items()
+        assert [await active.next(stream) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(TimeoutError):
+            await active.next(stream)
+
+
+async def test_a_task_that_is_cancelled_at_the_moment_of_its_deadline_is_cancelled() -> None:
+    requests, loop = ActiveRequests(), asyncio.get_running_loop()
+
+    async def never():
+        await asyncio.Event().wait()
+        yield 1
+
+    with requests.register("", ("a",), None) as active:
+        waiting = asyncio.create_task(active.next(never()))
+        await asyncio.sleep(0)
+        active.abort(ApiError(409, "it was aborted"))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert loop.time() > 0
+
+
+async def test_a_request_that_ended_leaves_no_timer(world, client) -> None:
+    path, body = COMPLETION
+    loop = asyncio.get_running_loop()
+    response = await client.post(path, json=body | {"timeout": 1000})
+    assert response.status_code == 200
+    timers = [handle for handle in loop._scheduled if not handle.cancelled()]
+    assert all(handle.when() < loop.time() + 900 for handle in timers)

@@ -10,7 +10,7 @@ import pytest
 
 from server.errors import ApiError
 from server.generation.choice import Delta
-from server.generation.streaming import EventStream, deliver, deliver_stream
+from server.generation.streaming import MARK, EventStream, deliver, deliver_stream, make_text_frame
 from server.protocol.responses import Completion, CompletionChoice
 
 
@@ -38,6 +38,9 @@ class Words:
 class PlainWriter:
     def chunks(self, delta: Delta):
         yield self.reply([delta])
+
+    def text_chunk(self, index: int, text: str):
+        return self.reply([Delta(index=index, text=text)])
 
     def last_chunk(self):
         return None
@@ -206,3 +209,29 @@ async def test_no_character_of_an_answer_ends_a_line_of_a_stream(world, client, 
     assert all(line.startswith("data: ") for line in raw.splitlines() if line)
     events = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: {")]
     assert "".join(event["choices"][0]["text"] for event in events) == text
+
+
+class Narrator(PlainWriter):
+    """Puts what is said of the choice's text into other fields of its chunks too."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def reply(self, choices: list[Delta]) -> Completion:
+        reply = super().reply(choices)
+        reply.model = self.name
+        return reply
+
+
+@pytest.mark.parametrize("name", ["m", "é\u2028", '"text":""', MARK, f"a {MARK}", json.dumps(MARK)])
+@pytest.mark.parametrize("text", ["plain", '"\\\n\r', "é\u2028\x85 🙂", "\x00\x1f", MARK, "", "data: [DONE]"])
+def test_what_is_encoded_ahead_is_what_would_be_encoded_then(name: str, text: str) -> None:
+    frame = make_text_frame(Narrator(name), 0)
+    if frame is None:
+        assert MARK in name
+        return
+    (line, *rest) = frame.encoded(text).split(b"\n\n")
+    assert rest == [b""]
+    reply = json.loads(line.removeprefix(b"data: "))
+    assert (reply["model"], reply["choices"][0]["text"]) == (name, text)
+    assert len(line.decode().splitlines()) == 1

@@ -9,8 +9,8 @@ import torch
 from engine.sampling.host_sampler import HostSampler
 from engine.sampling.triton_sampler import TritonSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
+from kernels.triton.sampling import sample_tokens as sampling
 from kernels.triton.sampling import token_scores
-from kernels.triton.sampling.sample_tokens import sample_tokens as sampling
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread_and_seed"),

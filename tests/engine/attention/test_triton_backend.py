@@ -1,4 +1,4 @@
-"""Strict attention on the device: a row's bits do not depend on how many rows its sequence has in the step."""
+"""Attention by Triton's kernels; with one path, a row's bits do not depend on its chunk either."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,35 @@ from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.triton import configs
+from tests.support.conformance.attention import AttentionConformance
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 CONTEXT, BLOCK_SIZE = 21, 16
+SMALL = configs.AttentionConfig(
+    split_size=32, max_split_queries=8, decode_rows=16, decode_keys=32, prompt_rows=32, prompt_keys=32
+)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter, to what is right
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+class TestTritonAttention(AttentionConformance):
+    num_random_batches = 4
+    num_shuffles = 1
+    rounds_queries_to_the_cache = True
+    head_dims = (32, 64)
+    contexts = (0, 1, 17, 40)
+    longest_chunk = 20
+
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, chip: SMALL)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def make(self, cache: KVCache) -> TritonAttention:
+        return TritonAttention(cache)
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -91,9 +91,8 @@ class NumbaAttention:
 
         rope: (index of the rotation, its width); norms: addresses of the heads' norm weights or 0, and their epsilon
         """
-        cache = self.kv_cache
         index, width = rope or (0, 0)
-        where = (cache.kv[layer.index].data_ptr(), FORMAT_OF[cache.dtype], cache.num_blocks, cache.block_size)
+        where = self._where(layer)
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         store = operation(
             Operation.ROTATE_AND_STORE,
@@ -115,6 +114,13 @@ class NumbaAttention:
             factors=(layer.scale, layer.soft_cap or 0.0),
         )
         return [store, attend]
+
+    def _where(self, layer: AttentionLayer) -> tuple[int, ...]:
+        """Where the layer's keys and values lie, as `attend_unit` takes it."""
+        cache = self.kv_cache
+        keys, values = cache.k[layer.index], cache.v[layer.index]
+        strides = [stride * keys.itemsize for stride in keys.stride()[:2]]
+        return keys.data_ptr(), values.data_ptr(), FORMAT_OF[cache.dtype], cache.block_size, *strides
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         """For models whose layers run on torch."""

@@ -22,8 +22,8 @@ class TorchAttention:
 
     def __init__(self, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
-        self._blocks = [kv.view(-1, kv.shape[3] * kv.shape[4]) for kv in kv_cache.kv]
-        self._tokens = [kv.view(-1, kv.shape[4]) for kv in kv_cache.kv]
+        self._parts = [kv_cache.parts(layer) for layer in range(len(kv_cache.v))]
+        self._tokens = [parts.view(-1, v.shape[3]) for parts, v in zip(self._parts, kv_cache.v, strict=True)]
         self._plans: dict[Geometry, AttentionPlan] = {}
         self._scratch = torch.empty(0, dtype=kv_cache.dtype)
 
@@ -53,13 +53,13 @@ class TorchAttention:
         return normalise_rotate_and_attend(self, qkv, rotation, norms, layer, batch)
 
     def _attend_group(self, q: Tensor, group: DecodeGroup, layer: AttentionLayer) -> Tensor:
-        k, v = self._gather(group.block_rows, group.blank_rows, group.num_contexts, layer, q.dtype)
+        k, v = self._gather(group.parts, group.blank_rows, group.num_contexts, layer, q.dtype)
         rows = q.reshape(group.num_contexts, -1, layer.head_dim)
         out: Tensor = attend(rows, k, v, group.bias, layer.scale, layer.soft_cap)
         return out
 
     def _attend_chunk(self, q: Tensor, chunk: PromptChunk, layer: AttentionLayer) -> Tensor:
-        k, v = self._gather(chunk.block_rows, None, layer.num_kv_heads, layer, q.dtype)
+        k, v = self._gather(chunk.parts, None, layer.num_kv_heads, layer, q.dtype)
         out: Tensor = attend_chunk(
             q, k[:, : chunk.num_tokens], v[:, : chunk.num_tokens], chunk.bias, layer.scale, layer.soft_cap
         )
@@ -67,20 +67,20 @@ class TorchAttention:
 
     def _gather(
         self,
-        block_rows: Tensor,
+        parts: Tensor,
         blank_rows: Tensor | None,
         num_contexts: int,
         layer: AttentionLayer,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """k, v: [num_contexts, num_tokens, head_dim], valid until the next call."""
-        blocks = self._blocks[layer.index]
-        num_elements = block_rows.shape[0] * blocks.shape[1]
+        rows = self._parts[layer.index]
+        num_elements = parts.shape[0] * rows.shape[1]
         if self._scratch.numel() < num_elements:
-            # kept, as fresh memory costs more to touch than the blocks cost to copy
+            # kept, as fresh memory costs more to touch than the parts cost to copy
             with torch.inference_mode(False):  # made in the mode, it could not be written outside of it
-                self._scratch = blocks.new_empty(num_elements)
-        k, v = gather_context(blocks, block_rows, blank_rows, num_contexts, layer.head_dim, self._scratch)
+                self._scratch = rows.new_empty(num_elements)
+        k, v = gather_context(rows, parts, blank_rows, num_contexts, layer.head_dim, self._scratch)
         return (k, v) if k.dtype == dtype else (k.to(dtype), v.to(dtype))
 
     def _plan(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> AttentionPlan:
@@ -90,7 +90,7 @@ class TorchAttention:
             num_kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
             window=layer.window,
-            num_blocks=cache.num_blocks,
+            parts_per_block=cache.parts_per_block(layer.index),
             block_size=cache.block_size,
             dtype=q.dtype,
         )

@@ -33,7 +33,7 @@ class Geometry:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    num_blocks: int
+    parts_per_block: int  # as in `KVCache.parts`
     block_size: int
     dtype: torch.dtype  # of the scores
 
@@ -44,7 +44,7 @@ class DecodeGroup:
 
     num_contexts: int  # num_seqs * num_kv_heads
     query_rows: Tensor  # [num_contexts * group * num_queries] rows of q seen as [num_tokens * num_heads, head_dim]
-    block_rows: Tensor  # as in `gather_context`
+    parts: Tensor  # as in `gather_context`
     blank_rows: Tensor | None
     bias: Tensor  # [num_contexts, 1 or group * num_queries, num_tokens]
 
@@ -55,13 +55,13 @@ class PromptChunk:
 
     rows: slice
     num_tokens: int  # of context gathered and visible
-    block_rows: Tensor
+    parts: Tensor
     bias: Tensor | None  # [num_queries, num_tokens]; None is causal over a square
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    store_rows: Tensor  # [num_tokens * 2 * num_kv_heads] rows of a layer's cache seen as [..., head_dim]
+    store_rows: Tensor  # [num_tokens * 2 * num_kv_heads] rows of `KVCache.parts` seen as [..., head_dim]
     groups: list[DecodeGroup]
     chunks: list[PromptChunk]
     in_order: bool  # one group whose rows are q's rows in q's order
@@ -107,9 +107,9 @@ class _Planner:
             step = max(1, MAX_GATHERED // (2 * num_tokens * geometry.num_kv_heads * geometry.head_dim))
             for start in range(0, len(seqs), step):
                 groups.append(self._group(np.array(seqs[start : start + step]), num_queries, num_tokens))
-        heads = torch.arange(2 * geometry.num_kv_heads, device=self.device)
-        num_slots = geometry.num_blocks * geometry.block_size
-        store_rows = (self.batch.slots[:, None] + heads * num_slots).flatten()
+        size, slots = geometry.block_size, self.batch.slots[:, None]
+        parts = slots // size * geometry.parts_per_block + self._tensor(self._parts_of_block())
+        store_rows = (parts * size + slots % size).flatten()
         in_order = not chunks and len(groups) == 1 and next(iter(by_shape))[0] == 1
         return AttentionPlan(store_rows, groups, chunks, in_order)
 
@@ -133,7 +133,7 @@ class _Planner:
         return DecodeGroup(
             num_contexts=num_seqs * num_kv_heads,
             query_rows=self._tensor(query_rows),
-            block_rows=self._block_rows(self.tables[seqs[:, None], column]),
+            parts=self._parts(self.tables[seqs[:, None], column]),
             blank_rows=self._blank_rows(seqs, num_tokens),
             bias=bias.reshape(num_seqs * num_kv_heads, -1, num_tokens),
         )
@@ -148,14 +148,18 @@ class _Planner:
         return PromptChunk(
             rows=slice(int(self.starts[b]), int(self.starts[b + 1])),
             num_tokens=num_tokens,
-            block_rows=self._block_rows(self.tables[b : b + 1, first:end]),
+            parts=self._parts(self.tables[b : b + 1, first:end]),
             bias=None if is_causal else self._bias(np.array([b]), num_queries, num_tokens)[0],
         )
 
-    def _block_rows(self, tables: Ints) -> Tensor:
-        """tables: [num_seqs, blocks per context], block numbers."""
-        heads = np.arange(2 * self.geometry.num_kv_heads).reshape(2, 1, -1, 1) * self.geometry.num_blocks
-        return self._tensor(heads + tables[None, :, None, :])
+    def _parts(self, tables: Ints) -> Tensor:
+        """Rows of `KVCache.parts`, keys first. tables: [num_seqs, blocks per context], block numbers."""
+        heads = self._parts_of_block().reshape(2, 1, -1, 1)
+        return self._tensor(heads + tables[None, :, None, :] * self.geometry.parts_per_block)
+
+    def _parts_of_block(self) -> Ints:
+        """Where a block's parts lie that are a layer's: its keys, [num_kv_heads], and its values."""
+        return np.arange(2 * self.geometry.num_kv_heads).reshape(-1, 2).T
 
     def _blank_rows(self, seqs: Ints, num_tokens: int) -> Tensor | None:
         """What follows a sequence's last token in its last block, and in the copies of a block that is the only one."""

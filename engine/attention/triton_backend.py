@@ -71,7 +71,7 @@ class TritonAttention:
     ) -> None:
         self.kv_cache = kv_cache
         self.one_path = one_path
-        self.workspace = workspace or Workspace(0, 0, kv_cache.kv[0].device)
+        self.workspace = workspace or Workspace(0, 0, kv_cache.device)
         self.graph_space = graph_space
         self._prepared: dict[_Geometry, Prepared] = {}
         self._tree_words: Tensor | None = None
@@ -178,7 +178,7 @@ class TritonAttention:
                 group=layer.num_heads // layer.num_kv_heads,
                 num_kv_heads=layer.num_kv_heads,
                 config=config,
-                device=self.kv_cache.kv[0].device,
+                device=self.kv_cache.device,
             )
         return open_plan
 

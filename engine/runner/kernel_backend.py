@@ -125,7 +125,7 @@ def make_gpu_runner(
     from engine.attention.triton_backend import TritonAttention, make_graph_space
     from engine.runner.cuda_graphs import GraphLimits, GraphRunner
 
-    device = cache.kv[0].device
+    device = cache.device
     space = make_graph_space(
         model.attention_layers,
         plan.dtype,

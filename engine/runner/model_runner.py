@@ -60,7 +60,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.attention = attention
         self.block_size = block_size
-        self.device = kv_cache.kv[0].device
+        self.device = kv_cache.device
         self.graphs = graphs or NoGraphs()
         self.tables = tables or BlockTables()
         self._builder = BatchBuilder(block_size, self.device, self.tables)

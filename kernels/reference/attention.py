@@ -13,11 +13,12 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     """Writes the step's keys and values into their slots.
 
     k, v: [num_tokens, num_kv_heads, head_dim]
-    k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset
     """
-    k_cache.flatten(1, 2).index_copy_(1, slots, k.transpose(0, 1).to(k_cache.dtype))
-    v_cache.flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1).to(v_cache.dtype))
+    blocks, offsets = slots // k_cache.shape[2], slots % k_cache.shape[2]
+    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
 
 
 def paged_attention(
@@ -42,7 +43,7 @@ def paged_attention(
     Computed in float64 where q is float64, else in float32; returned in q's shape and dtype.
 
     q: [num_tokens, num_heads, head_dim]
-    k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     block_tables: [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; seq_lens: [num_seqs]
     scale: multiplies q @ k.T
     window: a row sees itself and the window - 1 positions before it
@@ -51,15 +52,15 @@ def paged_attention(
     positions: [num_tokens], needed with a window and a tree only: a draft's position is its depth
     sinks: [num_heads], a score per head that takes part in the softmax and carries no value (gpt-oss)
     """
-    num_heads, num_kv_heads = q.shape[1], k_cache.shape[0]
+    num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty_like(q)
     starts = query_starts.tolist()
     for b, length in enumerate(seq_lens.tolist()):
         rows = slice(starts[b], starts[b + 1])
         num_queries = rows.stop - rows.start
-        k, v = (cache[:, block_tables[b]].flatten(1, 2)[:, :length].to(dtype) for cache in (k_cache, v_cache))
-        k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
+        k, v = (cache[block_tables[b]].transpose(0, 1).flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
+        k, v = (x.to(dtype).repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
         sees = visible(
             num_queries,
             length,

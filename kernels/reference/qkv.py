@@ -47,12 +47,12 @@ def rotate_and_store(
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first
     cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim; None: nothing turns (a layer without positions)
-    k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset
     q_weight, k_weight: [head_dim], a norm of each head (Qwen3), or [heads * head_dim], of all as one (OLMoE)
     Returns the queries, [num_tokens, num_heads, head_dim].
     """
-    num_kv_heads = k_cache.shape[0]
+    num_kv_heads = k_cache.shape[1]
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     q, k = normalise_and_rotate(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
     store_kv(k, v, k_cache, v_cache, slots)

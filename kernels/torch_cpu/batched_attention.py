@@ -13,19 +13,19 @@ MAX_SCORES = 1 << 23  # scores held at once where a prompt chunk cannot use the 
 
 
 def gather_context(
-    blocks: Tensor, block_rows: Tensor, blank_rows: Tensor | None, num_contexts: int, head_dim: int, out: Tensor
+    cache: Tensor, parts: Tensor, blank_rows: Tensor | None, num_contexts: int, head_dim: int, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Copies the blocks of a group of contexts (one per sequence and KV head) next to each other.
+    """Copies the blocks' parts of a group of contexts (one per sequence and KV head) next to each other.
 
-    blocks: [2 * num_kv_heads * num_blocks, block_size * head_dim], a layer's cache
-    block_rows: [2 * num_contexts * blocks per context] rows of it, first of the keys and then of the values
+    cache: [..., block_size * head_dim], a layer's keys and values, one row for those of a head and block
+    parts: [2 * num_contexts * blocks per context] rows of it, first of the keys and then of the values
     blank_rows: rows of the result, seen as [2 * num_contexts * num_tokens, head_dim], that hold no token of the
         context: they are zeroed, since what is masked must still be finite
     out: [>= as many elements as are gathered], the memory of the result
     Returns k, v: [num_contexts, num_tokens, head_dim].
     """
-    context = out[: block_rows.shape[0] * blocks.shape[1]].view(-1, blocks.shape[1])
-    torch.index_select(blocks, 0, block_rows, out=context)
+    context = out[: parts.shape[0] * cache.shape[1]].view(-1, cache.shape[1])
+    torch.index_select(cache, 0, parts, out=context)
     if blank_rows is not None:
         context.view(-1, head_dim).index_fill_(0, blank_rows, 0.0)
     k, v = context.view(2, num_contexts, -1, head_dim).unbind(0)

@@ -124,9 +124,9 @@ def make_case(
         is_used[blocks] = True
         is_used[blocks[-1], (length - 1) % BLOCK_SIZE + 1 :] = False
         first += num
-    shape = (2, heads.num_kv_heads, num_blocks, BLOCK_SIZE, heads.head_dim)
+    shape = (num_blocks, heads.num_kv_heads, 2, BLOCK_SIZE, heads.head_dim)
     cache = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-    cache[:, :, ~is_used] = torch.nan
+    cache.permute(0, 3, 1, 2, 4)[~is_used] = torch.nan
     num_new = torch.tensor([new for new, _ in lens], device=device)
     query_starts = torch.cat((num_new.new_zeros(1), num_new.cumsum(0)))
     q = torch.empty(int(num_new.sum()), heads.num_heads, heads.head_dim, dtype=dtype, device=device)
@@ -134,8 +134,8 @@ def make_case(
         heads=heads,
         lens=lens,
         q=q.normal_(generator=generator),
-        k_cache=cache[0],
-        v_cache=cache[1],
+        k_cache=cache[:, :, 0],
+        v_cache=cache[:, :, 1],
         block_tables=block_tables,
         query_starts=query_starts,
         seq_lens=torch.tensor([length for _, length in lens], device=device),

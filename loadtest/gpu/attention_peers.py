@@ -45,7 +45,7 @@ def flex(case: AttentionCase) -> Attend:
 def flash(case: AttentionCase) -> Attend:
     """FlashAttention-3, paged, with the number of splits that it chooses itself. FileNotFoundError where it is not."""
     fwd = _flash_operation()
-    k, v = (cache.permute(1, 2, 0, 3).contiguous() for cache in (case.k_cache, case.v_cache))
+    k, v = (cache.transpose(1, 2).contiguous() for cache in (case.k_cache, case.v_cache))
     starts, seq_lens, tables = (x.int() for x in (case.query_starts, case.seq_lens, case.block_tables))
     longest_query, longest = (max(part) for part in zip(*case.lens, strict=True))
 
@@ -68,7 +68,7 @@ def _contiguous(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, bool]:
     assert not others, f"sequences of different lengths: {case.lens}"
     assert new in (1, length), f"{new} new of {length} tokens"
     k, v = (
-        cache[:, case.block_tables].flatten(2, 3)[:, :, :length].transpose(0, 1).contiguous()
+        cache[case.block_tables].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
         for cache in (case.k_cache, case.v_cache)
     )
     q = case.q.unflatten(0, (len(case.lens), new)).transpose(1, 2).contiguous()

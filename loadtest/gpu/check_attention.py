@@ -111,7 +111,7 @@ def _store(context: Context, dtypes: list[torch.dtype]) -> Iterator[Record]:
         for num_kv_heads, head_dim in ((8, 128), (3, 80)):
             k, v = torch.randn(2, 50, num_kv_heads, head_dim, device=device, generator=generator).to(dtype)
             slots = torch.randperm(20 * 16, device=device, generator=generator)[:50]
-            shape = (2, num_kv_heads, 20, 16, head_dim)
+            shape = (2, 20, num_kv_heads, 16, head_dim)
             found, expected = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             store_kv(k, v, found[0], found[1], slots)
             kernels.reference.attention.store_kv(k, v, expected[0], expected[1], slots)

@@ -75,7 +75,7 @@ def _rotations(context: Context, dtype: torch.dtype) -> Iterator[Record]:
             weights = torch.randn(2, head_dim, device=device, generator=generator).to(dtype)
             q_weight, k_weight = (weights[0], weights[1]) if has_norm else (None, None)
             options = {"num_heads": num_heads, "q_weight": q_weight, "k_weight": k_weight}
-            shape = (2, num_kv_heads, 4, 16, head_dim)
+            shape = (2, 4, num_kv_heads, 16, head_dim)
             found, expected = (torch.zeros(shape, device=device, dtype=kind) for kind in (dtype, torch.float64))
             with poisoned_memory():
                 q = kernels.triton.layers.qkv.rotate_and_store(qkv, cos, sin, found[0], found[1], slots, **options)

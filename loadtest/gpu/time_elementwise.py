@@ -106,6 +106,6 @@ def _cache(
     shape: Shape, dtype: torch.dtype, generator: torch.Generator, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_blocks = max(_NUM_BLOCKS, num_rows // 16)
-    size = (2, shape.num_kv_heads, num_blocks, 16, shape.head_dim)
+    size = (num_blocks, shape.num_kv_heads, 2, 16, shape.head_dim)
     slots = torch.randperm(num_blocks * 16, device=generator.device, generator=generator)[:num_rows]
-    return torch.zeros(size, dtype=dtype, device=generator.device), slots
+    return torch.zeros(size, dtype=dtype, device=generator.device).permute(2, 0, 1, 3, 4), slots

@@ -107,7 +107,6 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
         model, model, tables, limits=limits, graph_device=NoGraphDevice(), device=torch.device("cpu")
     )  # fmt: skip
     cache = KVCache((), num_blocks=1, block_size=BLOCK_SIZE, dtype=torch.float32)
-    cache.kv = [torch.zeros(1)]  # which says where the cache is
     runner = ModelRunner(model, cache, model, block_size=BLOCK_SIZE, tables=tables, graphs=graphs)
     num_blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 2
     scheduler = Scheduler(

@@ -142,5 +142,4 @@ def tree_of(part: Part) -> tuple[Tensor, Tensor]:
 
 def spoil(cache: KVCache) -> None:
     """Writes into all of the cache what no result may show."""
-    for kv in cache.kv:
-        kv.fill_(math.nan)
+    cache.blocks.fill_(math.nan)

@@ -128,13 +128,14 @@ def _update_softmax(address, num_vectors, out, size, state):
 
 @njit
 def attend_unit(
-    qkv, out, num_heads, num_kv_heads, size, scale, soft_cap, window, cache, kind, blocks, block,
-    first_token, num_tokens, kv_head, context, first_row, num_new, positions, tables, tree, tree_width, scratch,
+    qkv, out, num_heads, num_kv_heads, size, scale, soft_cap, window, keys, values, kind, block,
+    block_bytes, head_bytes, first_token, num_tokens, kv_head, context, first_row, num_new, positions, tables,
+    tree, tree_width, scratch,
 ):  # fmt: skip
     """Attends for tokens first_token..+num_tokens (rows of the step) of one sequence, with one KV head.
 
     qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; out: float32 [rows, num_heads * size]
-    cache: as `rotate_and_store_rows` writes it; tables: int64, the blocks of the sequence
+    keys, ..., head_bytes: the paged cache, as of `rotate_and_store_rows`; tables: int64, the blocks of the sequence
     context: tokens of the sequence in the cache, this step's included: num_new of them, from row first_row on
     positions: int64 [rows], of each row in its sequence; tree: uint8 [rows, tree_width], which of the sequence's rows
     of this step a row attends to, or address 0 where attention is causal
@@ -144,9 +145,8 @@ def attend_unit(
     group = num_heads // num_kv_heads
     rows = num_tokens * group
     element = 4 if kind == FLOAT32 else 2
-    block_bytes = block * size * element
-    keys = cache + kv_head * blocks * block_bytes
-    values = keys + num_kv_heads * blocks * block_bytes
+    keys += kv_head * head_bytes
+    values += kv_head * head_bytes
     pages = integers(tables, (context + block - 1) // block)
     keys_at, values_at = scratch, scratch + (MAX_PARTS + PARTS_AHEAD) * 8
     key_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD)

@@ -92,20 +92,22 @@ def rotate_and_store_rows(
     sin,
     width,
     slots,
-    cache,
+    keys,
+    values,
     kind,
-    blocks,
     block,
+    block_bytes,
+    head_bytes,
 ):
     """Normalises and rotates queries and keys in place, and writes keys and values into the paged cache.
 
     qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; q_norm, k_norm: float32 [size], or 0
     cos, sin: float32 [rows, width], width rotated elements of a head, 0 for none; slots: int64 [rows]
-    cache: one layer, [2, num_kv_heads, blocks, ...], of `kind`: keys of a block are [size, block], values [block, size]
+    keys, values: one layer's cache, addresses of the first head of block 0, elements of `kind`: of a block, each head's
+    keys are [size, block] and its values [block, size]; block_bytes, head_bytes: from a block to the next, and a head
     """
     element = 4 if kind == FLOAT32 else 2
     row_bytes = (num_heads + 2 * num_kv_heads) * size * 4
-    head_bytes = blocks * block * size * element
     places = integers(slots, last)
     for row in range(first, last):
         heads = qkv + row * row_bytes
@@ -118,14 +120,15 @@ def rotate_and_store_rows(
                 _rotate_head(address, cos + row * width * 4, sin + row * width * 4, width // 2)
         page, offset = places[row] // block, places[row] % block
         for head in range(num_kv_heads):
-            keys = floats(heads + (num_heads + head) * size * 4, size)
-            values = floats(heads + (num_heads + num_kv_heads + head) * size * 4, size)
-            key_block = cache + head * head_bytes + page * block * size * element
-            value_row = key_block + num_kv_heads * head_bytes + offset * size * element
+            new_keys = floats(heads + (num_heads + head) * size * 4, size)
+            new_values = floats(heads + (num_heads + num_kv_heads + head) * size * 4, size)
+            place = page * block_bytes + head * head_bytes
+            key_column = keys + place + offset * element
+            value_row = values + place + offset * size * element
             for i in range(size):
-                _store(keys[i], key_block + (i * block + offset) * element, kind)
+                _store(new_keys[i], key_column + i * block * element, kind)
             for i in range(size):
-                _store(values[i], value_row + i * element, kind)
+                _store(new_values[i], value_row + i * element, kind)
 
 
 @njit

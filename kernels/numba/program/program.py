@@ -133,8 +133,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
         kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
         attend_unit(
             op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
-            tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS], tile[5], step[_TREE],
-            step[_TREE_WIDTH], scratch,
+            op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS], tile[5],
+            step[_TREE], step[_TREE_WIDTH], scratch,
         )  # fmt: skip
     elif kind == _NORMALISE:
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
@@ -144,7 +144,7 @@ def _run_unit(unit, op, op_floats, step, scratch):
         cos, sin = (step[_ROTATIONS + 2 * op[7]], step[_ROTATIONS + 2 * op[7] + 1]) if op[8] != 0 else (0, 0)
         rotate_and_store_rows(
             op[1], first, last, op[2], op[3], op[4], op[5], op[6], op_floats[0], cos, sin, op[8], step[_SLOTS],
-            op[9], op[10], op[11], op[12],
+            op[9], op[10], op[11], op[12], op[13], op[14],
         )  # fmt: skip
     elif kind == _SILU:
         silu_and_multiply_rows(op[1], op[2], first, last, op[3])

@@ -61,7 +61,7 @@ def paged_attention(
     length 0 (the padding of a CUDA graph) is skipped.
 
     q: [num_tokens, num_heads, head_dim]
-    k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     block_tables: [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; seq_lens: [num_seqs]
     scale: multiplies q @ k.T
     window: a row sees itself and the window - 1 positions before it
@@ -73,7 +73,7 @@ def paged_attention(
     """
     _check(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
     if prepared is None:
-        prepared = _prepare(q, query_starts, seq_lens, k_cache.shape[0])
+        prepared = _prepare(q, query_starts, seq_lens, k_cache.shape[1])
     words = None
     if tree_mask is not None:
         words = pack_tree(tree_mask) if prepared.tree_words is None else prepared.tree_words
@@ -121,7 +121,7 @@ class _Call:
 
     @property
     def group(self) -> int:
-        return self.inputs[0].shape[1] // self.inputs[1].shape[0]
+        return self.inputs[0].shape[1] // self.inputs[1].shape[1]
 
     @property
     def features(self) -> dict[str, bool]:
@@ -149,7 +149,7 @@ class _Call:
 
 def _start_prompts(call: _Call, prepared: Prepared) -> None:
     plan, config = prepared.plan, prepared.config
-    prompt_kernel[(len(plan.prompt_tiles), call.inputs[1].shape[0])](
+    prompt_kernel[(len(plan.prompt_tiles), call.inputs[1].shape[1])](
         *call.pointers,
         plan.prompt_tiles,
         *call.numbers,
@@ -164,7 +164,7 @@ def _start_prompts(call: _Call, prepared: Prepared) -> None:
 
 def _start_splits(call: _Call, config: AttentionConfig, part: SplitPass, items: tuple[Tensor, Tensor]) -> None:
     values, sums = items
-    split_kernel[(len(part.tiles), call.inputs[1].shape[0], part.num_programs)](
+    split_kernel[(len(part.tiles), call.inputs[1].shape[1], part.num_programs)](
         *call.pointers,
         part.tiles,
         part.item_starts,
@@ -211,7 +211,7 @@ def _start_joints(call: _Call, config: AttentionConfig, part: SplitPass, items: 
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Tensor, seq_lens: Tensor
 ) -> None:
-    num_heads, num_kv_heads = q.shape[1], k_cache.shape[0]
+    num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     assert k_cache.shape == v_cache.shape, f"caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
     assert k_cache.shape[3] == q.shape[2], f"heads of {q.shape[2]} over a cache of {k_cache.shape[3]}"
     assert num_heads % num_kv_heads == 0, f"{num_heads} heads do not share {num_kv_heads} key heads evenly"

@@ -26,13 +26,13 @@ def rotate_and_store(
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first
     cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim; None: nothing turns (a layer without positions)
-    k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset; a negative one skips the write (the padding of a CUDA graph)
     q_weight, k_weight: [head_dim], a norm of each head (Qwen3), or [heads * head_dim], of all as one (OLMoE)
     Returns the queries, [num_tokens, num_heads, head_dim].
     """
     num_tokens, all_heads, head_dim = qkv.shape
-    num_kv_heads, _, block_size, _ = k_cache.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
     assert all_heads == num_heads + 2 * num_kv_heads, f"{all_heads} heads, not {num_heads} + 2 * {num_kv_heads}"
     assert (cos is None, q_weight is None) == (sin is None, k_weight is None), "both factors, both norms, or none"
     assert k_cache.shape[3] == head_dim, f"heads of {head_dim} for a cache of {k_cache.shape[3]}"
@@ -104,8 +104,8 @@ def qkv_kernel(
     stride_token,
     stride_head,
     stride_factor,
-    stride_cache_head,
     stride_cache_block,
+    stride_cache_head,
     stride_cache_slot,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,

@@ -13,14 +13,14 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     """Writes the step's keys and values into their slots.
 
     k, v: [num_tokens, num_kv_heads, head_dim], heads contiguous
-    k_cache, v_cache: [num_kv_heads, num_blocks, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset; a negative one skips the token (the padding of a CUDA graph)
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     assert v.shape == k.shape, f"keys {tuple(k.shape)}, values {tuple(v.shape)}"
     assert slots.shape == (num_tokens,), f"{tuple(slots.shape)} slots for {num_tokens} tokens"
     assert k_cache.shape == v_cache.shape, f"caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-    assert (k_cache.shape[0], k_cache.shape[3]) == (num_kv_heads, head_dim), f"{tuple(k_cache.shape)} for {k.shape}"
+    assert (k_cache.shape[1], k_cache.shape[3]) == (num_kv_heads, head_dim), f"{tuple(k_cache.shape)} for {k.shape}"
     assert k_cache.stride() == v_cache.stride(), "keys and values lie alike"
     assert k.stride(2) == v.stride(2) == k_cache.stride(3) == 1, "the head dimension is contiguous"
     if not num_tokens:
@@ -57,8 +57,8 @@ def store_kv_kernel(
     stride_k_head,
     stride_v_token,
     stride_v_head,
-    stride_cache_head,
     stride_cache_block,
+    stride_cache_head,
     stride_cache_slot,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

@@ -13,13 +13,11 @@ from engine.kv_cache.storage import KVCache
 def test_moved_tokens_are_read_before_any_is_written(keys_as_columns: bool) -> None:
     layers = [AttentionLayer(0, 2, 2, 8, 1.0), AttentionLayer(1, 4, 1, 16, 1.0)]
     cache = KVCache(layers, num_blocks=3, block_size=4, dtype=torch.float32, keys_as_columns=keys_as_columns)
-    for kv in cache.kv:
-        kv.copy_(torch.randn_like(kv))
+    cache.blocks.normal_()
 
     def tokens_of(index: int) -> Tensor:
         """[2, heads, slots, head size]"""
-        keys = cache.k[index].transpose(2, 3) if keys_as_columns else cache.k[index]
-        return torch.stack((keys, cache.v[index])).flatten(2, 3)
+        return torch.stack((cache.k[index], cache.v[index])).transpose(1, 2).flatten(2, 3)
 
     before = [tokens_of(index).clone() for index in range(2)]
     cache.move(torch.tensor([5, 6, 11]), torch.tensor([4, 5, 6]))
@@ -30,20 +28,51 @@ def test_moved_tokens_are_read_before_any_is_written(keys_as_columns: bool) -> N
         assert torch.equal(tokens[:, :, kept], old[:, :, kept])
 
 
+@pytest.mark.parametrize("keys_as_columns", [False, True])
+def test_a_block_is_one_piece_with_the_keys_and_values_of_all_layers(keys_as_columns: bool) -> None:
+    layers = [AttentionLayer(0, 2, 2, 8, 1.0), AttentionLayer(1, 4, 1, 12, 1.0), AttentionLayer(2, 2, 2, 8, 1.0)]
+    cache = KVCache(layers, num_blocks=3, block_size=4, dtype=torch.float32, keys_as_columns=keys_as_columns)
+    assert cache.blocks[1].is_contiguous()
+    for view in (*cache.k, *cache.v):
+        assert not view[1].any()
+        view[1] += 1  # each place once
+    of_layers = sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * 4
+    assert cache.blocks[1].sum() == of_layers
+    assert not cache.blocks[[0, 2]].any()
+    copy = torch.zeros_like(cache.blocks[1]).copy_(cache.blocks[1])
+    cache.blocks[2] = copy
+    for view in (*cache.k, *cache.v):
+        assert torch.equal(view[2], view[1])
+
+
 def test_keys_as_columns_are_one_panel_of_a_product() -> None:
     layer = AttentionLayer(0, 2, 2, 8, 1.0)
     cache = KVCache([layer], num_blocks=3, block_size=4, dtype=torch.float32, keys_as_columns=True)
-    assert cache.k[0].shape == (2, 3, 8, 4)
-    assert cache.v[0].shape == (2, 3, 4, 8)
-    assert cache.k[0].is_contiguous()
-    assert cache.k[0].data_ptr() == cache.kv[0].data_ptr()
+    assert cache.k[0].shape == cache.v[0].shape == (3, 2, 4, 8)
+    assert cache.k[0][1, 1].T.is_contiguous()
+    assert cache.v[0][1, 1].is_contiguous()
+    assert cache.k[0].data_ptr() == cache.blocks.data_ptr()
+
+
+def test_parts_are_the_keys_and_values_of_a_head_in_a_block() -> None:
+    layers = [
+        AttentionLayer(0, 2, 2, 8, 1.0),
+        AttentionLayer(1, 4, 3, 12, 1.0),
+    ]  # of sizes that do not divide the block
+    cache = KVCache(layers, num_blocks=3, block_size=4, dtype=torch.float32)
+    cache.blocks.normal_()
+    for layer in layers:
+        parts, step = cache.parts(layer.index), cache.parts_per_block(layer.index)
+        for block in range(3):
+            for head in range(layer.num_kv_heads):
+                assert torch.equal(parts[block * step + 2 * head], cache.k[layer.index][block, head].flatten())
+                assert torch.equal(parts[block * step + 2 * head + 1], cache.v[layer.index][block, head].flatten())
 
 
 def test_bytes_per_token_count_keys_and_values_of_every_layer() -> None:
-    layers = [AttentionLayer(0, 9, 3, 64, 1.0), AttentionLayer(1, 4, 1, 16, 1.0)]
+    layers = [AttentionLayer(0, 9, 3, 64, 1.0), AttentionLayer(1, 4, 2, 16, 1.0)]
     cache = KVCache(layers, num_blocks=3, block_size=4, dtype=torch.bfloat16)
-    total = sum(kv.numel() * kv.element_size() for kv in cache.kv)
-    assert KVCache.bytes_per_token(layers, torch.bfloat16) * cache.num_slots == total
+    assert KVCache.bytes_per_token(layers, torch.bfloat16) * cache.num_slots == cache.blocks.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,9 +81,9 @@ def test_a_fresh_cache_holds_zeros_and_takes_memory_only_where_it_is_used(dtype:
     resident = psutil.Process().memory_info().rss
     cache = KVCache(layers, num_blocks=1 << 14, block_size=16, dtype=dtype)  # 268 MB and more
     assert psutil.Process().memory_info().rss - resident < 2**25
-    for kv in cache.kv:
-        assert kv.data_ptr() % 64 == 0
-        assert not kv[:, :, ::1000].any()
-    cache.v[1][:, 5] = 1
-    assert cache.v[1].sum() == 2 * 16 * 64
-    assert not cache.k[1][:, :100].any()
+    for layer in layers:
+        assert cache.k[layer.index].data_ptr() % 64 == 0
+    assert not cache.blocks[::1000].any()
+    cache.v[1][5] = 1
+    assert cache.v[1][:100].sum() == 2 * 16 * 64
+    assert not cache.k[1][:100].any()

@@ -64,13 +64,14 @@ def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) 
         device=torch.device("cpu"),
     )
     q = torch.empty(34, shape.num_heads, shape.head_dim, dtype=shape.dtype)
-    cache = torch.empty(2, shape.num_kv_heads, 64, shape.block_size, shape.head_dim, dtype=shape.dtype)
+    cache = torch.empty(64, 32, shape.num_kv_heads, 2, shape.block_size, shape.head_dim, dtype=shape.dtype)[:, 5]
+    k_cache, v_cache = cache.unbind(2)  # a layer's, where all layers of a block are one piece
     integers = torch.zeros(64, dtype=torch.int64)
     with compile_for(arch, name, compiled):
         paged_attention(
             q,
-            cache[0],
-            cache[1],
+            k_cache,
+            v_cache,
             torch.zeros(2, 64, dtype=torch.int64),
             integers[:3],
             integers[:2],
@@ -83,7 +84,7 @@ def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) 
             prepared=Prepared(plan, config, Workspace(0, 0, q.device)),
         )
         k, v = torch.empty(34, 2 * shape.num_kv_heads, shape.head_dim, dtype=shape.dtype).chunk(2, dim=1)
-        store_kv(k, v, cache[0], cache[1], integers[:34])
+        store_kv(k, v, k_cache, v_cache, integers[:34])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def activations() -> None:
 
 
 def qkv() -> None:
-    cache = torch.empty(2, 8, 4, 16, 128, dtype=BFLOAT16)
+    cache = torch.empty(4, 8, 2, 16, 128, dtype=BFLOAT16).unbind(2)
     heads, factors = torch.empty(4, 48, 128, dtype=BFLOAT16), torch.empty(4, 128, dtype=BFLOAT16)
     slots, weight = torch.zeros(4, dtype=torch.int64), torch.empty(128, dtype=BFLOAT16)
     rotate_and_store(heads, factors, factors, cache[0], cache[1], slots, num_heads=32)

@@ -33,7 +33,7 @@ def test_every_row_attends_to_what_came_before_it(window: int | None, soft_cap: 
     seq_lens, num_queries = [9, 1, 6], [3, 1, 6]
     tables = torch.tensor([[7, 2, 5], [0, 0, 0], [3, 6, 0]])
     sinks = torch.randn(num_heads, dtype=torch.float64) if has_sinks else None
-    shape = (num_kv_heads, 8, block_size, head_dim)
+    shape = (8, num_kv_heads, block_size, head_dim)
     k_cache, v_cache = (torch.full(shape, math.nan, dtype=torch.float64) for _ in range(2))
     contexts = []
     for table, length in zip(tables, seq_lens, strict=True):

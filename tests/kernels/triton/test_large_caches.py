@@ -20,20 +20,20 @@ SIZES = [(2, 1 << 31), (3, 1 << 30)]  # heads, elements of each: a block lies pa
 
 @pytest.fixture(params=SIZES)
 def cache(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Keys that serve as values too. Without a GPU, only the pages that are written are there."""
+    """Keys that serve as values too, head by head in memory. Without a GPU, only pages that are written are there."""
     num_heads, size = request.param
     shape = (num_heads, size // (BLOCK_SIZE * HEAD_DIM) + 4, BLOCK_SIZE, HEAD_DIM)
     if device.type == "cuda":
-        return torch.zeros(shape, dtype=torch.float16, device=device)
+        return torch.zeros(shape, dtype=torch.float16, device=device).transpose(0, 1)
     from triton.runtime.interpreter import GridExecutor
 
     # The interpreter works in the memory of a CPU's tensors, and afterwards copies all of it onto itself.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
-    return torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape)), dtype=torch.float16).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape)), dtype=torch.float16).view(shape).transpose(0, 1)
 
 
 def _table(cache: Tensor) -> list[int]:
-    num_blocks = cache.shape[1]
+    num_blocks = len(cache)
     return [num_blocks - 1, 2, num_blocks - 3]
 
 
@@ -44,15 +44,15 @@ def _slots(cache: Tensor) -> Tensor:
 
 
 def _rows(cache: Tensor) -> Tensor:
-    return cache[:, _table(cache)].flatten(1, 2)[:, :LENGTH]
+    return cache[_table(cache)].transpose(1, 2).flatten(0, 1)[:LENGTH]
 
 
 def test_keys_and_values_are_written_and_read_past_two_billion_elements(cache: Tensor) -> None:
-    num_heads, device = len(cache), cache.device
+    num_heads, device = cache.shape[1], cache.device
     k = torch.randn(LENGTH, num_heads, HEAD_DIM, device=device).half()
     store_kv(k, k, cache, cache, _slots(cache))
-    assert torch.equal(_rows(cache), k.transpose(0, 1))
-    small = torch.zeros(num_heads, 3, BLOCK_SIZE, HEAD_DIM, dtype=torch.float16, device=device)
+    assert torch.equal(_rows(cache), k)
+    small = torch.zeros(3, num_heads, BLOCK_SIZE, HEAD_DIM, dtype=torch.float16, device=device)
     define_store(k, k, small, small, torch.arange(LENGTH, device=device))
     for num_new in (1, LENGTH):  # a decoding row, and a prompt
         q = torch.randn(num_new, num_heads, HEAD_DIM, device=device).half()
@@ -63,8 +63,8 @@ def test_keys_and_values_are_written_and_read_past_two_billion_elements(cache: T
 
 
 def test_a_projection_goes_past_two_billion_elements(cache: Tensor) -> None:
-    num_heads = len(cache)
+    num_heads = cache.shape[1]
     qkv = torch.randn(LENGTH, 3 * num_heads, HEAD_DIM, device=cache.device).half()
     qkv[:, 2 * num_heads :] = qkv[:, num_heads : 2 * num_heads]  # values as keys: they share the memory
     rotate_and_store(qkv, None, None, cache, cache, _slots(cache), num_heads=num_heads)
-    assert torch.equal(_rows(cache), qkv[:, 2 * num_heads :].transpose(0, 1))
+    assert torch.equal(_rows(cache), qkv[:, 2 * num_heads :])

@@ -143,7 +143,7 @@ class Heads:
         self.kind, self.num_heads, self.num_kv_heads, self.size = kind, num_heads, num_kv_heads, size
         self.qkv = 2 * torch.randn(num_rows, num_heads + 2 * num_kv_heads, size)
         self.blocks, self.block = 5, 16
-        self.cache = torch.full((2, num_kv_heads, self.blocks * self.block * size), torch.nan, dtype=DTYPES[kind])
+        self.cache = torch.full((self.blocks, num_kv_heads, 2, self.block * size), torch.nan, dtype=DTYPES[kind])
         self.slots = torch.randperm(self.blocks * self.block)[:num_rows]
         self.norms = [torch.randn(size), torch.randn(size)]
 
@@ -151,17 +151,17 @@ class Heads:
         norms = self.norms if has_norms else (0, 0)
         shape = (self.num_heads, self.num_kv_heads, self.size)
         rotation = (0, cos.shape[1]) if cos.numel() else (0, 0)
-        where = (self.cache, self.kind, self.blocks, self.block)
+        keys, values = self.cache.unbind(2)
+        where = (keys, values, self.kind, self.block, *(x * keys.itemsize for x in keys.stride()[:2]))
         store = op(Operation.ROTATE_AND_STORE, self.qkv, *shape, *norms, *rotation, *where, factors=(1e-6, 0.0))
         # sin follows cos in the step, as the addresses of further rotations do
         fields = {Step.ROTATIONS: cos, Step.ROTATIONS + 1: sin, Step.SLOTS: self.slots}
         execute([store], num_rows=self.qkv.shape[0], fields=fields)
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as [heads, blocks, block, size]."""
-        keys, values = self.cache.double()
-        keys = keys.view(self.num_kv_heads, self.blocks, self.size, self.block).transpose(2, 3)
-        return keys, values.view(self.num_kv_heads, self.blocks, self.block, self.size)
+        """Keys and values as [blocks, heads, block, size]."""
+        keys, values = self.cache.double().unbind(2)
+        return keys.unflatten(2, (self.size, self.block)).transpose(2, 3), values.unflatten(2, (self.block, self.size))
 
 
 def assert_stored(stored: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -183,7 +183,7 @@ def test_heads_are_normalised_rotated_and_stored(execute, op, width: int, has_no
         weights = {f"{name}_weight": norm.double() for name, norm in zip("qk", heads.norms, strict=True)}
         rotation = (cos.double(), sin.double()) if width else (None, None)
         q, k = normalise_and_rotate(q, k, *rotation, **(weights if has_norms else {}), eps=1e-6)
-        expected = torch.full((2, num_kv_heads, heads.blocks, heads.block, 48), torch.nan, dtype=torch.float64)
+        expected = torch.full((2, heads.blocks, num_kv_heads, heads.block, 48), torch.nan, dtype=torch.float64)
         store_kv(k, v, *expected, heads.slots)
         heads.store(execute, op, has_norms=has_norms, cos=cos, sin=sin)
         assert_stored(heads.qkv[:, :num_heads].double(), q, torch.float32)
@@ -196,7 +196,7 @@ def test_a_float16_cache_holds_the_largest_it_can_instead_of_infinity(execute, o
     heads.qkv[0, 1:, :4] = torch.tensor([1e5, -1e9, torch.nan, 65519.0])
     heads.store(execute, op, has_norms=False, cos=torch.empty(0), sin=torch.empty(0))
     for stored in heads.stored():
-        row = stored[0].flatten(0, 1)[heads.slots[0]]
+        row = stored[:, 0].flatten(0, 1)[heads.slots[0]]
         assert row[[0, 1, 3]].tolist() == [65504.0, -65504.0, 65504.0]
         assert row[2].isnan()
 

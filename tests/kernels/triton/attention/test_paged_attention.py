@@ -39,8 +39,8 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         num_blocks = sum(-(-length // self.block_size) for _, length in self.lens) + 3
         order = torch.randperm(num_blocks, generator=generator).tolist()
-        shape = (2, self.num_kv_heads, num_blocks, self.block_size, self.head_dim)
-        self.kv = torch.full(shape, math.nan, dtype=self.dtype)
+        shape = (num_blocks, self.num_kv_heads, 2, self.block_size, self.head_dim)
+        self.kv = torch.full(shape, math.nan, dtype=self.dtype).unbind(2)
         width = max(-(-length // self.block_size) for _, length in self.lens)
         self.tables = torch.zeros(len(self.lens), width, dtype=torch.int64)
         for table, (_, length) in zip(self.tables, self.lens, strict=True):
@@ -151,7 +151,8 @@ def test_memory_behind_a_window_is_not_read(device: torch.device) -> None:
     expected = torch.cat(case.run(device))
     case.tables[0, :5] = 0
     case.tables[1, :5] = 0
-    case.kv[:, :, 0] = math.nan
+    for cache in case.kv:
+        cache[0] = math.nan
     assert 0 not in case.tables[:, 5:][case.tables[:, 5:] != 0].tolist()
     assert torch.equal(torch.cat(case.run(device)), expected)
 
@@ -249,7 +250,7 @@ def test_keys_and_values_go_to_their_slots(
     heads = torch.randn(5, 2 + 2 * num_kv_heads, head_dim, device=device).to(dtype)
     _, k, v = heads.split([2, num_kv_heads, num_kv_heads], dim=1)
     slots = torch.tensor([3, 37, 0, 16, 21], device=device)
-    found, expected = (torch.zeros(2, num_kv_heads, 4, 16, head_dim, device=device, dtype=dtype) for _ in range(2))
+    found, expected = (torch.zeros(2, 4, num_kv_heads, 16, head_dim, device=device, dtype=dtype) for _ in range(2))
     store_kv(k, v, found[0], found[1], slots)
     define_store(k, v, expected[0], expected[1], slots)
     assert torch.equal(found, expected)
@@ -257,6 +258,6 @@ def test_keys_and_values_go_to_their_slots(
 
 def test_padding_has_no_slot(device: torch.device) -> None:
     k = torch.ones(2, 1, 16, device=device)
-    cache = torch.zeros(2, 1, 2, 4, 16, device=device)
+    cache = torch.zeros(2, 2, 1, 4, 16, device=device)
     store_kv(k, k, cache[0], cache[1], torch.tensor([-1, 5], device=device))
-    assert cache[0, 0].flatten(0, 1).sum(1).nonzero().tolist() == [[5]]
+    assert cache[0, :, 0].flatten(0, 1).sum(1).nonzero().tolist() == [[5]]

@@ -69,7 +69,7 @@ def check_rotation_and_store(
     cos, sin = (None, None) if width is None else rope_factors(5 * torch.randn(num_tokens, width // 2, device=device))
     slots = torch.tensor([5, 0, 19], device=device)
     found, expected = (
-        torch.zeros(2, num_kv_heads, 5, 4, head_dim, device=device, dtype=kind) for kind in (dtype, torch.float64)
+        torch.zeros(2, 5, num_kv_heads, 4, head_dim, device=device, dtype=kind) for kind in (dtype, torch.float64)
     )
     num_normed = {"none": (0, 0), "head": (1, 1), "projection": (num_heads, num_kv_heads)}[norm]
     q_weight, k_weight = (torch.randn(n * head_dim, device=device).to(dtype) if n else None for n in num_normed)

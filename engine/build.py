@@ -15,6 +15,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ipc.messages import ModelInfo, Setting
+from engine.kv_cache.codec import make_codec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.loading.loader import LoadedModel, load_model, read_model_facts
@@ -152,13 +153,13 @@ def _assemble(
 ) -> Engine:
     model, layers = loaded.model, loaded.model.attention_layers
     num_blocks = plan.num_blocks + 1  # the null block
+    codec = make_codec(plan.kv_codec, keys_as_columns=back_end.has_compiled_attention(model))
     cache = KVCache(
         layers,
         num_blocks=num_blocks,
         block_size=plan.block_size,
-        dtype=plan.kv_dtype,
+        codec=codec,
         device=plan.device,
-        keys_as_columns=back_end.has_compiled_attention(model),
     )
     proposer = build_proposer(config.speculation)
     kv = KVCacheManager(
@@ -166,7 +167,7 @@ def _assemble(
         plan.block_size,
         prefix_caching=config.kv_cache.prefix_caching,
         window=_common_window(loaded),
-        cache_key=f"{loaded.weights_digest} {plan.dtype} {plan.kv_dtype}",
+        cache_key=f"{loaded.weights_digest} {plan.dtype} {codec.name}",
     )
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
@@ -256,7 +257,7 @@ def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, ha
         plan.kernels,
         config.model.implementation,
         str(plan.dtype),
-        str(plan.kv_dtype),
+        plan.kv_codec,
         str(plan.max_model_len),
         str(plan.block_size),
         config.device.determinism,

@@ -22,12 +22,12 @@ from kernels.numba.program.team import Program, Team, operation
 class NumbaAttention:
     """Attention in float32 over a cache of any float type. A row's result does not depend on what else is in the batch.
 
-    The cache keeps its keys as columns (`KVCache(keys_as_columns=True)`), in blocks of a multiple of 16 tokens; heads
+    The cache keeps its keys as columns (`KVCodec.keys_as_columns`), in blocks of a multiple of 16 tokens; heads
     have a multiple of 16 elements. The plan sees to that.
     """
 
     def __init__(self, kv_cache: KVCache, team: Team) -> None:
-        assert kv_cache.keys_as_columns
+        assert kv_cache.codec.keys_as_columns
         assert kv_cache.block_size % LANES == 0
         self.kv_cache, self.team = kv_cache, team
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from itertools import accumulate
-from math import lcm, prod
+from math import lcm
 
 import torch
 from torch import Tensor
 
+from engine.kv_cache.codec import KVCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 
 
@@ -19,10 +20,8 @@ class KVCache:
         block:  | layer 0: head 0: keys, values | head 1: keys, values | ... | layer 1: ... |
 
     A piece, because blocks are what is shared, copied and moved elsewhere; keys beside their values, because attention
-    reads both of one head. `k[i]` and `v[i]` are layer i's views: [num_blocks, num_kv_heads, block_size, head_dim].
-
-    keys_as_columns: in memory, the keys of a block and head are [head_dim, block_size], so that 16 keys are one panel
-    of a product; the view has the same shape.
+    reads both of one head. What a layer's bytes in a block mean is the codec's. `k[i]` and `v[i]` are layer i's stored
+    elements, [num_blocks, num_kv_heads, block_size, head_dim]; only their strides say how they lie.
     """
 
     def __init__(
@@ -31,32 +30,32 @@ class KVCache:
         *,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        codec: KVCodec,
         device: torch.device | str = "cpu",
-        keys_as_columns: bool = False,
     ) -> None:
-        self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
+        self.num_blocks, self.block_size, self.codec = num_blocks, block_size, codec
         self.device = torch.device(device)
-        self.keys_as_columns = keys_as_columns
-        shapes = [(layer.num_kv_heads, 2, block_size, layer.head_dim) for layer in layers]
-        starts = list(accumulate(map(prod, shapes), initial=0))
-        part = lcm(*(block_size * layer.head_dim for layer in layers))  # see `parts`
-        self.blocks = _zeros((num_blocks, -(-starts[-1] // part) * part), dtype, self.device)
-        kv = [
-            self.blocks[:, start : start + prod(shape)].view(num_blocks, *shape)
-            for start, shape in zip(starts, shapes, strict=False)
-        ]
-        self.v = [each[:, :, 1] for each in kv]
-        self.k = [_as_columns(each[:, :, 0]) if keys_as_columns else each[:, :, 0] for each in kv]
+        self.blocks = _zeros(num_blocks, bytes_per_block(layers, block_size, codec), self.device)
+        sizes = [codec.bytes_per_block(layer, block_size) for layer in layers]
+        starts = accumulate(sizes, initial=0)
+        self._layers = list(layers)
+        self._memory = [self.blocks[:, start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        views = [codec.views(memory, layer) for memory, layer in zip(self._memory, layers, strict=True)]
+        self.k, self.v = [keys for keys, _ in views], [values for _, values in views]
 
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
 
-    def parts(self, layer: int) -> Tensor:
-        """A layer's keys and values as rows, one for all that a head has in a block. [rows, block_size * head_dim]
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codec.dtype
 
-        The keys of head h of block b are row `b * parts_per_block(layer) + 2 * h`, and its values are the next one.
+    def parts(self, layer: int) -> Tensor:
+        """A layer's stored elements as rows, one for all keys or values that a head has in a block.
+
+        [rows, block_size * head_dim]; the keys of head h of block b are row `b * parts_per_block(layer) + 2 * h`, and
+        its values are the next one.
         """
         values = self.v[layer]
         size = values.shape[2] * values.shape[3]
@@ -66,36 +65,30 @@ class KVCache:
 
     def parts_per_block(self, layer: int) -> int:
         """From one block to the next in `parts`: those of other layers are counted."""
-        return int(self.blocks.shape[1]) // prod(self.v[layer].shape[2:])
+        return int(self.blocks.shape[1]) // self.codec.part_bytes(self._layers[layer], self.block_size)
 
     def move(self, src_slots: Tensor, dst_slots: Tensor) -> None:
         """Copies tokens between slots in every layer, as if all were read before any is written.
 
         src_slots, dst_slots: [num_moved], block * block_size + offset; the destinations are distinct.
         """
-        size = self.block_size
-        for tokens in (*self.k, *self.v):
-            tokens[dst_slots // size, :, dst_slots % size] = tokens[src_slots // size, :, src_slots % size]
-
-    @staticmethod
-    def bytes_per_token(layers: Sequence[AttentionLayer], dtype: torch.dtype) -> int:
-        """Bytes that one token's keys and values take in all layers."""
-        return sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers) * dtype.itemsize
+        for memory, layer in zip(self._memory, self._layers, strict=True):
+            self.codec.move(memory, layer, src_slots, dst_slots)
 
 
-def _as_columns(keys: Tensor) -> Tensor:
-    """keys: [..., block_size, head_dim], whose last two dimensions are one piece. The same memory in another order."""
-    size = keys.shape[-2]
-    columns: Tensor = keys.as_strided(keys.shape, (*keys.stride()[:-2], 1, size), keys.storage_offset())
-    return columns
+def bytes_per_block(layers: Sequence[AttentionLayer], block_size: int, codec: KVCodec) -> int:
+    """Bytes of one block with all layers, rounded up where they differ so much that parts would not run through."""
+    size = sum(codec.bytes_per_block(layer, block_size) for layer in layers)
+    part = lcm(*(codec.part_bytes(layer, block_size) for layer in layers))
+    return -(-size // part) * part
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(num_blocks: int, num_bytes: int, device: torch.device) -> Tensor:
     """Zeros, because a fresh cache must hold no NaN: a masked key still takes part in a product with 0.
 
     On the CPU they are pages that the kernel zeroes when they are first used: torch.zeros would write all of them now,
     and numpy.zeros asks for huge ones, of which a single sequence touches most.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, max(prod(shape), 1) * dtype.itemsize), dtype=dtype)[: prod(shape)].view(shape)
+    if device.type != "cpu" or num_bytes == 0:
+        return torch.zeros((num_blocks, num_bytes), dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, num_blocks * num_bytes), dtype=torch.uint8).view(num_blocks, num_bytes)

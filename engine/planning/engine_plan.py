@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig
 from engine.ipc.messages import Setting
+from engine.kv_cache.codec import make_codec
 from engine.loading.loading_peak import COMPILER_BYTES
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import length_notes
@@ -66,7 +67,7 @@ class MemoryPlan:
     num_lookahead_tokens: int
     dtype: torch.dtype
     quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
-    kv_dtype: torch.dtype
+    kv_codec: str  # a key of kv_cache.codec.KV_CODECS
     max_model_len: int  # tokens
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -86,6 +87,11 @@ class MemoryPlan:
     def expert_bytes(self) -> int:
         """Of the embedding_bytes; experts are kept in the model's dtype, whatever linear layers are kept in."""
         return self.facts.experts.num_parameters * self.dtype.itemsize
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of what the cache stores."""
+        return make_codec(self.kv_codec).dtype
 
     @property
     def num_kv_tokens(self) -> int:
@@ -149,7 +155,7 @@ def plan_memory(
         num_lookahead_tokens=num_lookahead,
         dtype=DTYPES[dtype.value],
         quantization=quantization.value,
-        kv_dtype=DTYPES[kv_dtype.value],
+        kv_codec=kv_dtype.value,
         max_model_len=max_model_len.value,
         **limits,
         max_num_logits=demand.num_logits,

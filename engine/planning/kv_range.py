@@ -62,7 +62,7 @@ def with_cache_that_holds(plan: MemoryPlan, bound: float, config: EngineConfig, 
         wide = plan_memory(plan.facts, config.model_copy(update={"kv_cache": cache}), machine)
     except PlanError:
         settings = plan.settings | {"kv_cache.dtype": Setting("bfloat16", "measured", why)}
-        return replace(plan, kv_dtype=torch.bfloat16, settings=settings)
+        return replace(plan, kv_codec="bfloat16", settings=settings)
     settings = wide.settings | {"kv_cache.dtype": Setting("float32", "measured", why)}
     return replace(wide, model_config=plan.model_config, settings=settings)
 

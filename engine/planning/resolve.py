@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from engine.config import EngineConfig
 from engine.ipc.messages import Setting
+from engine.kv_cache.codec import KV_CODECS
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.quantization.method import COMPILED_FORMATS, FORMATS
@@ -16,7 +17,6 @@ from kernels.layout import PANEL
 
 T = TypeVar("T", str, int)
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
@@ -143,8 +143,8 @@ def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resol
         if kernels == "numba" and config.model.dtype == "auto":
             return Resolved("float16", "default", "half the bytes of float32; keys and values round by 2^-11 or less")
         return Resolved(dtype, "model", "as the weights")
-    if config.kv_cache.dtype not in _DTYPES:
-        raise SettingError(f"kv_cache.dtype is {config.kv_cache.dtype!r}; supported are auto, {', '.join(_DTYPES)}")
+    if config.kv_cache.dtype not in KV_CODECS:
+        raise SettingError(f"kv_cache.dtype is {config.kv_cache.dtype!r}; supported are auto, {', '.join(KV_CODECS)}")
     return Resolved(config.kv_cache.dtype, "config")
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import EngineConfig
-from engine.kv_cache.storage import KVCache
+from engine.kv_cache.codec import make_codec
+from engine.kv_cache.storage import bytes_per_block
 from engine.loading.loading_peak import loading_peak, weight_sizes
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
@@ -108,7 +109,8 @@ class Sizer:
             is_random=self.config.model.load_format == "dummy",
             num_threads=self.num_threads,
         )
-        kv_per_token = KVCache.bytes_per_token(facts.attention_layers, DTYPES[kv_dtype])
+        kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
+        kv_per_token = -(-kv_per_block // self.block_size)
         num_sampled = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
         num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
         # float32: as computed and as laid out; of sampled rows, processed, sorted and noise

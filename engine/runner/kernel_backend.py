@@ -98,7 +98,7 @@ class KernelBackend:
             from engine.runner.cuda_graphs import CudaGraphDevice
 
             return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
-        if cache.keys_as_columns:
+        if cache.codec.keys_as_columns:
             attention: AttentionBackend = make_numba_attention(model, cache, plan)
         else:
             attention = self.make_attention(cache)

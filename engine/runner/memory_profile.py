@@ -17,6 +17,7 @@ import torch
 from engine.attention.backend import AttentionBackend
 from engine.config import EngineConfig
 from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.kv_cache.codec import make_codec
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.planning.engine_plan import MemoryPlan, plan_memory
@@ -63,7 +64,8 @@ def measure_workspace(
 ) -> int:
     """Bytes that a step of max_num_batched_tokens and max_num_logits takes beside the weights and the cache."""
     layers = model.attention_layers
-    cache = KVCache(layers, num_blocks=1, block_size=plan.block_size, dtype=plan.kv_dtype, device=plan.device)
+    codec = make_codec(plan.kv_codec)
+    cache = KVCache(layers, num_blocks=1, block_size=plan.block_size, codec=codec, device=plan.device)
     runner = ModelRunner(model, cache, make_attention(cache), block_size=plan.block_size)
     batch = largest_step(plan)
     meter.start()

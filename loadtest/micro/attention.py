@@ -16,6 +16,7 @@ from torch import Tensor
 import engine.attention.torch_plan
 from engine.attention.torch_backend import TorchAttention
 from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
@@ -38,7 +39,9 @@ def main() -> None:
 def _measure(num_seqs: int, num_queries: int, context: int) -> Row:
     num_calls = max(3, 20_000 // (num_seqs * context))
     batch = _batch(num_seqs, num_queries, context)
-    cache = KVCache([LAYER], num_blocks=num_seqs * context // BLOCK_SIZE, block_size=BLOCK_SIZE, dtype=torch.float32)
+    cache = KVCache(
+        [LAYER], num_blocks=num_seqs * context // BLOCK_SIZE, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
+    )
     q, k, v = (torch.randn(num_seqs * num_queries, heads, LAYER.head_dim) for heads in (9, 3, 3))
     row: Row = {"seqs": num_seqs, "new": num_queries, "context": context}
     limit = engine.attention.torch_plan.MAX_GROUPED_QUERIES

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from engine.attention.torch_backend import TorchAttention
 from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -69,7 +70,7 @@ def _measure(dtype: torch.dtype, quantization: str, bytes_per_second: float, num
 def _seconds_per_step(model: Model, num_seqs: int, dtype: torch.dtype) -> float:
     batch = decode_batch(num_seqs)
     num_blocks = num_seqs * CONTEXT // BLOCK_SIZE
-    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype)
+    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype))
     attention = TorchAttention(cache)
 
     def step(_: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.batch.block_tables import BlockTables
 from engine.batch.forward_batch import ForwardBatch
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import GraphLimits, GraphRunner
@@ -106,7 +107,7 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
     graphs = GraphRunner(
         model, model, tables, limits=limits, graph_device=NoGraphDevice(), device=torch.device("cpu")
     )  # fmt: skip
-    cache = KVCache((), num_blocks=1, block_size=BLOCK_SIZE, dtype=torch.float32)
+    cache = KVCache((), num_blocks=1, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32))
     runner = ModelRunner(model, cache, model, block_size=BLOCK_SIZE, tables=tables, graphs=graphs)
     num_blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 2
     scheduler = Scheduler(

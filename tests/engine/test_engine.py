@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
@@ -86,7 +87,9 @@ def _make_engine(
     model = build_model(hf_model.config, dtype=torch.float32)
     model.load_weights(hf_model.state_dict().items())
     block_size = 4
-    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=block_size, dtype=torch.float32)
+    cache = KVCache(
+        model.attention_layers, num_blocks=num_blocks, block_size=block_size, codec=DenseCodec(torch.float32)
+    )
     kv = KVCacheManager(num_blocks, block_size, window=window)
     rows = {"max_num_batched_tokens": budget, "max_num_logits": max_num_logits}
     limits = SchedulerLimits(max_num_seqs=8, max_model_len=80, headroom=1, **rows)

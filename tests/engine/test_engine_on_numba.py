@@ -153,7 +153,7 @@ def test_the_default_keeps_weights_and_cache_in_half_precision(save) -> None:
     assert settings["model.dtype"] == "float32"
     assert settings["model.quantization"] == "fp16"
     assert settings["kv_cache.dtype"] == "float16"
-    assert engine.runner.kv_cache.keys_as_columns
+    assert engine.runner.kv_cache.codec.keys_as_columns
 
 
 def a_cpu(*, has_amx: bool = False) -> Machine:
@@ -214,5 +214,5 @@ def test_a_model_that_falls_back_to_torch_is_served(num_threads: int, save) -> N
     not_compiled = LlamaConfig(**{**SIZES, "intermediate_size": 100})
     engine, model = build(save(not_compiled), device=device, kv_cache={"block_size": 8})
     assert model.settings["device.kernels"].value == "torch"
-    assert not engine.runner.kv_cache.keys_as_columns
+    assert not engine.runner.kv_cache.codec.keys_as_columns
     assert all(len(tokens) == 14 for tokens in answer_all(engine, make_requests()).tokens.values())

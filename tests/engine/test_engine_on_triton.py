@@ -7,6 +7,7 @@ from engine.attention.backend import AttentionBackend
 from engine.attention.torch_backend import TorchAttention
 from engine.attention.triton_backend import TritonAttention
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.model_runner import ModelRunner
@@ -43,7 +44,7 @@ def _outputs(
     model: str, attention: type[AttentionBackend], device: torch.device, proposer: str
 ) -> dict[str, list[int]]:
     llama = make_model(model).to(device)
-    cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, dtype=torch.float32, device=device)
+    cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
     runner = ModelRunner(llama, cache, attention(cache), block_size=4)
     scheduler = Scheduler(KVCacheManager(60, 4, window=window_of(model)), limits)

@@ -142,4 +142,4 @@ def tree_of(part: Part) -> tuple[Tensor, Tensor]:
 
 def spoil(cache: KVCache) -> None:
     """Writes into all of the cache what no result may show."""
-    cache.blocks.fill_(math.nan)
+    cache.blocks.fill_(0xFF)  # NaN in every format

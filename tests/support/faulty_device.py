@@ -18,6 +18,7 @@ from engine.batch.forward_batch import Ahead
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ipc.messages import ModelInfo, TokenizerAssets
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
@@ -56,7 +57,7 @@ def make_engine(*, overlap: bool = False, proposer=None, num_blocks: int = 100) 
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=4, dtype=torch.float32)
+    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=4, codec=DenseCodec(torch.float32))
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=100)
     runner = FaultyRunner(model, cache, TorchAttention(cache), block_size=4)
     kv = KVCacheManager(num_blocks, 4)

@@ -39,6 +39,7 @@ from transformers import (
 
 from engine.attention.torch_backend import TorchAttention
 from engine.batch.forward_batch import build_forward_batch
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -254,7 +255,9 @@ def logits_of(model: Model, sequences: list[list[int]], *, num_decoded: int = 5,
     rng = random.Random(seed)
     num_blocks = sum(len(ids) // BLOCK_SIZE + 1 for ids in sequences) + 3
     dtype = next(model.parameters()).dtype
-    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device="cpu")
+    cache = KVCache(
+        model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype), device="cpu"
+    )
     attention = TorchAttention(cache)
     blocks = rng.sample(range(1, num_blocks), num_blocks - 1)
     seqs = []

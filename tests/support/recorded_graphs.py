@@ -16,6 +16,7 @@ from engine.attention.torch_backend import TorchAttention
 from engine.batch.block_tables import BlockTables
 from engine.batch.forward_batch import ForwardBatch
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
@@ -100,7 +101,9 @@ class Setup:
     def __init__(self, name: str, device: FakeGraphDevice | None, max_rows_per_seq: int = 1, **limits: int) -> None:
         self.model = make_model(name)
         self.window = window_of(name)
-        self.cache = KVCache(self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, dtype=torch.float32)
+        self.cache = KVCache(
+            self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
+        )
         self.attention = DefinedAttention(self.cache)
         self.tables = BlockTables()
         self.graphs: GraphRunner | None = None

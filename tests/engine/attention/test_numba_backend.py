@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.attention.numba_backend import NumbaAttention, scratch_bytes
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.numba.ops.attention import SPAN, TILE_ROWS
@@ -38,8 +39,8 @@ class TestNumbaAttention(RowIndependence, AttentionConformance):
     contexts = (0, 1, 15, 16, 17, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN - 1, 2 * SPAN, 333)
     windows = (None, 30, 150, 200)  # of one span and of several
 
-    def make_cache(self, layers: list[AttentionLayer], **sizes: object) -> KVCache:
-        return KVCache(layers, **sizes, keys_as_columns=True)
+    def make_cache(self, layers: list[AttentionLayer], *, dtype: torch.dtype, **sizes: int) -> KVCache:
+        return KVCache(layers, **sizes, codec=DenseCodec(dtype, keys_as_columns=True))
 
     def make(self, cache: KVCache) -> NumbaAttention:
         return NumbaAttention(cache, make_team(self.num_threads))

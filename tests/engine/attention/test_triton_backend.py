@@ -7,6 +7,7 @@ import torch
 from engine.attention.triton_backend import TritonAttention
 from engine.batch.block_tables import BlockTables
 from engine.batch.forward_batch import BatchBuilder
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
@@ -67,7 +68,7 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
     request = Request(request_id="r", prompt_token_ids=[1] * CONTEXT, params=params)
 
     def attend(chunks: list[int], *, one_path: bool) -> torch.Tensor:
-        cache = KVCache([layer], num_blocks=7, block_size=BLOCK_SIZE, dtype=torch.float32, device=device)
+        cache = KVCache([layer], num_blocks=7, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32), device=device)
         attention = TritonAttention(cache, one_path=one_path)
         builder = BatchBuilder(BLOCK_SIZE, device, BlockTables())
         seq = Sequence(request, [1] * CONTEXT, block_table=[3, 1])

@@ -25,6 +25,7 @@ from transformers import (
 
 from engine.attention.numba_backend import NumbaAttention, scratch_bytes
 from engine.attention.torch_backend import TorchAttention
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.storage import KVCache
 from engine.models.llama import Llama
 from engine.models.llama_numba import NumbaLlama
@@ -122,14 +123,14 @@ def unpacked(packed: Llama) -> Llama:
 
 def compiled_runner(packed: Llama, *, num_blocks: int = 40, num_threads: int = 1, dtype=torch.float32) -> ModelRunner:
     layers = packed.attention_layers
-    cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, keys_as_columns=True)
+    cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype, keys_as_columns=True))
     team = Team(num_threads, scratch_bytes=scratch_bytes(layers))
     attention = NumbaAttention(cache, team)
     return ModelRunner(NumbaLlama(packed, attention, team), cache, attention, block_size=BLOCK_SIZE)
 
 
 def torch_runner(model: Llama, *, dtype: torch.dtype = torch.float32) -> ModelRunner:
-    cache = KVCache(model.attention_layers, num_blocks=40, block_size=BLOCK_SIZE, dtype=dtype)
+    cache = KVCache(model.attention_layers, num_blocks=40, block_size=BLOCK_SIZE, codec=DenseCodec(dtype))
     return ModelRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
 
 

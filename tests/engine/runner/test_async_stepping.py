@@ -9,6 +9,7 @@ import torch
 
 from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.model_runner import ModelRunner
@@ -35,7 +36,9 @@ class CountingRunner(ModelRunner):
 
 def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, budget: int = 48) -> Engine:
     model = make_model(name)
-    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32)
+    cache = KVCache(
+        model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
+    )
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=window_of(name))
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
     runner = CountingRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.attention.triton_backend import TritonAttention, make_graph_space
 from engine.batch.block_tables import BlockTables
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import CudaGraphDevice, GraphDevice, GraphLimits, GraphRunner
@@ -28,7 +29,7 @@ SMALL = AttentionConfig(split_size=64, max_split_queries=8, decode_keys=32)
 def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None, *, num_drafts: int = 0) -> object:
     """The output tokens of a few requests, with graphs where there is something that makes them."""
     model = make_model(model_name).to(device)
-    cache = KVCache(model.attention_layers, num_blocks=60, block_size=4, dtype=torch.float32, device=device)
+    cache = KVCache(model.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
     space = make_graph_space(model.attention_layers, torch.float32, device, max_context=60, num_bytes=1 << 16)
     attention, tables = TritonAttention(cache, graph_space=space), BlockTables()
     graphs = None
@@ -96,7 +97,7 @@ def test_contexts_that_need_more_room_than_there_is_are_refused() -> None:
     model = make_model("full")
     item_bytes = 4 * 3 * (16 + 1)  # a value and a sum of each head
     space = make_graph_space(model.attention_layers, torch.float32, cpu, max_context=2000, num_bytes=12 * item_bytes)
-    cache = KVCache(model.attention_layers, num_blocks=4, block_size=4, dtype=torch.float32)
+    cache = KVCache(model.attention_layers, num_blocks=4, block_size=4, codec=DenseCodec(torch.float32))
     attention = TritonAttention(cache, graph_space=space)
     assert attention.has_room(np.array([256, 256, 500]), 3)  # pieces of 256 tokens: four, thrice
     assert not attention.has_room(np.array([256, 257, 500]), 3)

@@ -96,7 +96,7 @@ def test_the_largest_step_has_every_token_and_every_row_of_logits(config: Engine
 @pytest.mark.parametrize("num_drafts", [0, 3])
 def test_the_measurement_covers_the_model_and_the_sampler(config: EngineConfig, num_drafts: int) -> None:
     plan = _plan(config, speculation={"method": "ngram" if num_drafts else "none", "num_drafts": num_drafts or 1})
-    plan = replace(plan, device="cpu", kv_dtype=torch.float32)
+    plan = replace(plan, device="cpu", kv_codec="float32")
     model = build_model(CONFIG, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)

@@ -26,6 +26,7 @@ from engine.attention.torch_backend import TorchAttention
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -78,7 +79,10 @@ def model(request: pytest.FixtureRequest) -> Model:
 def make_runner(model: Model, *, is_compiled: bool = True, num_threads: int = 1) -> ModelRunner:
     layers = model.attention_layers
     cache = KVCache(
-        layers, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=torch.bfloat16, keys_as_columns=is_compiled
+        layers,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        codec=DenseCodec(torch.bfloat16, keys_as_columns=is_compiled),
     )
     if not is_compiled:
         return ModelRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
@@ -54,7 +55,9 @@ def _make_engine(
 ) -> Engine:
     model = build_model(hf_model.config, dtype=torch.float32)
     model.load_weights(hf_model.state_dict().items())
-    cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=torch.float32)
+    cache = KVCache(
+        model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
+    )
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=getattr(hf_model.config, "sliding_window", None))
     limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=budget, max_model_len=80, headroom=1)
     runner_class = OneTokenRunner if strict else ModelRunner

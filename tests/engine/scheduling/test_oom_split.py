@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from engine.attention.torch_backend import TorchAttention
 from engine.batch.forward_batch import Ahead
 from engine.engine import Engine
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
@@ -59,7 +60,7 @@ def _make_engine(*, max_num_rows: int, overlap: bool = False, has_drafts: bool =
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    cache = KVCache(model.attention_layers, num_blocks=200, block_size=4, dtype=torch.float32)
+    cache = KVCache(model.attention_layers, num_blocks=200, block_size=4, codec=DenseCodec(torch.float32))
     limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100)
     runner = SmallMemoryRunner(model, cache, TorchAttention(cache), block_size=4)
     runner.max_num_rows = max_num_rows

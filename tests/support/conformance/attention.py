@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.backend import AttentionBackend, HeadNorms
+from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.reference.qkv import normalise_and_rotate
@@ -51,7 +52,9 @@ class AttentionConformance:
     def make_cache(
         self, layers: list[AttentionLayer], *, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVCache:
-        return KVCache(layers, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=self.device)
+        return KVCache(
+            layers, num_blocks=num_blocks, block_size=block_size, codec=DenseCodec(dtype), device=self.device
+        )
 
     @property
     def device(self) -> torch.device:

@@ -166,7 +166,7 @@ def _assemble(
         num_blocks,
         plan.block_size,
         prefix_caching=config.kv_cache.prefix_caching,
-        window=_common_window(loaded),
+        windows=[_common_window(loaded)],
         cache_key=f"{loaded.weights_digest} {plan.dtype} {codec.name}",
     )
     limits = SchedulerLimits(

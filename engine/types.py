@@ -147,10 +147,10 @@ class Sequence:
     draft_parents: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)  # of each group of layers; empty: it owns no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of `token_ids`, computed or not
     num_committed_blocks: int = 0  # leading blocks that the prefix cache knows
-    num_released_blocks: int = 0  # leading blocks that a sliding window left behind
+    num_released_blocks: list[int] = field(default_factory=lambda: [0])  # leading ones of each table, behind a window
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     first_scheduled_at: float | None = None
@@ -164,6 +164,11 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def block_table(self) -> list[int]:
+        """Of the first group of layers, which for most models is the only one."""
+        return self.block_tables[0] if self.block_tables else []
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -50,8 +50,8 @@ class BlockTables:
                 row = self._start(seq, batch)
             if row.num_blocks != len(table):
                 self._extend(row)
-            if row.num_released != seq.num_released_blocks:
-                row.num_released = seq.num_released_blocks
+            if row.num_released != seq.num_released_blocks[0]:
+                row.num_released = seq.num_released_blocks[0]
                 self._tables[row.index, : row.num_released] = 0
             width = max(width, row.num_blocks)
             indices.append(row.index)

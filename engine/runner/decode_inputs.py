@@ -84,7 +84,7 @@ class DecodeRun:
         for row, index in places:
             seq = self.seqs[row]
             tables[row, index] = seq.block_table[index]
-            tables[row, : seq.num_released_blocks] = NULL_BLOCK  # others may own what a window left behind
+            tables[row, : seq.num_released_blocks[0]] = NULL_BLOCK  # others may own what a window left behind
             slots[row] = seq.block_table[index] * size
         self.numbers = replace(self.numbers, block_tables=tables)
 
@@ -92,7 +92,7 @@ class DecodeRun:
 def make_room(seqs: list[Sequence], kv: KVCacheManager) -> bool:
     """Gives each sequence the place for a token more that the scheduler would give it, or none of them any."""
     lacking = [seq for seq in seqs if len(seq.token_ids) >= len(seq.block_table) * kv.block_size]
-    if len(lacking) > kv.pool.num_free:
+    if len(lacking) * kv.num_groups > kv.pool.num_free:
         return False
     for seq in lacking:
         kv.allocate(seq, len(seq.token_ids) + 1)

@@ -97,7 +97,7 @@ def _scheduled(num_tokens: int, params: SamplingParams, plan: MemoryPlan) -> Sch
     token_ids = [0] * (num_tokens - num_drafts)
     seq = Sequence(Request(request_id="", prompt_token_ids=token_ids, params=params), token_ids)
     seq.draft_token_ids, seq.draft_parents = [0] * num_drafts, list(range(-1, num_drafts - 1))
-    seq.block_table = [NULL_BLOCK] * -(-num_tokens // plan.block_size)
+    seq.block_tables = [[NULL_BLOCK] * -(-num_tokens // plan.block_size)]
     return Scheduled(seq, num_tokens, num_drafts, samples=True)
 
 

@@ -58,6 +58,6 @@ def _ending_with(seq: Sequence, token_ids: list[int], position: int) -> Sequence
         seq.request,
         token_ids,
         num_computed_tokens=position,
-        block_table=seq.block_table,
+        block_tables=seq.block_tables,
         num_released_blocks=seq.num_released_blocks,
     )

@@ -23,7 +23,7 @@ class TriedRunner(Protocol):
 def compute_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, block: int) -> Sampled:
     """What follows token 0 at position 0. Its keys and values go into the block, whatever is there."""
     request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
-    batch = [Scheduled(Sequence(request, [0], block_table=[block]), 1, 0, samples=True)]
+    batch = [Scheduled(Sequence(request, [0], block_tables=[[block]]), 1, 0, samples=True)]
     _, logits = runner.forward(batch)
     (sampled,) = sampler.launch(logits, batch).finish()
     return sampled

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.kv_cache.manager import HASHES_AT_ONCE, KVCacheManager
+from engine.kv_cache.groups import HASHES_AT_ONCE
+from engine.kv_cache.manager import KVCacheManager, Prefix
 from engine.types import Sequence
 
 
@@ -21,9 +22,9 @@ class PromptsInProgress:
         if self._kv.prefix_caching and seq.num_prompt_tokens >= self._kv.block_size:
             self._by_first_block.setdefault(self._kv.hashes(seq, 1)[0], []).append(seq)
 
-    def have_next_block(self, seq: Sequence, prefix: list[int]) -> bool:
+    def have_next_block(self, seq: Sequence, prefix: Prefix) -> bool:
         """Whether one of them is about to compute the block of `seq` that follows the prefix that was found of it."""
-        kv, block = self._kv, len(prefix)
+        kv, block = self._kv, len(prefix[0])
         if not self._by_first_block or not kv.can_share_prefix(seq) or block >= (seq.num_tokens - 1) // kv.block_size:
             return False
         wanted = kv.hashes(seq, block + 1)[block]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import insort
+from bisect import bisect_right, insort
 from dataclasses import dataclass, field, replace
 
 from engine.circuit_breaker import CircuitBreaker
-from engine.kv_cache.block_pool import NULL_BLOCK
-from engine.kv_cache.manager import KVCacheManager, needs_prompt_scores
+from engine.kv_cache.manager import KVCacheManager, Prefix, needs_prompt_scores
 from engine.scheduling.prompts_in_progress import PromptsInProgress
 from engine.scheduling.request_queue import WaitingQueue
 from engine.scheduling.step_outputs import one_more_token, output_of
@@ -103,21 +102,7 @@ class Scheduler:
         self.kv = kv
         self.limits = limits
         self._full_budget = limits.max_num_batched_tokens
-        num_tokens = limits.max_model_len + limits.num_lookahead_tokens
-        if kv.window is None and kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
-            raise ValueError(
-                f"one request of max_model_len ({limits.max_model_len} tokens) needs {kv.num_blocks_for(num_tokens)} "
-                f"KV blocks of {kv.block_size} tokens, not {kv.pool.num_blocks}; lower model.max_model_len to "
-                f"{kv.pool.num_blocks * kv.block_size - limits.num_lookahead_tokens} or raise kv_cache.memory"
-            )
-        if kv.window is not None:
-            num_tokens = min(limits.max_model_len, self._num_tokens_in_window(kv.window)) + limits.num_lookahead_tokens
-            if kv.num_blocks_for(num_tokens) > kv.pool.num_blocks:
-                raise ValueError(
-                    f"one request needs {kv.num_blocks_for(num_tokens)} KV blocks of {kv.block_size} tokens, for a "
-                    f"window of {kv.window} and a step of {limits.max_num_batched_tokens}, not {kv.pool.num_blocks}; "
-                    "lower scheduler.max_num_batched_tokens or raise kv_cache.memory"
-                )
+        self._check_room_for_one()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of service: priority, then arrival
         self.num_preemptions = 0
@@ -239,6 +224,28 @@ class Scheduler:
             self.limits = replace(self.limits, max_num_batched_tokens=self._full_budget)
             logger.info("steps have up to %d tokens again", self._full_budget)
 
+    def _check_room_for_one(self) -> None:
+        """Raises ValueError where a request of max_model_len could not run even alone."""
+        kv, limits = self.kv, self.limits
+        num_blocks = self._num_blocks_at_most(limits.max_model_len)
+        if num_blocks <= kv.pool.num_blocks:
+            return
+        needs = f"needs {num_blocks} KV blocks of {kv.block_size} tokens"
+        fits = bisect_right(range(limits.max_model_len), kv.pool.num_blocks, key=self._num_blocks_at_most) - 1
+        windows = [group.window for group in kv.groups if group.window is not None]
+        if len(windows) == kv.num_groups:
+            raise ValueError(
+                f"one request {needs}, for a window of {max(windows)} and a step of {limits.max_num_batched_tokens}, "
+                f"not {kv.pool.num_blocks}; lower scheduler.max_num_batched_tokens or raise kv_cache.memory"
+            )
+        raise ValueError(
+            f"one request of max_model_len ({limits.max_model_len} tokens) {needs}, not {kv.pool.num_blocks}; lower "
+            f"model.max_model_len to {fits} or raise kv_cache.memory"
+        )
+
+    def _num_blocks_at_most(self, num_tokens: int) -> int:
+        return self.kv.num_blocks_at_most(num_tokens + self.limits.num_lookahead_tokens, self._span)
+
     def _prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
         """Prompt tokens of a step that others decode in: each of their tokens waits for all of these.
 
@@ -262,7 +269,8 @@ class Scheduler:
             if num_drafts:
                 num_rows = plan.num_logits - plan.num_to_come
                 num_drafts = _num_verified_drafts(seq, min(budget - num_after, num_rows) - 1)
-            has_place = num_tokens + num_drafts + num_lookahead <= len(seq.block_table) * size
+            tables = seq.block_tables
+            has_place = tables and num_tokens + num_drafts + num_lookahead <= len(tables[0]) * size
             if has_place and num_drafts >= 0 and budget > num_drafts and seq.request.params.prompt_logprobs is None:
                 items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
                 budget -= 1 + num_drafts
@@ -274,7 +282,7 @@ class Scheduler:
         plan.budget = budget
 
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
-        if plan.budget == 0 or not seq.block_table:  # no block: an older sequence has preempted this one just now
+        if plan.budget == 0 or not seq.block_tables:  # no block: an older sequence has preempted this one just now
             return
         item = self._fit(seq, budget, plan)
         num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
@@ -318,8 +326,7 @@ class Scheduler:
             if len(held) < self.limits.max_num_seqs and in_progress.have_next_block(seq, prefix):
                 held.append(self.waiting.pop())
                 continue
-            num_reserved_tokens = self._reserved_tokens(seq, prefix.count(NULL_BLOCK))
-            num_needed = self.kv.num_new_blocks(seq, num_reserved_tokens, prefix)
+            num_needed = self.kv.num_blocks_to_start(prefix, self._num_reserved_tokens(seq), self._span)
             if num_needed + num_reserved > self.kv.pool.num_free:
                 self._refusal = _Refusal(seq, num_needed, self.kv.pool.num_reuse_gains, self._num_starts)
                 break
@@ -331,7 +338,7 @@ class Scheduler:
         for seq in held:
             self.waiting.push(seq)
 
-    def _find_prefix(self, seq: Sequence, plan: _Plan) -> list[int] | None:
+    def _find_prefix(self, seq: Sequence, plan: _Plan) -> Prefix | None:
         """None: it takes more hashing than this step has left, as others wait for it; the next ones go on."""
         num_known = len(seq.block_hashes)
         prefix = self.kv.find_prefix(seq, max_num_hashes=plan.num_hashes if self.running else None)
@@ -351,39 +358,33 @@ class Scheduler:
     def _may_admit(self, plan: _Plan) -> bool:
         return plan.budget > 0 and len(self.running) < self.limits.max_num_seqs and len(self.waiting) > 0
 
-    def _start(self, seq: Sequence, prefix: list[int]) -> None:
+    def _start(self, seq: Sequence, prefix: Prefix) -> None:
         self.kv.start(seq, prefix)
         self._num_starts += 1
-        num_hits = min(len(prefix) * self.kv.block_size, seq.num_prompt_tokens)
+        num_hits = min(seq.num_computed_tokens, seq.num_prompt_tokens)
         if seq.num_preemptions == 0:
             seq.num_cached_tokens = num_hits
             self.num_prefix_queries += seq.num_prompt_tokens
             self.num_prefix_hits += num_hits
-        # The first allocation cannot fail, because `_admit` has counted it; an empty table means "preempted".
+        # The first allocation cannot fail, because `_admit` has counted it; no tables mean "preempted".
         allocated = self.kv.allocate(seq, seq.num_computed_tokens + 1)
         assert allocated, "a sequence was admitted without room"
         insort(self.running, seq, key=_service_order)
 
     def _num_reserved_blocks(self, seq: Sequence) -> int:
         """Free blocks that are kept for a running sequence."""
-        num_tokens = self._reserved_tokens(seq, seq.num_released_blocks)
-        return max(self.kv.num_blocks_for(num_tokens) - len(seq.block_table), 0)
+        return self.kv.num_blocks_to_grow(seq, self._num_reserved_tokens(seq), self._span)
 
-    def _reserved_tokens(self, seq: Sequence, num_released_blocks: int) -> int:
-        """Tokens that the sequence must be able to hold before another is admitted.
-
-        num_released_blocks: leading ones of its table that are none, as they lie behind its window
-        """
+    def _num_reserved_tokens(self, seq: Sequence) -> int:
+        """Tokens that the sequence must be able to grow to before another is admitted."""
         limits = self.limits
         headroom = limits.headroom << min(seq.num_preemptions, 20)
-        end = min(seq.num_tokens + headroom, seq.max_num_tokens)
-        if self.kv.window is not None:  # blocks behind the window are free again; those in it and a chunk are not
-            end = min(end, num_released_blocks * self.kv.block_size + self._num_tokens_in_window(self.kv.window))
-        return end + limits.num_lookahead_tokens
+        return min(seq.num_tokens + headroom, seq.max_num_tokens) + limits.num_lookahead_tokens
 
-    def _num_tokens_in_window(self, window: int) -> int:
-        """Tokens that a sequence holds at most, where each layer has a window: those in it and a step's."""
-        return window + self._full_budget + 2 * self.kv.block_size
+    @property
+    def _span(self) -> int:
+        """Tokens that a sequence holds past a window, at most: a step's, and parts of the blocks at both ends."""
+        return self._full_budget + 2 * self.kv.block_size + self.limits.num_lookahead_tokens
 
     def _fit(self, seq: Sequence, budget: int, plan: _Plan) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count.
@@ -407,17 +408,16 @@ class Scheduler:
         if plan.num_spare_blocks is None:
             plan.num_spare_blocks = self.kv.pool.num_free - sum(map(self._num_blocks_of_step, self.running))
         num_tokens = seq.num_tokens + self.limits.num_lookahead_tokens
-        num_blocks = max(self.kv.num_blocks_for(num_tokens), len(seq.block_table))
+        num_blocks = max(self.kv.num_blocks_for(num_tokens), len(seq.block_tables[0]))
         num_extra = max(self.kv.num_blocks_for(num_tokens + num_drafts) - num_blocks, 0)
-        num_extra = min(num_extra, max(plan.num_spare_blocks, 0))
-        plan.num_spare_blocks -= num_extra
+        num_extra = min(num_extra, max(plan.num_spare_blocks, 0) // self.kv.num_groups)
+        plan.num_spare_blocks -= num_extra * self.kv.num_groups
         return max(min(num_drafts, (num_blocks + num_extra) * self.kv.block_size - num_tokens), 0)
 
     def _num_blocks_of_step(self, seq: Sequence) -> int:
         """Blocks that a sequence lacks for its own tokens, those of a whole prompt as far as a step may reach."""
         end = min(seq.num_tokens, seq.num_computed_tokens + self.limits.max_num_batched_tokens)
-        num_tokens = end + self.limits.num_lookahead_tokens
-        return max(self.kv.num_blocks_for(num_tokens) - len(seq.block_table), 0)
+        return self.kv.num_missing_blocks(seq, end + self.limits.num_lookahead_tokens)
 
     def _fit_scored(self, seq: Sequence, num_new_tokens: int, num_logits: int) -> Scheduled:
         """A chunk whose rows score the prompt tokens that follow them.
@@ -451,7 +451,7 @@ class Scheduler:
             return False
         known.append(token_ids[0])
         seq.num_computed_tokens += 1
-        if seq.num_computed_tokens % self.kv.block_size == 0 or self.kv.window is not None:
+        if seq.num_computed_tokens % self.kv.block_size == 0 or self.kv.has_windows:
             self.kv.commit(seq)
         return True
 

@@ -87,7 +87,7 @@ def decode_batch(num_seqs: int) -> ForwardBatch:
     for table in tables.tolist():
         params = SamplingParams(seed=0, max_tokens=1)
         seq = Sequence(Request(request_id="", prompt_token_ids=[1] * CONTEXT, params=params), [1] * CONTEXT)
-        seq.num_computed_tokens, seq.block_table = CONTEXT - 1, table
+        seq.num_computed_tokens, seq.block_tables = CONTEXT - 1, [table]
         plan.append(Scheduled(seq, 1, 0, samples=True))
     return build_forward_batch(plan, BLOCK_SIZE, torch.device("cpu"))
 

@@ -57,7 +57,7 @@ def _scheduled(context: int, num_new_tokens: int, num_drafts: int) -> Scheduled:
     seq = Sequence(Request(request_id="", prompt_token_ids=[], params=params), token_ids)
     seq.num_computed_tokens = context + num_drafts - num_new_tokens
     seq.draft_token_ids, seq.draft_parents = [0] * num_drafts, list(range(-1, num_drafts - 1))
-    seq.block_table = [1] * -(-(context + num_drafts) // BLOCK_SIZE)
+    seq.block_tables = [[1] * -(-(context + num_drafts) // BLOCK_SIZE)]
     return Scheduled(seq, num_new_tokens, num_drafts, samples=True)
 
 

@@ -90,7 +90,7 @@ def _make_engine(
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=block_size, codec=DenseCodec(torch.float32)
     )
-    kv = KVCacheManager(num_blocks, block_size, window=window)
+    kv = KVCacheManager(num_blocks, block_size, windows=[window])
     rows = {"max_num_batched_tokens": budget, "max_num_logits": max_num_logits}
     limits = SchedulerLimits(max_num_seqs=8, max_model_len=80, headroom=1, **rows)
     runner = ModelRunner(model, cache, TorchAttention(cache), block_size=block_size)

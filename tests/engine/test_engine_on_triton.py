@@ -47,7 +47,7 @@ def _outputs(
     cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
     runner = ModelRunner(llama, cache, attention(cache), block_size=4)
-    scheduler = Scheduler(KVCacheManager(60, 4, window=window_of(model)), limits)
+    scheduler = Scheduler(KVCacheManager(60, 4, windows=[window_of(model)]), limits)
     sampler = HostSampler(VOCAB_SIZE)
     return answer_three(Engine(runner, scheduler, sampler, PROPOSERS[proposer](), COST))
 

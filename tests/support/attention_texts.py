@@ -62,7 +62,7 @@ def scheduled(part: Part, block_table: list[int]) -> Scheduled:
     params = SamplingParams(seed=0, max_tokens=1)
     seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
     seq.draft_token_ids, seq.draft_parents = [1] * num_drafts, list(part.draft_parents)
-    seq.num_computed_tokens, seq.block_table = part.num_computed, block_table
+    seq.num_computed_tokens, seq.block_tables = part.num_computed, [block_table]
     return Scheduled(seq, part.num_new, num_drafts, samples=True)
 
 

@@ -264,7 +264,7 @@ def logits_of(model: Model, sequences: list[list[int]], *, num_decoded: int = 5,
     for i, ids in enumerate(sequences):
         request = Request(request_id=str(i), prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
         table = [blocks.pop() for _ in range(0, len(ids), BLOCK_SIZE)]
-        seqs.append(Sequence(request=request, token_ids=list(ids), block_table=table))
+        seqs.append(Sequence(request=request, token_ids=list(ids), block_tables=[table]))
     logits: list[list[Tensor]] = [[] for _ in seqs]
     while unfinished := [seq for seq in seqs if seq.num_tokens - seq.num_computed_tokens]:
         batch = []

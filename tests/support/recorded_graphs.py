@@ -124,6 +124,6 @@ class Setup:
 
     def engine(self, *, has_drafts: bool = False, overlap: bool = False) -> Engine:
         limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
-        scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, window=self.window), limits)
+        scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, windows=[self.window]), limits)
         proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
         return Engine(self.runner, scheduler, HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)

@@ -71,7 +71,7 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
         cache = KVCache([layer], num_blocks=7, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32), device=device)
         attention = TritonAttention(cache, one_path=one_path)
         builder = BatchBuilder(BLOCK_SIZE, device, BlockTables())
-        seq = Sequence(request, [1] * CONTEXT, block_table=[3, 1])
+        seq = Sequence(request, [1] * CONTEXT, block_tables=[[3, 1]])
         outputs = []
         for size in chunks:
             batch = builder.build([Scheduled(seq, size, 0, samples=False)])

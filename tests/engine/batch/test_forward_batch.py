@@ -25,7 +25,7 @@ class Traffic:
 
     def __init__(self, seed: int, window: int | None) -> None:
         self.rng = random.Random(seed)
-        self.kv = KVCacheManager(400, BLOCK_SIZE, window=window)
+        self.kv = KVCacheManager(400, BLOCK_SIZE, windows=[window])
         self.sequences: list[Sequence] = []
 
     def step(self) -> list[Scheduled]:
@@ -102,7 +102,7 @@ def test_every_step_of_random_traffic_is_laid_out_right() -> None:
 def test_the_newest_tokens_may_come_from_the_device() -> None:
     seqs = [_sequence([7, 8, 9]), _sequence([1, 2])]
     for block, seq in enumerate(seqs, start=1):
-        seq.num_computed_tokens, seq.block_table = seq.num_tokens - 1, [block]
+        seq.num_computed_tokens, seq.block_tables = seq.num_tokens - 1, [[block]]
     batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
     ahead = Ahead(gather_numbers(batch, BLOCK_SIZE, BlockTables()), torch.tensor([30, -1]))
     made = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch, ahead)

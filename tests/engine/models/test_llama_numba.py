@@ -151,7 +151,7 @@ class Texts:
     def sequence(self, name: str, ids: list[int]) -> Sequence:
         request = Request(request_id=name, prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
         table = [self.free.pop() for _ in range(0, len(ids) + 8, BLOCK_SIZE)]  # room for drafts that are wrong
-        return Sequence(request=request, token_ids=ids, block_table=table)
+        return Sequence(request=request, token_ids=ids, block_tables=[table])
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> list[Tensor]:

@@ -39,7 +39,7 @@ def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, bu
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
     )
-    kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=window_of(name))
+    kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=[window_of(name)])
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
     runner = CountingRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
     return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), NoProposer(), COST, overlap=overlap)

@@ -60,7 +60,7 @@ def _scheduled(num_tokens: int, *, first_block: int, num_new: int = 1, num_draft
     seq = Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
     seq.num_computed_tokens = num_tokens - num_new
     seq.draft_token_ids, seq.draft_parents = [1] * num_drafts, list(range(-1, num_drafts - 1))
-    seq.block_table = list(range(first_block, first_block - (-(num_tokens + num_drafts) // BLOCK_SIZE)))
+    seq.block_tables = [list(range(first_block, first_block - (-(num_tokens + num_drafts) // BLOCK_SIZE)))]
     return Scheduled(seq, num_new + num_drafts, num_drafts, samples=True)
 
 

@@ -41,7 +41,7 @@ def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None
         graphs = GraphRunner(model, attention, tables, limits=limits, graph_device=graph_device, device=device)
     runner = ModelRunner(model, cache, attention, block_size=4, tables=tables, graphs=graphs)
     limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=60, headroom=4)
-    kv = KVCacheManager(60, 4, window=window_of(model_name))
+    kv = KVCacheManager(60, 4, windows=[window_of(model_name)])
     proposer = NgramProposer(num_drafts=num_drafts, ngram_max=3, ngram_min=1) if num_drafts else NoProposer()
     engine = Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=not num_drafts)
     return answer_three(engine)

@@ -43,7 +43,7 @@ def _start(seqs: list[Sequence], kv: KVCacheManager) -> DecodeRun:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_has_the_numbers_of_each_step(seed: int, window: int | None) -> None:
     rng = random.Random(seed)
-    kv = KVCacheManager(300, BLOCK_SIZE, window=window)
+    kv = KVCacheManager(300, BLOCK_SIZE, windows=[window])
     seqs = [_sequence(rng.randrange(1, 40), kv) for _ in range(7)]
     run = _start(seqs, kv)
     batch = run.items
@@ -57,9 +57,9 @@ def test_a_run_has_the_numbers_of_each_step(seed: int, window: int | None) -> No
         assert run.sampled_positions.tolist() == [seq.num_tokens for seq in seqs]
         for row, seq in enumerate(seqs):  # blocks behind a window are not read any more
             assert (
-                found.block_tables[row, seq.num_released_blocks :].tolist()[: len(seq.block_table)]
+                found.block_tables[row, seq.num_released_blocks[0] :].tolist()[: len(seq.block_table)]
                 == [
-                    *seq.block_table[seq.num_released_blocks :],
+                    *seq.block_table[seq.num_released_blocks[0] :],
                     *[0] * (found.block_tables.shape[1] - len(seq.block_table)),
                 ][: len(seq.block_table)]
             )

@@ -101,7 +101,7 @@ def logits_of(runner: ModelRunner, *, seed: int) -> dict[tuple[int, int], list[T
         ids = [texts.randrange(2, VOCAB_SIZE) for _ in range(length)]
         request = Request(request_id=name, prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
         table = [free.pop() for _ in range(0, length + 1, BLOCK_SIZE)]
-        seqs.append(Sequence(request=request, token_ids=ids, block_table=table))
+        seqs.append(Sequence(request=request, token_ids=ids, block_tables=[table]))
     found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     while left := [seq for seq in seqs if seq.num_computed_tokens < seq.num_tokens]:
         chosen = rng.sample(left, rng.randint(1, len(left))) if seed else left[:1]

@@ -58,7 +58,7 @@ def _make_engine(
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
     )
-    kv = KVCacheManager(num_blocks, BLOCK_SIZE, window=getattr(hf_model.config, "sliding_window", None))
+    kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=[getattr(hf_model.config, "sliding_window", None)])
     limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=budget, max_model_len=80, headroom=1)
     runner_class = OneTokenRunner if strict else ModelRunner
     runner = runner_class(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.kv_cache.groups import KVCacheGroup
 from engine.kv_cache.manager import KVCacheManager
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, StepOutput
@@ -64,7 +65,9 @@ class World:
     def check(self) -> None:
         """What must hold after every step."""
         pool, running = self.kv.pool, self.scheduler.running
-        owners = Counter(block for seq in running for block in seq.block_table if block != NULL_BLOCK)
+        owners = Counter(
+            block for seq in running for table in seq.block_tables for block in table if block != NULL_BLOCK
+        )
         assert all(count == owners[block] for block, count in enumerate(pool.ref_counts))
         assert len(owners) == pool.num_owned
         assert set(owners).isdisjoint(pool.free_blocks)
@@ -72,6 +75,7 @@ class World:
         assert pool.num_cached_free == sum(block in pool.hash_of for block in pool.free_blocks)
         assert {block: h for h, block in pool.block_of.items()} == pool.hash_of
         for seq in running:
+            assert len({len(table) for table in seq.block_tables}) == 1
             self._check_contents(seq)
         limits = self.scheduler.limits
         assert len(running) <= limits.max_num_seqs
@@ -80,12 +84,12 @@ class World:
         assert len({id(item.seq) for item in self.last_batch}) == len(self.last_batch)
 
     def _check_contents(self, seq: Sequence) -> None:
-        first = seq.num_released_blocks * self.kv.block_size
-        for position in range(first, seq.num_computed_tokens):
-            assert self.slots[self._slot(seq, position)] == _digest(seq.token_ids[: position + 1])
+        for table, num_released in zip(seq.block_tables, seq.num_released_blocks, strict=True):
+            for position in range(num_released * self.kv.block_size, seq.num_computed_tokens):
+                assert self.slots[self._slot(table, position)] == _digest(seq.token_ids[: position + 1])
 
-    def _slot(self, seq: Sequence, position: int) -> int:
-        block = seq.block_table[position // self.kv.block_size]
+    def _slot(self, table: list[int], position: int) -> int:
+        block = table[position // self.kv.block_size]
         assert block != NULL_BLOCK
         return block * self.kv.block_size + position % self.kv.block_size
 
@@ -96,7 +100,8 @@ class World:
         end = seq.num_computed_tokens + item.num_new_tokens
         assert end <= len(tokens)
         for position in range(seq.num_computed_tokens, end):
-            self.slots[self._slot(seq, position)] = _digest(tokens[: position + 1])
+            for table in seq.block_tables:
+                self.slots[self._slot(table, position)] = _digest(tokens[: position + 1])
         scores = [None] * item.num_scored if item.num_scored else None
         if not item.samples:
             return Sampled([], prompt_logprobs=scores)
@@ -161,7 +166,7 @@ def make_world() -> Callable[..., World]:
         max_num_logits: int | None = None,
         min_prompt_share: int | None = None,
         seed: int = 0,
-        **options: int | bool | None,
+        **options: bool | list[int | None],
     ) -> World:
         kv = KVCacheManager(num_blocks, block_size, **options)
         limits = SchedulerLimits(
@@ -178,12 +183,19 @@ def make_world() -> Callable[..., World]:
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "window", "min_prompt_share", "max_num_logits"),
-    [(18, None, 2, None), (18, 10, None, 8), (40, None, None, 8), (40, 10, 1, 11)],
+    ("num_blocks", "windows", "min_prompt_share", "max_num_logits"),
+    [
+        (18, [None], 2, None),
+        (18, [10], None, 8),
+        (40, [None], None, 8),
+        (40, [10], 1, 11),
+        (32, [None, 10], None, None),
+        (60, [3, None, 12], 1, 8),
+    ],
 )
-def test_random_operations_keep_every_invariant(make_world, num_blocks, window, min_prompt_share, max_num_logits):
-    """Add, step, abort and crash-replay in random order: 25,000 operations for each of four worlds."""
-    options = {"window": window, "min_prompt_share": min_prompt_share, "max_num_logits": max_num_logits}
+def test_random_operations_keep_every_invariant(make_world, num_blocks, windows, min_prompt_share, max_num_logits):
+    """Add, step, abort and crash-replay in random order: 25,000 operations for each of these worlds."""
+    options = {"windows": windows, "min_prompt_share": min_prompt_share, "max_num_logits": max_num_logits}
     world = make_world(num_blocks=num_blocks, seed=num_blocks, **options)
     rng, alive, requests, num_aborted = world.rng, set(), {}, 0
     for operation in range(25_000):
@@ -213,7 +225,8 @@ def test_random_operations_keep_every_invariant(make_world, num_blocks, window, 
             if requests[request_id].params.prompt_logprobs is not None:
                 assert world.num_scored[request_id] == len(requests[request_id].prompt_token_ids) - 1
     assert sum(world.finished.values()) + num_aborted == len(requests)
-    assert world.scheduler.num_preemptions > 0 or num_blocks == 40 or window  # a window bounds what a sequence needs
+    bounded = windows[0] is not None  # a window bounds what a sequence needs
+    assert world.scheduler.num_preemptions > 0 or num_blocks == 40 or bounded
     assert world.scheduler.num_prefix_hits > 0
 
 
@@ -230,14 +243,16 @@ def test_a_request_is_preempted_at_most_logarithmically_often(make_world):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_windows_of_any_size_share_prefixes_and_never_run_out_of_room(make_world, seed):
+def test_windows_and_groups_of_any_size_share_prefixes_and_never_run_out_of_room(make_world, seed):
     """Long shared prompts, small caches, random windows: what is admitted has room, and what is found is right."""
     rng = random.Random(seed)
-    size, window, budget = rng.choice([1, 2, 4]), rng.randrange(1, 30), rng.choice([4, 8, 16])
-    num_blocks = -(-(window + budget + 2 * size) // size) + rng.randrange(2, 40)
+    size, budget = rng.choice([1, 2, 4]), rng.choice([4, 8, 16])
+    windows = rng.choice([[rng.randrange(1, 30)], [None, rng.randrange(1, 30)], [rng.randrange(1, 30), 5, None, 64]])
+    num_blocks = KVCacheManager(2, size, windows=windows).num_blocks_at_most(64, budget + 2 * size)
+    num_blocks += rng.randrange(2, 40)
     max_num_seqs = min(budget, rng.randrange(1, 6))
     world = make_world(
-        num_blocks=num_blocks, block_size=size, budget=budget, window=window, max_num_seqs=max_num_seqs, seed=seed
+        num_blocks=num_blocks, block_size=size, budget=budget, windows=windows, max_num_seqs=max_num_seqs, seed=seed
     )
     shared = [rng.randrange(VOCAB_SIZE) for _ in range(45)]
     requests = {}
@@ -253,7 +268,7 @@ def test_windows_of_any_size_share_prefixes_and_never_run_out_of_room(make_world
 
 
 def test_a_prefix_behind_a_window_is_found_by_its_end(make_world):
-    world = make_world(num_blocks=34, window=8, max_model_len=200, budget=16)
+    world = make_world(num_blocks=34, windows=[8], max_model_len=200, budget=16)
     shared = [i % VOCAB_SIZE for i in range(100)]
     world.add(_plain("a", [*shared, 1], 3))
     world.run()
@@ -262,15 +277,70 @@ def test_a_prefix_behind_a_window_is_found_by_its_end(make_world):
     world.step()
     assert world.scheduler.num_prefix_hits == 100
     (seq,) = world.scheduler.running
-    assert seq.num_released_blocks == 23  # of 25; the 100th token sees eight, two blocks of four and itself
+    assert seq.num_released_blocks == [23]  # of 25; the 100th token sees eight, two blocks of four and itself
     world.check()
     world.run()
     assert world.outputs["b"] == _reference(_plain("b", [*shared, 2], 3), 200)
 
 
+def test_a_prefix_is_as_long_as_every_group_has_it(make_world):
+    """A window finds its prefix by the end, full attention by the beginning; both must have it."""
+    world = make_world(num_blocks=400, windows=[None, 8], max_model_len=200, budget=16)
+    shared = [i % VOCAB_SIZE for i in range(100)]
+    world.add(_plain("a", [*shared, 1], 3))
+    world.run()
+    kv, digests = world.kv, world.kv.hashes(Sequence(_plain("", shared, 1), shared), 25)
+    full, window = kv.groups
+
+    def found(*forgotten: tuple[KVCacheGroup, int]) -> int:
+        """Blocks of the prefix that a new request finds without these."""
+        known = [(group.key(digests[i]), kv.pool.lookup(group.key(digests[i]))) for group, i in forgotten]
+        for key, _ in known:
+            kv.pool.uncache(key)
+        prefix = kv.find_prefix(Sequence(_plain("", [*shared, 2], 1), [*shared, 2]))
+        for key, block in known:
+            kv.pool.cache(block, key)
+        assert {len(blocks) for blocks in prefix} == {len(prefix[0])}
+        assert all(len(blocks) - blocks.count(NULL_BLOCK) <= 3 for blocks in prefix[1:])
+        return len(prefix[0])
+
+    assert found() == 25
+    assert found((full, 10)) == 10
+    assert found((window, 24)) == 24  # the token behind block 23 sees blocks 22 and 23
+    assert found((window, 23)) == 23
+    assert found((window, 5)) == 25  # behind the window of the token that comes next
+    assert found((full, 10), (window, 9), (window, 7)) == 7
+    assert found((full, 0)) == 0
+
+
+def test_groups_with_windows_give_their_blocks_back_while_full_ones_keep_theirs(make_world):
+    """A text of 400 tokens in three groups, two with a window of 16: the same tokens with two fifths of the blocks."""
+    held = {}
+    for windows in ([None, None, None], [None, 16, 16]):
+        world = make_world(num_blocks=400, windows=windows, max_model_len=410, budget=16)
+        world.with_drafts = False
+        world.add(_plain("a", [i % VOCAB_SIZE for i in range(300)], 100))
+        most = 0
+        while world.scheduler.has_work:
+            world.step()
+            world.check()
+            most = max(most, world.kv.pool.num_owned)
+        assert world.outputs["a"] == _reference(_plain("a", [i % VOCAB_SIZE for i in range(300)], 100), 410)
+        held[windows[1]] = most
+    assert held[None] == 3 * 100
+    assert held[16] <= 100 + 2 * (16 + 16 + 8) // 4
+
+
+def test_room_is_counted_over_all_groups(make_world):
+    """One request at its longest: 50 blocks of full attention, and 8 of a window of 8, a step of 16 and two blocks."""
+    assert make_world(num_blocks=1 + 58, windows=[None, 8], max_model_len=200).kv.num_groups == 2
+    with pytest.raises(ValueError, match=r"needs 58 KV blocks .* not 57; lower model.max_model_len to 196"):
+        make_world(num_blocks=1 + 57, windows=[None, 8], max_model_len=200)
+
+
 def test_a_window_that_does_not_fit_into_the_cache_is_refused(make_world):
     with pytest.raises(ValueError, match=r"window of 50 and a step of 16.*raise kv_cache.memory"):
-        make_world(num_blocks=10, window=50, max_model_len=1000)
+        make_world(num_blocks=10, windows=[50], max_model_len=1000)
 
 
 def test_drafts_preempt_nobody():
@@ -328,7 +398,7 @@ def test_the_smallest_cache_that_a_window_is_accepted_with_serves_the_longest_pr
 def _smallest_scheduler(limits: SchedulerLimits, block_size: int, window: int) -> Scheduler:
     for num_blocks in itertools.count(2):
         try:
-            return Scheduler(KVCacheManager(num_blocks, block_size, window=window), limits)
+            return Scheduler(KVCacheManager(num_blocks, block_size, windows=[window]), limits)
         except ValueError:
             continue
     raise AssertionError("unreachable")
@@ -483,7 +553,7 @@ def test_lower_priority_numbers_start_first(make_world):
 
 
 def test_a_sliding_window_frees_the_blocks_behind_it(make_world):
-    world = make_world(num_blocks=12, window=8, max_model_len=1000, budget=8)
+    world = make_world(num_blocks=12, windows=[8], max_model_len=1000, budget=8)
     world.add(_plain("r", [1] * 300, 50))
     world.run()  # 350 tokens through 11 blocks of 4
     assert world.finished["r"] == 1

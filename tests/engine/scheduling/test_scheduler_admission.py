@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.kv_cache.manager import HASHES_AT_ONCE, KVCacheManager
+from engine.kv_cache.groups import HASHES_AT_ONCE
+from engine.kv_cache.manager import KVCacheManager, Prefix
 from engine.scheduling.scheduler import MAX_NUM_HASHES, Scheduler, SchedulerLimits
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
@@ -15,7 +16,7 @@ class CountingManager(KVCacheManager):
 
     num_lookups = num_hashed = 0
 
-    def find_prefix(self, seq: Sequence, *, max_num_hashes: int | None = None) -> list[int] | None:
+    def find_prefix(self, seq: Sequence, *, max_num_hashes: int | None = None) -> Prefix | None:
         self.num_lookups += 1
         return super().find_prefix(seq, max_num_hashes=max_num_hashes)
 
@@ -46,7 +47,7 @@ def make_scheduler(
     max_model_len: int | None = None,
     window: int | None = None,
 ) -> Scheduler:
-    kv = CountingManager(num_blocks + 1, block_size, window=window)
+    kv = CountingManager(num_blocks + 1, block_size, windows=[window])
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,

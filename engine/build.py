@@ -26,9 +26,11 @@ from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, wi
 from engine.planning.machine import Ceilings, Machine, freeing_at_once, read_machine
 from engine.planning.resolve import resolve_device
 from engine.planning.sizes import gib
+from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
+from engine.runner.step_recording import StepRecording
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
@@ -89,7 +91,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     pace = _pace(machine, plan)
     engine = _assemble(config, plan, loaded, back_end, pace=pace, has_independent_rows=has_independent_rows)
     clock.enter("trial", "one token through the whole model")
-    try_one_token(engine.runner, engine.sampler, path=loaded.path, dtype=plan.dtype)
+    try_one_token(engine.executor, engine.builder, path=loaded.path, dtype=plan.dtype)
     clock.end()
     model = ModelInfo(
         path=loaded.path,
@@ -192,8 +194,14 @@ def _assemble(
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )
     overlap = plan.device == "cuda" and config.speculation.method == "none"
-    sampler = back_end.make_sampler(loaded.vocab_size)
-    return Engine(runner, Scheduler(kv, limits), sampler, proposer, cost, pace=pace, overlap=overlap)
+    executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
+    engine = Engine(executor, Scheduler(kv, limits), proposer, cost, pace=pace, overlap=overlap)
+    if config.supervision.record_steps != "off":
+        counts_on_device = executor.keeps_token_counts
+        engine.recording = StepRecording(
+            config, block_size=plan.block_size, vocab_size=loaded.vocab_size, counts_on_device=counts_on_device
+        )
+    return engine
 
 
 def _with_measured_workspace(

@@ -133,6 +133,11 @@ class SupervisionConfig(Section):
     window: Annotated[float, Field(gt=0, le=86400)] = Field(
         default=300.0, description="seconds after which a death does not count any more"
     )
+    record_steps: Literal["off", "shapes", "contents"] = Field(
+        default="off",
+        description="keep the inputs of a step that fails or ends the process, for python -m engine.replay; "
+        "contents: with the token ids of its requests",
+    )
 
 
 class EngineConfig(Section):

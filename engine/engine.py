@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from engine.faults import EngineFaultError, check_device
 from engine.kv_cache.block_pool import NULL_BLOCK
-from engine.runner.async_stepping import LaunchingSampler, RunAhead
-from engine.runner.model_runner import ModelRunner
+from engine.runner.async_stepping import AsyncStepper
+from engine.runner.executor import Executor, StepResult
+from engine.runner.step_builder import StepBuilder
+from engine.runner.step_recording import StepRecording
 from engine.runner.trial import compute_one_token
 from engine.scheduling.oom_split import halve_chunks
 from engine.scheduling.scheduler import Scheduler
@@ -23,12 +24,11 @@ from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, Step
 
 logger = logging.getLogger(__name__)
 
-StepResult = tuple[list[StepOutput], list[str], StepStats]
-Computed = tuple[Tensor | None, list[Sampled]]  # hidden states as `ModelRunner.forward` has them; None: no drafts
+StepReport = tuple[list[StepOutput], list[str], StepStats]
 
 
 class Engine:
-    """Continuous batching in five lines: schedule, forward, sample, update, propose.
+    """Continuous batching in five lines: schedule, build the inputs, run them, update, propose.
 
     With `overlap`, a step is launched before the host has the tokens of the one before it
     (`engine.runner.async_stepping`), which needs a proposer that proposes nothing.
@@ -36,9 +36,8 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        executor: Executor,
         scheduler: Scheduler,
-        sampler: LaunchingSampler,
         proposer: Proposer,
         cost: ModelCost,
         *,
@@ -46,11 +45,14 @@ class Engine:
         overlap: bool = False,
     ) -> None:
         assert not overlap or isinstance(proposer, NoProposer), "drafts are made of tokens that the host must know"
-        self.runner, self.scheduler = runner, scheduler
-        self.sampler, self.proposer = sampler, proposer
+        self.executor, self.scheduler, self.proposer = executor, scheduler, proposer
+        self.builder = StepBuilder(
+            scheduler.kv.block_size, executor.vocab_size, counts_on_device=executor.keeps_token_counts
+        )
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
-        self._run_ahead = RunAhead(runner, scheduler, sampler) if overlap else None
+        self.recording: StepRecording | None = None  # of the step that runs, for `engine.replay`
+        self._stepper = AsyncStepper(executor, self.builder, scheduler) if overlap else None
 
     @property
     def has_work(self) -> bool:
@@ -60,9 +62,9 @@ class Engine:
         """Queues a request. Raises ValueError where it can never run."""
         token_ids = request.prompt_token_ids + request.output_token_ids
         lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
-        if lowest < 0 or highest >= self.runner.model.vocab_size:
+        if lowest < 0 or highest >= self.executor.vocab_size:
             raise ValueError(
-                f"token ids {lowest} to {highest} reach beyond the vocabulary of {self.runner.model.vocab_size}"
+                f"token ids {lowest} to {highest} reach beyond the vocabulary of {self.executor.vocab_size}"
             )
         self.scheduler.add(Sequence(request, token_ids, added_at=time.monotonic()))
 
@@ -74,13 +76,13 @@ class Engine:
         """What steps do without for now, because it has failed."""
         modes = {
             "token_budget": self.scheduler.is_budget_lowered,
-            "run_ahead": self._run_ahead is not None and self._run_ahead.breaker.is_open,
-            "cuda_graphs": self.runner.graphs.breaker.is_open,
+            "run_ahead": self._stepper is not None and self._stepper.breaker.is_open,
+            "cuda_graphs": self.executor.lacks_graphs,
         }
         return [name for name, is_degraded in modes.items() if is_degraded]
 
     @torch.inference_mode()
-    def step(self) -> StepResult:
+    def step(self) -> StepReport:
         """Runs one step. Returns its outputs, the ids of the requests that left the queue in it, and its numbers.
 
         A request whose computation fails ends alone, with the finish reason "error"; the others go on. Raises
@@ -95,59 +97,61 @@ class Engine:
             recorder.plan(batch)
             return [], [], recorder.stats([], [], self.degraded_modes)
         self.on_batch(batch)
-        hidden, sampled = self._compute(batch, recorder.clock)
-        if recorder.plan(batch).drafts:
-            self.runner.keep_accepted(batch, sampled)
-        outputs = self.scheduler.update(batch, sampled)
+        result = self._compute(batch, recorder.clock)
+        recorder.plan(batch)
+        outputs = self.scheduler.update(batch, result.sampled)
         recorder.clock.lap("update")
-        self._propose(batch, sampled, hidden)
+        self._propose(batch, result)
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")
-        stats = recorder.stats(sampled, outputs, self.degraded_modes)
+        stats = recorder.stats(result.sampled, outputs, self.degraded_modes)
         self._pace.learn(stats)
         return outputs, started, stats
 
-    def _compute(self, batch: list[Scheduled], clock: StepClock) -> Computed:
+    def _compute(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
         """Forward and sample. Where that fails, once more for each item alone, to find whose fault it is; where memory
         runs out, in smaller steps: prompt tokens leave the batch, and are computed later.
 
         Running an item twice is harmless: it writes the same keys and values into the same slots.
         """
         try:
-            computed = self._forward_and_sample(batch, clock)
+            result = self._run_recorded(batch, clock)
             self.scheduler.note_quiet_step()
-            return computed
+            return result
         except torch.OutOfMemoryError:
             logger.warning("a step of %d tokens ran out of memory", _num_tokens(batch))
         except Exception as error:
             check_device(error)
             logger.exception("a step of %d requests failed; running each alone", len(batch))
-            self._forget_launched()
+            self._give_up(batch)
             return self._compute_each(batch, clock)
-        self._forget_launched()
-        self.runner.release_memory()
+        self._give_up(batch)
+        self.executor.release_memory()
         if halve_chunks(batch):
             self.scheduler.lower_budget(_num_tokens(batch))
             return self._compute(batch, clock)
         if len(batch) > 1:
             middle = len(batch) // 2
             return _join([self._compute(batch[:middle], clock), self._compute(batch[middle:], clock)])
-        return None, [_failure(batch[0], "the device has not enough memory for a step of it; lower kv_cache.memory")]
+        return StepResult(
+            [_failure(batch[0], "the device has not enough memory for a step of it; lower kv_cache.memory")]
+        )
 
-    def _compute_each(self, batch: list[Scheduled], clock: StepClock) -> Computed:
+    def _compute_each(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
         """Each item in a step of its own. Raises EngineFaultError where none of several could be computed."""
-        parts: list[Computed] = []
+        parts: list[StepResult] = []
         num_failures = 0
         for item in batch:
             self.on_batch([item])  # should the process die now, it is known for whom
             try:
-                parts.append(self._forward_and_sample([item], clock))
+                parts.append(self._run_recorded([item], clock))
             except Exception as error:
                 check_device(error)
                 num_failures += 1
                 logger.exception("request %s failed alone", item.seq.request.request_id)
-                parts.append((None, [_failure(item, type(error).__name__)]))
+                self.builder.failed([item])
+                parts.append(StepResult([_failure(item, type(error).__name__)]))
                 self.on_batch(batch)
                 self._probe(error)
         if num_failures == len(batch) > 1:
@@ -157,37 +161,56 @@ class Engine:
     def _probe(self, failure: Exception) -> None:
         """Runs one token of nobody's through the model. Raises EngineFaultError where even that fails."""
         try:
-            compute_one_token(self.runner, self.sampler, block=NULL_BLOCK)
+            compute_one_token(self.executor, self.builder, block=NULL_BLOCK)
         except Exception as error:
             logger.exception("a single token could not be computed either")
             raise EngineFaultError(
                 f"no step succeeds any more, the last with {type(error).__name__}: {error}"
             ) from failure
 
-    def _forward_and_sample(self, batch: list[Scheduled], clock: StepClock) -> Computed:
-        if self._run_ahead is not None:
-            return None, self._run_ahead.compute(batch, clock)
-        hidden, logits = self.runner.forward(batch)
+    def _run(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
+        if self._stepper is not None:
+            return self._stepper.compute(batch, clock)
+        step = self.executor.launch(self.builder.build(batch))
+        self.builder.launched()
         clock.lap("forward")
-        sampled = self.sampler.launch(logits, batch).finish()
+        result = step.finish()
         clock.lap("sample")
-        return hidden, sampled
+        return result
+
+    def _run_recorded(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
+        if self.recording is None:
+            return self._run(batch, clock)
+        self.recording.begin(batch)
+        try:
+            result = self._run(batch, clock)
+        except Exception:
+            self.recording.keep()
+            raise
+        self.recording.end()
+        return result
+
+    def _give_up(self, batch: list[Scheduled]) -> None:
+        """A step of these failed, and what was launched behind it goes with it."""
+        self._forget_launched()
+        self.builder.failed(batch)
 
     def _forget_launched(self) -> None:
-        if self._run_ahead is not None:
-            self._run_ahead.forget()
+        if self._stepper is not None:
+            self._stepper.forget()
 
-    def _propose(self, batch: list[Scheduled], sampled: list[Sampled], hidden: Tensor | None) -> None:
+    def _propose(self, batch: list[Scheduled], result: StepResult) -> None:
         """Hands the proposer what goes on sampling, with the hidden state that each newest token came from."""
+        hidden = result.hidden
         if hidden is None:
             return
         going_on: list[Scheduled] = []
         rows: list[int] = []
         start = 0
-        for item, result in zip(batch, sampled, strict=True):
-            if result.token_ids and not item.seq.finish_reason:
+        for item, sampled in zip(batch, result.sampled, strict=True):
+            if sampled.token_ids and not item.seq.finish_reason:
                 going_on.append(item)
-                rows.append(start + item.num_scored + (result.accepted[-1] + 1 if result.accepted else 0))
+                rows.append(start + item.num_scored + (sampled.accepted[-1] + 1 if sampled.accepted else 0))
             start += item.num_logits
         if not going_on:
             return
@@ -213,9 +236,9 @@ def _num_tokens(batch: list[Scheduled]) -> int:
     return sum(item.num_new_tokens for item in batch)
 
 
-def _join(parts: list[Computed]) -> Computed:
+def _join(parts: list[StepResult]) -> StepResult:
     """A step that was computed in parts. It is followed by no drafts: hidden states live until the next part only."""
-    return None, [result for _, results in parts for result in results]
+    return StepResult([sampled for part in parts for sampled in part.sampled])
 
 
 def _failure(item: Scheduled, reason: str) -> Sampled:

@@ -187,6 +187,9 @@ class Sequence:
 class Scheduled:
     """One line of the scheduler's plan for a step: run `num_new_tokens` tokens from the first uncomputed one.
 
+    A step may be planned while the one before it is still running: then `num_ahead` tokens of the sequence are computed
+    there, and where its newest token is sampled there, `source` is the sampled row of that step (else -1).
+
     The sequence's drafts are the last `num_drafts` of them. Logits are wanted for the last `num_logits` rows: first
     `num_scored` rows that only score prompt tokens (prompt log-probabilities), then, if `samples`, 1 + num_drafts
     rows that are sampled.
@@ -197,6 +200,21 @@ class Scheduled:
     num_drafts: int
     samples: bool  # False for a prompt chunk that is not the last
     num_scored: int = 0
+    num_ahead: int = 0
+    source: int = -1
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens of the sequence that are in the KV cache when the step begins."""
+        return self.seq.num_computed_tokens + self.num_ahead
+
+    @property
+    def next_position(self) -> int:
+        """How many tokens the sequence has when this step's new ones are in: where the next one goes.
+
+        Known to the scheduler before the tokens themselves are.
+        """
+        return self.seq.num_computed_tokens + self.num_ahead + self.num_new_tokens - self.num_drafts
 
     @property
     def num_sampled_rows(self) -> int:

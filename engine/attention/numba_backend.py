@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.backend import HeadNorms, Rotation, normalise_rotate_and_attend
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.numba.core.formats import FORMAT_OF

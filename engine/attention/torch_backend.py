@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.attention.backend import HeadNorms, Rotation, normalise_rotate_and_attend
 from engine.attention.torch_plan import AttentionPlan, DecodeGroup, Geometry, PromptChunk, build_plan
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.torch_cpu.batched_attention import attend, attend_chunk, gather_context

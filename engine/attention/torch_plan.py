@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 
 MAX_GROUPED_QUERIES = 16  # rows per sequence up to which batching beats the fused kernel
 MIN_CONTEXT = 64  # tokens; shorter contexts are padded to this

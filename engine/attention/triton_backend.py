@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.backend import HeadNorms, Rotation
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.triton.attention.paged_attention import Prepared, pack_tree, paged_attention

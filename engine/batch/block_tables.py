@@ -1,7 +1,7 @@
-"""The block tables of running sequences as one array on the host, kept up to date between steps.
+"""Which row of the executor's block tables each sequence has, and what has to change in them before a step.
 
-A table grows by a block every block_size tokens, so a step need not read it again: at 256 sequences of 4,096 tokens,
-turning the lists into arrays took longer than all the rest of a step's preparation.
+Tables live where the model runs and are told of changes as (row, column, block): a table grows by a block every
+block_size tokens, while all tables of 256 sequences of 32,768 tokens are 4 MB. Host only; never changes a sequence.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.arrays import Ints
+from engine.batch.step_inputs import NO_ENTRIES, TableChanges
+from engine.kv_cache.block_pool import NULL_BLOCK
 from engine.types import Scheduled, Sequence
 
-Ints = NDArray[np.int64]
-
 WIDTH_STEP = 16  # Triton compiles a kernel once more for strides that are no multiples of it
+_FIRST_ROWS = 8
 
 
 @dataclass(slots=True)
 class _Row:
-    """What is known of one sequence."""
+    """What the tables say of one sequence."""
 
     index: int
     source: list[int]  # the sequence's own table: a sequence that starts anew gets another list
@@ -29,19 +30,23 @@ class _Row:
 
 
 class BlockTables:
-    """A row per sequence of the last steps. Reads the sequences and never changes them."""
+    """A row per sequence of the last steps.
+
+    Changes are handed out until `acknowledge` says that a step that had them was launched: setting an entry twice does
+    no harm, and a step that failed half-way leaves nobody guessing which it had set.
+    """
 
     def __init__(self) -> None:
-        self._tables: Ints = np.zeros((8, WIDTH_STEP), dtype=np.int64)
+        self.num_rows, self.num_columns = _FIRST_ROWS, WIDTH_STEP
         self._rows: dict[Sequence, _Row] = {}
-        self._free = list(range(8))[::-1]
+        self._free = list(range(_FIRST_ROWS))[::-1]
+        self._used: list[int] = [0] * _FIRST_ROWS  # columns of each row that may hold a block
+        self._entries: list[tuple[int, int, int]] = []
+        self._array: Ints | None = NO_ENTRIES  # of the entries, once somebody has asked
 
-    def read(self, batch: list[Scheduled]) -> Ints:
-        """The tables of the batch, in its order, as wide as the longest or a little wider.
-
-        [num_seqs, max_blocks], 0 past each one's end; max_blocks is a multiple of 16.
-        """
-        known, indices, width = self._rows, [], 0
+    def read(self, batch: list[Scheduled]) -> tuple[Ints, int]:
+        """The rows of the batch's sequences, [num_seqs], and how many columns the longest takes, rounded up to 16."""
+        known, indices, width = self._rows, [], 1
         for item in batch:
             seq = item.seq
             table = seq.block_table
@@ -50,13 +55,35 @@ class BlockTables:
                 row = self._start(seq, batch)
             if row.num_blocks != len(table):
                 self._extend(row)
-            if row.num_released != seq.num_released_blocks[0]:
-                row.num_released = seq.num_released_blocks[0]
-                self._tables[row.index, : row.num_released] = 0
+            num_released = seq.num_released_blocks[0]
+            if row.num_released != num_released:
+                self._set(row.index, range(row.num_released, num_released), NULL_BLOCK)
+                row.num_released = num_released
             width = max(width, row.num_blocks)
             indices.append(row.index)
-        width = -(-width // WIDTH_STEP) * WIDTH_STEP
-        return self._tables[np.array(indices, dtype=np.int64), :width]
+        return np.array(indices, dtype=np.int64), -(-width // WIDTH_STEP) * WIDTH_STEP
+
+    def changes(self) -> TableChanges:
+        """All that was not acknowledged yet."""
+        if self._array is None:
+            self._array = np.array(self._entries, dtype=np.int64)
+        return TableChanges(self._array, self.num_rows, self.num_columns)
+
+    def acknowledge(self) -> None:
+        """The tables have what `changes` said last."""
+        if self._entries:
+            self._entries, self._array = [], NO_ENTRIES
+
+    def whole(self, rows: Ints) -> TableChanges:
+        """All entries of some rows, for tables that have none of them yet."""
+        by_index = {row.index: row for row in self._rows.values()}
+        entries = [
+            (index, column, block)
+            for index in rows.tolist()
+            for column, block in enumerate(by_index[index].source[: by_index[index].num_blocks])
+        ]
+        array = np.array(entries, dtype=np.int64) if entries else NO_ENTRIES
+        return TableChanges(array, self.num_rows, self.num_columns)
 
     def _start(self, seq: Sequence, batch: list[Scheduled]) -> _Row:
         row = self._rows.pop(seq, None)
@@ -65,30 +92,31 @@ class BlockTables:
         elif not self._free:
             self._forget_all_but(batch)
         index = self._free.pop()
-        self._tables[index] = 0
         row = self._rows[seq] = _Row(index, seq.block_table, 0, 0)
         return row
 
     def _extend(self, row: _Row) -> None:
         num_blocks = len(row.source)
         assert num_blocks > row.num_blocks, "a block table never shrinks"
-        if num_blocks > self._tables.shape[1]:
-            self._grow(num_columns=WIDTH_STEP * -(-2 * num_blocks // WIDTH_STEP))
-        self._tables[row.index, row.num_blocks : num_blocks] = row.source[row.num_blocks :]
-        row.num_blocks = num_blocks
+        if num_blocks > self.num_columns:
+            self.num_columns = WIDTH_STEP * -(-2 * num_blocks // WIDTH_STEP)
+        blocks = enumerate(row.source[row.num_blocks :], start=row.num_blocks)
+        self._entries += [(row.index, column, block) for column, block in blocks]
+        # what a sequence before had in this row, past this one's end
+        self._set(row.index, range(num_blocks, self._used[row.index]), NULL_BLOCK)
+        self._used[row.index] = row.num_blocks = num_blocks
+        self._array = None
+
+    def _set(self, row: int, columns: range, block: int) -> None:
+        self._entries += [(row, column, block) for column in columns]
+        self._array = None
 
     def _forget_all_but(self, batch: list[Scheduled]) -> None:
         """Makes room: the rows of sequences that do not run now, and if those are few, as many again."""
         running = {item.seq for item in batch}
         for seq in [seq for seq in self._rows if seq not in running]:
             self._free.append(self._rows.pop(seq).index)
-        num_rows = len(self._tables)
-        if len(self._free) < num_rows // 2:
-            self._grow(num_rows=2 * num_rows)
-            self._free += range(num_rows, 2 * num_rows)
-
-    def _grow(self, *, num_rows: int = 0, num_columns: int = 0) -> None:
-        old = self._tables
-        shape = (max(num_rows, old.shape[0]), max(num_columns, old.shape[1]))
-        self._tables = np.zeros(shape, dtype=np.int64)
-        self._tables[: old.shape[0], : old.shape[1]] = old
+        if len(self._free) < self.num_rows // 2:
+            self._free += range(self.num_rows, 2 * self.num_rows)
+            self._used += [0] * self.num_rows
+            self.num_rows *= 2

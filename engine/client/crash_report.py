@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine.client.deaths import Death
+from engine.ipc.state_directory import state_directory
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +37,6 @@ def installed_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def state_directory() -> Path:
-    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state.
-
-    Raises FileNotFoundError for a user without a home directory, as some clusters make them.
-    """
-    try:
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    except RuntimeError as error:
-        raise FileNotFoundError(str(error)) from error
-    return Path(home) / "peregrine"
 
 
 def write_crash_report(report: CrashReport) -> Path | None:

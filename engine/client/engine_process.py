@@ -23,6 +23,7 @@ from engine.config import EngineConfig
 from engine.ipc.framing import FrameProtocol, from_engine_decoder
 from engine.ipc.inflight_record import InflightRecord, InflightRequest, create_record_fd
 from engine.ipc.messages import Failed, FromEngine, Heartbeat, Phase, Step, ToEngine
+from engine.ipc.state_directory import keep_running_step
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Ending:
     failed: Failed | None  # its own last word
     was_out_of_memory: bool  # the kernel's out-of-memory killer ran while it lived
     broken_frame: str | None
+    recorded_step: Path | None = None  # the inputs of the step that it ended in, if it was asked to keep them
 
     def describe(self) -> str:
         """The reason in one line, without anything that a client sent."""
@@ -175,6 +177,7 @@ class EngineChild:
             failed=self.failed,
             was_out_of_memory=exit_code == -signal.SIGKILL and count_oom_kills() > self._oom_kills_at_start,
             broken_frame=self._broken_frame(),
+            recorded_step=keep_running_step(self.pid),
         )
 
     def _broken_frame(self) -> str | None:

@@ -265,7 +265,9 @@ class Supervisor:
             return False
         self.state = EngineState.RESTARTING
         self._enter_phase("process", reason)
-        logger.error("%s; %d requests were in the step", reason, len(ending.batch))
+        recorded = ending.recorded_step
+        replay = "" if recorded is None else f"; to run that step again: python -m engine.replay {recorded}"
+        logger.error("%s; %d requests were in the step%s", reason, len(ending.batch), replay)
         self._observer.on_death(reason)
         self._deaths.add(death, self._listener.engine_died([line.request_id for line in ending.batch]))
         excess = self._deaths.describe_excess()

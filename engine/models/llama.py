@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attention.backend import AttentionBackend, HeadNorms, Rotation
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.models.architecture import Architecture, read_architecture
 from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.model import Model, check_weight_names

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.numba_backend import NumbaAttention
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.models.llama import MLP, Block, Llama
 from engine.models.rope import RotaryEmbedding
 from engine.quantization.numba_cpu import PackedLinear

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from engine.attention.backend import AttentionBackend
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.operations import load_operations
 

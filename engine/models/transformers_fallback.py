@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from engine.attention.backend import AttentionBackend
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.architecture import check_attention_layers
 from engine.models.context_length import length_where_rope_changes, read_trained_context

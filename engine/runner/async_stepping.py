@@ -1,12 +1,12 @@
-"""The next step, launched before the host knows the tokens of this one.
+"""Asynchronous stepping: the next step is launched before the host knows the tokens of this one.
 
 While the device computes a step, the host waits for its tokens, and while the host updates and schedules, the device
-waits. Where every sequence is going to decode one token next, that next step needs nothing but the sampled tokens,
-which are on the device already: so it is queued behind this one, and the host works in its shadow.
+waits. What the next step needs of this one are the sampled tokens, which are on the device already: so it is queued
+behind this one, prompt chunks and penalties included, and the host works in its shadow.
 
 The scheduler does not know. It plans the next step when this one is over, as ever, and what it plans is then looked up
-among what is running: a sequence that ended or was preempted meanwhile has cost a row. Its keys and values went to a
-block that was its own when they were queued, before whatever the block's next owner writes there.
+in the step that is in flight: a sequence that ended or was preempted meanwhile has cost its rows. Its keys and values
+went to blocks that were its own when they were queued, before whatever the blocks' next owner writes there.
 
 How much this gains is not measured yet.
 """
@@ -15,169 +15,164 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from itertools import accumulate, count
-from typing import Protocol
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.arrays import Ints
-from engine.batch.forward_batch import Ahead
-from engine.batch.transfer import to_device
+from engine.batch.device_inputs import to_device
+from engine.batch.step_inputs import StepInputs
 from engine.circuit_breaker import CircuitBreaker
 from engine.faults import check_device
-from engine.runner.decode_inputs import DecodeRun, make_room
-from engine.runner.model_runner import ModelRunner
-from engine.sampling.logit_processors import needs_token_history
-from engine.sampling.output import Pending
+from engine.runner.decode_inputs import DecodeRun
+from engine.runner.executor import Executor, InFlightStep, StepResult
+from engine.runner.step_builder import StepBuilder
+from engine.scheduling.foresight import foresee
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import StepClock
-from engine.types import Sampled, Scheduled, Sequence
+from engine.types import Sampled, Scheduled
 
 logger = logging.getLogger(__name__)
 
 
-class LaunchingSampler(Protocol):
-    """What the engine asks of a sampler."""
-
-    def launch(self, logits: Tensor, batch: list[Scheduled], positions: Ints | None = None) -> Pending:
-        """As `engine.sampling.sampler.TokenSampler` says."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class Flight:
-    """A step on the device that the scheduler has not planned yet, and the run that it is a step of."""
+class Foreseen:
+    """A step in flight that the scheduler has not planned yet. starts: of each item, the position of its first token
 
-    pending: Pending
-    run: DecodeRun
+    run: where it is a step of a run of decoding steps, that run
+    """
 
-    def rows(self) -> dict[Sequence, int]:
-        return {seq: row for row, seq in enumerate(self.run.seqs)}
+    step: InFlightStep
+    items: list[Scheduled]
+    starts: list[int]
+    run: DecodeRun | None
+
+    def places(self, batch: list[Scheduled]) -> list[int | None]:
+        """Where each item of a plan is computed here; None: it is not."""
+        known = {
+            (item.seq, start, item.num_new_tokens, item.samples): place
+            for place, (item, start) in enumerate(zip(self.items, self.starts, strict=True))
+        }
+        return [
+            None
+            if item.num_drafts or item.num_scored
+            else known.get((item.seq, item.num_computed_tokens, item.num_new_tokens, item.samples))
+            for item in batch
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A planned step on the device: the part that was launched ahead, and what was launched for the rest of the plan.
+    """A planned step in flight: what was launched before it was planned, and what was launched for the rest of it.
 
-    sources: of each item of the plan, the part that computes it and its row there. A part has one row per item. None:
-    all are computed by one part, in the plan's order
-    run: where the plan is a step of a run, that run
+    sources: of each item of the plan, the part that computes it and its place there; None: one part computes all, in
+    the plan's order
+    run: where the plan is a step of a run of decoding steps, that run
     """
 
-    parts: list[Pending]
+    parts: list[InFlightStep]
     sources: list[tuple[int, int]] | None = None
     run: DecodeRun | None = None
 
     def tokens(self) -> Tensor:
-        """What was sampled for the items, all of which sample one token. [num_items] int64, on the device"""
-        tokens = [part.tokens for part in self.parts]
+        """What the plan's rows sampled, item after item. [num_sampled] int64, on the device"""
         if self.sources is None:
-            return tokens[0]
-        starts = list(accumulate(map(len, tokens), initial=0))
-        return _select(torch.cat(tokens), [starts[part] + row for part, row in self.sources])
+            return self.parts[0].tokens
+        num_sampled = [part.inputs.seqs.num_sampled.tolist() for part in self.parts]
+        firsts = [list(accumulate(numbers, initial=0)) for numbers in num_sampled]
+        starts = list(accumulate((ends[-1] for ends in firsts), initial=0))
+        rows = [
+            starts[part] + row
+            for part, place in self.sources
+            for row in range(firsts[part][place], firsts[part][place + 1])
+        ]
+        tokens = torch.cat([part.tokens for part in self.parts])
+        return tokens.index_select(0, to_device(np.array(rows, dtype=np.int64), tokens.device))
 
-    def finish(self) -> list[Sampled]:
-        """Waits. One `Sampled` per item."""
+    def finish(self) -> StepResult:
+        """Waits. One `Sampled` per item of the plan."""
         results = [part.finish() for part in self.parts]
-        return results[0] if self.sources is None else [results[part][row] for part, row in self.sources]
+        if self.sources is None:
+            return results[0]
+        sampled: list[Sampled] = [results[part].sampled[place] for part, place in self.sources]
+        return StepResult(sampled)
 
 
-class RunAhead:
+class AsyncStepper:
     """Launches the step after the one that is running, and remembers it until the scheduler has planned it."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, sampler: LaunchingSampler) -> None:
-        self._runner, self._scheduler, self._sampler = runner, scheduler, sampler
-        self._flight: Flight | None = None
+    def __init__(self, executor: Executor, builder: StepBuilder, scheduler: Scheduler) -> None:
+        self._executor, self._builder, self._scheduler = executor, builder, scheduler
+        self._foreseen: Foreseen | None = None
         self.breaker = CircuitBreaker()
 
     def forget(self) -> None:
         """Lets go of what was launched. It still runs to its end on the device, and harms nothing."""
-        self._flight = None
+        if self._foreseen is not None:
+            self._builder.failed(self._foreseen.items)
+        self._foreseen = None
 
-    def compute(self, batch: list[Scheduled], clock: StepClock) -> list[Sampled]:
-        """Launches what of the plan is not under way yet, then the step that comes after it, and waits for the plan's
-        tokens. One `Sampled` per item."""
+    def compute(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
+        """Launches what of the plan is not in flight yet, then the step that comes after it, and waits for the plan's
+        tokens."""
         launched = self._complete(batch)
         if not self.breaker.is_open:
-            self._flight = self._launch_next(batch, launched)
+            self._foreseen = self._launch_next(batch, launched)
         self.breaker.step()
         clock.lap("forward")
-        sampled = launched.finish()
+        result = launched.finish()
         clock.lap("sample")
-        return sampled
+        return result
 
     def _complete(self, batch: list[Scheduled]) -> Launched:
-        flight, self._flight = self._flight, None
-        if flight is None:
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is None:
             return Launched([self._launch(batch)])
-        if flight.run.is_of(batch):
-            return Launched([flight.pending], run=flight.run)
-        known = flight.rows()
-        rows = [known.get(item.seq) for item in batch]
-        missing = [item for item, row in zip(batch, rows, strict=True) if row is None]
+        if foreseen.run is not None and foreseen.run.is_of(batch):
+            return Launched([foreseen.step], run=foreseen.run)
+        places = foreseen.places(batch)
+        missing = [item for item, place in zip(batch, places, strict=True) if place is None]
         if len(missing) == len(batch):
             return Launched([self._launch(batch)])
-        for item, row in zip(batch, rows, strict=True):
-            assert row is None or (item.num_new_tokens == 1 and not item.num_drafts), "it was not computed for this"
         if not missing:
-            return Launched([flight.pending], [(0, row) for row in rows if row is not None])
-        places = count()
-        sources = [(1, next(places)) if row is None else (0, row) for row in rows]
-        return Launched([flight.pending, self._launch(missing)], sources)
+            if places == list(range(len(foreseen.items))):
+                return Launched([foreseen.step])
+            return Launched([foreseen.step], [(0, place) for place in places if place is not None])
+        numbers = iter(range(len(missing)))
+        sources = [(1, next(numbers)) if place is None else (0, place) for place in places]
+        return Launched([foreseen.step, self._launch(missing)], sources)
 
-    def _launch(self, batch: list[Scheduled]) -> Pending:
-        return self._sampler.launch(self._runner.forward(batch)[1], batch)
+    def _launch(self, batch: list[Scheduled]) -> InFlightStep:
+        step = self._executor.launch(self._builder.build(batch))
+        self._builder.launched()
+        return step
 
-    def _launch_next(self, batch: list[Scheduled], launched: Launched) -> Flight | None:
-        run = launched.run
+    def _launch_next(self, batch: list[Scheduled], launched: Launched) -> Foreseen | None:
+        plan: list[Scheduled] | None = None
         try:
-            if run is not None and len(batch) == len(self._scheduler.running) and run.advance():
-                return self._fly(run, launched.tokens())
-            if not self._is_next_known(batch):
+            run = launched.run
+            if run is not None and len(batch) == len(self._scheduler.running):
+                plan = run.items
+                inputs = run.advance()
+                if inputs is not None:
+                    return self._fly(plan, inputs, launched.tokens(), run)
+            plan = foresee(self._scheduler, batch)
+            if plan is None or any(self._builder.sampling.needs_host(item) for item in plan):
                 return None
-            going_on = [row for row, item in enumerate(batch) if not self._ends(item)]
-            run = self._start_run([batch[row].seq for row in going_on])
-            return None if run is None else self._fly(run, _select(launched.tokens(), going_on))
+            inputs = self._builder.build(plan)
+            is_decoding = all(item.num_new_tokens == 1 and item.source >= 0 for item in plan)
+            run = DecodeRun(plan, inputs, kv=self._scheduler.kv, builder=self._builder) if is_decoding else None
+            return self._fly(plan, inputs, launched.tokens(), run)
         except Exception as error:  # a step too early is no request's fault; it runs in its time, and fails there
             check_device(error)
             logger.exception("a step could not be launched ahead; every step waits for the one before it for a while")
+            self._builder.failed(plan or batch)
             self.breaker.trip()
             return None
 
-    def _start_run(self, seqs: list[Sequence]) -> DecodeRun | None:
-        scheduler = self._scheduler
-        if not seqs or not make_room(seqs, scheduler.kv):
-            return None
-        return DecodeRun(seqs, kv=scheduler.kv, tables=self._runner.tables)
-
-    def _fly(self, run: DecodeRun, tokens: Tensor) -> Flight:
-        _, logits = self._runner.forward(run.items, Ahead(run.numbers, tokens))
-        return Flight(self._sampler.launch(logits, run.items, run.sampled_positions), run)
-
-    def _is_next_known(self, batch: list[Scheduled]) -> bool:
-        """Whether each running sequence will decode one token, chosen without regard to the text before it.
-
-        Others may be admitted too; those are computed beside what was launched, which is worth it only where the
-        scheduler has just found no room for them.
-        """
-        has_all = len(batch) == len(self._scheduler.running)
-        is_steady = not len(self._scheduler.waiting) or all(item.num_new_tokens == 1 for item in batch)
-        return (
-            has_all
-            and is_steady
-            and all(item.samples and not item.num_drafts and not needs_token_history(item) for item in batch)
-        )
-
-    @staticmethod
-    def _ends(item: Scheduled) -> bool:
-        """Whether the token that is being sampled is the sequence's last, whatever it is."""
-        return item.seq.num_tokens + 1 >= item.seq.max_num_tokens
-
-
-def _select(tokens: Tensor, rows: list[int]) -> Tensor:
-    """Some of the tokens, in the order of `rows`; without a wait for what the device is computing."""
-    if rows == list(range(len(tokens))):
-        return tokens
-    return tokens.index_select(0, to_device(np.array(rows, dtype=np.int64), tokens.device))
+    def _fly(self, plan: list[Scheduled], inputs: StepInputs, newest: Tensor, run: DecodeRun | None) -> Foreseen:
+        step = self._executor.launch(inputs, newest)
+        self._builder.launched()
+        starts = (inputs.seq_lens - np.diff(inputs.query_starts)).tolist()
+        return Foreseen(step, plan, starts, run)

@@ -26,13 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.backend import AttentionBackend
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import Ahead, ForwardBatch, gather_numbers
+from engine.batch.device_inputs import BatchBuilder, ForwardBatch
+from engine.batch.step_inputs import StepInputs
 from engine.circuit_breaker import CircuitBreaker
 from engine.models.model import Model
 from engine.planning.sizes import MAX_GRAPH_ROWS, MAX_NUM_GRAPHS
 from engine.runner.graph_inputs import GraphSize, StaticBatch
-from engine.types import Scheduled
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,6 @@ class GraphLimits:
     max_num_seqs: int
     max_rows_per_seq: int
     max_num_blocks: int
-    block_size: int
     max_num_graphs: int = MAX_NUM_GRAPHS
     num_uses: int = NUM_USES
     num_steps_between: int = NUM_STEPS_BETWEEN
@@ -130,13 +128,13 @@ class GraphRunner:
         self,
         model: Model,
         attention: CapturableAttention,
-        tables: BlockTables,
+        builder: BatchBuilder,
         *,
         limits: GraphLimits,
         graph_device: GraphDevice,
         device: torch.device,
     ) -> None:
-        self._model, self._attention, self._tables = model, attention, tables
+        self._model, self._attention, self._builder = model, attention, builder
         self._limits, self._graph_device = limits, graph_device
         self._static = StaticBatch(
             limits.max_num_rows, max_num_seqs=limits.max_num_seqs, max_num_blocks=limits.max_num_blocks, device=device
@@ -147,38 +145,36 @@ class GraphRunner:
         self._num_steps = limits.num_steps_between  # eager ones since the last capture
         self.breaker = CircuitBreaker()
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
-        """The hidden states of the batch's rows, [num_tokens, hidden_size], valid until the next call.
+    def forward(self, inputs: StepInputs, tokens: Tensor | None) -> Tensor | None:
+        """The hidden states of the step's rows, [num_tokens, hidden_size], valid until the next call.
 
-        None where no graph covers the step: it then has to run eagerly.
+        None where no graph covers the step: it then has to run eagerly. tokens: as in `ModelRunner.forward`
         """
         self.breaker.step()
-        size = self._size_of(batch) if ahead is None else self._padded(len(batch), 1, len(batch))
+        size = self._size_of(inputs)
         if size is None or not (size in self._graphs or self._should_capture(size)):
             return None
-        numbers = gather_numbers(batch, self._limits.block_size, self._tables) if ahead is None else ahead.numbers
-        if numbers.tree_mask is not None or not self._attention.has_room(numbers.seq_lens, size.rows_per_seq):
+        if inputs.tree_mask is not None or not self._attention.has_room(inputs.seq_lens, size.rows_per_seq):
             return None
-        self._static.fill(numbers, size, None if ahead is None else ahead.tokens)
+        tables = self._builder.tables
+        tables.change(inputs.table_changes)
+        self._static.fill(inputs, tables.read(inputs), size, tokens)
         graph = self._graphs.get(size) or self._capture(size)
         if graph is None:
             return None
         self._graphs.move_to_end(size)
-        return graph.replay()[: len(numbers.input_ids)]
+        return graph.replay()[: inputs.num_tokens]
 
     def clear(self) -> None:
         self._graphs.clear()
 
-    def _size_of(self, batch: list[Scheduled]) -> GraphSize | None:
-        """The size that the batch is padded to. None: it has a prompt chunk, or too many rows."""
-        num_rows, longest = 0, 1
-        for item in batch:
-            num_new_tokens = item.num_new_tokens
-            if not item.samples or num_new_tokens != 1 + item.num_drafts or item.num_scored:
-                return None
-            num_rows += num_new_tokens
-            longest = max(longest, num_new_tokens)
-        return self._padded(num_rows, longest, len(batch))
+    def _size_of(self, inputs: StepInputs) -> GraphSize | None:
+        """The size that the step is padded to. None: it has a prompt chunk, or too many rows."""
+        if not inputs.is_decoding:
+            return None
+        num_seqs = inputs.num_seqs
+        longest = 1 if num_seqs == inputs.num_tokens else int(np.diff(inputs.query_starts).max())
+        return self._padded(inputs.num_tokens, longest, num_seqs)
 
     def _padded(self, num_rows: int, longest: int, num_seqs: int) -> GraphSize | None:
         """longest: rows of a sequence"""

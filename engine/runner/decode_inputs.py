@@ -1,7 +1,7 @@
-"""Sequences that decode a token per step, and what the device needs to know of them from one step to the next.
+"""The inputs of a run of decoding steps: from one to the next they only advance.
 
-Gathering it takes a pass of Python over the sequences. While they stay the same, a step only makes each longer by one,
-and every block_size-th a block is added: that is a few vectorised operations, however many they are.
+Gathering inputs takes a pass of Python over the sequences. While those stay the same and each decodes one token, a step
+only makes each longer by one, and every block_size-th adds a block: a few vectorised operations, however many they are.
 """
 
 from __future__ import annotations
@@ -11,89 +11,71 @@ from dataclasses import replace
 
 import numpy as np
 
-from engine.arrays import Ints
-from engine.batch.block_tables import WIDTH_STEP, BlockTables
-from engine.batch.forward_batch import BatchNumbers
-from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.batch.step_inputs import StepInputs
 from engine.kv_cache.manager import KVCacheManager
+from engine.runner.step_builder import StepBuilder
 from engine.types import Scheduled, Sequence
 
 
 class DecodeRun:
     """A step in which each sequence decodes a token that the host does not know yet, and the steps that follow it.
 
-    seqs, items: of the step, in order; the same objects in every step
-    numbers: of the step; its arrays change with each step. The input ids are not known
+    items: of each step but the first; the same objects in every step. inputs: of the step that was asked for last
     """
 
-    def __init__(self, seqs: list[Sequence], *, kv: KVCacheManager, tables: BlockTables) -> None:
-        """The sequences have a place for their next token."""
-        self.seqs = seqs
-        self.items = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
-        self._kv = kv
-        # A step is the last one that is launched ahead where its token may be the last of a sequence.
-        self._num_left = min(seq.max_num_tokens - seq.num_tokens for seq in seqs) - 2
+    def __init__(self, plan: list[Scheduled], inputs: StepInputs, *, kv: KVCacheManager, builder: StepBuilder) -> None:
+        """plan, inputs: of the first step"""
+        self.items = [Scheduled(item.seq, 1, 0, True, num_ahead=1, source=row) for row, item in enumerate(plan)]
+        self.inputs = inputs
+        self._seqs = [item.seq for item in plan]
+        self._kv, self._builder = kv, builder
+        # Steps that may be launched while no sequence can end by its length before them.
+        self._num_left = min(item.seq.max_num_tokens - item.next_position for item in plan) - 1
         self._num_steps = 0
         self._beginning: defaultdict[int, list[int]] = defaultdict(list)
-        rows = np.arange(len(seqs))
-        positions = np.array([len(seq.token_ids) for seq in seqs], dtype=np.int64)
-        block_tables = tables.read(self.items)
-        blocks, offsets = np.divmod(positions, kv.block_size)
-        for row, offset in enumerate(offsets.tolist()):  # the rows that enter a block after so many steps
-            self._beginning[-offset % kv.block_size].append(row)
-        self.numbers = BatchNumbers(
-            input_ids=np.zeros(len(seqs), dtype=np.int64),
-            positions=positions,
-            slots=block_tables[rows, blocks] * kv.block_size + offsets,
-            query_starts=np.arange(len(seqs) + 1),
-            seq_lens=positions + 1,
-            block_tables=block_tables,
-            logits_rows=rows,
-            tree_mask=None,
-        )
-
-    @property
-    def sampled_positions(self) -> Ints:
-        """Where in its sequence each token goes that the step samples."""
-        return self.numbers.seq_lens.copy()
+        for row, position in enumerate(inputs.positions.tolist()):  # the rows that enter a block after so many steps
+            self._beginning[-position % kv.block_size].append(row)
+        self._sources = np.arange(len(plan))
 
     def is_of(self, batch: list[Scheduled]) -> bool:
         """Whether a plan, in which a sequence of this run has one token, is of the same sequences in the same order."""
-        return len(batch) == len(self.seqs) and [item.seq for item in batch] == self.seqs
+        return len(batch) == len(self._seqs) and [item.seq for item in batch] == self._seqs
 
-    def advance(self) -> bool:
-        """Goes on to the next step. False, and nothing has changed, where a sequence may end before it, or where memory
-        is short."""
-        numbers, size = self.numbers, self._kv.block_size
+    def advance(self) -> StepInputs | None:
+        """The inputs of the next step, whose tokens are those of the step before. None, and nothing has changed, where
+        a sequence may end before it, or where memory is short."""
+        size, before = self._kv.block_size, self.inputs
         beginning = self._beginning.get((self._num_steps + 1) % size, [])
-        if self._num_left <= 0 or not make_room([self.seqs[row] for row in beginning], self._kv):
-            return False
+        if self._num_left <= 0 or not _make_room([self._seqs[row] for row in beginning], before, beginning, self._kv):
+            return None
         self._num_left -= 1
         self._num_steps += 1
-        for array in (numbers.positions, numbers.seq_lens, numbers.slots):
-            array += 1
+        positions, slots = before.positions + 1, before.slots + 1
+        width = before.table_width
         if beginning:
-            self._enter_blocks(beginning)
-        return True
+            for row in beginning:
+                slots[row] = self._seqs[row].block_table[int(positions[row]) // size] * size
+            _, num_columns = self._builder.tables.read([self.items[row] for row in beginning])
+            width = max(width, num_columns)
+        self.inputs = replace(
+            before,
+            positions=positions,
+            slots=slots,
+            seq_lens=before.seq_lens + 1,
+            table_width=width,
+            table_changes=self._builder.tables.changes(),
+            sampling=self._builder.sampling.advance(self.items, before.sampling),
+            sources=self._sources,
+        )
+        return self.inputs
 
-    def _enter_blocks(self, rows: list[int]) -> None:
-        size, tables, slots = self._kv.block_size, self.numbers.block_tables, self.numbers.slots
-        places = [(row, int(self.numbers.positions[row]) // size) for row in rows]
-        if max(index for _, index in places) >= tables.shape[1]:
-            tables = np.pad(tables, ((0, 0), (0, WIDTH_STEP)))
-        for row, index in places:
-            seq = self.seqs[row]
-            tables[row, index] = seq.block_table[index]
-            tables[row, : seq.num_released_blocks[0]] = NULL_BLOCK  # others may own what a window left behind
-            slots[row] = seq.block_table[index] * size
-        self.numbers = replace(self.numbers, block_tables=tables)
 
-
-def make_room(seqs: list[Sequence], kv: KVCacheManager) -> bool:
-    """Gives each sequence the place for a token more that the scheduler would give it, or none of them any."""
-    lacking = [seq for seq in seqs if len(seq.token_ids) >= len(seq.block_table) * kv.block_size]
+def _make_room(seqs: list[Sequence], inputs: StepInputs, rows: list[int], kv: KVCacheManager) -> bool:
+    """Gives each sequence the block that its next position begins, or none of them any."""
+    ends = [int(inputs.positions[row]) + 2 for row in rows]
+    lacking = [(seq, end) for seq, end in zip(seqs, ends, strict=True) if end > len(seq.block_table) * kv.block_size]
     if len(lacking) * kv.num_groups > kv.pool.num_free:
         return False
-    for seq in lacking:
-        kv.allocate(seq, len(seq.token_ids) + 1)
+    for seq, end in lacking:
+        kv.allocate(seq, end)
     return True

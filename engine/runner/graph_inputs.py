@@ -10,7 +10,8 @@ from torch import Tensor
 
 from engine.arrays import Ints
 from engine.batch.block_tables import WIDTH_STEP
-from engine.batch.forward_batch import BatchNumbers, ForwardBatch, HostStaging, places
+from engine.batch.device_inputs import ForwardBatch, HostStaging, places
+from engine.batch.step_inputs import StepInputs
 
 NO_SLOT = -1  # a row whose key and value go nowhere
 
@@ -33,16 +34,16 @@ class StaticBatch:
     def __init__(self, max_num_rows: int, *, max_num_seqs: int, max_num_blocks: int, device: torch.device) -> None:
         self._device = device
         max_width = -(-max_num_blocks // WIDTH_STEP) * WIDTH_STEP
-        num_numbers = places(_sizes(GraphSize(max_num_rows, max_num_seqs, 1)))[-1]
-        # The tables come with the other numbers, as wide as they are, and are laid out from there.
-        self._landing = torch.zeros(num_numbers + max_num_seqs * max_width, dtype=torch.int64, device=device)
+        self._landing = torch.zeros(
+            places(_sizes(GraphSize(max_num_rows, max_num_seqs, 1)))[-1], dtype=torch.int64, device=device
+        )
         self._tables = torch.zeros(max_num_seqs, max_width, dtype=torch.int64, device=device)
+        self._tables_of: Tensor | None = None  # what was copied there last
         self._staging = HostStaging(device)
-        self._tables_of: BatchNumbers | None = None  # whose tables are there
         self._padding = {value: np.full(max_num_rows + 1, value, dtype=np.int64) for value in (0, NO_SLOT)}
 
     def view(self, size: GraphSize) -> ForwardBatch:
-        """The batch as a graph of this size reads it. What it says on the host about its lengths is not so."""
+        """The batch as a graph of this size reads it. Its lengths on the host are dummies: kernels read the tensors."""
         sizes = _sizes(size)
         starts = places(sizes)
         parts = [self._landing[start : start + number] for start, number in zip(starts, sizes, strict=False)]
@@ -60,30 +61,30 @@ class StaticBatch:
             seq_lens_list=[0] * size.num_seqs,
         )
 
-    def fill(self, numbers: BatchNumbers, size: GraphSize, tokens: Tensor | None = None) -> None:
-        """Copies a step's numbers to where the graph of this size reads them. tokens: as in `Ahead`"""
-        num_rows, num_seqs = len(numbers.input_ids), len(numbers.seq_lens)
-        starts = numbers.query_starts
+    def fill(self, inputs: StepInputs, tables: Tensor, size: GraphSize, tokens: Tensor | None = None) -> None:
+        """Copies a step's inputs to where the graph of this size reads them.
+
+        tables: [num_seqs, table_width] on the device; the same tensor as the last time holds the same. tokens: as in
+        `ModelRunner.forward`
+        """
+        num_rows, num_seqs = inputs.num_tokens, inputs.num_seqs
+        starts = inputs.query_starts
         if size.num_seqs > num_seqs:
             starts = np.concatenate((starts, np.full(size.num_seqs - num_seqs, num_rows, dtype=np.int64)))
         padded = [
-            self._pad(numbers.input_ids, size.num_rows, 0),
-            self._pad(numbers.positions, size.num_rows, 0),
-            self._pad(numbers.slots, size.num_rows, NO_SLOT),
+            self._pad(inputs.input_ids, size.num_rows, 0),
+            self._pad(inputs.positions, size.num_rows, 0),
+            self._pad(inputs.slots, size.num_rows, NO_SLOT),
             starts,
-            self._pad(numbers.seq_lens, size.num_seqs, 0),
+            self._pad(inputs.seq_lens, size.num_seqs, 0),
         ]
-        if numbers is self._tables_of:
-            self._staging.copy_to(self._landing, self._staging.write(padded))
-        else:
-            tables, self._tables_of = numbers.block_tables, None  # until all of them are there
-            self._staging.copy_to(self._landing, self._staging.write([*padded, tables]))
-            first = places(_sizes(size))[-1]
-            landed = self._landing[first : first + tables.size].view(tables.shape)
-            self._tables[:num_seqs, : tables.shape[1]].copy_(landed)
-            self._tables_of = numbers
+        self._staging.copy_to(self._landing, self._staging.write(padded))
+        if tables is not self._tables_of:
+            self._tables_of = None  # until all of them are there
+            self._tables[:num_seqs, : tables.shape[1]].copy_(tables)
+            self._tables_of = tables
         if tokens is not None:
-            torch.clamp_min(tokens, 0, out=self._landing[:num_rows])
+            self._landing[:num_rows].copy_(tokens)
 
     def _pad(self, part: Ints, size: int, value: int) -> Ints:
         return part if len(part) == size else np.concatenate((part, self._padding[value][: size - len(part)]))

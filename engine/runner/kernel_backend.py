@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from engine.attention.backend import ATTENTION_BACKENDS, AttentionBackend
-from engine.batch.block_tables import BlockTables
+from engine.batch.device_inputs import BatchBuilder
 from engine.kv_cache.storage import KVCache
 from engine.lazy_import import load_object
 from engine.models.llama import Llama
@@ -103,7 +103,7 @@ class KernelBackend:
         else:
             attention = self.make_attention(cache)
         runner = OneTokenRunner if goes_one_by_one else ModelRunner
-        return runner(model, cache, attention, block_size=plan.block_size)
+        return runner(model, cache, attention)
 
     def make_sampler(self, vocab_size: int) -> TokenSampler:
         make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
@@ -133,15 +133,14 @@ def make_gpu_runner(
         max_context=plan.max_model_len + plan.num_lookahead_tokens,
         num_bytes=plan.graphs.attention,
     )
-    attention, tables = TritonAttention(cache, graph_space=space, one_path=one_path), BlockTables()
+    attention, builder = TritonAttention(cache, graph_space=space, one_path=one_path), BatchBuilder(device)
     limits = GraphLimits(
         max_num_seqs=plan.max_num_seqs,
         max_rows_per_seq=1 + plan.num_lookahead_tokens,
         max_num_blocks=-(-space.max_context // plan.block_size),
-        block_size=plan.block_size,
     )
-    graphs = GraphRunner(model, attention, tables, limits=limits, graph_device=graph_device, device=device)
-    return ModelRunner(model, cache, attention, block_size=plan.block_size, tables=tables, graphs=graphs)
+    graphs = GraphRunner(model, attention, builder, limits=limits, graph_device=graph_device, device=device)
+    return ModelRunner(model, cache, attention, builder=builder, graphs=graphs)
 
 
 def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan) -> ModelRunner:
@@ -150,7 +149,7 @@ def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan) -> ModelRu
 
     assert isinstance(model, Llama), "the plan says what can be compiled"
     attention = make_numba_attention(model, cache, plan)
-    return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention, block_size=plan.block_size)
+    return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention)
 
 
 def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan) -> NumbaAttention:

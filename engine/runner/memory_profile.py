@@ -22,8 +22,10 @@ from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.machine import Machine
-from engine.runner.async_stepping import LaunchingSampler
+from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
+from engine.runner.step_builder import StepBuilder
+from engine.sampling.sampler import TokenSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 PARAMS = SamplingParams(
@@ -56,7 +58,7 @@ class CudaMemoryMeter:
 @torch.inference_mode()
 def measure_workspace(
     model: Model,
-    sampler: LaunchingSampler,
+    sampler: TokenSampler,
     make_attention: Callable[[KVCache], AttentionBackend],
     *,
     plan: MemoryPlan,
@@ -66,11 +68,11 @@ def measure_workspace(
     layers = model.attention_layers
     codec = make_codec(plan.kv_codec)
     cache = KVCache(layers, num_blocks=1, block_size=plan.block_size, codec=codec, device=plan.device)
-    runner = ModelRunner(model, cache, make_attention(cache), block_size=plan.block_size)
-    batch = largest_step(plan)
+    executor = ModelExecutor(ModelRunner(model, cache, make_attention(cache)), sampler)
+    counts_on_device = executor.keeps_token_counts
+    inputs = StepBuilder(plan.block_size, model.vocab_size, counts_on_device=counts_on_device).build(largest_step(plan))
     meter.start()
-    _, logits = runner.forward(batch)
-    sampler.launch(logits, batch).finish()
+    executor.run(inputs)
     return meter.peak()
 
 

@@ -1,19 +1,20 @@
-"""Runs the model on one step's batch."""
+"""Runs the model on one step's inputs."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.attention.backend import AttentionBackend
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import Ahead, BatchBuilder, ForwardBatch
+from engine.batch.device_inputs import BatchBuilder, ForwardBatch, to_device
+from engine.batch.step_inputs import StepInputs
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Decoder
-from engine.types import Sampled, Scheduled
+from engine.types import Sampled
 
 
 class DecodeGraphs(Protocol):
@@ -21,8 +22,11 @@ class DecodeGraphs(Protocol):
 
     breaker: CircuitBreaker  # open while no graphs are made, because that has failed
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
-        """The hidden states of all rows of the batch, valid until the next call; None where it must run eagerly."""
+    def forward(self, inputs: StepInputs, tokens: Tensor | None) -> Tensor | None:
+        """The hidden states of all rows of the step, valid until the next call; None where it must run eagerly.
+
+        tokens: as in `ModelRunner.forward`
+        """
         ...
 
     def clear(self) -> None:
@@ -36,7 +40,7 @@ class NoGraphs:
     def __init__(self) -> None:
         self.breaker = CircuitBreaker()
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None) -> Tensor | None:
+    def forward(self, inputs: StepInputs, tokens: Tensor | None) -> Tensor | None:
         return None
 
     def clear(self) -> None:
@@ -44,7 +48,10 @@ class NoGraphs:
 
 
 class ModelRunner:
-    """The model, its KV cache and the attention back end that reads it. `tables` are shared with the graphs."""
+    """The model, its KV cache and the attention back end that reads it.
+
+    builder: makes the tensors of a step and keeps the block tables; the graphs share it
+    """
 
     def __init__(
         self,
@@ -52,29 +59,25 @@ class ModelRunner:
         kv_cache: KVCache,
         attention: AttentionBackend,
         *,
-        block_size: int,
-        tables: BlockTables | None = None,
+        builder: BatchBuilder | None = None,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.attention = attention
-        self.block_size = block_size
         self.device = kv_cache.device
         self.graphs = graphs or NoGraphs()
-        self.tables = tables or BlockTables()
-        self._builder = BatchBuilder(block_size, self.device, self.tables)
+        self.builder = builder or BatchBuilder(self.device)
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
-        """Runs the step. Returns (hidden states, logits), `num_logits` rows per item.
+    def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs the step. Returns (hidden states, logits) of the rows whose logits are wanted.
 
-        ahead: where the host does not know the input tokens yet
-        hidden states: [sum of num_logits, hidden_size], valid until the next call
-        logits: [sum of num_logits, vocab_size], float32
+        tokens: [num_tokens] the input ids, on the device, where the host does not know all of them
+        hidden states: [num_logits, hidden_size], valid until the next call; logits: [num_logits, vocab_size], float32
         """
-        hidden = self.graphs.forward(batch, ahead)
+        hidden = self.graphs.forward(inputs, tokens)
         if hidden is None:
-            tensors = self._builder.build(batch, ahead)
+            tensors = self.builder.build(inputs, tokens)
             self.attention.plan(tensors)
             hidden = self._wanted_rows(self.model.forward(tensors, self.attention), tensors)
         return hidden, self.model.compute_logits(hidden)
@@ -88,24 +91,19 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def keep_accepted(self, batch: list[Scheduled], sampled: list[Sampled]) -> None:
-        """Moves the KV of accepted tree drafts to where a chain of them would lie. A chain is there already.
-
-        Call it before the scheduler updates the sequences.
-        """
+    def keep_accepted(self, inputs: StepInputs, sampled: list[Sampled]) -> None:
+        """Moves the KV of accepted tree drafts to where a chain of them would lie. A chain is there already."""
         sources: list[int] = []
         targets: list[int] = []
-        for item, result in zip(batch, sampled, strict=True):
-            base = item.seq.num_computed_tokens + item.num_new_tokens - item.num_drafts
+        first_drafts = (inputs.query_starts[1:] - inputs.seqs.num_drafts).tolist()
+        for first, result in zip(first_drafts, sampled, strict=True):
             for depth, index in enumerate(result.accepted):
                 if index != depth:
-                    sources.append(self._slot(item, base + index))
-                    targets.append(self._slot(item, base + depth))
+                    sources.append(first + index)
+                    targets.append(first + depth)
         if sources:
-            self.kv_cache.move(torch.tensor(sources, device=self.device), torch.tensor(targets, device=self.device))
-
-    def _slot(self, item: Scheduled, position: int) -> int:
-        return item.seq.block_table[position // self.block_size] * self.block_size + position % self.block_size
+            slots = to_device(inputs.slots[np.array([sources, targets])], self.device)
+            self.kv_cache.move(*slots.unbind())
 
     def _wanted_rows(self, hidden: Tensor, tensors: ForwardBatch) -> Tensor:
         if tensors.logits_rows.shape[0] == hidden.shape[0]:

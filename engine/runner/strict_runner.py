@@ -8,56 +8,51 @@ a step has tokens; how many milliseconds that is, is not measured yet.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch.forward_batch import Ahead, ForwardBatch
+from engine.batch.step_inputs import StepInputs
 from engine.runner.model_runner import ModelRunner
-from engine.types import Scheduled, Sequence
 
 
 class OneTokenRunner(ModelRunner):
     """The model runner, but for the shape in which tokens meet the model."""
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `ModelRunner` has it."""
+        assert inputs.tree_mask is None, (
+            "strict determinism verifies chains of drafts: none sees its path alone in a tree"
+        )
+        wanted = set(inputs.logits_rows.tolist())
         hidden: list[Tensor] = []
-        logits: list[Tensor] = []
-        for row, item in enumerate(batch):
-            first_wanted = item.num_new_tokens - item.num_logits
-            for i, token in enumerate([item] if ahead is not None else _one_by_one(item)):
-                one = self._forward_one(self._builder.build([token], None if ahead is None else ahead.row(row)))
-                if i >= first_wanted:
-                    hidden.append(one)
-                    logits.append(self.model.compute_logits(one))
+        for row in range(inputs.num_tokens):
+            alone = None if tokens is None else tokens[row : row + 1]
+            batch = self.builder.build(one_token(inputs, row), alone)
+            self.attention.plan(batch)
+            one = self.model.forward(batch, self.attention)
+            if row in wanted:
+                hidden.append(one)
         if not hidden:
-            return self._nothing()
-        return torch.cat(hidden), torch.cat(logits)
-
-    def _forward_one(self, tensors: ForwardBatch) -> Tensor:
-        self.attention.plan(tensors)
-        return self.model.forward(tensors, self.attention)
-
-    def _nothing(self) -> tuple[Tensor, Tensor]:
-        hidden = torch.empty(0, self.model.hidden_size, device=self.device)
-        return hidden, torch.empty(0, self.model.vocab_size, device=self.device)
+            nothing = torch.empty(0, self.model.hidden_size, device=self.device)
+            return nothing, torch.empty(0, self.model.vocab_size, device=self.device)
+        return torch.cat(hidden), torch.cat([self.model.compute_logits(one) for one in hidden])
 
 
-def _one_by_one(item: Scheduled) -> list[Scheduled]:
-    """The item's tokens as steps of their own, each of a sequence that ends with it."""
-    seq, drafts = item.seq, item.seq.draft_token_ids[: item.num_drafts]
-    is_chain = seq.draft_parents[: item.num_drafts] == list(range(-1, item.num_drafts - 1))
-    assert is_chain, "strict determinism verifies chains of drafts: a token of a tree cannot see its path alone"
-    token_ids = seq.token_ids[: seq.num_computed_tokens + item.num_new_tokens - item.num_drafts] + drafts
-    positions = range(seq.num_computed_tokens, seq.num_computed_tokens + item.num_new_tokens)
-    return [Scheduled(_ending_with(seq, token_ids, position), 1, 0, samples=True) for position in positions]
-
-
-def _ending_with(seq: Sequence, token_ids: list[int], position: int) -> Sequence:
-    return Sequence(
-        seq.request,
-        token_ids,
-        num_computed_tokens=position,
-        block_tables=seq.block_tables,
-        num_released_blocks=seq.num_released_blocks,
+def one_token(inputs: StepInputs, row: int) -> StepInputs:
+    """A step of one of the rows alone: its sequence ends with it."""
+    seq = int(np.searchsorted(inputs.query_starts, row, side="right")) - 1
+    this, first = slice(row, row + 1), np.zeros(1, dtype=np.int64)
+    return replace(
+        inputs,
+        input_ids=inputs.input_ids[this],
+        positions=inputs.positions[this],
+        slots=inputs.slots[this],
+        query_starts=np.arange(2),
+        seq_lens=inputs.positions[this] + 1,
+        table_rows=inputs.table_rows[seq : seq + 1],
+        logits_rows=first,
+        sources=None,
     )

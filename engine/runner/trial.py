@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
-from engine.runner.async_stepping import LaunchingSampler
+from engine.runner.executor import Executor
+from engine.runner.step_builder import StepBuilder
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
 _FIRST_BLOCK = 1  # after the null block; free, and written anew by whoever gets it
 
 
-class TriedRunner(Protocol):
-    """What is tried, as `ModelRunner` has it."""
+def compute_one_token(executor: Executor, builder: StepBuilder, *, block: int) -> Sampled:
+    """What follows token 0 at position 0. Its keys and values go into the block, whatever is there.
 
-    def forward(self, batch: list[Scheduled]) -> tuple[Tensor, Tensor]: ...
-
-
-def compute_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, block: int) -> Sampled:
-    """What follows token 0 at position 0. Its keys and values go into the block, whatever is there."""
+    builder: that of the executor's other steps, as they share its block tables
+    """
     request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
     batch = [Scheduled(Sequence(request, [0], block_tables=[[block]]), 1, 0, samples=True)]
-    _, logits = runner.forward(batch)
-    (sampled,) = sampler.launch(logits, batch).finish()
+    (sampled,) = executor.run(builder.build(batch)).sampled
+    builder.launched()
     return sampled
 
 
 @torch.inference_mode()
-def try_one_token(runner: TriedRunner, sampler: LaunchingSampler, *, path: str, dtype: torch.dtype) -> None:
+def try_one_token(executor: Executor, builder: StepBuilder, *, path: str, dtype: torch.dtype) -> None:
     """Computes token 0 at position 0 and samples what follows. ModelError where a layer, the head or the sampler fails.
 
     Memory that runs out, or a device that is lost, is no fault of the model's, and is raised as it comes.
     """
     try:
-        sampled = compute_one_token(runner, sampler, block=_FIRST_BLOCK)
+        sampled = compute_one_token(executor, builder, block=_FIRST_BLOCK)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except FOREIGN_ERRORS as error:

@@ -14,21 +14,13 @@ For a row behind drafts, the drafts on its path count as output.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import numpy as np
 
 from engine.arrays import Bools, Floats, Ints
-from engine.sampling.rows import SampledRow, is_penalised
-from engine.sampling.token_counts import TokenHistory
-from engine.types import SamplingParams, Scheduled, Sequence
+from engine.batch.step_inputs import PenaltyInputs, RowEdits, TokenEdits
+from engine.types import SamplingParams
 
 _LARGEST = np.finfo(np.float32).max
-
-
-def edits_logits(row: SampledRow) -> bool:
-    """Whether the row's request may change any of its logits."""
-    return edits_every_step(row.params) or row.params.min_tokens > row.num_output_tokens
 
 
 def edits_every_step(params: SamplingParams) -> bool:
@@ -37,53 +29,72 @@ def edits_every_step(params: SamplingParams) -> bool:
     return is_penalised(params) or is_restricted or bool(params.logit_bias)
 
 
-def needs_token_history(item: Scheduled) -> bool:
-    """Whether a step of this request can only be sampled when the host knows all tokens before it."""
-    params = item.seq.params
-    return is_penalised(params) or any(len(word) > 1 for word in params.bad_words)
+def is_penalised(params: SamplingParams) -> bool:
+    """Whether tokens count that the text already has."""
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
-def penalise(logits: Floats, row: SampledRow, history: TokenHistory) -> None:
-    """Applies the penalties of a row's request, in place. logits: [vocab_size]"""
-    params = row.params
-    token_ids, counts = history.counts(row.path)
+def edit_logits(logits: Floats, edits: RowEdits) -> None:
+    """Applies all that a row's request asks for, in place. logits: [vocab_size]"""
+    if edits.penalties is not None:
+        penalise(logits, edits.penalties)
+    tokens = edits.tokens
+    if len(tokens.biased):
+        logits[tokens.biased] += tokens.biases
+    if tokens.forbidden is not None:
+        np.copyto(logits, -np.inf, where=tokens.forbidden)
+    logits[edits.banned] = -np.inf
+
+
+def penalise(logits: Floats, penalties: PenaltyInputs) -> None:
+    """Applies the penalties of a row, in place. logits: [vocab_size]"""
+    token_ids, counts = penalties.token_ids, penalties.counts
+    assert token_ids is not None, "counts that an executor keeps are not the host's to read"
+    assert counts is not None
     found = logits[token_ids]
-    if params.repetition_penalty != 1.0:
-        penalty = np.float32(params.repetition_penalty)
+    if penalties.repetition != 1.0:
+        penalty = np.float32(penalties.repetition)
         found = np.where(found > 0, found / penalty, found * penalty)
         np.minimum(found, _LARGEST, out=found)  # a penalty near 0 may overflow
-    if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
-        subtracted = params.frequency_penalty * counts + params.presence_penalty
+    if penalties.frequency != 0.0 or penalties.presence != 0.0:
+        subtracted = penalties.frequency * counts + penalties.presence
         found -= np.where(counts > 0, subtracted, 0.0).astype(np.float32)
     logits[token_ids] = found
 
 
 class LogitEdits:
-    """The bias and the bans of one request as arrays, made once, when its first token is sampled.
+    """The bias and the bans of one request, made once, when its first token is sampled.
 
     A client may name as many tokens as the vocabulary has; a step pays for arrays and look-ups, not for lists.
-
-    biased, biases: [num_biased] token ids, and what is added to their logits
-    forbidden: [vocab_size] every token but the allowed ones; None where all are allowed
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         num_biased = len(params.logit_bias)
-        self.biased: Ints = np.fromiter(params.logit_bias, dtype=np.int64, count=num_biased)
-        self.biases: Floats = np.fromiter(params.logit_bias.values(), dtype=np.float32, count=num_biased)
-        self.forbidden: Bools | None = None
+        forbidden: Bools | None = None
         if params.allowed_token_ids is not None:
-            self.forbidden = np.ones(vocab_size, dtype=np.bool_)
-            self.forbidden[params.allowed_token_ids] = False
+            forbidden = np.ones(vocab_size, dtype=np.bool_)
+            forbidden[params.allowed_token_ids] = False
+        self.tokens = TokenEdits(
+            biased=np.fromiter(params.logit_bias, dtype=np.int64, count=num_biased),
+            biases=np.fromiter(params.logit_bias.values(), dtype=np.float32, count=num_biased),
+            forbidden=forbidden,
+        )
         # a tokenizer may know stop tokens that the model does not
         self._stops = np.array([token for token in params.stop_token_ids if token < vocab_size], dtype=np.int64)
         self._min_tokens = params.min_tokens
         self._words = BadWords([word for word in params.bad_words if word[-1] < vocab_size])
 
-    def banned(self, row: SampledRow) -> Ints:
-        """The ends of bad words, and stop tokens that would come too early."""
-        ends = self._words.ends(row.item.seq.token_ids, row.path)
-        return np.concatenate((ends, self._stops)) if row.num_output_tokens < self._min_tokens else ends
+    def banned(self, token_ids: list[int], path: list[int], num_output_tokens: int) -> Ints:
+        """The ends of bad words after a text and the drafts on a path, and stop tokens that would come too early."""
+        return self._with_stops(self._words.ends(token_ids, path), num_output_tokens)
+
+    def banned_ahead(self, token_ids: list[int], num_output_tokens: int) -> tuple[Ints, Ints | None]:
+        """The same, `banned` and `banned_after` of `RowEdits`, while the text's newest token is not known."""
+        pairs = self._words.ends_ahead(token_ids)
+        return self._with_stops(self._words.single, num_output_tokens), pairs if len(pairs) else None
+
+    def _with_stops(self, banned: Ints, num_output_tokens: int) -> Ints:
+        return np.concatenate((banned, self._stops)) if num_output_tokens < self._min_tokens else banned
 
 
 class BadWords:
@@ -108,25 +119,17 @@ class BadWords:
         found = [word[-1] for word in words if before[len(before) - len(word) + 1 :] == word[:-1]]
         return np.concatenate((self._single, np.array(found, dtype=np.int64)))
 
+    def ends_ahead(self, token_ids: list[int]) -> Ints:
+        """Pairs of a newest token that is not known yet, and the token that would then complete a word. [n, 2]"""
+        found = [
+            (before, word[-1])
+            for before, words in self._by_token_before.items()
+            for word in words
+            if len(word) == 2 or token_ids[len(token_ids) - len(word) + 2 :] == word[:-2]
+        ]
+        return np.array(found, dtype=np.int64).reshape(len(found), 2)
 
-class LogitEditsOfSequences:
-    """The edits of the sequences that live."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._by_seq: WeakKeyDictionary[Sequence, LogitEdits] = WeakKeyDictionary()
-
-    def of(self, seq: Sequence) -> LogitEdits:
-        edits = self._by_seq.get(seq)
-        if edits is None:
-            edits = self._by_seq[seq] = LogitEdits(seq.params, self._vocab_size)
-        return edits
-
-
-def bias_and_ban(logits: Floats, row: SampledRow, edits: LogitEdits) -> None:
-    """Applies the bias and the bans of a row's request, in place. logits: [vocab_size]"""
-    if len(edits.biased):
-        logits[edits.biased] += edits.biases
-    if edits.forbidden is not None:
-        np.copyto(logits, -np.inf, where=edits.forbidden)
-    logits[edits.banned(row)] = -np.inf
+    @property
+    def single(self) -> Ints:
+        """Tokens that are a word alone."""
+        return self._single

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,44 +10,15 @@ import torch
 from torch import Tensor
 
 from engine.arrays import Floats, Ints
+from engine.batch.step_inputs import LogprobInputs
 from engine.sampling.gumbel import float_weights
 from engine.sampling.truncation import gaps_below, most_likely
-from engine.types import Scheduled, TokenLogprobs
+from engine.types import TokenLogprobs
 
 _ONE = np.float32(1.0)
 
 
-class LogprobQuery(NamedTuple):
-    """One row to report on, and how many of the most likely tokens beside the one that came."""
-
-    row: int  # in the step's logits
-    num_top: int
-
-
-def logprob_queries(batch: list[Scheduled]) -> list[LogprobQuery]:
-    """What the items ask: of their scored rows, then, where log-probabilities are wanted, of their sampled rows."""
-    queries: list[LogprobQuery] = []
-    first = 0
-    for item in batch:
-        params = item.seq.params
-        if item.num_scored:
-            queries += [LogprobQuery(first + i, params.prompt_logprobs or 0) for i in range(item.num_scored)]
-        if params.logprobs is not None:
-            queries += [LogprobQuery(first + i, params.logprobs) for i in range(item.num_scored, item.num_logits)]
-        first += item.num_logits
-    return queries
-
-
-def scored_tokens(batch: list[Scheduled]) -> Ints:
-    """The prompt token that comes after each scored row of the logits, and 0 for sampled rows. [num_logits]"""
-    tokens: list[int] = []
-    for item in batch:
-        first = item.seq.num_computed_tokens + item.num_new_tokens - item.num_logits + 1
-        tokens += item.seq.token_ids[first : first + item.num_scored] + [0] * item.num_sampled_rows
-    return np.array(tokens, dtype=np.int64)
-
-
-def ask_logprobs(logits: Floats, token_ids: Ints, queries: list[LogprobQuery]) -> Tensor:
+def ask_logprobs(logits: Floats, token_ids: Ints, queries: LogprobInputs) -> Tensor:
     """What `read_logprobs` makes answers of: [num_queries, 3 + 2 * num_top] float64
 
     Of each query the token, its rank, its log-probability, those of the most likely tokens, and their ids; float64
@@ -56,22 +26,22 @@ def ask_logprobs(logits: Floats, token_ids: Ints, queries: list[LogprobQuery]) -
 
     logits: [num_rows, vocab_size]; token_ids: [num_rows] the token that came after each row
     """
-    num_top = min(logits.shape[1], max(query.num_top for query in queries))
-    answers = np.full((len(queries), 3 + 2 * num_top), -np.inf)
-    for answer, (row, num_wanted) in zip(answers, queries, strict=True):
+    num_top = min(logits.shape[1], int(queries.num_top.max()))
+    answers = np.full((len(queries.rows), 3 + 2 * num_top), -np.inf)
+    for answer, row, num_wanted in zip(answers, queries.rows.tolist(), queries.num_top.tolist(), strict=True):
         _answer(logits[row], int(token_ids[row]), num_wanted, answer)
     return torch.from_numpy(answers)
 
 
-def read_logprobs(answers: Tensor, queries: list[LogprobQuery]) -> Iterator[TokenLogprobs]:
+def read_logprobs(answers: Tensor, queries: LogprobInputs) -> Iterator[TokenLogprobs]:
     """The answers in the order of the queries. A row whose logits are not finite has NaN for log-probabilities.
 
     The rank is 1 plus the number of tokens that are strictly more likely. Of equally likely tokens the lowest ids
     come first among the most likely, and impossible tokens (a logit of minus infinity) are not among them.
     """
-    for query, (token_id, rank, logprob, *tops) in zip(queries, answers.tolist(), strict=True):
+    for num_wanted, (token_id, rank, logprob, *tops) in zip(queries.num_top.tolist(), answers.tolist(), strict=True):
         num_listed = len(tops) // 2
-        top_logprobs = [value for value in tops[: min(query.num_top, num_listed)] if value != -torch.inf]
+        top_logprobs = [value for value in tops[: min(num_wanted, num_listed)] if value != -torch.inf]
         ids = [int(token) for token in tops[num_listed : num_listed + len(top_logprobs)]]
         yield TokenLogprobs(int(token_id), logprob, int(rank), ids, top_logprobs)
 

@@ -1,161 +1,227 @@
-"""What the sampling kernel needs to know of each row, brought to the device as seldom as can be."""
+"""Sampling metadata: what decides the tokens of a step's rows, as arrays, gathered from the sequences of a plan.
+
+Host only. What a sequence asks for is read once, while it lives; the facts of all rows are one object as long as the
+sequences stay the same, so that a GPU keeps them too (`engine.sampling.device_columns`).
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from engine.arrays import Ints
-from engine.batch.transfer import to_device
-from engine.sampling.logit_processors import edits_every_step
-from engine.sampling.noise import Words, Words64, noise_keys
-from engine.sampling.sampler import GREEDY_BELOW
+from engine.batch.step_inputs import (
+    KNOWN,
+    CountChanges,
+    LogprobInputs,
+    PenaltyInputs,
+    RowEdits,
+    RowFacts,
+    SamplingInputs,
+)
+from engine.sampling.logit_processors import LogitEdits, edits_every_step, is_penalised
+from engine.sampling.token_counts import CountKeeper, TokenHistories
 from engine.sampling.truncation import limits_of
-from engine.types import Sequence
+from engine.types import SamplingParams, Scheduled, Sequence
 
+GREEDY_BELOW = 1e-5  # a temperature: the noise, at most 22, could not reverse a difference of 3e-4 between logits
 _SEED = (1 << 64) - 1
-_KEYS_AT_ONCE = 8192  # of all rows: a key of a thousand costs three times what one of so many does
-_MIN_STEPS, _MAX_STEPS = 16, 256  # that they are for
 
 
-class Columns:
-    """The columns of the rows of certain sequences. Only the noise keys change from step to step.
-
-    is_random, is_truncated: as `sample_tokens` has them
-
-    All goes to the device as one array of 8-byte words, four a row, so that it is one copy:
-
-        [ top_ps | top_ks | keys, two 32-bit words | temperatures, then max_gaps, float32 ]
-
-    Each is filled up to four rows: Triton compiles a kernel once more for addresses that are no multiples of 16 bytes.
-    """
-
-    def __init__(
-        self, seqs: list[Sequence], positions: Ints, device: torch.device, *, vocab_size: int, before: Columns | None
-    ) -> None:
-        """seqs: the sequence of each row, one after the other; positions: of the rows of the step that they are first
-        needed for; before: the columns of another step, with most of the same sequences"""
-        self.seqs = seqs
-        self._device = device
-        known: dict[Sequence, _Facts] = {} if before is None else before._known
-        self._known: dict[Sequence, _Facts] = {
-            seq: known.get(seq) or _read_facts(seq, vocab_size) for seq in dict.fromkeys(seqs)
-        }
-        facts = [self._known[seq] for seq in seqs]
-        numbers = np.array([one.numbers for one in facts], dtype=np.float64).T
-        self._edits_before: NDArray[np.float64] | None = numbers[4] if numbers[4].any() else None
-        self._seeds = np.array([one.seed for one in facts], dtype=np.uint64)
-        self._draft_keys: _DraftKeys | None = None  # of sequences that have or had drafts
-        if before is not None and list(before._known) == list(self._known):
-            self._draft_keys = before._draft_keys
-        if self._draft_keys is None and len(self._known) < len(seqs):
-            self._draft_keys = _DraftKeys([one.seed for one in self._known.values()])
-        if self._draft_keys is not None:
-            places = {seq: place for place, seq in enumerate(self._known)}
-            self._places = np.array([places[seq] for seq in seqs], dtype=np.int64)
-        is_random = numbers[2] > 0.0
-        self.is_random = bool(is_random.any())
-        self.is_truncated = bool((is_random & ((numbers[0] < 1.0) | (numbers[1] < vocab_size))).any())
-        num_rows = len(seqs)
-        words = np.zeros((4, num_rows + -num_rows % 4), dtype=np.int64)
-        words[0, :num_rows] = numbers[0].copy().view(np.int64)
-        words[1, :num_rows] = numbers[1]
-        words[2, :num_rows] = self._host_keys(positions)
-        words[3].view(np.float32).reshape(2, -1)[:, :num_rows] = numbers[2:4]
-        there = to_device(words, device)
-        top_ps, self._top_ks = there[:2, :num_rows].unbind()
-        self._top_ps = top_ps.view(torch.float64)
-        self._temperatures, self._max_gaps = there[3].view(torch.float32).view(2, -1)[:, :num_rows].unbind()
-        self._first = positions  # of the first of the keys
-        self._keys = self._as_keys(there[2:3])  # of one step, and once the sequences have stayed, of many
-
-    def at(self, positions: Ints) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Temperatures, keys, max_gaps, top_ks and top_ps as `sample_tokens` takes them. positions: [num_rows]"""
-        return self._temperatures, self._keys_at(positions), self._max_gaps, self._top_ks, self._top_ps
-
-    def edit_logits(self, positions: Ints) -> bool:
-        """Whether any row's request changes any logit in this step."""
-        return self._edits_before is not None and bool((positions < self._edits_before).any())
-
-    def _keys_at(self, positions: Ints) -> Tensor:
-        step = int(positions[0] - self._first[0])
-        if 0 <= step < len(self._keys) and np.array_equal(self._first + step, positions):
-            return self._keys[step]
-        num_rows = len(positions)
-        if self._draft_keys is not None:  # nobody knows which of them will be right, and so where the next step is
-            host = self._host_keys(positions)[None]
-        else:
-            num_steps = _num_steps(num_rows)
-            ahead = (positions + np.arange(num_steps)[:, None]).reshape(-1)
-            host = _pack(noise_keys(np.tile(self._seeds, num_steps), ahead)).reshape(num_steps, -1)
-        filled_up = np.zeros((len(host), num_rows + -num_rows % 4), dtype=np.int64)
-        filled_up[:, :num_rows] = host
-        self._first, self._keys = positions, self._as_keys(to_device(filled_up, self._device))
-        return self._keys[0]
-
-    def _host_keys(self, positions: Ints) -> Ints:
-        if self._draft_keys is None:
-            return _pack(noise_keys(self._seeds, positions))
-        return self._draft_keys.at(self._places, positions)
-
-    def _as_keys(self, words: Tensor) -> tuple[Tensor, ...]:
-        """Of each step [num_rows, 2] int32. words: [num_steps, num_rows, filled up] int64"""
-        return words.view(torch.int32).view(len(words), -1, 2)[:, : len(self.seqs)].unbind()
-
-
-def _num_steps(num_rows: int) -> int:
-    return min(max(_MIN_STEPS, _KEYS_AT_ONCE // num_rows), _MAX_STEPS)
-
-
-class _DraftKeys:
-    """Noise keys of sequences that move by different numbers of tokens, made for many positions of each at once."""
-
-    def __init__(self, seeds: list[int]) -> None:
-        self._seeds: Words64 = np.array(seeds, dtype=np.uint64)
-        self._num_positions = 4 * _num_steps(4 * len(seeds))
-        self._first: Ints | None = None  # [num_seqs] position of each one's first key
-        self._keys: Ints = np.zeros((len(seeds), 0), dtype=np.int64)
-
-    def at(self, places: Ints, positions: Ints) -> Ints:
-        """A row's two key words in one number. [num_rows]; places: which sequence a row is of"""
-        if self._first is not None:
-            offsets = positions - self._first[places]
-            if offsets.min() >= 0 and offsets.max() < self._num_positions:
-                found: Ints = self._keys[places, offsets]
-                return found
-        first = np.full(len(self._seeds), np.iinfo(np.int64).max)
-        np.minimum.at(first, places, positions)
-        all_positions = (first[:, None] + np.arange(self._num_positions)).reshape(-1)
-        keys = _pack(noise_keys(np.repeat(self._seeds, self._num_positions), all_positions))
-        self._first, self._keys = first, keys.reshape(len(first), -1)
-        assert (positions - first[places]).max() < self._num_positions, "a sequence has more drafts than keys"
-        return self.at(places, positions)
-
-
-class _Facts(NamedTuple):
-    """What the kernel needs to know of a sequence, and never changes."""
+class _SequenceFacts(NamedTuple):
+    """What `RowFacts` has of a sequence's rows."""
 
     seed: int
-    numbers: tuple[float, float, float, float, float]  # top_p, top_k, temperature, max_gap, edits before position
+    numbers: tuple[float, float, float, float, float]  # temperature, max_gap, top_k, top_p, edits before position
 
 
-def _read_facts(seq: Sequence, vocab_size: int) -> _Facts:
-    params, limits = seq.params, limits_of(seq.params, vocab_size)
+class SamplingBuilder:
+    """Makes each step's `SamplingInputs`.
+
+    counts: who keeps the token counts of penalised sequences where the executor counts itself; None: the host counts
+    """
+
+    def __init__(self, vocab_size: int, counts: CountKeeper | None = None) -> None:
+        self.vocab_size = vocab_size
+        self._counts = counts
+        self._histories = TokenHistories()
+        self._known: WeakKeyDictionary[Sequence, _SequenceFacts] = WeakKeyDictionary()
+        self._edits: WeakKeyDictionary[Sequence, LogitEdits] = WeakKeyDictionary()
+        self._seqs: list[Sequence] = []  # of the rows of `_facts`
+        self._facts: RowFacts | None = None
+
+    def build(self, batch: list[Scheduled]) -> SamplingInputs:
+        seqs: list[Sequence] = []
+        positions: list[int] = []
+        logits_rows: list[int] = []
+        first, asks_logprobs = 0, False
+        for item in batch:
+            asks_logprobs = asks_logprobs or item.num_scored > 0 or item.seq.request.params.logprobs is not None
+            first += item.num_scored
+            if not item.samples:
+                continue
+            seq, num_drafts, position = item.seq, item.num_drafts, item.next_position
+            seqs.append(seq)
+            positions.append(position)
+            logits_rows.append(first)
+            first += 1
+            if num_drafts:
+                seqs += [seq] * num_drafts
+                positions += [position + depth for depth in draft_depths(item)]
+                logits_rows += range(first, first + num_drafts)
+                first += num_drafts
+        places = np.array(positions, dtype=np.int64)
+        facts = self._facts_of(seqs)
+        edits, counts = self.edits(batch, places, facts)
+        return SamplingInputs(
+            logits_rows=np.array(logits_rows, dtype=np.int64),
+            positions=places,
+            facts=facts,
+            edits=edits,
+            counts=counts,
+            logprobs=logprob_inputs(batch) if asks_logprobs else None,
+        )
+
+    def advance(self, batch: list[Scheduled], before: SamplingInputs) -> SamplingInputs:
+        """The inputs of the step after one that decodes a token of each sequence, of the same sequences.
+
+        batch: of the step that comes, each item with one token whose source is its own row
+        """
+        positions = before.positions + 1
+        edits, counts = self.edits(batch, positions, before.facts)
+        return replace(before, positions=positions, edits=edits, counts=counts)
+
+    def edits(
+        self, batch: list[Scheduled], positions: Ints, facts: RowFacts
+    ) -> tuple[tuple[RowEdits, ...], CountChanges | None]:
+        """The fields `edits` and `counts` of `SamplingInputs`. positions: [num_sampled]"""
+        is_edited = positions < facts.edits_before
+        if not is_edited.any():
+            return (), None
+        edits: list[RowEdits] = []
+        penalised: list[tuple[int, Scheduled, list[int]]] = []  # row, item, path
+        row = 0
+        for item in batch:
+            if not item.samples:
+                continue
+            end = row + 1 + item.num_drafts
+            if is_edited[row:end].any():
+                is_counted = self._counts is not None and is_penalised(item.seq.request.params)
+                paths = [[], *draft_paths(item)]
+                for i, path in enumerate(paths, start=row):
+                    if is_edited[i]:
+                        edits.append(self._row_edits(i, item, path, int(positions[i])))
+                    if is_counted:
+                        penalised.append((i, item, path))
+            row = end
+        counts = None if self._counts is None or not penalised else self._counts.changes(penalised, num_rows=row)
+        return tuple(edits), counts
+
+    def forget(self, batch: list[Scheduled]) -> None:
+        """A step of these failed: how much of its changes were made is not known."""
+        if self._counts is not None:
+            self._counts.forget([item.seq for item in batch])
+
+    def needs_host(self, item: Scheduled) -> bool:
+        """Whether a step of this sequence can only be sampled when the host knows all tokens before it."""
+        return self._counts is None and is_penalised(item.seq.request.params)
+
+    def _facts_of(self, seqs: list[Sequence]) -> RowFacts:
+        """The same object as the last time where the sequences of all rows are."""
+        if self._facts is not None and seqs == self._seqs:
+            return self._facts
+        known = [self._sequence_facts(seq) for seq in seqs]
+        temperatures, max_gaps, top_ks, top_ps, edits_before = (
+            np.array([one.numbers for one in known], dtype=np.float64).reshape(len(known), 5).T
+        )
+        places = {seq: place for place, seq in enumerate(dict.fromkeys(seqs))}
+        facts = RowFacts(
+            seeds=np.array([one.seed for one in known], dtype=np.uint64),
+            temperatures=temperatures.astype(np.float32),
+            max_gaps=max_gaps.astype(np.float32),
+            top_ks=top_ks.astype(np.int64),
+            top_ps=top_ps.copy(),
+            edits_before=edits_before.copy(),
+            seq_of_row=np.array([places[seq] for seq in seqs], dtype=np.int64),
+        )
+        self._seqs, self._facts = seqs, facts
+        return facts
+
+    def _sequence_facts(self, seq: Sequence) -> _SequenceFacts:
+        facts = self._known.get(seq)
+        if facts is None:
+            facts = self._known[seq] = _read_facts(seq.request.params, seq.num_prompt_tokens, self.vocab_size)
+        return facts
+
+    def _row_edits(self, row: int, item: Scheduled, path: list[int], position: int) -> RowEdits:
+        seq, params = item.seq, item.seq.request.params
+        edits = self._edits.get(seq)
+        if edits is None:
+            edits = self._edits[seq] = LogitEdits(params, self.vocab_size)
+        penalties = None
+        if is_penalised(params):
+            numbers = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+            known = (None, None) if self._counts is not None else self._histories.of(seq).counts(path)
+            penalties = PenaltyInputs(*numbers, *known)
+        num_output_tokens = position - seq.num_prompt_tokens
+        if item.source == KNOWN:
+            banned = edits.banned(seq.token_ids, path, num_output_tokens)
+            return RowEdits(row, penalties, edits.tokens, banned)
+        banned, banned_after = edits.banned_ahead(seq.token_ids, num_output_tokens)
+        return RowEdits(row, penalties, edits.tokens, banned, banned_after, item.source)
+
+
+def draft_depths(item: Scheduled) -> list[int]:
+    """How far each draft of a step lies behind the newest token: 1 where it follows it."""
+    depths: list[int] = []
+    for parent in item.seq.draft_parents[: item.num_drafts]:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return depths
+
+
+def draft_paths(item: Scheduled) -> list[list[int]]:
+    """The draft tokens from the root down to each draft, itself included."""
+    paths: list[list[int]] = []
+    seq = item.seq
+    for token, parent in zip(seq.draft_token_ids[: item.num_drafts], seq.draft_parents[: item.num_drafts], strict=True):
+        paths.append([*([] if parent < 0 else paths[parent]), token])
+    return paths
+
+
+def logprob_inputs(batch: list[Scheduled]) -> LogprobInputs | None:
+    """What the items ask: of their scored rows, then, where log-probabilities are wanted, of their sampled rows. None:
+    of no row."""
+    rows: list[int] = []
+    num_top: list[int] = []
+    tokens: list[int] = []
+    first = 0
+    for item in batch:
+        params, num_logits = item.seq.request.params, item.num_logits
+        after = item.num_computed_tokens + item.num_new_tokens - num_logits + 1
+        tokens += item.seq.token_ids[after : after + item.num_scored] + [0] * item.num_sampled_rows
+        rows += range(first, first + item.num_scored)
+        num_top += [params.prompt_logprobs or 0] * item.num_scored
+        if params.logprobs is not None:
+            rows += range(first + item.num_scored, first + num_logits)
+            num_top += [params.logprobs] * item.num_sampled_rows
+        first += num_logits
+    if not rows:
+        return None
+    return LogprobInputs(*(np.array(part, dtype=np.int64) for part in (rows, num_top, tokens)))
+
+
+def _read_facts(params: SamplingParams, num_prompt_tokens: int, vocab_size: int) -> _SequenceFacts:
+    limits = limits_of(params, vocab_size)
     temperature = params.temperature if params.temperature >= GREEDY_BELOW else 0.0
     edits_before = 0.0
     if edits_every_step(params):
         edits_before = math.inf
     elif params.min_tokens:
-        edits_before = float(seq.num_prompt_tokens + params.min_tokens)
-    numbers = limits.top_p, limits.top_k, temperature, float(limits.max_gap), edits_before
-    return _Facts(params.seed & _SEED, numbers)
-
-
-def _pack(keys: Words) -> Ints:
-    """keys: [num_rows, 2]; returns [num_rows]"""
-    return keys.reshape(-1).view(np.int64)
+        edits_before = float(num_prompt_tokens + params.min_tokens)
+    return _SequenceFacts(
+        params.seed & _SEED, (temperature, float(limits.max_gap), limits.top_k, limits.top_p, edits_before)
+    )

@@ -9,11 +9,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from engine.arrays import Ints
+from engine.batch.step_inputs import StepInputs
 from engine.sampling.acceptance import NO_TOKEN, NOT_FINITE, accept
-from engine.sampling.logprobs import LogprobQuery, read_logprobs
-from engine.sampling.rows import next_position
-from engine.types import Sampled, Scheduled, TokenLogprobs
+from engine.sampling.logprobs import read_logprobs
+from engine.types import Sampled, TokenLogprobs
 
 _NOT_FINITE = (
     "the model's logits are not finite (NaN or infinity) at position {position}, so no token can be chosen; "
@@ -53,68 +52,69 @@ class HostCopy:
         return tokens, self._answers
 
 
-class Pending:
+class SamplerOutput:
     """A step's tokens, decided but not yet known to the host.
 
-    Made by `launch` of a sampler. What `finish` needs of the sequences was noted then, so they may move on in between;
-    only drafts must stay until they are accepted.
-
-    tokens: the token of each sampled row, on the device of the logits, item after item: of each the root, then one row
-    per draft. [num_sampled_rows] int64; NO_TOKEN or NOT_FINITE, which are negative, where none can be chosen
+    tokens: the token of each sampled row, on the device of the logits. [num_sampled] int64; NO_TOKEN or NOT_FINITE,
+    which are negative, where none can be chosen
     """
 
-    def __init__(
-        self,
-        batch: list[Scheduled],
-        tokens: Tensor,
-        queries: list[LogprobQuery],
-        answers: Tensor | None,
-        positions: Ints | None = None,
-    ) -> None:
-        """answers: those of `ask_logprobs` to the queries, None where there are no queries; positions: as `launch` of
-        `engine.sampling.sampler.TokenSampler` takes them"""
+    def __init__(self, tokens: Tensor, answers: Tensor | None) -> None:
+        """answers: those of `ask_logprobs`; None where nobody asked"""
         self.tokens = tokens
-        self._batch, self._queries = batch, queries
-        self._decodes = positions is not None  # a token per item
-        self._positions = [next_position(item) for item in batch] if positions is None else positions.tolist()
         self._copy = HostCopy(tokens, answers)
 
-    def finish(self) -> list[Sampled]:
-        """Waits for the tokens, and decides: accepted drafts, errors, log-probabilities. One `Sampled` per item."""
+    def finish(self, inputs: StepInputs) -> list[Sampled]:
+        """Waits for the tokens; decides on drafts and errors. One `Sampled` per sequence."""
         sampled, answers = self._copy.read()
-        if self._decodes and answers is None and min(sampled) >= 0:
+        if answers is None and inputs.is_decoding and len(sampled) == inputs.num_seqs and min(sampled) >= 0:
             return [Sampled([token]) for token in sampled]
-        logprobs = iter(()) if answers is None else read_logprobs(answers, self._queries)
+        seqs = inputs.seqs
+        logprobs: Iterator[TokenLogprobs] = iter(())
+        if answers is not None:
+            assert inputs.sampling.logprobs is not None
+            logprobs = read_logprobs(answers, inputs.sampling.logprobs)
+        draft_tokens, draft_parents = seqs.draft_tokens.tolist(), seqs.draft_parents.tolist()
+        positions = inputs.sampling.positions.tolist()
         results: list[Sampled] = []
-        first = 0
-        for item, position in zip(self._batch, self._positions, strict=True):
-            end = first + item.num_sampled_rows
-            rows = sampled[first:end]
+        first = first_draft = 0
+        columns = (seqs.num_scored, seqs.num_sampled, seqs.num_drafts, seqs.wants_logprobs)
+        for seq, numbers in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+            num_scored, num_sampled, num_drafts, wants_logprobs = numbers
+            rows = sampled[first : first + num_sampled]
+            drafts = slice(first_draft, first_draft + num_drafts)
+            accepted = accept(rows, draft_tokens[drafts], draft_parents[drafts]) if num_drafts and rows[0] >= 0 else []
             if answers is None and rows and rows[0] >= 0:  # most of them
-                accepted = accept(rows, item) if item.num_drafts else []
                 results.append(Sampled([rows[0], *[rows[1 + draft] for draft in accepted]], accepted))
             else:
-                results.append(_result(item, position, rows, logprobs))
-            first = end
+                scored = list(islice(logprobs, num_scored))
+                of_rows = list(islice(logprobs, num_sampled)) if wants_logprobs else None
+                position = positions[first] if rows else int(inputs.seq_lens[seq])
+                results.append(_result(position, rows, accepted, scored=scored, of_rows=of_rows))
+            first += num_sampled
+            first_draft += num_drafts
         return results
 
 
-def _result(item: Scheduled, position: int, sampled: list[int], logprobs: Iterator[TokenLogprobs]) -> Sampled:
-    """sampled: [num_sampled_rows] of the item; logprobs: the next answers are the item's"""
-    scored = list(islice(logprobs, item.num_scored))
-    wants_logprobs = item.seq.params.logprobs is not None
-    of_rows = list(islice(logprobs, len(sampled))) if wants_logprobs else []
+def _result(
+    position: int,
+    sampled: list[int],
+    accepted: list[int],
+    *,
+    scored: list[TokenLogprobs],
+    of_rows: list[TokenLogprobs] | None,
+) -> Sampled:
+    """sampled: of a sequence's rows; of_rows: their log-probabilities, if it wants them; position: of the first"""
     if any(math.isnan(one.logprob) for one in scored) or (sampled and sampled[0] == NOT_FINITE):
         return Sampled([], error=_NOT_FINITE.format(position=position))
     if not sampled:
         return Sampled([], prompt_logprobs=scored or None)
     if sampled[0] == NO_TOKEN:
         return Sampled([], error=_NOTHING_ALLOWED.format(position=position), error_kind="constraints")
-    accepted = accept(sampled, item) if item.num_drafts else []
     emitted = [0, *(draft + 1 for draft in accepted)]
     return Sampled(
         [sampled[row] for row in emitted],
         accepted,
-        logprobs=[of_rows[row] for row in emitted] if wants_logprobs else None,
+        logprobs=None if of_rows is None else [of_rows[row] for row in emitted],
         prompt_logprobs=scored or None,
     )

@@ -24,9 +24,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.arrays import Ints
-from engine.sampling.output import Pending
-from engine.types import Sampled, Scheduled
+from engine.batch.step_inputs import SamplingInputs
+from engine.sampling.output import SamplerOutput
 
 SAMPLERS = {
     "torch": "engine.sampling.host_sampler:HostSampler",
@@ -34,24 +33,21 @@ SAMPLERS = {
     "triton": "engine.sampling.triton_sampler:TritonSampler",
 }
 
-GREEDY_BELOW = 1e-5  # the noise, at most 22, could not reverse a difference of 3e-4 between logits
-
 
 class TokenSampler(Protocol):
-    """What the engine asks of a sampler, which is made with the vocabulary's size."""
+    """What an executor asks of a sampler, which is made with the vocabulary's size.
 
-    def __call__(self, logits: Tensor, batch: list[Scheduled]) -> list[Sampled]:
-        """Decides the tokens of every item, one `Sampled` each, and waits for them."""
-        ...
+    keeps_token_counts: whether it counts the tokens of penalised sequences itself, as `CountChanges` tell it
+    """
 
-    def launch(self, logits: Tensor, batch: list[Scheduled], positions: Ints | None = None) -> Pending:
-        """Queues all that decides the tokens of every item. The logits stay as they are.
+    keeps_token_counts: bool
 
-        logits: [sum of num_logits, vocab_size] float32. A request for which nothing can be sampled gets an error of
-        its own; no request can make this raise.
+    def launch(self, logits: Tensor, inputs: SamplingInputs, newest: Tensor | None = None) -> SamplerOutput:
+        """Queues all that decides the tokens of a step's sampled rows. The logits stay as they are.
 
-        positions: [len(batch)] where each item's token goes, if the sequences do not show it yet, because their newest
-        tokens are pending themselves. Each item then decodes one token, has one logits row, and does not need its
-        text (`engine.sampling.logit_processors.needs_token_history`).
+        logits: [num_logits, vocab_size] float32. A row for which nothing can be sampled gets a negative token; no
+        request can make this raise.
+
+        newest: what the step before sampled, on the device, where the inputs name any of it: the host may not know yet.
         """
         ...

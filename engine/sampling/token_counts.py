@@ -1,12 +1,13 @@
 """Token counts of penalised sequences, kept from step to step: what penalties look at.
 
-The host keeps the distinct tokens of each sequence (`TokenHistory`), a GPU a row of counts per sequence, to which a
-step adds the newest token (`TokenCounts`).
+Where the host samples, it has the distinct tokens of each sequence (`TokenHistory`). A GPU has a row of counts per
+sequence (`TokenCounts`), and the host decides which row is whose and what a step adds to it (`CountKeeper`).
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.arrays import Ints
-from engine.batch.transfer import to_device
-from engine.sampling.rows import SampledRow, is_penalised
-from engine.types import Sequence
+from engine.batch.device_inputs import to_device
+from engine.batch.step_inputs import CountChanges
+from engine.types import Scheduled, Sequence
 
 
 class TokenHistory:
@@ -91,74 +92,76 @@ class _State:
     is_fresh: bool = True  # what lies in its place is another's
 
 
-class TokenCounts:
-    """States of sequences, made when they are first asked for and reused when a sequence is gone.
+class CountKeeper:
+    """Gives sequences states, rows of counts on the device, and says what a step changes in them. Host only.
 
-    counts: [num_states, vocab_size] int32, occurrences in the output; is_in_prompt: the same shape, bool. They grow by
-    doubling: 5 bytes per state and token. State 0 stands for all rows without penalties: nobody reads it.
+    States are made when they are first asked for and reused when a sequence is gone. State 0 is of all rows without
+    penalties.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.counts = torch.zeros(1, vocab_size, dtype=torch.int32)
-        self.is_in_prompt = torch.zeros(1, vocab_size, dtype=torch.bool)
+    def __init__(self) -> None:
         self._states: WeakKeyDictionary[Sequence, _State] = WeakKeyDictionary()
         self._num_places = 1  # in use or free
         self._free: list[int] = []
         self._copies: list[int] = []  # places of rows behind drafts, until the next step
 
-    def states(self, rows: list[SampledRow], device: torch.device) -> Tensor:
-        """The state of each row, up to its newest token. [num_rows] int64, valid until the next call
+    def changes(self, rows: list[tuple[int, Scheduled, list[int]]], *, num_rows: int) -> CountChanges:
+        """rows: the sampled row, the item and the drafts on the path of each penalised row; num_rows: that are sampled
 
-        Rows behind drafts get a copy of their sequence's state, with the drafts counted.
+        They count as made: call `forget` for a step that failed.
         """
         self._free += self._copies
         self._copies = []
-        places = [0] * len(rows)
+        states = np.zeros(num_rows, dtype=np.int64)
         writes = _Writes()
-        try:
-            for i, row in enumerate(rows):
-                if is_penalised(row.params):
-                    places[i] = self._catch_up(row.item.seq, writes)
-                    if row.path:
-                        places[i] = self._copy(places[i], row.path, writes)
-            self._grow(device)
-            self._write(writes, device)
-            return to_device(np.array(places, dtype=np.int64), device)
-        except BaseException:  # how much of it was written is not known: the next time, they are counted from nothing
-            for row in rows:
-                self._forget(row.item.seq)
-            raise
+        seen: dict[Sequence, int] = {}
+        for row, item, path in rows:
+            if item.seq not in seen:
+                seen[item.seq] = self._catch_up(item, writes)
+            states[row] = self._copy(seen[item.seq], path, writes) if path else seen[item.seq]
+        return CountChanges(
+            states,
+            self._num_places,
+            np.array(writes.fresh, dtype=np.int64),
+            *(
+                np.array(pairs, dtype=np.int64).reshape(len(pairs), 2)
+                for pairs in (writes.in_prompt, writes.in_output, writes.newest, writes.copies, writes.behind_drafts)
+            ),
+        )
 
-    def _forget(self, seq: Sequence) -> None:
-        """Its place stays its own until it is gone."""
-        state = self._states.get(seq)
-        if state is not None:
-            state.num_seen, state.is_fresh = 0, True
+    def forget(self, seqs: Iterable[Sequence]) -> None:
+        """Whatever was written of these, they are counted from nothing the next time. Their places stay their own."""
+        for seq in seqs:
+            state = self._states.get(seq)
+            if state is not None:
+                state.num_seen, state.is_fresh = 0, True
 
-    def _catch_up(self, seq: Sequence, writes: _Writes) -> int:
-        """Notes what the sequence gained since the last time. Returns its place."""
+    def _catch_up(self, item: Scheduled, writes: _Writes) -> int:
+        """Notes what the sequence gained since the last time. Returns its state."""
+        seq = item.seq
         state = self._states.get(seq)
         if state is None:
             place = self._take()
             finalize(seq, self._free.append, place).atexit = False
             state = self._states[seq] = _State(place)
+        place = state.place
         if state.is_fresh:
-            writes.fresh.append(state.place)
+            writes.fresh.append(place)
             state.is_fresh = False
-        start, num_prompt_tokens = state.place * self.vocab_size, seq.num_prompt_tokens
-        new_prompt_tokens = seq.token_ids[state.num_seen : num_prompt_tokens]
-        writes.in_prompt += [start + token for token in new_prompt_tokens]
-        writes.in_output += [start + token for token in seq.token_ids[max(state.num_seen, num_prompt_tokens) :]]
-        state.num_seen = seq.num_tokens
-        return state.place
+        num_prompt_tokens = seq.num_prompt_tokens
+        writes.in_prompt += [(place, token) for token in seq.token_ids[state.num_seen : num_prompt_tokens]]
+        writes.in_output += [(place, token) for token in seq.token_ids[max(state.num_seen, num_prompt_tokens) :]]
+        state.num_seen = max(state.num_seen, seq.num_tokens)
+        if item.source >= 0 and state.num_seen < item.next_position:
+            writes.newest.append((place, item.source))
+            state.num_seen = item.next_position
+        return place
 
     def _copy(self, source: int, path: list[int], writes: _Writes) -> int:
         place = self._take()
         self._copies.append(place)
-        writes.sources.append(source)
-        writes.targets.append(place)
-        writes.behind_drafts += [place * self.vocab_size + token for token in path]
+        writes.copies.append((source, place))
+        writes.behind_drafts += [(place, token) for token in path]
         return place
 
     def _take(self) -> int:
@@ -167,40 +170,72 @@ class TokenCounts:
         self._num_places += 1
         return self._num_places - 1
 
-    def _grow(self, device: torch.device) -> None:
-        num_states = len(self.counts)
-        if num_states < self._num_places or self.counts.device != device:
-            num_states = max(self._num_places, 2 * num_states)
-            counts = torch.zeros(num_states, self.vocab_size, dtype=torch.int32, device=device)
-            is_in_prompt = torch.zeros(num_states, self.vocab_size, dtype=torch.bool, device=device)
-            counts[: len(self.counts)] = self.counts
-            is_in_prompt[: len(self.counts)] = self.is_in_prompt
-            self.counts, self.is_in_prompt = counts, is_in_prompt  # both or neither
-
-    def _write(self, writes: _Writes, device: torch.device) -> None:
-        sizes = [len(places) for places in astuple(writes)]
-        whole = np.array([place for places in astuple(writes) for place in places], dtype=np.int64)
-        parts = torch.split(to_device(whole, device), sizes)
-        fresh, in_prompt, in_output, sources, targets, behind_drafts = parts
-        if len(fresh):
-            self.counts.index_fill_(0, fresh, 0)
-            self.is_in_prompt.index_fill_(0, fresh, False)
-        self.is_in_prompt.view(-1).index_fill_(0, in_prompt, True)
-        counts = self.counts.view(-1)
-        counts.index_add_(0, in_output, torch.ones_like(in_output, dtype=torch.int32))
-        if len(sources):
-            self.counts.index_copy_(0, targets, self.counts.index_select(0, sources))
-            self.is_in_prompt.index_copy_(0, targets, self.is_in_prompt.index_select(0, sources))
-            counts.index_add_(0, behind_drafts, torch.ones_like(behind_drafts, dtype=torch.int32))
-
 
 @dataclass(slots=True)
 class _Writes:
-    """What a step changes in the states, in this order. Places of tokens are state * vocab_size + token."""
+    """`CountChanges` in the making."""
 
-    fresh: list[int] = field(default_factory=list)  # states to begin with nothing
-    in_prompt: list[int] = field(default_factory=list)
-    in_output: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)  # states to copy for rows behind drafts
-    targets: list[int] = field(default_factory=list)
-    behind_drafts: list[int] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    in_prompt: list[tuple[int, int]] = field(default_factory=list)
+    in_output: list[tuple[int, int]] = field(default_factory=list)
+    newest: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    behind_drafts: list[tuple[int, int]] = field(default_factory=list)
+
+
+class TokenCounts:
+    """The states of penalised sequences, on a device.
+
+    counts: [num_states, vocab_size] int32, occurrences in the output; is_in_prompt: the same shape, bool. They grow by
+    doubling: 5 bytes per state and token.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.counts = torch.zeros(1, vocab_size, dtype=torch.int32)
+        self.is_in_prompt = torch.zeros(1, vocab_size, dtype=torch.bool)
+
+    def change(self, changes: CountChanges, newest: Tensor | None, device: torch.device) -> Tensor:
+        """Makes a step's changes. Returns the state of each row. [num_sampled] int64
+
+        newest: what the step before sampled, [its num_sampled] int64, where `changes.newest` names any of it
+        """
+        self._grow(changes.num_states, device)
+        parts = [changes.fresh, changes.in_prompt, changes.in_output, changes.newest, changes.copies]
+        parts += [changes.behind_drafts, changes.states]
+        whole = to_device(np.concatenate([part.reshape(-1) for part in parts]), device)
+        fresh, *pairs, states = torch.split(whole, [part.size for part in parts])
+        in_prompt, in_output, from_device, copies, behind_drafts = (part.view(-1, 2) for part in pairs)
+        if len(fresh):
+            self.counts.index_fill_(0, fresh, 0)
+            self.is_in_prompt.index_fill_(0, fresh, False)
+        self.is_in_prompt.view(-1).index_fill_(0, self._places(in_prompt), True)
+        self._count(self._places(in_output))
+        if len(from_device):
+            assert newest is not None, "the tokens of the step before are not there"
+            # where no token could be chosen, the request ends, and what is counted is never read
+            tokens = newest.index_select(0, from_device[:, 1]).clamp_min(0)
+            self._count(from_device[:, 0] * self.vocab_size + tokens)
+        if len(copies):
+            sources, targets = copies.unbind(1)
+            self.counts.index_copy_(0, targets, self.counts.index_select(0, sources))
+            self.is_in_prompt.index_copy_(0, targets, self.is_in_prompt.index_select(0, sources))
+            self._count(self._places(behind_drafts))
+        return states
+
+    def _count(self, places: Tensor) -> None:
+        if len(places):
+            self.counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+
+    def _places(self, pairs: Tensor) -> Tensor:
+        return pairs[:, 0] * self.vocab_size + pairs[:, 1]
+
+    def _grow(self, num_states: int, device: torch.device) -> None:
+        num_before = len(self.counts)
+        if num_before < num_states or self.counts.device != device:
+            num_states = max(num_states, 2 * num_before)
+            counts = torch.zeros(num_states, self.vocab_size, dtype=torch.int32, device=device)
+            is_in_prompt = torch.zeros(num_states, self.vocab_size, dtype=torch.bool, device=device)
+            counts[:num_before] = self.counts
+            is_in_prompt[:num_before] = self.is_in_prompt
+            self.counts, self.is_in_prompt = counts, is_in_prompt  # both or neither

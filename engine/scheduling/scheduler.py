@@ -161,7 +161,7 @@ class Scheduler:
             (caught_up if _is_caught_up(seq) else behind).append(seq)
         self._continue_streams(caught_up, plan)
         if caught_up and self.limits.min_prompt_share is not None:
-            plan.budget = min(plan.budget, self._prompt_share(len(caught_up), behind))
+            plan.budget = min(plan.budget, self.prompt_share(len(caught_up), behind))
         for seq in behind:
             plan.num_to_come -= 1
             self._continue(seq, plan, plan.budget)
@@ -246,7 +246,7 @@ class Scheduler:
     def _num_blocks_at_most(self, num_tokens: int) -> int:
         return self.kv.num_blocks_at_most(num_tokens + self.limits.num_lookahead_tokens, self._span)
 
-    def _prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
+    def prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
         """Prompt tokens of a step that others decode in: each of their tokens waits for all of these.
 
         A step takes about as long as it has tokens, so that few streams would stutter with each prompt that fills the

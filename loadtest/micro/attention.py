@@ -15,10 +15,11 @@ from torch import Tensor
 
 import engine.attention.torch_plan
 from engine.attention.torch_backend import TorchAttention
-from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.batch.device_inputs import BatchBuilder, ForwardBatch
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
+from engine.runner.step_builder import StepBuilder
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.torch_cpu.batched_attention import attend
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
@@ -82,9 +83,9 @@ def _batch(num_seqs: int, num_queries: int, context: int) -> ForwardBatch:
     for table in blocks.tolist():
         params = SamplingParams(seed=0, max_tokens=1)
         seq = Sequence(Request(request_id="", prompt_token_ids=[0] * context, params=params), [0] * context)
-        seq.num_computed_tokens, seq.block_tables = context - num_queries, [table]
+        seq.num_computed_tokens, seq.block_tables = [context - num_queries, table]
         plan.append(Scheduled(seq, num_queries, 0, samples=True))
-    return build_forward_batch(plan, BLOCK_SIZE, torch.device("cpu"))
+    return BatchBuilder(torch.device("cpu")).build(StepBuilder(BLOCK_SIZE, vocab_size=1).build(plan))
 
 
 if __name__ == "__main__":

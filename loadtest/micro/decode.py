@@ -11,13 +11,14 @@ import torch
 from transformers import LlamaConfig
 
 from engine.attention.torch_backend import TorchAttention
-from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.batch.device_inputs import BatchBuilder, ForwardBatch
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.planning.ceilings import measure_ceilings
 from engine.quantization.method import has_fast_bf16, has_float16_weights, prepare_linears
+from engine.runner.step_builder import StepBuilder
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
@@ -87,9 +88,9 @@ def decode_batch(num_seqs: int) -> ForwardBatch:
     for table in tables.tolist():
         params = SamplingParams(seed=0, max_tokens=1)
         seq = Sequence(Request(request_id="", prompt_token_ids=[1] * CONTEXT, params=params), [1] * CONTEXT)
-        seq.num_computed_tokens, seq.block_tables = CONTEXT - 1, [table]
+        seq.num_computed_tokens, seq.block_tables = [CONTEXT - 1, table]
         plan.append(Scheduled(seq, 1, 0, samples=True))
-    return build_forward_batch(plan, BLOCK_SIZE, torch.device("cpu"))
+    return BatchBuilder(torch.device("cpu")).build(StepBuilder(BLOCK_SIZE, vocab_size=1).build(plan))
 
 
 if __name__ == "__main__":

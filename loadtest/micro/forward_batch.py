@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import BatchBuilder, build_forward_batch
+from engine.batch.device_inputs import BatchBuilder
+from engine.runner.step_builder import StepBuilder
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
@@ -21,6 +21,7 @@ DEVICE = torch.device("cpu")
 STEPS = {"decode": (0, 0), "4 drafts": (4, 0), "decode, 512 prompt tokens": (0, 512)}  # drafts, prompt tokens
 SIZES = [(1, 512), (8, 512), (64, 512), (64, 4096), (256, 512), (256, 4096)]  # sequences, context
 NUM_CALLS = 30
+Builders = tuple[StepBuilder, BatchBuilder]
 MAX_CALLS = 300  # of all rounds together
 
 
@@ -35,19 +36,28 @@ def _measure(kind: str, num_seqs: int, context: int) -> Row:
     batch = [_scheduled(context, 1 + num_drafts, num_drafts) for _ in range(num_seqs)]
     if num_prompt_tokens:
         batch.append(_scheduled(num_prompt_tokens, num_prompt_tokens, 0))
-    builder = BatchBuilder(BLOCK_SIZE, DEVICE, BlockTables())
-    kept = fastest(partial(_build_next, builder, batch), num_calls=NUM_CALLS)
-    anew = fastest(lambda _: build_forward_batch(batch, BLOCK_SIZE, DEVICE), num_calls=3)
+    kept = fastest(partial(_build_next, _builders(), batch), num_calls=NUM_CALLS)
+    anew = fastest(lambda _: _build(_builders(), batch), num_calls=3)
     return {"step": kind, "seqs": num_seqs, "context": context, "us": 1e6 * kept, "anew us": 1e6 * anew}
 
 
-def _build_next(builder: BatchBuilder, batch: list[Scheduled], _: int) -> None:
+def _builders() -> Builders:
+    return StepBuilder(BLOCK_SIZE, vocab_size=1), BatchBuilder(DEVICE)
+
+
+def _build_next(builders: Builders, batch: list[Scheduled], _: int) -> None:
     for item in batch:  # some tens of nanoseconds each
         seq = item.seq
         seq.num_computed_tokens += 1
         if seq.num_computed_tokens + item.num_new_tokens > len(seq.block_table) * BLOCK_SIZE:
             seq.block_table.append(1)
-    builder.build(batch)
+    _build(builders, batch)
+
+
+def _build(builders: Builders, batch: list[Scheduled]) -> None:
+    inputs, tensors = builders
+    tensors.build(inputs.build(batch))
+    inputs.launched()
 
 
 def _scheduled(context: int, num_new_tokens: int, num_drafts: int) -> Scheduled:

@@ -16,13 +16,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import BatchBuilder, ForwardBatch
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import GraphLimits, GraphRunner
+from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.triton_sampler import TritonSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -95,20 +95,20 @@ def _sample_nothing(logits: Tensor, *arguments: Tensor, **settings: int) -> Tens
 def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
     proposer = WrongDrafts() if has_drafts else NoProposer()
     num_lookahead, max_model_len = proposer.num_lookahead_tokens, context + MAX_TOKENS
-    model, tables = NoModel(max(1024, num_seqs * (1 + num_lookahead))), BlockTables()
+    model, builder = NoModel(max(1024, num_seqs * (1 + num_lookahead))), BatchBuilder(torch.device("cpu"))
     limits = GraphLimits(
         max_num_seqs=num_seqs,
         max_rows_per_seq=1 + num_lookahead,
         max_num_blocks=-(-max_model_len // BLOCK_SIZE) + 1,
-        block_size=BLOCK_SIZE,
         num_uses=0,
         num_steps_between=0,
     )
     graphs = GraphRunner(
-        model, model, tables, limits=limits, graph_device=NoGraphDevice(), device=torch.device("cpu")
+        model, model, builder, limits=limits, graph_device=NoGraphDevice(), device=torch.device("cpu")
     )  # fmt: skip
     cache = KVCache((), num_blocks=1, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32))
-    runner = ModelRunner(model, cache, model, block_size=BLOCK_SIZE, tables=tables, graphs=graphs)
+    cache.kv = [torch.zeros(1)]  # which says where the cache is
+    runner = ModelRunner(model, cache, model, builder=builder, graphs=graphs)
     num_blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 2
     scheduler = Scheduler(
         KVCacheManager(num_blocks, BLOCK_SIZE),
@@ -119,7 +119,7 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
             num_lookahead_tokens=num_lookahead,
         ),
     )
-    return Engine(runner, scheduler, TritonSampler(VOCAB_SIZE), proposer, COST, overlap=not has_drafts)
+    return Engine(ModelExecutor(runner, TritonSampler(VOCAB_SIZE)), scheduler, proposer, COST, overlap=not has_drafts)
 
 
 def measure(num_seqs: int, context: int, *, has_drafts: bool) -> Row:

@@ -44,7 +44,7 @@ WAY_TO_CLIENT = "between the processes and HTTP"
 def _team_clock(steady: SteadyEngine) -> OperationClock:
     from engine.attention.numba_backend import NumbaAttention
 
-    attention = steady.engine.runner.attention
+    attention = steady.engine.executor.runner.attention
     assert isinstance(attention, NumbaAttention), "device.kernels is numba"
     return TeamClock(attention.team)
 
@@ -146,13 +146,13 @@ def measure(options: argparse.Namespace) -> StepProfile:
 
 def profile_forward(steady: SteadyEngine, state: State, clock: OperationClock) -> list[OperationTime]:
     """Times the operations of one decoding step's forward pass, done over and over: that writes the same again."""
-    runner = steady.engine.runner
+    runner = steady.engine.executor.runner
     try:
         steady.fill(state, num_steps=1)
-        batch = steady.engine.scheduler.schedule()
+        inputs = steady.engine.builder.build(steady.engine.scheduler.schedule())
         with torch.inference_mode():
-            runner.forward(batch)
-            return merged(clock.profile(lambda: runner.forward(batch), NUM_PROFILED))
+            runner.forward(inputs)
+            return merged(clock.profile(lambda: runner.forward(inputs), NUM_PROFILED))
     finally:
         steady.clear()
 

@@ -22,6 +22,7 @@ from engine.scheduling.step_stats import ModelCost
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled, StepOutput
+from tests.support.stepping import engine_of
 
 VOCAB_SIZE = 64
 SIZES = {
@@ -93,8 +94,8 @@ def _make_engine(
     kv = KVCacheManager(num_blocks, block_size, windows=[window])
     rows = {"max_num_batched_tokens": budget, "max_num_logits": max_num_logits}
     limits = SchedulerLimits(max_num_seqs=8, max_model_len=80, headroom=1, **rows)
-    runner = ModelRunner(model, cache, TorchAttention(cache), block_size=block_size)
-    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer or NoProposer(), COST)
+    runner = ModelRunner(model, cache, TorchAttention(cache))
+    return engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer or NoProposer(), COST)
 
 
 def _run(engine: Engine, requests: list[Request], stagger: int = 2) -> dict[str, list[int]]:
@@ -223,18 +224,18 @@ def test_drafts_save_steps(llama, greedy):
 
 
 class PoisonedSampler(HostSampler):
-    """Fails whenever a poisoned request is in the batch."""
+    """Fails whenever the request of this seed is in the batch."""
 
-    def launch(self, logits, batch):
-        if any(item.seq.token_ids[-1] == POISON for item in batch):
+    def launch(self, logits, inputs, newest=None):
+        if POISON in inputs.facts.seeds:
             raise RuntimeError("poison")
-        return super().launch(logits, batch)
+        return super().launch(logits, inputs, newest)
 
 
 def test_a_poisoned_request_fails_alone(llama, greedy):
     engine = _make_engine(llama)
-    engine.sampler = PoisonedSampler(VOCAB_SIZE)
-    poisoned = Request(request_id="bad", prompt_token_ids=[1, 2, POISON], params=SamplingParams(seed=0, max_tokens=5))
+    engine.executor.sampler = PoisonedSampler(VOCAB_SIZE)
+    poisoned = Request(request_id="bad", prompt_token_ids=[1, 2, 3], params=SamplingParams(seed=POISON, max_tokens=5))
     for request in [*_requests(_prompts())[:4], poisoned]:
         engine.add(request)
     results: dict[str, list[int]] = defaultdict(list)

@@ -96,10 +96,10 @@ def make_requests(*, greedy: bool = False) -> list[Request]:
 def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
     path, exact = save(MODELS[name]), {"dtype": "float32", "quantization": "none"}
     ours, model = build(path, model=exact)
-    assert isinstance(ours.runner.model, NumbaLlama)
+    assert isinstance(ours.executor.runner.model, NumbaLlama)
     assert model.settings["device.kernels"].value == "numba"
     theirs, _ = build(path, model=exact, device={"kernels": "torch"})
-    assert not isinstance(theirs.runner.model, NumbaLlama)
+    assert not isinstance(theirs.executor.runner.model, NumbaLlama)
     answered, expected = (answer_all(engine, make_requests(greedy=True)) for engine in (ours, theirs))
     assert answered.tokens == expected.tokens
     assert len({tuple(tokens) for tokens in answered.tokens.values()}) > 6  # they say different things
@@ -153,7 +153,7 @@ def test_the_default_keeps_weights_and_cache_in_half_precision(save) -> None:
     assert settings["model.dtype"] == "float32"
     assert settings["model.quantization"] == "fp16"
     assert settings["kv_cache.dtype"] == "float16"
-    assert engine.runner.kv_cache.codec.keys_as_columns
+    assert engine.executor.runner.kv_cache.codec.keys_as_columns
 
 
 def a_cpu(*, has_amx: bool = False) -> Machine:
@@ -214,5 +214,5 @@ def test_a_model_that_falls_back_to_torch_is_served(num_threads: int, save) -> N
     not_compiled = LlamaConfig(**{**SIZES, "intermediate_size": 100})
     engine, model = build(save(not_compiled), device=device, kv_cache={"block_size": 8})
     assert model.settings["device.kernels"].value == "torch"
-    assert not engine.runner.kv_cache.codec.keys_as_columns
+    assert not engine.executor.runner.kv_cache.codec.keys_as_columns
     assert all(len(tokens) == 14 for tokens in answer_all(engine, make_requests()).tokens.values())

@@ -6,7 +6,6 @@ import torch
 from engine.attention.backend import AttentionBackend
 from engine.attention.torch_backend import TorchAttention
 from engine.attention.triton_backend import TritonAttention
-from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
@@ -16,6 +15,7 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Scheduled
+from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model, window_of
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
@@ -46,10 +46,10 @@ def _outputs(
     llama = make_model(model).to(device)
     cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
-    runner = ModelRunner(llama, cache, attention(cache), block_size=4)
+    runner = ModelRunner(llama, cache, attention(cache))
     scheduler = Scheduler(KVCacheManager(60, 4, windows=[window_of(model)]), limits)
     sampler = HostSampler(VOCAB_SIZE)
-    return answer_three(Engine(runner, scheduler, sampler, PROPOSERS[proposer](), COST))
+    return answer_three(engine_of(runner, scheduler, sampler, PROPOSERS[proposer](), COST))
 
 
 @pytest.mark.parametrize(("model", "proposer"), [("full", "none"), ("full", "tree"), ("window", "ngram")])

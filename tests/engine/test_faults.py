@@ -14,14 +14,14 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from engine.batch.forward_batch import Ahead
+from engine.batch.step_inputs import StepInputs
 from engine.client.client import EngineClient, EngineState
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.faults import EngineFaultError
-from engine.sampling.rows import SampledRow
-from engine.sampling.token_counts import TokenCounts
+from engine.sampling.token_counts import CountKeeper, TokenCounts
 from engine.types import Request, SamplingParams, Scheduled, Sequence, StepOutput
 from tests.support import faulty_device
 from tests.support.scripted_client import QUICK, Recorder, until
@@ -89,7 +89,7 @@ def test_an_error_of_the_device_ends_the_process_in_whichever_step_it_comes(over
             if len(seen) > last:
                 faulty_device.lose_device()
 
-        engine.runner.before = before
+        engine.executor.runner.before = before
         with pytest.raises(EngineFaultError, match="illegal memory access"):
             run(engine, requests(3))
 
@@ -102,7 +102,7 @@ def test_a_device_s_error_behind_another_is_seen() -> None:
             raise ValueError("could not launch") from error
 
     engine = faulty_device.make_engine()
-    engine.runner.before = before
+    engine.executor.runner.before = before
     with pytest.raises(EngineFaultError, match="the device failed"):
         run(engine, requests(1))
 
@@ -117,7 +117,7 @@ def test_a_device_s_error_is_seen_where_tokens_are_awaited() -> None:
             return SimpleNamespace(finish=faulty_device.lose_device, tokens=None)
 
     engine = faulty_device.make_engine()
-    engine.sampler = LateError(engine.sampler)
+    engine.executor.sampler = LateError(engine.executor.sampler)
     with pytest.raises(EngineFaultError):
         run(engine, requests(2))
 
@@ -127,7 +127,7 @@ def test_a_device_s_error_is_seen_where_tokens_are_awaited() -> None:
 def test_a_bad_request_fails_alone_even_where_it_is_alone(overlap: bool, num_others: int) -> None:
     expected, _ = run(faulty_device.make_engine(), requests(num_others))
     engine = faulty_device.make_engine(overlap=overlap)
-    engine.runner.before = fail_with_bad
+    engine.executor.runner.before = fail_with_bad
     tokens, errors = run(engine, [*requests(num_others), bad_request()])
     assert list(errors) == ["bad"]
     assert {name: tokens.get(name, []) for name in expected} == expected
@@ -135,7 +135,7 @@ def test_a_bad_request_fails_alone_even_where_it_is_alone(overlap: bool, num_oth
 
 def test_where_every_one_of_several_fails_alone_it_is_nobody_s_fault() -> None:
     engine = faulty_device.make_engine()
-    engine.runner.before = fail_with_bad
+    engine.executor.runner.before = fail_with_bad
     blamed: list[list[str]] = []
     engine.on_batch = lambda batch: blamed.append([item.seq.request.request_id for item in batch])
     with pytest.raises(EngineFaultError, match="none of theirs"):
@@ -152,7 +152,7 @@ def test_where_not_even_a_token_of_nobody_s_can_be_computed_the_process_ends() -
         if fails[0]:
             raise RuntimeError("it sticks")
 
-    engine.runner.before = before
+    engine.executor.runner.before = before
     with pytest.raises(EngineFaultError, match="no step succeeds any more"):
         run(engine, [bad_request()])
 
@@ -160,15 +160,15 @@ def test_where_not_even_a_token_of_nobody_s_can_be_computed_the_process_ends() -
 def test_launching_ahead_is_tried_again_after_it_failed() -> None:
     num_launched, fails = [0], [True]
     engine = faulty_device.make_engine(overlap=True)
-    forward = engine.runner.forward
+    forward = engine.executor.runner.forward
 
-    def forward_or_fail(batch: list[Scheduled], ahead: Ahead | None = None):
-        if ahead is not None and fails[0]:
+    def forward_or_fail(inputs: StepInputs, tokens: Tensor | None = None):
+        if tokens is not None and fails[0]:
             raise RuntimeError("not now")
-        num_launched[0] += ahead is not None
-        return forward(batch, ahead)
+        num_launched[0] += tokens is not None
+        return forward(inputs, tokens)
 
-    engine.runner.forward = forward_or_fail
+    engine.executor.runner.forward = forward_or_fail
     expected, _ = run(faulty_device.make_engine(), requests(1, max_tokens=60))
     assert run(engine, requests(1, max_tokens=60)) == (expected, {})
     assert engine.degraded_modes == ["run_ahead"]
@@ -217,22 +217,23 @@ class FailingAllocation:
         self.number, self.num_calls = number, 0
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        if event == "c_call" and frame.f_code.co_filename.endswith(("token_counts.py", "transfer.py")):
+        if event == "c_call" and frame.f_code.co_filename.endswith(("token_counts.py", "device_inputs.py")):
             self.num_calls += 1
             if self.num_calls == self.number:
                 sys.setprofile(None)
                 raise torch.OutOfMemoryError("no memory left")
 
 
-def row_of(seq: Sequence, path: list[int]) -> SampledRow:
-    item = Scheduled(seq, 1, len(path), samples=True)
-    return SampledRow(item, 0, path, seq.num_tokens + len(path))
+def penalised(seqs: list[Sequence], paths: list[list[int]]) -> list[tuple[int, Scheduled, list[int]]]:
+    """A sampled row of each sequence, behind the drafts of a path."""
+    items = [Scheduled(seq, 1, len(path), samples=True) for seq, path in zip(seqs, paths, strict=True)]
+    return [(row, item, path) for row, (item, path) in enumerate(zip(items, paths, strict=True))]
 
 
 @pytest.mark.parametrize("number", range(1, 60))
 def test_counts_of_penalties_are_right_after_any_failure(number: int) -> None:
     vocab_size, rng = 12, random.Random(number)
-    counts = TokenCounts(vocab_size)
+    keeper, counts = CountKeeper(), TokenCounts(vocab_size)
     seqs: list[Sequence] = []
     device = torch.device("cpu")
     for step in range(12):
@@ -243,16 +244,16 @@ def test_counts_of_penalties_are_right_after_any_failure(number: int) -> None:
         if step in (5, 8):
             del seqs[rng.randrange(len(seqs))]  # its place is another's soon
         paths = [[rng.randrange(vocab_size)] if rng.random() < 0.3 else [] for _ in seqs]
-        rows = [row_of(seq, path) for seq, path in zip(seqs, paths, strict=True)]
+        rows = penalised(seqs, paths)
         if step == rng.randrange(12) or step == 6:
             sys.setprofile(FailingAllocation(number))
             try:
-                counts.states(rows, device)
+                counts.change(keeper.changes(rows, num_rows=len(rows)), None, device)
             except torch.OutOfMemoryError:
-                pass
+                keeper.forget(seqs)
             finally:
                 sys.setprofile(None)
-        states = counts.states(rows, device).tolist()
+        states = counts.change(keeper.changes(rows, num_rows=len(rows)), None, device).tolist()
         for seq, path, state in zip(seqs, paths, states, strict=True):
             output = seq.token_ids[seq.num_prompt_tokens :] + path
             assert counts.counts[state].tolist() == [output.count(token) for token in range(vocab_size)]

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.batch.forward_batch import ForwardBatch, build_forward_batch
+from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.reference.attention import visible
+from tests.support.stepping import build_forward_batch
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ in its sixth step, and of no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from engine.attention.torch_backend import TorchAttention
-from engine.batch.forward_batch import Ahead
+from engine.batch.step_inputs import StepInputs
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ipc.messages import ModelInfo, TokenizerAssets
@@ -23,24 +23,37 @@ from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
 from engine.runner.model_runner import ModelRunner
+from engine.runner.step_builder import StepBuilder
 from engine.sampling.host_sampler import HostSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Scheduled
+from tests.support.stepping import engine_of
 
 VOCAB_SIZE = 64
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
 
 
-class FaultyRunner(ModelRunner):
-    """Calls `before` with each batch, which may raise."""
+class WatchedBuilder(StepBuilder):
+    """Remembers the plan that it built inputs from."""
 
+    batch: Sequence[Scheduled] = ()
+
+    def build(self, batch: list[Scheduled]) -> StepInputs:
+        self.batch = batch
+        return super().build(batch)
+
+
+class FaultyRunner(ModelRunner):
+    """Calls `before` with the plan that inputs were built from last; it may raise."""
+
+    watched: WatchedBuilder
     before: Callable[[list[Scheduled]], None] = staticmethod(lambda batch: None)
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
-        self.before(batch)
-        return super().forward(batch, ahead)
+    def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.before(self.watched.batch)
+        return super().forward(inputs, tokens)
 
 
 def make_engine(*, overlap: bool = False, proposer=None, num_blocks: int = 100) -> Engine:
@@ -59,10 +72,13 @@ def make_engine(*, overlap: bool = False, proposer=None, num_blocks: int = 100) 
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
     cache = KVCache(model.attention_layers, num_blocks=num_blocks, block_size=4, codec=DenseCodec(torch.float32))
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=100)
-    runner = FaultyRunner(model, cache, TorchAttention(cache), block_size=4)
+    runner = FaultyRunner(model, cache, TorchAttention(cache))
     kv = KVCacheManager(num_blocks, 4)
     proposer = proposer or NoProposer()
-    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+    engine = engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+    engine.builder.__class__ = WatchedBuilder
+    runner.watched = engine.builder
+    return engine
 
 
 def lose_device() -> None:
@@ -81,7 +97,7 @@ def build(config: EngineConfig, report: Callable[[str, str], None]) -> tuple[Eng
         if is_first and len(steps) > 5:
             lose_device()
 
-    engine.runner.before = before
+    engine.executor.runner.before = before
     model = ModelInfo(
         path=config.model.path,
         architecture="Llama",

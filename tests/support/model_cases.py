@@ -38,12 +38,12 @@ from transformers import (
 )
 
 from engine.attention.torch_backend import TorchAttention
-from engine.batch.forward_batch import build_forward_batch
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.types import Request, SamplingParams, Scheduled, Sequence
+from tests.support.stepping import build_forward_batch
 
 BLOCK_SIZE = 4
 VOCAB_SIZE = 96

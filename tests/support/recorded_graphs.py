@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.torch_backend import TorchAttention
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import ForwardBatch
+from engine.batch.device_inputs import BatchBuilder, ForwardBatch
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
@@ -27,6 +26,7 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from kernels.reference.attention import paged_attention, store_kv
+from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model, window_of
 
 BLOCK_SIZE = 4
@@ -105,25 +105,23 @@ class Setup:
             self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
         )
         self.attention = DefinedAttention(self.cache)
-        self.tables = BlockTables()
+        self.builder = BatchBuilder(torch.device("cpu"))
         self.graphs: GraphRunner | None = None
         if device is not None:
-            defaults = {"max_num_seqs": 6, "max_num_blocks": 20, "block_size": BLOCK_SIZE, "num_uses": 0}
+            defaults = {"max_num_seqs": 6, "max_num_blocks": 20, "num_uses": 0}
             merged = {**defaults, "num_steps_between": 0, "max_rows_per_seq": max_rows_per_seq, **limits}
             self.graphs = GraphRunner(
                 self.model,
                 self.attention,
-                self.tables,
+                self.builder,
                 limits=GraphLimits(**merged),
                 graph_device=device,
                 device=torch.device("cpu"),
             )
-        self.runner = ModelRunner(
-            self.model, self.cache, self.attention, block_size=BLOCK_SIZE, tables=self.tables, graphs=self.graphs
-        )
+        self.runner = ModelRunner(self.model, self.cache, self.attention, builder=self.builder, graphs=self.graphs)
 
     def engine(self, *, has_drafts: bool = False, overlap: bool = False) -> Engine:
         limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
         scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, windows=[self.window]), limits)
         proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
-        return Engine(self.runner, scheduler, HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+        return engine_of(self.runner, scheduler, HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)

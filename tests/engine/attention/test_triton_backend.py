@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from engine.attention.triton_backend import TritonAttention
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import BatchBuilder
+from engine.batch.device_inputs import BatchBuilder
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
+from engine.runner.step_builder import StepBuilder
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.triton import configs
 from tests.support.conformance.attention import AttentionConformance
@@ -70,11 +70,11 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
     def attend(chunks: list[int], *, one_path: bool) -> torch.Tensor:
         cache = KVCache([layer], num_blocks=7, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32), device=device)
         attention = TritonAttention(cache, one_path=one_path)
-        builder = BatchBuilder(BLOCK_SIZE, device, BlockTables())
+        inputs, builder = StepBuilder(BLOCK_SIZE, vocab_size=64), BatchBuilder(device)
         seq = Sequence(request, [1] * CONTEXT, block_tables=[[3, 1]])
         outputs = []
         for size in chunks:
-            batch = builder.build([Scheduled(seq, size, 0, samples=False)])
+            batch = builder.build(inputs.build([Scheduled(seq, size, 0, samples=False)]))
             attention.plan(batch)
             start = seq.num_computed_tokens
             outputs.append(attention(*(part[start : start + size] for part in rows), layer, batch).clone())

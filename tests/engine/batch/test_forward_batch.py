@@ -5,11 +5,15 @@ import random
 import numpy as np
 import torch
 
-from engine.batch.block_tables import WIDTH_STEP, BlockTables
-from engine.batch.forward_batch import Ahead, BatchBuilder, HostStaging, build_forward_batch, gather_numbers, places
+from engine.batch.block_tables import WIDTH_STEP
+from engine.batch.device_inputs import BatchBuilder, DeviceTables, HostStaging, places
 from engine.kv_cache.manager import KVCacheManager
+from engine.runner.executor import input_tokens
 from engine.runner.graph_inputs import NO_SLOT, GraphSize, StaticBatch
+from engine.runner.step_builder import StepBuilder
+from engine.runner.strict_runner import one_token
 from engine.types import Request, SamplingParams, Scheduled, Sequence
+from tests.support.stepping import VOCAB_SIZE, build_forward_batch, step_inputs
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -76,12 +80,15 @@ def _rows(batch: list[Scheduled]) -> list[tuple[int, int, int]]:
 def test_every_step_of_random_traffic_is_laid_out_right() -> None:
     for seed in range(8):
         traffic = Traffic(seed, window=[None, 10][seed % 2])
-        builder = BatchBuilder(BLOCK_SIZE, CPU, BlockTables())
+        inputs, builder = StepBuilder(BLOCK_SIZE, VOCAB_SIZE), BatchBuilder(CPU)
         for _ in range(60):
             batch = traffic.step()
             if not batch:
                 continue
-            made = builder.build(batch)
+            if traffic.rng.random() < 0.3:  # a step that failed before the tables were changed
+                inputs.build(batch)
+            made = builder.build(inputs.build(batch))
+            inputs.launched()
             found = zip(made.input_ids.tolist(), made.positions.tolist(), made.slots.tolist(), strict=True)
             assert list(found) == _rows(batch)
             starts = np.cumsum([0, *(item.num_new_tokens for item in batch)]).tolist()
@@ -104,15 +111,20 @@ def test_the_newest_tokens_may_come_from_the_device() -> None:
     for block, seq in enumerate(seqs, start=1):
         seq.num_computed_tokens, seq.block_tables = seq.num_tokens - 1, [[block]]
     batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
-    ahead = Ahead(gather_numbers(batch, BLOCK_SIZE, BlockTables()), torch.tensor([30, -1]))
-    made = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch, ahead)
+    ahead = [Scheduled(seq, 1, 0, samples=True, num_ahead=1, source=row) for row, seq in enumerate(seqs)]
+    inputs, newest = step_inputs(ahead, BLOCK_SIZE), torch.tensor([30, -1])
+    tokens = input_tokens(inputs, newest)
+    made = BatchBuilder(CPU).build(inputs, tokens)
     assert made.input_ids.tolist() == [30, 0]  # for the second, none could be chosen
-    assert made.positions.tolist() == [2, 1]
-    alone = BatchBuilder(BLOCK_SIZE, CPU, BlockTables()).build(batch[:1], ahead.row(0))
+    assert made.positions.tolist() == [3, 2]
+    mixed = step_inputs([batch[0], Scheduled(seqs[1], 1, 0, samples=True, num_ahead=1, source=0)], BLOCK_SIZE)
+    assert input_tokens(mixed, newest).tolist() == [9, 30]
+    assert input_tokens(step_inputs(batch, BLOCK_SIZE), newest) is None  # the host knows all of them
+    alone = BatchBuilder(CPU).build(one_token(step_inputs(batch, BLOCK_SIZE), 0))
     expected = build_forward_batch(batch[:1], BLOCK_SIZE, CPU)
     for name in ("positions", "slots", "query_starts", "seq_lens", "block_tables", "logits_rows"):
         assert torch.equal(getattr(alone, name), getattr(expected, name))
-    assert alone.input_ids.tolist() == [30]
+    assert alone.input_ids.tolist() == [9]
 
 
 def test_what_is_on_its_way_is_not_written_over() -> None:
@@ -137,7 +149,7 @@ def test_parts_begin_at_multiples_of_sixteen_bytes() -> None:
 def test_a_static_batch_holds_what_a_fresh_one_holds_and_padding_after_it() -> None:
     """Filled again and again with batches of all sizes: nothing of an earlier one may be seen."""
     static = StaticBatch(40, max_num_seqs=20, max_num_blocks=30, device=CPU)
-    traffic, tables = Traffic(3, window=10), BlockTables()
+    traffic, inputs, tables = Traffic(3, window=10), StepBuilder(BLOCK_SIZE, VOCAB_SIZE), DeviceTables(CPU)
     rng = random.Random(0)
     num_filled = 0
     for _ in range(80):
@@ -145,7 +157,9 @@ def test_a_static_batch_holds_what_a_fresh_one_holds_and_padding_after_it() -> N
         num_rows = sum(item.num_new_tokens for item in batch)
         if batch and num_rows <= 40:
             size = GraphSize(rng.randrange(num_rows, 41), rng.randrange(len(batch), 21), 4)
-            static.fill(gather_numbers(batch, BLOCK_SIZE, tables), size, None)
+            made = inputs.build(batch)
+            tables.change(made.table_changes)
+            static.fill(made, tables.read(made), size, None)
             _check(static, size, batch, num_rows)
             num_filled += 1
         traffic.update(batch)

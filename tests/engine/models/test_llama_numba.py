@@ -36,6 +36,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 from kernels.numba.packing.packing import unpack
 from kernels.numba.program.team import Team
+from tests.support.stepping import forward, inputs_for
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 99
@@ -126,12 +127,12 @@ def compiled_runner(packed: Llama, *, num_blocks: int = 40, num_threads: int = 1
     cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype, keys_as_columns=True))
     team = Team(num_threads, scratch_bytes=scratch_bytes(layers))
     attention = NumbaAttention(cache, team)
-    return ModelRunner(NumbaLlama(packed, attention, team), cache, attention, block_size=BLOCK_SIZE)
+    return ModelRunner(NumbaLlama(packed, attention, team), cache, attention)
 
 
 def torch_runner(model: Llama, *, dtype: torch.dtype = torch.float32) -> ModelRunner:
     cache = KVCache(model.attention_layers, num_blocks=40, block_size=BLOCK_SIZE, codec=DenseCodec(dtype))
-    return ModelRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
+    return ModelRunner(model, cache, TorchAttention(cache))
 
 
 def prompts() -> list[list[int]]:
@@ -155,7 +156,7 @@ class Texts:
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> list[Tensor]:
-        _, logits = self.runner.forward(batch)
+        _, logits = forward(self.runner, batch)
         return list(logits.clone().split([item.num_logits for item in batch]))
 
     def whole(self) -> list[Tensor]:
@@ -189,7 +190,7 @@ class Texts:
     def preempt(self, seq: Sequence) -> None:
         """Its blocks go to others, which is to say that it gets them in another order."""
         seq.num_computed_tokens, seq.num_preemptions = 0, 1
-        self.rng.shuffle(seq.block_table)
+        seq.block_tables = [self.rng.sample(seq.block_table, len(seq.block_table))]
 
 
 def tolerance_of(model: Llama, format_name: str) -> float:
@@ -289,7 +290,9 @@ def test_accepted_drafts_of_a_tree_become_part_of_the_context(name: str) -> None
             [rows] = texts.run(items)
             expected = whole[index][first : first + len(right)]
             assert (rows[right] - expected).abs().max() <= tolerance_of(packed, "none") * expected.abs().max()
-            texts.runner.keep_accepted(items, [Sampled([], accepted=[row - 1 for row in right[1:]])])
+            texts.runner.keep_accepted(
+                inputs_for(texts.runner, items), [Sampled([], accepted=[row - 1 for row in right[1:]])]
+            )
             seq.num_computed_tokens += len(right)
 
 
@@ -311,7 +314,7 @@ class NoMemoryAt:
         self.number, self.num_calls = number, 0
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        if event in ("call", "c_call") and frame.f_code.co_filename.endswith("llama_numba.py"):
+        if event in ("call", "c_call") and frame.f_code.co_filename.endswith("/llama_numba.py"):
             self.num_calls += 1
             if self.num_calls == self.number:
                 sys.setprofile(None)

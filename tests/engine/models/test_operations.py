@@ -104,7 +104,7 @@ def outputs(engine: Engine) -> tuple[list[list[int]], int]:
 
 def test_a_model_says_the_same_on_triton_as_on_torch(directory: Path) -> None:
     triton_engine = build(directory, "triton", "ngram")
-    assert triton_engine.runner.model.operations == load_operations("triton")
+    assert triton_engine.executor.runner.model.operations == load_operations("triton")
     found, num_drafts = outputs(triton_engine)
     assert num_drafts > 0
     assert (found, 0) == outputs(build(directory, "torch", "none"))

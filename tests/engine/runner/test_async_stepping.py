@@ -17,10 +17,14 @@ from engine.sampling.host_sampler import HostSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
-from engine.types import Request, SamplingParams, Scheduled, StepOutput
+from engine.types import Request, SamplingParams, StepOutput
+from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model, window_of
 
 BLOCK_SIZE = 4
+
+
+NUM_PROMPT_TOKENS = 5  # of the requests that `_add` makes
 
 
 class CountingRunner(ModelRunner):
@@ -28,10 +32,10 @@ class CountingRunner(ModelRunner):
 
     num_passes = num_ahead = 0
 
-    def forward(self, batch, ahead=None):
+    def forward(self, inputs, tokens=None):
         self.num_passes += 1
-        self.num_ahead += ahead is not None
-        return super().forward(batch, ahead)
+        self.num_ahead += tokens is not None
+        return super().forward(inputs, tokens)
 
 
 def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, budget: int = 48) -> Engine:
@@ -41,8 +45,8 @@ def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, bu
     )
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=[window_of(name)])
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
-    runner = CountingRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
-    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), NoProposer(), COST, overlap=overlap)
+    runner = CountingRunner(model, cache, TorchAttention(cache))
+    return engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), NoProposer(), COST, overlap=overlap)
 
 
 def _random_params(rng: random.Random, seed: int) -> SamplingParams:
@@ -118,7 +122,7 @@ def test_a_random_workload_says_the_same_with_and_without_overlap(model, num_blo
         assert found[request_id][-1].finish_reason == expected[request_id][-1].finish_reason
         assert found[request_id][-1].stop_token_id == expected[request_id][-1].stop_token_id
         assert list(_logprobs(found[request_id])) == pytest.approx(list(_logprobs(expected[request_id])), abs=1e-4)
-    assert engine.runner.num_ahead > 0
+    assert engine.executor.runner.num_ahead > 0
     if num_blocks == 24:
         assert engine.scheduler.num_preemptions > 0
     if model == "full":
@@ -127,7 +131,7 @@ def test_a_random_workload_says_the_same_with_and_without_overlap(model, num_blo
 
 def _add(engine: Engine, request_id: str, **fields: object) -> None:
     params = SamplingParams(**{"seed": 0, "max_tokens": 10, "temperature": 0.0, **fields})
-    prompt = [(int(request_id) * 7 + i) % VOCAB_SIZE for i in range(5)]
+    prompt = [(int(request_id) * 7 + i) % VOCAB_SIZE for i in range(NUM_PROMPT_TOKENS)]
     engine.add(Request(request_id=request_id, prompt_token_ids=prompt, params=params))
 
 
@@ -145,7 +149,10 @@ def test_every_decoding_step_but_the_first_is_launched_ahead():
     for request_id in "012":
         _add(engine, request_id)
     _finish(engine)
-    assert (engine.runner.num_passes, engine.runner.num_ahead) == (10, 9)  # nothing is launched past max_tokens
+    assert (engine.executor.runner.num_passes, engine.executor.runner.num_ahead) == (
+        10,
+        9,
+    )  # nothing is launched past max_tokens
 
 
 def test_a_stop_token_costs_one_row_and_no_pass():
@@ -159,7 +166,7 @@ def test_a_stop_token_costs_one_row_and_no_pass():
     _add(engine, "1")
     found = _finish(engine)
     assert found == {"0": tokens["0"][: tokens["0"].index(stop) + 1], "1": tokens["1"]}
-    assert engine.runner.num_passes == 10
+    assert engine.executor.runner.num_passes == 10
 
 
 def test_a_request_that_comes_meanwhile_is_computed_beside_what_runs():
@@ -179,11 +186,11 @@ def test_requests_that_need_the_text_before_them_wait_for_it():
     engine = _make_engine(overlap=True)
     _add(engine, "0")
     _add(engine, "1", presence_penalty=0.5, max_tokens=6)
-    for _ in range(6):
+    for _ in range(5):
         engine.step()
-    assert engine.runner.num_ahead == 0
+    assert engine.executor.runner.num_ahead == 0
     _finish(engine)
-    assert engine.runner.num_ahead == 3  # alone, the first one needs no text; its last step is launched in its time
+    assert engine.executor.runner.num_ahead == 4  # the first one alone needs no text
 
 
 def test_nothing_is_launched_ahead_where_memory_is_short():
@@ -201,16 +208,16 @@ def test_nothing_is_launched_ahead_where_memory_is_short():
 
 
 class FailingAheadRunner(CountingRunner):
-    def forward(self, batch, ahead=None):
-        if ahead is not None:
+    def forward(self, inputs, tokens=None):
+        if tokens is not None:
             raise RuntimeError("not today")
-        return super().forward(batch, ahead)
+        return super().forward(inputs, tokens)
 
 
 def test_a_launch_that_fails_is_given_up_and_harms_no_request(caplog):
     expected = _make_engine(overlap=False)
     engine = _make_engine(overlap=True)
-    engine.runner.__class__ = FailingAheadRunner
+    engine.executor.runner.__class__ = FailingAheadRunner
     for each in (expected, engine):
         _add(each, "0")
         _add(each, "1")
@@ -219,23 +226,23 @@ def test_a_launch_that_fails_is_given_up_and_harms_no_request(caplog):
 
 
 class BrokenSampler(HostSampler):
-    """Fails for a request once it has said three tokens, whether it is asked ahead of time or not."""
+    """Fails for the request of seed 1 once it has said three tokens, whether it is asked ahead of time or not."""
 
-    def launch(self, logits, batch: list[Scheduled], positions=None):
-        for item, position in zip(batch, [None] * len(batch) if positions is None else positions, strict=True):
-            num_tokens = item.seq.num_tokens if position is None else position
-            if item.seq.request.request_id == "1" and num_tokens - item.seq.num_prompt_tokens >= 3:
-                raise RuntimeError("broken")
-        return super().launch(logits, batch, positions)
+    def launch(self, logits, inputs, newest=None):
+        if (inputs.positions[inputs.facts.seeds == 1] >= NUM_PROMPT_TOKENS + 3).any():
+            raise RuntimeError("broken")
+        return super().launch(logits, inputs, newest)
 
 
 def test_a_request_that_fails_while_steps_run_ahead_fails_alone():
     engine = _make_engine(overlap=True)
-    broken = Engine(engine.runner, engine.scheduler, BrokenSampler(VOCAB_SIZE), NoProposer(), COST, overlap=True)
+    broken = engine_of(
+        engine.executor.runner, engine.scheduler, BrokenSampler(VOCAB_SIZE), NoProposer(), COST, overlap=True
+    )
     expected = _make_engine(overlap=False)
     for each in (expected, broken):
         _add(each, "0")
-        _add(each, "1")
+        _add(each, "1", seed=1)
     errors, outputs = [], defaultdict(list)
     while broken.has_work:
         for output in broken.step()[0]:
@@ -263,4 +270,4 @@ def test_overlap_and_drafts_exclude_each_other():
     engine = _make_engine(overlap=False)
     proposer = NgramProposer(num_drafts=2, ngram_min=1, ngram_max=2)
     with pytest.raises(AssertionError):
-        Engine(engine.runner, engine.scheduler, engine.sampler, proposer, COST, overlap=True)
+        engine_of(engine.executor.runner, engine.scheduler, engine.executor.sampler, proposer, COST, overlap=True)

@@ -11,6 +11,7 @@ from engine.runner.cuda_graphs import CudaGraphDevice, padded_sizes
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from tests.support.recorded_graphs import BLOCK_SIZE, FakeGraphDevice, Setup
 from tests.support.simulated_gpu import simulated_gpu
+from tests.support.stepping import forward, inputs_for
 from tests.support.tiny_llamas import CONFIGS, VOCAB_SIZE
 
 
@@ -72,12 +73,12 @@ def _forward(setup: Setup, batch: list[Scheduled]) -> bool:
     """Whether the step was a graph's. What it computes must be what it computes eagerly."""
     assert setup.graphs is not None
     with torch.inference_mode():
-        hidden = setup.graphs.forward(batch, None)
+        hidden = setup.graphs.forward(inputs_for(setup.runner, batch), None)
         if hidden is None:
             return False
         hidden = hidden.clone()
         setup.runner.graphs, graphs = type("Off", (), {"forward": lambda *_: None})(), setup.runner.graphs
-        torch.testing.assert_close(hidden, setup.runner.forward(batch)[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden, forward(setup.runner, batch)[0], rtol=1e-4, atol=1e-5)
         setup.runner.graphs = graphs
     return True
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.triton_backend import TritonAttention, make_graph_space
-from engine.batch.block_tables import BlockTables
-from engine.engine import Engine
+from engine.batch.device_inputs import BatchBuilder
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
@@ -20,6 +19,7 @@ from engine.speculation.no_proposer import NoProposer
 from kernels.triton.attention.paged_attention import Prepared, paged_attention
 from kernels.triton.attention.work_plan import Workspace, plan_any_lengths, plan_attention
 from kernels.triton.configs import AttentionConfig
+from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model, window_of
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
@@ -31,19 +31,19 @@ def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None
     model = make_model(model_name).to(device)
     cache = KVCache(model.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
     space = make_graph_space(model.attention_layers, torch.float32, device, max_context=60, num_bytes=1 << 16)
-    attention, tables = TritonAttention(cache, graph_space=space), BlockTables()
+    attention, builder = TritonAttention(cache, graph_space=space), BatchBuilder(device)
     graphs = None
     if graph_device is not None:
         limits = GraphLimits(
-            max_num_seqs=4, max_rows_per_seq=1 + num_drafts, max_num_blocks=15, block_size=4, num_uses=0,
+            max_num_seqs=4, max_rows_per_seq=1 + num_drafts, max_num_blocks=15, num_uses=0,
             num_steps_between=0,
         )  # fmt: skip
-        graphs = GraphRunner(model, attention, tables, limits=limits, graph_device=graph_device, device=device)
-    runner = ModelRunner(model, cache, attention, block_size=4, tables=tables, graphs=graphs)
+        graphs = GraphRunner(model, attention, builder, limits=limits, graph_device=graph_device, device=device)
+    runner = ModelRunner(model, cache, attention, builder=builder, graphs=graphs)
     limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=60, headroom=4)
     kv = KVCacheManager(60, 4, windows=[window_of(model_name)])
     proposer = NgramProposer(num_drafts=num_drafts, ngram_max=3, ngram_min=1) if num_drafts else NoProposer()
-    engine = Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=not num_drafts)
+    engine = engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=not num_drafts)
     return answer_three(engine)
 
 

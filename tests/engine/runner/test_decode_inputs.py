@@ -4,13 +4,15 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
-from engine.batch.block_tables import BlockTables
-from engine.batch.forward_batch import gather_numbers
+from engine.batch.device_inputs import DeviceTables
 from engine.kv_cache.manager import KVCacheManager
-from engine.runner.decode_inputs import DecodeRun, make_room
+from engine.runner.decode_inputs import DecodeRun
+from engine.runner.step_builder import StepBuilder
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
+CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 100
 
@@ -35,50 +37,54 @@ def _go_on(seqs: list[Sequence], kv: KVCacheManager) -> None:
 
 
 def _start(seqs: list[Sequence], kv: KVCacheManager) -> DecodeRun:
-    assert make_room(seqs, kv)
-    return DecodeRun(seqs, kv=kv, tables=BlockTables())
+    """A run whose first step comes after one that is in flight: each sequence has a place for its next token."""
+    for seq in seqs:
+        assert kv.allocate(seq, len(seq.token_ids) + 1)
+    plan = [Scheduled(seq, 1, 0, samples=True, num_ahead=1, source=row) for row, seq in enumerate(seqs)]
+    builder = StepBuilder(BLOCK_SIZE, 100)
+    return DecodeRun(plan, builder.build(plan), kv=kv, builder=builder)
 
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_has_the_numbers_of_each_step(seed: int, window: int | None) -> None:
+def test_a_run_has_the_inputs_of_each_step(seed: int, window: int | None) -> None:
     rng = random.Random(seed)
     kv = KVCacheManager(300, BLOCK_SIZE, windows=[window])
     seqs = [_sequence(rng.randrange(1, 40), kv) for _ in range(7)]
     run = _start(seqs, kv)
-    batch = run.items
-    tables = BlockTables()
+    batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
+    tables, inputs = DeviceTables(CPU), run.inputs
     for _ in range(45):
         _go_on(seqs, kv)  # so that the sequences show what the run is ahead of
-        expected = gather_numbers(batch, BLOCK_SIZE, tables)
-        found = run.numbers
-        for name in ("positions", "slots", "query_starts", "seq_lens", "logits_rows"):
-            assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
-        assert run.sampled_positions.tolist() == [seq.num_tokens for seq in seqs]
+        expected = StepBuilder(BLOCK_SIZE, 100).build(batch)
+        for name in ("positions", "slots", "query_starts", "seq_lens", "logits_rows", "table_width"):
+            assert np.array_equal(getattr(inputs, name), getattr(expected, name)), name
+        assert inputs.sampling.positions.tolist() == [seq.num_tokens for seq in seqs]
+        tables.change(inputs.table_changes)
         for row, seq in enumerate(seqs):  # blocks behind a window are not read any more
+            found, first = tables.read(inputs)[row].tolist(), seq.num_released_blocks[0]
             assert (
-                found.block_tables[row, seq.num_released_blocks[0] :].tolist()[: len(seq.block_table)]
-                == [
-                    *seq.block_table[seq.num_released_blocks[0] :],
-                    *[0] * (found.block_tables.shape[1] - len(seq.block_table)),
-                ][: len(seq.block_table)]
+                found[seq.num_released_blocks[0] : len(seq.block_table)]
+                == seq.block_table[seq.num_released_blocks[0] :]
             )
-        assert run.is_of([Scheduled(seq, 1, 0, samples=True) for seq in seqs])
-        assert run.advance()
+            assert not any(found[len(seq.block_table) :])
+        assert run.is_of(batch)
+        inputs = run.advance()
+        assert inputs is not None
 
 
-def test_who_changes_the_tables_makes_other_numbers() -> None:
+def test_tables_are_told_of_the_blocks_that_are_entered_and_of_no_others() -> None:
     kv = KVCacheManager(100, BLOCK_SIZE)
     seqs = [_sequence(5, kv), _sequence(6, kv)]
     run = _start(seqs, kv)
-    seen = [run.numbers]
+    run._builder.launched()
+    num_entries = []
     for _ in range(8):
         _go_on(seqs, kv)
-        before = run.numbers.block_tables.copy()
-        assert run.advance()
-        assert (run.numbers is seen[-1]) == np.array_equal(before, run.numbers.block_tables)
-        seen.append(run.numbers)
-    assert len({id(numbers) for numbers in seen}) == 5  # each of the two entered two blocks
+        num_entries.append(len(run.advance().table_changes.entries))
+        run._builder.launched()
+    assert sum(num_entries) == 4  # each of the two entered two blocks
+    assert max(num_entries) == 1
 
 
 @pytest.mark.parametrize(("max_tokens", "num_steps"), [(2, 0), (3, 1), (6, 4), (1000, MAX_MODEL_LEN - 10 - 2)])
@@ -100,12 +106,10 @@ def test_where_memory_is_short_nothing_changes() -> None:
     seqs = [_sequence(3, kv), _sequence(3, kv), _sequence(2, kv)]
     run = _start(seqs, kv)
     _go_on(seqs, kv)
-    before = run.numbers.positions.tolist()
+    before = run.inputs
     assert not run.advance()  # the first two need a block each, and there is one
-    assert run.numbers.positions.tolist() == before
+    assert run.inputs is before
     assert [len(seq.block_table) for seq in seqs] == [1, 1, 1]
-    _go_on(seqs, kv)
-    assert not make_room(seqs, kv)
     assert kv.pool.num_free == 1
 
 

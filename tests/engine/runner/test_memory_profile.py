@@ -47,7 +47,7 @@ class WatchedModel:
 
     def __init__(self, model: Model, meter: FakeMeter) -> None:
         self.model, self.meter = model, meter
-        self.attention_layers = model.attention_layers
+        self.attention_layers, self.vocab_size = model.attention_layers, model.vocab_size
 
     def forward(self, batch, attention):
         self.meter.calls.append(f"forward {len(batch.input_ids)}")

@@ -35,6 +35,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.padded_rows import make_rows_independent
 from engine.types import Request, SamplingParams, Scheduled, Sequence, TokenLogprobs
 from kernels.numba.program.team import Team
+from tests.support.stepping import forward
 
 VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS = 99, 16, 60
 SIZES = {
@@ -85,9 +86,9 @@ def make_runner(model: Model, *, is_compiled: bool = True, num_threads: int = 1)
         codec=DenseCodec(torch.bfloat16, keys_as_columns=is_compiled),
     )
     if not is_compiled:
-        return ModelRunner(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
+        return ModelRunner(model, cache, TorchAttention(cache))
     attention = NumbaAttention(cache, Team(num_threads, scratch_bytes=scratch_bytes(layers)))
-    return ModelRunner(model, cache, attention, block_size=BLOCK_SIZE)
+    return ModelRunner(model, cache, attention)
 
 
 @torch.inference_mode()
@@ -109,7 +110,7 @@ def logits_of(runner: ModelRunner, *, seed: int) -> dict[tuple[int, int], list[T
         for seq in chosen:
             size = min(seq.num_tokens - seq.num_computed_tokens, rng.choice([1, 1, 2, 5, 40]) if seed else 1000)
             items.append(Scheduled(seq, size, 0, samples=False, num_scored=size))
-        _, logits = runner.forward(items)
+        _, logits = forward(runner, items)
         for item, rows in zip(items, logits.clone().split([item.num_new_tokens for item in items]), strict=True):
             for offset, row in enumerate(rows):
                 found[seqs.index(item.seq), item.seq.num_computed_tokens + offset].append(row)

@@ -21,6 +21,7 @@ from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, TokenLogprobs
 from tests.support.answers import answer_all
+from tests.support.stepping import engine_of
 
 VOCAB_SIZE = 150
 BLOCK_SIZE = 4
@@ -61,9 +62,9 @@ def _make_engine(
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=[getattr(hf_model.config, "sliding_window", None)])
     limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=budget, max_model_len=80, headroom=1)
     runner_class = OneTokenRunner if strict else ModelRunner
-    runner = runner_class(model, cache, TorchAttention(cache), block_size=BLOCK_SIZE)
+    runner = runner_class(model, cache, TorchAttention(cache))
     proposer = NgramProposer(num_drafts=3, ngram_max=2, ngram_min=1) if drafts else NoProposer()
-    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST)
+    return engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST)
 
 
 def _requests() -> list[Request]:

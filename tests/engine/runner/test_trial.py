@@ -8,15 +8,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
 
+from engine.batch.step_inputs import StepInputs
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.models.model_error import ModelError
+from engine.runner.executor import StepResult
+from engine.runner.step_builder import StepBuilder
 from engine.runner.trial import try_one_token
-from engine.sampling.host_sampler import HostSampler
-from engine.types import Scheduled
 
 SIZES = {
     "vocab_size": 48,
@@ -30,12 +30,12 @@ SIZES = {
 
 
 class FailingHead:
-    """A runner whose layers work and whose head asks for what is not there."""
+    """An executor whose layers work and whose head asks for what is not there."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def forward(self, batch: list[Scheduled]) -> tuple[Tensor, Tensor]:
+    def run(self, inputs: StepInputs) -> StepResult:
         raise self.error
 
 
@@ -67,9 +67,9 @@ def test_weights_that_give_no_numbers_end_the_start(
 @pytest.mark.parametrize("error", [AttributeError("no image_hidden_states"), TypeError("x"), RuntimeError("shapes")])
 def test_whatever_a_head_raises_is_a_sentence_about_the_model(error: Exception) -> None:
     with pytest.raises(ModelError, match=rf"some/model was loaded.*{error}"):
-        try_one_token(FailingHead(error), HostSampler(48), path="some/model", dtype=torch.float32)
+        try_one_token(FailingHead(error), StepBuilder(16, 48), path="some/model", dtype=torch.float32)
 
 
 def test_a_full_device_is_no_fault_of_the_model() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        try_one_token(FailingHead(torch.OutOfMemoryError()), HostSampler(48), path="some/model", dtype=torch.float32)
+        try_one_token(FailingHead(torch.OutOfMemoryError()), StepBuilder(16, 48), path="m", dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 
 from engine.sampling.host_sampler import HostSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
+from tests.support.stepping import sample
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, -3.0, 2.0, 1.0, -0.5, 0.7])
 NUM_SAMPLES = 12_000
@@ -69,7 +70,7 @@ def test_samples_follow_the_filtered_softmax(vary: str, fields: dict[str, object
             items = [_item(n, 1, [], **fields) for n in numbers]
         else:  # a thousand positions, then the same under another seed
             items = [_item(4 + n // 1000, 1 + n % 1000, [], **fields) for n in numbers]
-        tokens += [result.token_ids[0] for result in sampler(LOGITS.repeat(2000, 1), items)]
+        tokens += [result.token_ids[0] for result in sample(sampler, LOGITS.repeat(2000, 1), items)]
     _assert_distributed(tokens, probabilities)
 
 
@@ -82,7 +83,7 @@ def test_drafts_leave_every_token_its_distribution() -> None:
     num_accepted = 0
     for start in range(0, NUM_SAMPLES, 1000):
         items = [_item(start + i, 3, drafts) for i in range(1000)]
-        for result in sampler(rows.repeat(1000, 1), items):
+        for result in sample(sampler, rows.repeat(1000, 1), items):
             first.append(result.token_ids[0])
             second += result.token_ids[1:2]
             num_accepted += len(result.accepted)

@@ -7,6 +7,7 @@ import pytest
 from engine.sampling.host_sampler import HostSampler
 from tests.support.conformance.sampler import SamplerConformance
 from tests.support.sampling_cases import make_item, make_params, random_logits
+from tests.support.stepping import sample
 
 
 class TestHostSampler(SamplerConformance):
@@ -27,7 +28,7 @@ def test_a_top_k_of_many_tokens_keeps_the_same_ones_without_sorting_them(monkeyp
         }
         items = [make_item(make_params(**fields, seed=rng.getrandbits(40)), prompt=[1]) for _ in range(4)]
         logits = random_logits(rng, 4, vocab_size)
-        listed = HostSampler(vocab_size)(logits, items)
+        listed = sample(HostSampler(vocab_size), logits, items)
         with monkeypatch.context() as patch:
             patch.setattr("engine.sampling.host_sampler.FEW_TOKENS", 0)
-            assert HostSampler(vocab_size)(logits, items) == listed
+            assert sample(HostSampler(vocab_size), logits, items) == listed

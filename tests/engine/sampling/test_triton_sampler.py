@@ -11,6 +11,7 @@ from engine.sampling.triton_sampler import TritonSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 from kernels.triton.sampling import sample_tokens as sampling
 from kernels.triton.sampling import token_scores
+from tests.support.stepping import sample
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread_and_seed"),
@@ -95,9 +96,9 @@ def test_sequences_that_grow_step_by_step_get_the_host_s_tokens(device: torch.de
         logits[:, :12] += 2.0  # where the history is
         logits[:, :3] += 3.0  # and the drafts
         before = logits.to(device, copy=True)
-        found = on_device(before, batch)
+        found = sample(on_device, before, batch)
         assert torch.equal(before.cpu(), logits)
-        expected = on_host(logits, batch)
+        expected = sample(on_host, logits, batch)
         _assert_same(found, expected)
         for seq, result in zip(seqs, expected, strict=True):
             seq.token_ids += result.token_ids
@@ -122,8 +123,8 @@ def test_what_cannot_be_sampled_fails_alone_and_says_why(device: torch.device) -
     nowhere = item(allowed_token_ids=[3], bad_words=[[3]])
     hidden = item(bad_words=[[5]])  # the ban hides the infinity, not that the model is broken
     for batch, rows in ((plain, [0, 1, 2, 3]), ([*plain, nowhere, hidden], [0, 1, 2, 3, 0, 2])):
-        found = TritonSampler(VOCAB_SIZE)(logits[rows].to(device), batch)
-        _assert_same(found, HostSampler(VOCAB_SIZE)(logits[rows], batch))
+        found = sample(TritonSampler(VOCAB_SIZE), logits[rows].to(device), batch)
+        _assert_same(found, sample(HostSampler(VOCAB_SIZE), logits[rows], batch))
         assert [result.error is None for result in found] == [True] + [False] * (len(batch) - 1)
     assert "no token is allowed" in found[4].error
 
@@ -133,7 +134,7 @@ def test_chunks_that_do_not_sample_get_nothing(device: torch.device) -> None:
     chunk = Scheduled(
         Sequence(Request(request_id="r", prompt_token_ids=[1, 2, 3], params=params), [1, 2, 3]), 2, 0, False
     )
-    assert TritonSampler(VOCAB_SIZE)(torch.empty(0, VOCAB_SIZE, device=device), [chunk]) == [Sampled([])]
+    assert sample(TritonSampler(VOCAB_SIZE), torch.empty(0, VOCAB_SIZE, device=device), [chunk]) == [Sampled([])]
 
 
 def test_a_batch_that_goes_on_unchanged_takes_new_noise_each_step(device: torch.device) -> None:
@@ -144,8 +145,8 @@ def test_a_batch_that_goes_on_unchanged_takes_new_noise_each_step(device: torch.
     for step in range(6):
         seq.num_computed_tokens = step
         batch = [Scheduled(seq, 1, 0, samples=True)]
-        tokens += sampler(logits.to(device), batch)[0].token_ids
-        assert tokens[-1:] == HostSampler(VOCAB_SIZE)(logits, batch)[0].token_ids
+        tokens += sample(sampler, logits.to(device), batch)[0].token_ids
+        assert tokens[-1:] == sample(HostSampler(VOCAB_SIZE), logits, batch)[0].token_ids
         seq.token_ids.append(tokens[-1])
     assert len(set(tokens)) > 3
 
@@ -165,6 +166,6 @@ def test_any_number_of_rows_is_sampled_by_the_same_compiled_kernel(
     params = SamplingParams(seed=3, max_tokens=9, presence_penalty=0.5)
     seqs = [Sequence(Request(request_id="r", prompt_token_ids=[1], params=params), [1]) for _ in range(num_rows)]
     batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
-    TritonSampler(VOCAB_SIZE)(torch.zeros(num_rows, VOCAB_SIZE, device=device), batch)
+    sample(TritonSampler(VOCAB_SIZE), torch.zeros(num_rows, VOCAB_SIZE, device=device), batch)
     assert len(addresses) == 6
     assert all(address % 16 == 0 for address in addresses)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from engine.attention.torch_backend import TorchAttention
-from engine.batch.forward_batch import Ahead
+from engine.batch.step_inputs import StepInputs
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
@@ -23,6 +23,7 @@ from engine.scheduling.step_stats import ModelCost
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, Scheduled, Sequence
+from tests.support.stepping import engine_of
 
 VOCAB_SIZE = 32
 CONFIG = LlamaConfig(
@@ -44,11 +45,10 @@ class SmallMemoryRunner(ModelRunner):
     max_num_rows = 1000
     num_releases = 0
 
-    def forward(self, batch: list[Scheduled], ahead: Ahead | None = None) -> tuple[Tensor, Tensor]:
-        num_rows = sum(item.num_new_tokens for item in batch)
-        if num_rows > self.max_num_rows or any(item.seq.token_ids[-1] == BIG for item in batch):
+    def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if inputs.num_tokens > self.max_num_rows or BIG in inputs.input_ids:
             raise torch.OutOfMemoryError("no memory left")
-        return super().forward(batch, ahead)
+        return super().forward(inputs, tokens)
 
     def release_memory(self) -> None:
         self.num_releases += 1
@@ -62,11 +62,11 @@ def _make_engine(*, max_num_rows: int, overlap: bool = False, has_drafts: bool =
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
     cache = KVCache(model.attention_layers, num_blocks=200, block_size=4, codec=DenseCodec(torch.float32))
     limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100)
-    runner = SmallMemoryRunner(model, cache, TorchAttention(cache), block_size=4)
+    runner = SmallMemoryRunner(model, cache, TorchAttention(cache))
     runner.max_num_rows = max_num_rows
     proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
     kv = KVCacheManager(200, 4)
-    return Engine(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
+    return engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)
 
 
 def _run(engine: Engine, prompts: list[list[int]], **fields: object) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -100,7 +100,7 @@ def test_output_is_the_same_in_a_small_memory(max_num_rows, kind):
     outputs, errors = _run(engine, _prompts())
     assert errors == {}
     assert outputs == expected
-    assert engine.runner.num_releases > 0
+    assert engine.executor.runner.num_releases > 0
 
 
 def test_steps_stay_as_small_as_was_needed():
@@ -108,7 +108,7 @@ def test_steps_stay_as_small_as_was_needed():
     engine = _make_engine(max_num_rows=40)
     _run(engine, _prompts())
     assert engine.scheduler.limits.max_num_batched_tokens == 32
-    assert engine.runner.num_releases == 1
+    assert engine.executor.runner.num_releases == 1
     engine = _make_engine(max_num_rows=1)
     _run(engine, _prompts())
     assert engine.scheduler.limits.max_num_batched_tokens == 4  # one for each request that may run
@@ -118,7 +118,7 @@ def test_steps_are_whole_again_after_many_that_had_memory_enough():
     engine = _make_engine(max_num_rows=40)
     _run(engine, _prompts())
     assert engine.degraded_modes == ["token_budget"]
-    engine.runner.max_num_rows = 1000  # whoever had the memory has given it back
+    engine.executor.runner.max_num_rows = 1000  # whoever had the memory has given it back
     stats = []
     while engine.degraded_modes and len(stats) < 1000:
         engine.add(Request(request_id="a", prompt_token_ids=[1, 2], params=SamplingParams(seed=0, max_tokens=90)))

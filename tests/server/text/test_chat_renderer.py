@@ -142,7 +142,8 @@ async def test_conversations_are_rendered_beside_thousands_of_open_files() -> No
 def test_a_worker_lives_within_the_limits_that_its_server_has(limit: str) -> None:
     """ulimit sets the hard limits, too, which no process may raise again."""
     code = (
-        "import asyncio; from server.chat_renderer import ChatRenderer; from server.template_worker import Render\n"
+        "import asyncio; from server.text.chat_renderer import ChatRenderer\n"
+        "from server.text.template_worker import Render\n"
         "renderer = ChatRenderer()\n"
         "for _ in range(2):\n"
         f"    print(asyncio.run(renderer.render(Render(template={FINE!r}, turns={MESSAGES!r}, variables={{}}, "

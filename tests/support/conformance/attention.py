@@ -18,7 +18,8 @@ from engine.kv_cache.storage import KVCache
 from kernels.reference.qkv import normalise_and_rotate
 from tests.support.attention_texts import Part, Texts, random_part, random_parts, spoil
 
-TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (2e-2, 2e-2)}  # rtol, atol
+# rtol, atol: scores of up to 10 in bfloat16's 8 bits are off by 0.02, so weights by 2%, of values of up to 4
+TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (5e-2, 8e-2), torch.float16: (2e-2, 2e-2)}
 
 
 class AttentionConformance:

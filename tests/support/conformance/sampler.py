@@ -8,13 +8,14 @@ from collections.abc import Sequence as Listing
 from dataclasses import replace
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.runner.step_builder import StepBuilder
 from engine.sampling.sampler import TokenSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, TokenLogprobs
+from tests.support import stepping
 from tests.support.sampling_cases import (
     INF,
     chosen_fast,
@@ -25,6 +26,22 @@ from tests.support.sampling_cases import (
     random_params,
     walk,
 )
+
+
+def _decoding(penalty: float) -> list[Scheduled]:
+    """Four sequences that decode a token each; half of all pairs of tokens are words that must not come."""
+    words = [[a, b] for a in range(0, 30, 2) for b in range(30)] + [[7]]
+    items = [
+        make_item(
+            make_params(seed=seed, temperature=seed / 2, bad_words=words, frequency_penalty=penalty),
+            prompt=[1] * (2 + seed),
+        )
+        for seed in range(4)
+    ]
+    for item in items:
+        item.seq.block_tables = [[1, 2]]
+    return items
+
 
 NOWHERE = {"allowed_token_ids": [3], "logit_bias": {3: 100.0}, "bad_words": [[3]]}
 
@@ -50,7 +67,7 @@ class SamplerConformance:
         return torch.device("cpu")
 
     def sample(self, sampler: TokenSampler, logits: Tensor, batch: Listing[Scheduled]) -> list[Sampled]:
-        return sampler(logits.to(self.device), list(batch))
+        return stepping.sample(sampler, logits.to(self.device), list(batch))
 
     # --- it is the definition ---
 
@@ -118,7 +135,7 @@ class SamplerConformance:
         cases = [random_case(rng, 50) for _ in range(10)]
         logits = torch.cat([rows for _, rows in cases]).to(self.device)
         before = logits.clone()
-        self.make(50)(logits, [item for item, _ in cases])
+        self.sample(self.make(50), logits, [item for item, _ in cases])
         assert torch.equal(logits, before)
 
     # --- batches and steps ---
@@ -172,22 +189,28 @@ class SamplerConformance:
         assert num_accepted > 4
 
     def test_steps_launched_before_their_tokens_are_known_sample_what_they_would_afterwards(self) -> None:
-        sampler, vocab_size = self.make(90), 90
-        items = [make_item(make_params(seed=seed, temperature=seed / 2), prompt=[1] * (1 + seed)) for seed in range(4)]
-        ahead = [make_item(item.seq.params, prompt=item.seq.token_ids) for item in items]  # their texts never grow
+        """Bans of words included, and penalties where the sampler counts itself: both depend on the last token."""
+        sampler, vocab_size = self.make(30), 30
+        builder = StepBuilder(16, vocab_size, counts_on_device=sampler.keeps_token_counts)
+        assert not any(builder.sampling.needs_host(item) for item in _decoding(penalty=0.0))
+        items = _decoding(penalty=2.0 if sampler.keeps_token_counts else 0.0)
+        newest: Tensor | None = None
         tokens: list[list[int]] = []
-        for step in range(6):
+        for step in range(12):
+            plan = items if newest is None else [
+                Scheduled(item.seq, 1, 0, True, num_ahead=1, source=row) for row, item in enumerate(items)
+            ]  # fmt: skip
             logits = torch.randn(len(items), vocab_size).to(self.device)
-            positions = np.array([item.seq.num_tokens for item in items])
-            launched = sampler.launch(logits, ahead, positions)
-            assert positions.tolist() == [2 + seed + step - 1 for seed in range(4)]
-            for item in items:
-                item.seq.num_computed_tokens = item.seq.num_tokens - 1
-            expected = self.sample(self.make(90), logits, items)
-            assert launched.tokens.tolist() == [result.token_ids[0] for result in expected]
-            assert launched.finish() == expected
-            for item, result in zip(items, expected, strict=True):
-                item.seq.token_ids += result.token_ids
+            inputs = builder.build(plan)
+            output = sampler.launch(logits, inputs.sampling, newest)
+            if newest is not None:  # now the host learns what the step before sampled
+                for item, token in zip(items, newest.tolist(), strict=True):
+                    item.seq.token_ids.append(token)
+                    item.seq.num_computed_tokens += 1
+            assert inputs.sampling.positions.tolist() == [2 + seed + step for seed in range(4)]
+            expected = self.sample(self.make(vocab_size), logits, items)
+            assert output.finish(inputs) == expected
+            newest = output.tokens
             tokens += [result.token_ids for result in expected]
         assert len({token for step in tokens for token in step}) > 6
 

@@ -11,6 +11,8 @@ from unittest.mock import patch
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from engine.planning import ceilings
+from engine.planning.machine import Ceilings
 from tests.support.simulated_gpu.device import DeviceGenerator, GraphPool, SimulatedGpu, SimulatedGraph
 from tests.support.simulated_gpu.torch_functions import DeviceFunctions
 
@@ -111,6 +113,8 @@ def simulated_gpu(total_bytes: int = 1 << 30, capability: tuple[int, int] = (9, 
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "Generator", make_generator))
+        # the processor's own speed, in bfloat16 for minutes where it has no instructions for it, tells nothing of a GPU
+        stack.enter_context(patch.object(ceilings, "measure_gpu_ceilings", Ceilings))
         stack.enter_context(patch.object(InterpretedFunction, "run", launch))
         stack.enter_context(DeviceFunctions(gpu))
         yield gpu

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import kernels.reference.sampling
+from engine.batch.step_inputs import LogprobInputs
 from engine.sampling.logit_processors import penalise
-from engine.sampling.logprobs import LogprobQuery, ask_logprobs, read_logprobs
-from engine.sampling.rows import sampled_rows
-from engine.sampling.token_counts import TokenHistories
+from engine.sampling.logprobs import ask_logprobs, read_logprobs
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.triton.sampling import token_scores
+from tests.support.stepping import step_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should
 VOCAB_SIZE = 100
@@ -42,11 +42,15 @@ def test_penalties_have_the_bits_of_the_engine_s(device: torch.device) -> None:
             presence_penalty=presence,
         )
         request = Request(request_id="a", prompt_token_ids=prompt, params=params)
-        batch.append(Scheduled(Sequence(request, prompt + output), 1, 0, samples=True))
+        seq = Sequence(request, prompt + output, num_computed_tokens=len(prompt + output) - 1)
+        seq.block_tables = [[1] * 10]
+        batch.append(Scheduled(seq, 1, 0, samples=True))
     expected = logits.clone()
-    for row, values in zip(sampled_rows(batch), expected.numpy(), strict=True):
+    edits = {one.row: one for one in step_inputs(batch, 16).sampling.edits}
+    assert len(edits) == num_rows - 1  # one of them asks for nothing
+    for row, one in edits.items():
         with np.errstate(over="ignore"):
-            penalise(values, row, TokenHistories().of(row.item.seq))
+            penalise(expected.numpy()[row], one.penalties)
     order = torch.tensor([3, 1, 4, 0, 2])
     columns = [torch.tensor(column, dtype=torch.float64)[order] for column in zip(*penalties, strict=True)]
     arguments = (counts, is_in_prompt, order, columns[0].float(), *columns[1:])
@@ -62,7 +66,7 @@ def test_log_probabilities_and_ranks(device: torch.device) -> None:
     logits[2, 10:] = -torch.inf
     tokens = torch.tensor([3, 99, 9, int(logits[3].argmax()), 50])
     logprobs, ranks = token_scores.score_tokens(logits.to(device), tokens.to(device))
-    queries = [LogprobQuery(row, 0) for row in range(5)]
+    queries = LogprobInputs(np.arange(5), np.zeros(5, dtype=np.int64), tokens.numpy())
     for row, answer in enumerate(read_logprobs(ask_logprobs(logits.numpy(), tokens.numpy(), queries), queries)):
         assert logprobs[row].item() == pytest.approx(answer.logprob, abs=1e-6)
         assert ranks[row].item() == answer.rank

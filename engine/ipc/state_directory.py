@@ -1,0 +1,46 @@
+"""Files that outlive the program: where crash reports and recorded steps lie."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def state_directory() -> Path:
+    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state.
+
+    Raises FileNotFoundError for a user without a home directory, as some clusters make them.
+    """
+    try:
+        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from error
+    return Path(home) / "peregrine"
+
+
+def running_step_file(pid: int | None = None) -> Path | None:
+    """Where an engine process keeps the inputs of its step, if it is asked to (`supervision.record_steps`).
+
+    pid: of that process, this one by default. None where there is no directory for it.
+    """
+    try:
+        return state_directory() / "steps" / f"{os.getpid() if pid is None else pid}.step"
+    except FileNotFoundError:
+        return None
+
+
+def keep_running_step(pid: int) -> Path | None:
+    """The inputs of the step that a process ended in, under a name that no other process will take. None: it left
+    none."""
+    path = running_step_file(pid)
+    try:
+        if path is None or not path.exists():
+            return None
+        return path.rename(path.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
+    except OSError as error:
+        logger.warning("cannot keep the recorded step %s: %s", path, error)
+        return None

@@ -1,0 +1,49 @@
+"""Makes the inputs of a step from the scheduler's plan: the only place that reads sequences for those who compute."""
+
+from __future__ import annotations
+
+from engine.batch.block_tables import BlockTables
+from engine.batch.gather import gather_rows, gather_seqs
+from engine.batch.step_inputs import StepInputs
+from engine.sampling.metadata import SamplingBuilder
+from engine.sampling.token_counts import CountKeeper
+from engine.types import Scheduled
+
+
+class StepBuilder:
+    """Gathers each step's `StepInputs`. Runs on the host, in the engine's thread.
+
+    What executors keep between steps (block tables, token counts) they are told as changes. Changes of tables are told
+    again until `launched` says that a step which had them was launched; `failed` says that it was not.
+
+    counts_on_device: whether the executor's sampler keeps the token counts of penalised sequences itself
+    """
+
+    def __init__(self, block_size: int, vocab_size: int, *, counts_on_device: bool = False) -> None:
+        self.block_size = block_size
+        self.tables = BlockTables()
+        self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None)
+
+    def build(self, batch: list[Scheduled]) -> StepInputs:
+        """The inputs of a plan, which must not be empty."""
+        rows = gather_rows(batch, self.block_size)
+        table_rows, width = self.tables.read(batch)
+        return StepInputs(
+            *rows[:5],
+            table_rows=table_rows,
+            table_width=width,
+            table_changes=self.tables.changes(),
+            logits_rows=rows.logits_rows,
+            tree_mask=rows.tree_mask,
+            seqs=gather_seqs(batch),
+            sampling=self.sampling.build(batch),
+            sources=rows.sources,
+        )
+
+    def launched(self) -> None:
+        """The step of the last inputs was launched."""
+        self.tables.acknowledge()
+
+    def failed(self, batch: list[Scheduled]) -> None:
+        """A step of these raised an error: how much of it was done is not known."""
+        self.sampling.forget(batch)

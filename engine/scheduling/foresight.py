@@ -1,0 +1,85 @@
+"""The plan of the next step, made while this one is still running.
+
+It holds if nobody ends, comes or is aborted in between, so the scheduler plans the step again when its time has come,
+and what was foreseen is then looked up: a wrong guess costs the time of its rows, never correctness.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from engine.scheduling.scheduler import Scheduler
+from engine.types import Scheduled, Sequence
+
+
+class _Outlook(NamedTuple):
+    """Where a sequence will be when this step is over. num_lacking: tokens that will not be computed then"""
+
+    seq: Sequence
+    num_ahead: int  # tokens that this step computes
+    source: int  # the sampled row of this step that gives its newest token, or -1
+    num_lacking: int
+
+
+def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | None:
+    """What the scheduler will plan when `batch` has run; its blocks are allocated. None where that cannot be told:
+
+    new sequences may be admitted, blocks are short, drafts are verified or prompts are scored.
+    """
+    caught_up: list[_Outlook] = []
+    behind: list[_Outlook] = []
+    for outlook in _outlooks(scheduler, batch):
+        if outlook is None:
+            return None
+        (caught_up if outlook.num_lacking == 1 else behind).append(outlook)
+    limits = scheduler.limits
+    budget = limits.max_num_batched_tokens - len(caught_up)
+    if caught_up and limits.min_prompt_share is not None:
+        budget = min(budget, scheduler.prompt_share(len(caught_up), [outlook.seq for outlook in behind]))
+    plan = [Scheduled(one.seq, 1, 0, True, 0, one.num_ahead, one.source) for one in caught_up]
+    for one in behind:
+        num_new_tokens = min(one.num_lacking, budget)
+        if num_new_tokens <= 0:
+            break
+        budget -= num_new_tokens
+        plan.append(
+            Scheduled(one.seq, num_new_tokens, 0, num_new_tokens == one.num_lacking, 0, one.num_ahead, one.source)
+        )
+    found_no_room = not behind and all(item.num_new_tokens == 1 for item in batch)  # just now, for those who wait
+    is_full = budget <= 0 or len(scheduler.running) >= limits.max_num_seqs
+    if not plan or (len(scheduler.waiting) and not (found_no_room or is_full)):
+        return None
+    return plan if _make_room(scheduler, plan) else None
+
+
+def _outlooks(scheduler: Scheduler, batch: list[Scheduled]) -> list[_Outlook | None]:
+    """Of the running sequences that go on after the step, in their order; None where it cannot be told."""
+    running = {item.seq: item for item in batch}
+    sources: dict[Sequence, int] = {}
+    for item in batch:
+        if item.num_drafts or item.num_scored:
+            return [None]
+        if item.samples:
+            sources[item.seq] = len(sources)
+    outlooks: list[_Outlook | None] = []
+    for seq in scheduler.running:
+        num_ahead = running[seq].num_new_tokens if seq in running else 0
+        source = sources.get(seq, -1)
+        num_tokens = seq.num_tokens + (source >= 0)
+        if seq.params.prompt_logprobs is not None and num_tokens == seq.num_tokens:
+            return [None]
+        if source < 0 or num_tokens < seq.max_num_tokens:  # else the token that is being sampled is its last
+            outlooks.append(_Outlook(seq, num_ahead, source, num_tokens - seq.num_computed_tokens - num_ahead))
+    return outlooks
+
+
+def _make_room(scheduler: Scheduler, plan: list[Scheduled]) -> bool:
+    """Gives each sequence the blocks for its tokens, or none of them any: nobody is preempted for a guess."""
+    kv = scheduler.kv
+    ends = [(item.seq, item.num_computed_tokens + item.num_new_tokens) for item in plan]
+    num_needed = sum(kv.num_missing_blocks(seq, end) for seq, end in ends)
+    if num_needed > kv.pool.num_free:
+        return False
+    for seq, end in ends:
+        kv.allocate(seq, end)
+    return True

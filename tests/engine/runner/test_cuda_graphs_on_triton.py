@@ -58,7 +58,7 @@ def _attend(device: torch.device, lens: list[tuple[int, int]], *, num_seqs: int,
     """What the rows of a batch of (new tokens, all tokens) get: by a plan for any lengths, or by one for these."""
     generator = torch.Generator().manual_seed(0)
     num_blocks, block_size = 40, 16
-    kv = torch.randn(2, 2, num_blocks, block_size, 64, generator=generator).to(device)
+    kv = torch.randn(2, num_blocks, 2, block_size, 64, generator=generator).to(device)
     tables = torch.zeros(num_seqs, 12, dtype=torch.int64)
     first = 1
     for b, (_, length) in enumerate(lens):

@@ -55,8 +55,8 @@ def _activations(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         gate_up = (4 * torch.randn(num_rows, 2 * size, device=context.device, generator=generator)).to(dtype)
         for name in _ACTIVATIONS:
             with poisoned_memory():
-                found = getattr(kernels.triton.activation, name)(gate_up)
-            expected = getattr(kernels.activation, name)(gate_up.double())
+                found = getattr(kernels.triton.layers.activation, name)(gate_up)
+            expected = getattr(kernels.reference.activation, name)(gate_up.double())
             yield Check(f"{name}, {size}, {name_of(dtype)}", relative_error(found, expected), BOUNDS[dtype])
 
 

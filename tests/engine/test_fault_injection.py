@@ -85,7 +85,7 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 def make_torch(*, has_drafts: bool = False, overlap: bool = False) -> Engine:
     proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else None
-    return faulty_device.engine_of(overlap=overlap, proposer=proposer, num_blocks=60)
+    return faulty_device.make_engine(overlap=overlap, proposer=proposer, num_blocks=60)
 
 
 def make_numba(folder: Path) -> Engine:
@@ -128,12 +128,12 @@ def make_requests(*, max_tokens: int = 8) -> list[Request]:
     ]
 
 
-def run(engine_of: Callable[[], Engine], injector: Injector) -> dict[str, list[int]]:
+def run(make_engine: Callable[[], Engine], injector: Injector) -> dict[str, list[int]]:
     """The tokens of all requests, the last of which come while the others run. Nothing may be left of them."""
     tokens: dict[str, list[int]] = {request.request_id: [] for request in make_requests()}
     waiting = {request.request_id: request for request in make_requests()}  # given to no process yet, or to a dead one
     unfinished = dict(waiting)
-    engine = engine_of()
+    engine = make_engine()
     num_at_once = 3
     while waiting or engine.has_work:
         for name in list(waiting)[:num_at_once]:
@@ -144,7 +144,7 @@ def run(engine_of: Callable[[], Engine], injector: Injector) -> dict[str, list[i
                 outputs, _, _ = engine.step()
         except InjectedError:
             assert not injector.was_computing, f"{injector.raised_at} ended the process"
-            engine = engine_of()
+            engine = make_engine()
             waiting = dict(unfinished)
             continue
         for output in outputs:
@@ -184,18 +184,18 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], 
 KINDS = ("plain", "drafts", "overlap", "compiled", "graphs")
 
 
-def check(engine_of: Callable[[], Engine], site: Site, number: int, expected: dict[str, list[int]]) -> None:
+def check(make_engine: Callable[[], Engine], site: Site, number: int, expected: dict[str, list[int]]) -> None:
     injector = Injector(site, number)
-    found = run(engine_of, injector)
+    found = run(make_engine, injector)
     assert injector.raised_at, site
     assert found == expected, injector.raised_at
 
 
-def watch(engine_of: Callable[[], Engine]) -> tuple[Counter[Site], dict[str, list[int]]]:
+def watch(make_engine: Callable[[], Engine]) -> tuple[Counter[Site], dict[str, list[int]]]:
     """(the number of calls by site, the tokens) where nothing fails"""
-    run(engine_of, Injector())  # what is made once in a process is made by this one
+    run(make_engine, Injector())  # what is made once in a process is made by this one
     watched = Injector()
-    expected = run(engine_of, watched)
+    expected = run(make_engine, watched)
     assert len(watched.num_calls) > 200
     return watched.num_calls, expected
 

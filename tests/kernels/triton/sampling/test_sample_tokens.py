@@ -17,6 +17,7 @@ from kernels.reference.sampling import sample_tokens as definition
 from kernels.triton.sampling import sample_tokens as sampling
 from kernels.triton.sampling.sample_tokens import sample_tokens
 from kernels.triton.sampling.truncate import NUM_BINS, add_to_histogram, gap_bits, truncate
+from tests.support.stepping import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # to infinity, as it should
 VOCAB_SIZE = 150
@@ -59,7 +60,7 @@ def engine_s_tokens(logits: Tensor, rows: list[Row]) -> list[int]:
         token_ids = [0] * (i + 1)
         request = Request(request_id=str(i), prompt_token_ids=token_ids, params=params)
         batch.append(Scheduled(Sequence(request, token_ids, num_computed_tokens=i), 1, 0, samples=True))
-    return [result.token_ids[0] for result in HostSampler(logits.shape[1])(logits, batch)]
+    return [result.token_ids[0] for result in sample(HostSampler(logits.shape[1]), logits, batch)]
 
 
 def check(device: torch.device, logits: Tensor, rows: list[Row]) -> list[int]:

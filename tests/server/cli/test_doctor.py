@@ -12,7 +12,7 @@ import torch
 from engine.planning.triton_check import TRITON_PARTS, describe_triton_kernels
 from server.cli.main import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def doctor(**environment: str) -> subprocess.CompletedProcess[str]:

@@ -74,17 +74,6 @@ class BlockTables:
         if self._entries:
             self._entries, self._array = [], NO_ENTRIES
 
-    def whole(self, rows: Ints) -> TableChanges:
-        """All entries of some rows, for tables that have none of them yet."""
-        by_index = {row.index: row for row in self._rows.values()}
-        entries = [
-            (index, column, block)
-            for index in rows.tolist()
-            for column, block in enumerate(by_index[index].source[: by_index[index].num_blocks])
-        ]
-        array = np.array(entries, dtype=np.int64) if entries else NO_ENTRIES
-        return TableChanges(array, self.num_rows, self.num_columns)
-
     def _start(self, seq: Sequence, batch: list[Scheduled]) -> _Row:
         row = self._rows.pop(seq, None)
         if row is not None:

@@ -201,5 +201,4 @@ class StepInputs:
 
 
 NO_INTS: Ints = np.empty(0, dtype=np.int64)
-NO_PAIRS: Ints = np.empty((0, 2), dtype=np.int64)
 NO_ENTRIES: Ints = np.empty((0, 3), dtype=np.int64)

@@ -23,6 +23,7 @@ from engine.batch.step_inputs import (
     RowFacts,
     SamplingInputs,
 )
+from engine.batch.tree_inputs import draft_depths
 from engine.sampling.logit_processors import LogitEdits, edits_every_step, is_penalised
 from engine.sampling.token_counts import CountKeeper, TokenHistories
 from engine.sampling.truncation import limits_of
@@ -173,14 +174,6 @@ class SamplingBuilder:
             return RowEdits(row, penalties, edits.tokens, banned)
         banned, banned_after = edits.banned_ahead(seq.token_ids, num_output_tokens)
         return RowEdits(row, penalties, edits.tokens, banned, banned_after, item.source)
-
-
-def draft_depths(item: Scheduled) -> list[int]:
-    """How far each draft of a step lies behind the newest token: 1 where it follows it."""
-    depths: list[int] = []
-    for parent in item.seq.draft_parents[: item.num_drafts]:
-        depths.append(1 if parent < 0 else depths[parent] + 1)
-    return depths
 
 
 def draft_paths(item: Scheduled) -> list[list[int]]:

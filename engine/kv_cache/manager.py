@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from functools import partial
 from hashlib import blake2b
@@ -142,6 +143,15 @@ class KVCacheManager:
             return False
         for table in seq.block_tables:
             table.extend(self.pool.allocate() for _ in range(num_needed))
+        return True
+
+    def allocate_all(self, sizes: Iterable[tuple[Sequence, int]]) -> bool:
+        """Grows the tables of each sequence to hold so many tokens, of all of them or of none."""
+        ends = list(sizes)
+        if sum(self.num_missing_blocks(seq, num_tokens) for seq, num_tokens in ends) > self.pool.num_free:
+            return False
+        for seq, num_tokens in ends:
+            self.allocate(seq, num_tokens)
         return True
 
     def give_back(self, seq: Sequence, num_tokens: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from engine.batch.step_inputs import StepInputs
 from engine.kv_cache.manager import KVCacheManager
 from engine.runner.step_builder import StepBuilder
-from engine.types import Scheduled, Sequence
+from engine.types import Scheduled
 
 
 class DecodeRun:
@@ -46,7 +46,8 @@ class DecodeRun:
         a sequence may end before it, or where memory is short."""
         size, before = self._kv.block_size, self.inputs
         beginning = self._beginning.get((self._num_steps + 1) % size, [])
-        if self._num_left <= 0 or not _make_room([self._seqs[row] for row in beginning], before, beginning, self._kv):
+        ends = ((self._seqs[row], int(before.positions[row]) + 2) for row in beginning)
+        if self._num_left <= 0 or not self._kv.allocate_all(ends):
             return None
         self._num_left -= 1
         self._num_steps += 1
@@ -68,14 +69,3 @@ class DecodeRun:
             sources=self._sources,
         )
         return self.inputs
-
-
-def _make_room(seqs: list[Sequence], inputs: StepInputs, rows: list[int], kv: KVCacheManager) -> bool:
-    """Gives each sequence the block that its next position begins, or none of them any."""
-    ends = [int(inputs.positions[row]) + 2 for row in rows]
-    lacking = [(seq, end) for seq, end in zip(seqs, ends, strict=True) if end > len(seq.block_table) * kv.block_size]
-    if len(lacking) * kv.num_groups > kv.pool.num_free:
-        return False
-    for seq, end in lacking:
-        kv.allocate(seq, end)
-    return True

@@ -24,12 +24,11 @@ class StepResult:
 
     sampled: of each sequence, the tokens, the accepted drafts, log-probabilities, an error
     hidden: [rows that were asked for, hidden_size] the model's last hidden states, valid until the next step; None: of
-    a step that was computed in parts. layers: those of the layers that were asked for, [num_layers] of the same shape
+    a step that was computed in parts
     """
 
     sampled: list[Sampled]
     hidden: Tensor | None = None
-    layers: tuple[Tensor, ...] = ()
 
 
 class InFlightStep:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
+import os
 from pathlib import Path
 
 from engine.batch.step_file import StepFile, without_contents
 from engine.config import EngineConfig
-from engine.ipc.state_directory import running_step_file
+from engine.ipc.state_directory import keep_running_step, running_step_file
 from engine.runner.step_builder import StepBuilder
 from engine.types import Scheduled
 
@@ -48,7 +48,6 @@ class StepRecording:
 
     def keep(self) -> None:
         """The step raised an error, but the process goes on."""
-        if self._path is not None and self._path.exists():
-            kept = self._path.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{self._path.name}")
-            self._path.rename(kept)
+        kept = keep_running_step(os.getpid())
+        if kept is not None:
             logger.error("the step that failed is recorded: python -m engine.replay %s", kept)

@@ -49,7 +49,8 @@ def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | N
     is_full = budget <= 0 or len(scheduler.running) >= limits.max_num_seqs
     if not plan or (len(scheduler.waiting) and not (found_no_room or is_full)):
         return None
-    return plan if _make_room(scheduler, plan) else None
+    ends = ((item.seq, item.num_computed_tokens + item.num_new_tokens) for item in plan)
+    return plan if scheduler.kv.allocate_all(ends) else None  # nobody is preempted for a guess
 
 
 def _outlooks(scheduler: Scheduler, batch: list[Scheduled]) -> list[_Outlook | None]:
@@ -71,15 +72,3 @@ def _outlooks(scheduler: Scheduler, batch: list[Scheduled]) -> list[_Outlook | N
         if source < 0 or num_tokens < seq.max_num_tokens:  # else the token that is being sampled is its last
             outlooks.append(_Outlook(seq, num_ahead, source, num_tokens - seq.num_computed_tokens - num_ahead))
     return outlooks
-
-
-def _make_room(scheduler: Scheduler, plan: list[Scheduled]) -> bool:
-    """Gives each sequence the blocks for its tokens, or none of them any: nobody is preempted for a guess."""
-    kv = scheduler.kv
-    ends = [(item.seq, item.num_computed_tokens + item.num_new_tokens) for item in plan]
-    num_needed = sum(kv.num_missing_blocks(seq, end) for seq, end in ends)
-    if num_needed > kv.pool.num_free:
-        return False
-    for seq, end in ends:
-        kv.allocate(seq, end)
-    return True

@@ -135,16 +135,20 @@ class SamplingInputs:
 class SequenceInputs:
     """What the result of a step is told by. [num_seqs] each
 
-    draft_tokens, draft_parents: of the sequences, one after the other; a parent is the index of the draft that it
-    follows in its sequence, or -1
+    draft_parents: of the drafts of all sequences, one after the other: the index of the draft that it follows in its
+    sequence, or -1. The draft tokens are the sequence's last input ids
     """
 
     num_scored: Ints  # rows of logits that only score prompt tokens
     num_sampled: Ints  # rows of logits that are sampled: none, or 1 + drafts
-    num_drafts: Ints
     wants_logprobs: Bools
-    draft_tokens: Ints
     draft_parents: Ints
+
+    @property
+    def num_drafts(self) -> Ints:
+        """Rows behind the root of each sequence."""
+        drafts: Ints = np.maximum(self.num_sampled - 1, 0)
+        return drafts
 
 
 @dataclass(frozen=True, slots=True)

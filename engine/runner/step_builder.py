@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.batch.block_tables import BlockTables
-from engine.batch.gather import gather_rows, gather_seqs
+from engine.batch.gather import gather_step
 from engine.batch.step_inputs import StepInputs
 from engine.sampling.metadata import SamplingBuilder
 from engine.sampling.token_counts import CountKeeper
@@ -26,18 +26,18 @@ class StepBuilder:
 
     def build(self, batch: list[Scheduled]) -> StepInputs:
         """The inputs of a plan, which must not be empty."""
-        rows = gather_rows(batch, self.block_size)
+        step = gather_step(batch, self.block_size)
         table_rows, width = self.tables.read(batch)
         return StepInputs(
-            *rows[:5],
+            *step[:5],
             table_rows=table_rows,
             table_width=width,
             table_changes=self.tables.changes(),
-            logits_rows=rows.logits_rows,
-            tree_mask=rows.tree_mask,
-            seqs=gather_seqs(batch),
-            sampling=self.sampling.build(batch),
-            sources=rows.sources,
+            logits_rows=step.logits_rows,
+            tree_mask=step.tree_mask,
+            seqs=step.seqs,
+            sampling=self.sampling.build(batch, step),
+            sources=step.sources,
         )
 
     def launched(self) -> None:

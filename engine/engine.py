@@ -43,15 +43,20 @@ class Engine:
         *,
         pace: StepPace | None = None,
         overlap: bool = False,
+        recording: StepRecording | None = None,
     ) -> None:
+        """recording: of the step that runs, for `engine.replay`"""
         assert not overlap or isinstance(proposer, NoProposer), "drafts are made of tokens that the host must know"
         self.executor, self.scheduler, self.proposer = executor, scheduler, proposer
         self.builder = StepBuilder(
-            scheduler.kv.block_size, executor.vocab_size, counts_on_device=executor.keeps_token_counts
+            scheduler.kv.block_size,
+            executor.vocab_size,
+            num_groups=scheduler.kv.num_groups,
+            counts_on_device=executor.keeps_token_counts,
         )
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
-        self.recording: StepRecording | None = None  # of the step that runs, for `engine.replay`
+        self.recording = recording
         self._stepper = AsyncStepper(executor, self.builder, scheduler) if overlap else None
 
     @property

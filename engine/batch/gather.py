@@ -32,7 +32,7 @@ def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
     facts: list[tuple[int, int, int, int, int, bool]] = []  # in the order of the columns below
     token_ids: list[int] = []
     parents: list[int] = []
-    blocks: list[int] = []  # of the new tokens, sequence after sequence
+    blocks: list[int] = []  # of the new tokens in the first group, sequence after sequence
     is_tree = is_ahead = False
     for item in batch:
         seq, num_tokens, num_drafts = item.seq, item.num_new_tokens, item.num_drafts
@@ -68,7 +68,8 @@ def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
         seq_of_row = np.repeat(np.arange(len(batch)), num_new)
         positions = rows + (seq_lens - starts[1:])[seq_of_row]  # where in the context, drafts in order
     block_columns, offsets = np.divmod(positions, block_size)
-    of_rows = np.array(blocks, dtype=np.int64)[bases[seq_of_row] + block_columns]
+    of_groups = [blocks, *(_new_blocks(batch, group, block_size) for group in range(1, len(seq.block_tables)))]
+    of_rows = np.array(of_groups, dtype=np.int64).take(bases[seq_of_row] + block_columns, axis=1)
     num_logits = num_scored + num_sampled_rows
     all_wanted = int(num_logits.sum()) == len(rows)
     return GatheredStep(
@@ -82,6 +83,16 @@ def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
         seqs=SequenceInputs(num_scored, num_sampled_rows, wants.astype(np.bool_), np.array(parents, dtype=np.int64)),
         sources=_sources(batch, starts) if is_ahead else None,
     )
+
+
+def _new_blocks(batch: list[Scheduled], group: int, block_size: int) -> list[int]:
+    """The blocks of the new tokens in one group of layers, sequence after sequence."""
+    blocks: list[int] = []
+    for item in batch:
+        first = item.seq.num_computed_tokens + item.num_ahead
+        last = first + item.num_new_tokens - 1
+        blocks += item.seq.block_tables[group][first // block_size : last // block_size + 1]
+    return blocks
 
 
 def last_rows(ends: Ints, numbers: Ints) -> Ints:

@@ -168,16 +168,17 @@ class StepInputs:
     """One step's rows, sequence after sequence.
 
     Sequence b owns rows query_starts[b]:query_starts[b + 1]; they are the last tokens of a context of seq_lens[b]
-    tokens, and its blocks stand in row table_rows[b] of the executor's tables, in the first `table_width` columns.
+    tokens, and its blocks of the layers of group g (`AttentionLayer.group`) stand in row table_rows[g, b] of the
+    executor's tables, in the first `table_width` columns.
     Whoever changes those for the same `table_rows` makes another array: identity is the version.
     """
 
     input_ids: Ints  # [num_tokens]; anything where `sources` says where the token is
     positions: Ints  # [num_tokens]; a draft's position is its depth, siblings share one
-    slots: Ints  # [num_tokens] block * block_size + offset: where each token's key and value go
+    slots: Ints  # [num_groups, num_tokens] block * block_size + offset: where each token's key and value go
     query_starts: Ints  # [num_seqs + 1]
     seq_lens: Ints  # [num_seqs] context length, new tokens and drafts included
-    table_rows: Ints  # [num_seqs]
+    table_rows: Ints  # [num_groups, num_seqs]
     table_width: int
     table_changes: TableChanges
     logits_rows: Ints  # [num_logits] rows whose logits are wanted, in order

@@ -138,6 +138,7 @@ def make_gpu_runner(
         max_num_seqs=plan.max_num_seqs,
         max_rows_per_seq=1 + plan.num_lookahead_tokens,
         max_num_blocks=-(-space.max_context // plan.block_size),
+        num_groups=len(plan.windows),
     )
     graphs = GraphRunner(model, attention, builder, limits=limits, graph_device=graph_device, device=device)
     return ModelRunner(model, cache, attention, builder=builder, graphs=graphs)

@@ -102,8 +102,8 @@ class ModelRunner:
                     sources.append(first + index)
                     targets.append(first + depth)
         if sources:
-            slots = to_device(inputs.slots[np.array([sources, targets])], self.device)
-            self.kv_cache.move(*slots.unbind())
+            slots = to_device(inputs.slots[:, np.array([sources, targets])], self.device)
+            self.kv_cache.move(*slots.unbind(1))
 
     def _wanted_rows(self, hidden: Tensor, tensors: ForwardBatch) -> Tensor:
         if tensors.logits_rows.shape[0] == hidden.shape[0]:

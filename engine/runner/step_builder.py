@@ -16,12 +16,15 @@ class StepBuilder:
     What executors keep between steps (block tables, token counts) they are told as changes. Changes of tables are told
     again until `launched` says that a step which had them was launched; `failed` says that it was not.
 
+    num_groups: groups of layers, each with a block table (`AttentionLayer.group`)
     counts_on_device: whether the executor's sampler keeps the token counts of penalised sequences itself
     """
 
-    def __init__(self, block_size: int, vocab_size: int, *, counts_on_device: bool = False) -> None:
+    def __init__(
+        self, block_size: int, vocab_size: int, *, num_groups: int = 1, counts_on_device: bool = False
+    ) -> None:
         self.block_size = block_size
-        self.tables = BlockTables()
+        self.tables = BlockTables(num_groups)
         self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None)
 
     def build(self, batch: list[Scheduled]) -> StepInputs:

@@ -49,10 +49,10 @@ def one_token(inputs: StepInputs, row: int) -> StepInputs:
         inputs,
         input_ids=inputs.input_ids[this],
         positions=inputs.positions[this],
-        slots=inputs.slots[this],
+        slots=inputs.slots[:, this],
         query_starts=np.arange(2),
         seq_lens=inputs.positions[this] + 1,
-        table_rows=inputs.table_rows[seq : seq + 1],
+        table_rows=inputs.table_rows[:, seq : seq + 1],
         logits_rows=first,
         sources=None,
     )

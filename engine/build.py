@@ -37,7 +37,7 @@ from engine.runner.step_recording import StepRecording
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
-from engine.speculation.proposer import build_proposer
+from engine.speculation.proposer import build_proposer, needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def _load(
     torch.set_num_threads(plan.num_threads)
     with torch.device(plan.device):
         loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+    loaded.model.show_inputs_of(needs_of(config.speculation).hidden_layers)
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
     if back_end.has_compiled_attention(loaded.model):
         clock.enter("kernels", "compiled on the first start, read from a cache after that")
@@ -180,7 +181,7 @@ def _assemble(
         max_model_len=plan.max_model_len,
         max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
-        num_lookahead_tokens=proposer.num_lookahead_tokens,
+        num_lookahead_tokens=proposer.needs.num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
     facts, experts = plan.facts, plan.facts.experts
@@ -196,7 +197,7 @@ def _assemble(
         kv_bytes_per_token=plan.kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )
-    overlap = plan.device == "cuda" and config.speculation.method == "none"
+    overlap = plan.device == "cuda" and plan.num_drafts == 0
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
     make_builder = partial(
         StepBuilder,

@@ -187,7 +187,6 @@ class StepInputs:
     sampling: SamplingInputs
     sources: Ints | None = None  # [num_tokens] the sampled row of the step before that gives it, or KNOWN; None: all
     hidden_rows: Ints | None = None  # rows of the model whose hidden states somebody wants; None: those of the logits
-    hidden_layers: tuple[int, ...] = ()  # whose outputs are wanted too, of those rows
     adapters: Ints | None = None  # [num_seqs] adapter of each sequence's rows; none in use yet
     pooled: Ints | None = None  # [num_seqs] how a sequence's rows are pooled to one vector; none in use yet
 

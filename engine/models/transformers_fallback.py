@@ -172,9 +172,16 @@ class TransformersModel(Model):
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
         with self.step.of(AttentionStep(self.layers, batch, attention)):
-            outputs = self.decoder(input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False)
+            outputs = self.decoder(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                output_hidden_states=bool(self.hidden_layers),
+            )
         hidden: Tensor = outputs.last_hidden_state
-        return hidden[0]
+        if not self.hidden_layers:
+            return hidden[0]
+        return torch.cat((hidden[0], *(outputs.hidden_states[layer][0] for layer in self.hidden_layers)), dim=1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits

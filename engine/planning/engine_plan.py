@@ -27,6 +27,7 @@ from engine.planning.resolve import (
     step_name,
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
+from engine.speculation.proposer import needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
 
@@ -66,7 +67,7 @@ class MemoryPlan:
     block_size: int  # tokens
     num_blocks: int  # of all groups of layers together
     blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
-    num_lookahead_tokens: int
+    num_drafts: int  # of a sequence that a step verifies, at most
     dtype: torch.dtype
     quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
     kv_codec: str  # a key of kv_cache.codec.KV_CODECS
@@ -134,8 +135,8 @@ def plan_memory(
     steps = step_name(facts, *chosen[1:], num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
-    num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(facts, config, machine, *chosen, num_lookahead, num_threads.value, measured_workspace)
+    needs = needs_of(config.speculation)
+    sizer = Sizer(facts, config, machine, *chosen, needs, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
@@ -162,7 +163,7 @@ def plan_memory(
         block_size=sizer.block_size,
         num_blocks=num_blocks,
         blocks_per_sequence=sizer.num_blocks_for(max_model_len.value, demand),
-        num_lookahead_tokens=num_lookahead,
+        num_drafts=needs.num_drafts,
         dtype=DTYPES[dtype.value],
         quantization=quantization.value,
         kv_codec=kv_dtype.value,

@@ -16,6 +16,7 @@ from engine.loading.loading_peak import loading_peak, weight_sizes
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.planning.resolve import Resolved, SettingError, parse_cache_size
+from engine.speculation.proposer import ProposerNeeds
 
 _QUANTIZED_BYTES = {"int4": 0.625, "int8": 1.0625, "fp16": 2}  # per weight, at most, whatever the model's dtype
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +77,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Sizer:
-    """Computes the sizes for one model on one machine. `num_lookahead`: tokens that drafts add to a sequence.
+    """Computes the sizes for one model on one machine.
 
     device, kernels, quantization: what "auto" became. measured_workspace: the bytes that a largest step took, where one
     was run; without it they are estimated.
@@ -88,13 +89,18 @@ class Sizer:
     device: str
     kernels: str
     quantization: str
-    num_lookahead: int
+    needs: ProposerNeeds
     num_threads: int
     measured_workspace: int | None = None
 
     @property
     def block_size(self) -> int:
         return self.config.kv_cache.block_size
+
+    @property
+    def num_lookahead(self) -> int:
+        """Tokens past a sequence's newest one that may be stored: drafts, and what proposing them writes."""
+        return self.needs.num_drafts + self.needs.num_lookahead_tokens
 
     @property
     def windows(self) -> list[int | None]:
@@ -129,7 +135,7 @@ class Sizer:
         )
         kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
         kv_per_token = -(-kv_per_block * self.num_groups // self.block_size)
-        num_sampled = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
+        num_sampled = min(max_num_seqs * (1 + self.needs.num_drafts), max_num_batched_tokens)
         num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
         # float32: as computed and as laid out; of sampled rows, processed, sorted and noise
         logits = (2 * num_logits + 3 * num_sampled) * facts.vocab_size * 4
@@ -159,7 +165,7 @@ class Sizer:
 
     def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
         """size: bytes of an activation"""
-        facts, rows_per_seq = self.facts, 1 + self.num_lookahead
+        facts, rows_per_seq = self.facts, 1 + self.needs.num_drafts
         num_rows = min(MAX_GRAPH_ROWS, max_num_seqs * rows_per_seq)
         layers = facts.attention_layers
         num_pieces = _GRAPH_CONTEXTS // _SPLIT_TOKENS + max_num_seqs

@@ -101,7 +101,7 @@ def largest_step(plan: MemoryPlan) -> list[Scheduled]:
 
 
 def _scheduled(num_tokens: int, params: SamplingParams, plan: MemoryPlan) -> Scheduled:
-    num_drafts = min(plan.num_lookahead_tokens, num_tokens - 1)
+    num_drafts = min(plan.num_drafts, num_tokens - 1)
     token_ids = [0] * (num_tokens - num_drafts)
     seq = Sequence(Request(request_id="", prompt_token_ids=token_ids, params=params), token_ids)
     seq.draft_token_ids, seq.draft_parents = [0] * num_drafts, list(range(-1, num_drafts - 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.batch.block_tables import BlockTables
 from engine.batch.gather import gather_step
 from engine.batch.step_inputs import StepInputs
@@ -18,11 +20,19 @@ class StepBuilder:
 
     num_groups: groups of layers, each with a block table (`AttentionLayer.group`)
     counts_on_device: whether the executor's sampler keeps the token counts of penalised sequences itself
+    shows_all_rows: whether somebody wants the hidden states of all rows, not of those with logits alone
     """
 
     def __init__(
-        self, block_size: int, vocab_size: int, *, num_groups: int = 1, counts_on_device: bool = False
+        self,
+        block_size: int,
+        vocab_size: int,
+        *,
+        num_groups: int = 1,
+        counts_on_device: bool = False,
+        shows_all_rows: bool = False,
     ) -> None:
+        self._shows_all_rows = shows_all_rows
         self.block_size = block_size
         self.tables = BlockTables(num_groups)
         self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None)
@@ -41,6 +51,7 @@ class StepBuilder:
             seqs=step.seqs,
             sampling=self.sampling.build(batch, step),
             sources=step.sources,
+            hidden_rows=np.arange(len(step.input_ids)) if self._shows_all_rows else None,
         )
 
     def launched(self) -> None:

@@ -15,7 +15,8 @@ from engine.sampling.host_sampler import HostSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
-from engine.types import Scheduled
+from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.verified_step import VerifiedStep
 from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model
 
@@ -25,13 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 class TreeProposer:
     """Guesses two tokens after the newest, and one after the first of them."""
 
-    num_lookahead_tokens = 0
+    needs = ProposerNeeds(num_drafts=3)
 
-    def propose(self, batch: list[Scheduled], hidden_states: torch.Tensor) -> None:
-        for item in batch:
-            newest = item.seq.token_ids[-1]
-            item.seq.draft_token_ids = [newest, (newest + 1) % VOCAB_SIZE, newest]
-            item.seq.draft_parents = [-1, -1, 0]
+    def propose(self, step: VerifiedStep) -> None:
+        for seq in step.drafting:
+            newest = seq.token_ids[-1]
+            seq.draft_token_ids = [newest, (newest + 1) % VOCAB_SIZE, newest]
+            seq.draft_parents = [-1, -1, 0]
 
 
 PROPOSERS = {

@@ -18,6 +18,7 @@ from kernels.numba.core.memory import add_to_counter, floats, integers, read_cou
 from kernels.numba.kernel_cache import kernel
 from kernels.numba.ops.attention import attend_unit
 from kernels.numba.ops.elementwise import (
+    copy_rows,
     fill_rows,
     gather_rows,
     normalise_rows,
@@ -45,6 +46,7 @@ class Operation(IntEnum):
     ROTATE_AND_STORE = 5
     ATTEND = 6
     SILU_AND_MULTIPLY = 7
+    COPY = 8
 
 
 class Step(IntEnum):
@@ -71,7 +73,7 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU = (int(op) for op in Operation)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY = (int(op) for op in Operation)
 _ROWS, _INPUT_IDS, _POSITIONS, _TREE, _TREE_WIDTH, _NUM_TILES, _TILES, _ROTATIONS, _SLOTS, _TABLES = map(int, Step)
 _GENERATION, _OPEN, _INSIDE, _COUNTERS = (int(c) * LINE for c in Control)
 _ROWS_AT_ONCE = 8
@@ -151,6 +153,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
         )  # fmt: skip
     elif kind == _SILU:
         silu_and_multiply_rows(op[1], op[2], first, last, op[3])
+    elif kind == _COPY:
+        copy_rows(op[1], op[2], first, last, op[3])
     elif kind == _FILL:
         fill_rows(op[1], op[2], first, last, op[3], op[4])
     elif kind == _GATHER:

@@ -260,6 +260,23 @@ def test_a_narrow_cache_rounds_keys_and_values_and_nothing_else(dtype: torch.dty
     assert not torch.equal(ours[0], exact[0])
 
 
+def test_the_inputs_of_layers_are_those_of_torch() -> None:
+    packed = compiled(make_model(MODELS["llama"]), "none")
+    plain = compiled_runner(packed)
+    packed.show_inputs_of((1, 0))
+    results = []
+    for runner in (torch_runner(unpacked(packed)), compiled_runner(packed), plain):
+        batch = [Scheduled(seq, seq.num_tokens, 0, False, num_scored=seq.num_tokens) for seq in Texts(runner).seqs]
+        with torch.inference_mode():
+            results.append([x.clone() for x in forward(runner, batch)])
+    (expected, _), (found, logits), (hidden, plain_logits) = results
+    size = packed.hidden_size
+    assert found.shape == (expected.shape[0], 3 * size)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[:, :size], hidden)
+    assert torch.equal(logits, plain_logits)
+
+
 @pytest.mark.parametrize("format_name", COMPILED_FORMATS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_has_the_same_bits_however_it_is_computed(name: str, format_name: str) -> None:

@@ -108,7 +108,7 @@ def test_auto_holds_the_longest_sequence_and_a_chat_for_each_request() -> None:
     assert few.num_kv_tokens == 2048
     drafting = plan(make_machine(), scheduler={"max_num_seqs": 2}, speculation={"method": "ngram", "num_drafts": 4})
     assert drafting.num_kv_tokens == 2048 + 16
-    assert drafting.num_lookahead_tokens == 4
+    assert drafting.num_drafts == 4
 
 
 @pytest.mark.parametrize("windows", [(None,) * 4, (100,) * 4, (100, 100, None, 100)])

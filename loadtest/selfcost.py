@@ -14,10 +14,9 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from loadtest.cli import run_in_loop
-from loadtest.client import Client, Target
-from loadtest.outcome import Answer
-from loadtest.workload import Exchange
+from loadtest.client.client import Client, Target, run_in_loop
+from loadtest.client.outcome import Answer
+from loadtest.workload.prompts import Exchange
 
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 

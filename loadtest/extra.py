@@ -7,8 +7,9 @@ from importlib.util import find_spec
 
 
 def check_extra(*modules: str) -> None:
-    """Ends the program with one line, before anything is measured, if a module that it will need is not there."""
+    """Ends the program with one line and status 2, before anything is measured, if a module is not there."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         install = f"{sys.executable} -m pip install 'peregrine[loadtest]' (in a checkout: -e '.[loadtest]')"
-        sys.exit(f"loadtest needs {' and '.join(missing)}, of an optional extra; install it: {install}")
+        print(f"loadtest needs {' and '.join(missing)}, of an optional extra; install it: {install}", file=sys.stderr)
+        sys.exit(2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from loadtest.client.outcome import Answer, Failure, FailureKind, Outcome
@@ -44,15 +42,6 @@ _decoder = msgspec.json.Decoder(_Event)
 NORMAL_FINISH_REASONS = {"stop", "length", "tool_calls", "function_call", "content_filter"}
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """num_output_tokens: exactly so many (ignore_eos); None: as many as the model likes.
-    has_done_marker: the stream must end with `data: [DONE]`; False for servers that never send it."""
-
-    num_output_tokens: int | None
-    has_done_marker: bool = True
-
-
 class EventSplitter:
     """Server-sent events out of a stream's pieces, however they were cut (WHATWG HTML, section 9.2).
 
@@ -88,10 +77,14 @@ class EventSplitter:
 
 
 class AnswerReader:
-    """`feed` takes the pieces of the body at their arrival; `outcome` judges after the last."""
+    """`feed` takes the pieces of the body at their arrival; `outcome` judges after the last.
 
-    def __init__(self, expectation: Expectation) -> None:
-        self._expectation = expectation
+    num_output_tokens: exactly so many must come (ignore_eos); None: as many as the model likes
+    has_done_marker: the stream must end with `data: [DONE]`; False for servers that never send it
+    """
+
+    def __init__(self, num_output_tokens: int | None, *, has_done_marker: bool = True) -> None:
+        self._num_asked, self._has_done_marker = num_output_tokens, has_done_marker
         self._splitter = EventSplitter()
         self.num_events = 0
         self._first_token_at: float | None = None
@@ -144,7 +137,7 @@ class AnswerReader:
     def outcome(self, *, started_at: float, sent_at: float) -> Outcome:
         """To be asked once, when the body has ended in the way HTTP says."""
         self._count_tokens_without_text()
-        self._judge(self._expectation)
+        self._judge()
         if self._failure is not None:
             kind, detail = self._failure
             return Failure(kind, detail, started_at, self._last_event_at or sent_at)
@@ -176,23 +169,23 @@ class AnswerReader:
             return self._usage.completion_tokens
         return len(self._gaps) + (self._first_token_at is not None)
 
-    def _judge(self, expectation: Expectation) -> None:
+    def _judge(self) -> None:
         """Finds the first thing that is wrong with the stream as a whole."""
-        if (expectation.has_done_marker and not self._is_done) or not self._splitter.is_between_events:
+        if (self._has_done_marker and not self._is_done) or not self._splitter.is_between_events:
             self._fail(FailureKind.CUT, f"the stream ended after {self.num_events} events without [DONE]")
         elif self._finish_reason is None:
             self._fail(FailureKind.NO_FINISH_REASON, f"{self.num_events} events, none with a finish_reason")
         elif self._finish_reason not in NORMAL_FINISH_REASONS:
             self._fail(FailureKind.UNFINISHED, f"finish_reason {self._finish_reason}")
-        elif not self._has_length(expectation.num_output_tokens):
-            asked, got = expectation.num_output_tokens, self._num_output_tokens()
+        elif not self._has_length():
+            asked, got = self._num_asked, self._num_output_tokens()
             self._fail(FailureKind.WRONG_LENGTH, f"asked for {asked} tokens, got {got} ({self._finish_reason})")
         elif self._first_token_at is None:
             self._fail(FailureKind.EMPTY, f"{self._num_output_tokens()} tokens")
 
-    def _has_length(self, asked: int | None) -> bool:
-        if asked is None:
+    def _has_length(self) -> bool:
+        if self._num_asked is None:
             return True
         if self._usage is None:  # chunks are no tokens: one may hold several, so only the server's word remains
             return self._finish_reason == "length"
-        return self._usage.completion_tokens == asked
+        return self._usage.completion_tokens == self._num_asked

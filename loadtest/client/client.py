@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from loadtest.client.answer_reader import AnswerReader, Expectation
+from loadtest.client.answer_reader import AnswerReader
 from loadtest.client.outcome import Failure, FailureKind, Outcome
 from loadtest.client.transport import Connections, ResponseError, Sink
 from loadtest.workload.prompts import Exchange, Prompt
@@ -114,7 +114,7 @@ class Client:
         body = self.body(exchange)
         request = self._head + b"content-length: %d\r\n\r\n" % len(body) + body
         asked = None if self.target.ignore_eos is IgnoreEos.NO else exchange.num_output_tokens
-        reader, refusal = AnswerReader(Expectation(asked, self.target.has_done_marker)), _Refusal()
+        reader, refusal = AnswerReader(asked, has_done_marker=self.target.has_done_marker), _Refusal()
 
         def on_head(status: int, content_type: str) -> Sink:
             is_stream = status == 200 and content_type.startswith("text/event-stream")

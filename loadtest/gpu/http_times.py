@@ -56,7 +56,11 @@ def _time_case(context: Context, shape: Shape, case: Case, ready: ReadyPeer, *, 
     lengths, ids = (FixedLength(case.length), FixedLength(num_outputs)), (1, shape.vocab_size - 1)
     plan = Plan(ClosedLoop(case.batch), _NUM_ROUNDS * case.batch, None, num_warmup_requests=min(2, case.batch))
     load = LoadCase(title, Workload(*lengths, context.seed, token_ids=ids), plan)
-    result = run_in_loop(measure(ready, load, round=case.batch, service_level=None, progress=Progress()))
+    try:
+        result = run_in_loop(measure(ready, load, round=case.batch, service_level=None, progress=Progress()))
+    except (RuntimeError, ValueError) as error:
+        yield Problem(title, str(error))
+        return
     figures = result.figures
     if figures.num_failures:
         yield Problem(title, f"{figures.errors}: {result.failure_examples}")

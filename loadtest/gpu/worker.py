@@ -34,6 +34,7 @@ def work(section: Section, context: Context, share: Share, watcher: Connection, 
         os.dup2(file.fileno(), 2)
     assert isinstance(sys.stdout, TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)  # so that the last words of one that dies are there
+    os.environ.pop("TRITON_INTERPRET", None)
     os.environ.update(environment(is_rehearsal=context.is_rehearsal, num_workers=share.num_parts))
 
     def send(record: Record) -> None:
@@ -61,7 +62,7 @@ def environment(*, is_rehearsal: bool, num_workers: int) -> dict[str, str]:
         return variables | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if num_workers > 1:
         variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_workers))
-    return variables | {"TRITON_INTERPRET": "0"}
+    return variables
 
 
 def _in_words(error: Exception) -> str:

@@ -5,8 +5,8 @@ All of it comes out of a session, or the result file that holds it, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 from tabulate import tabulate
@@ -106,112 +106,88 @@ def _scenario_table(session: Session, scenario: Scenario) -> str:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One number for each server. read: None where it was not measured"""
-
-    metric: Metric
-    read: Callable[[Server], float | None]
-
-
-@dataclass(frozen=True)
 class Column:
-    """The first figure, and a second in brackets behind it. num_failed: requests that failed in it"""
+    """values: for each metric, by the names of servers; the first, and a second in brackets behind it"""
 
     title: str
-    figures: Sequence[Figure]
-    num_failed: Callable[[Server], int] = lambda server: 0
+    values: dict[Metric, dict[str, float | None]]
+    num_failed: dict[str, int] = field(default_factory=dict)
 
-    def cell(self, server: Server) -> str:
-        first, *rest = (figure.metric.text(figure.read(server)) for figure in self.figures)
-        failed = self.num_failed(server)
+    def cell(self, server: str) -> str:
+        first, *rest = (metric.text(values[server]) for metric, values in self.values.items())
+        failed = self.num_failed.get(server, 0)
         return first + "".join(f" ({text})" for text in rest) + (f", {failed} failed" if failed else "")
 
-    def ratio_cell(self, ours: Sequence[Server], others: Sequence[Server]) -> str:
-        first, *rest = (_advantage(figure, ours, others) for figure in self.figures)
-        return first + "".join(f" ({text})" for text in rest)
+    def advantage(self, ours: list[str], others: list[str]) -> str:
+        """The best of ours against the best of the others; above 1, ours is faster, or smaller."""
+        texts = []
+        for metric, values in self.values.items():
+            own, theirs = ([value for name in side if (value := values[name])] for side in (ours, others))
+            if not own or not theirs:
+                texts.append("-")
+            elif metric.more_is_better:
+                texts.append(f"{max(own) / max(theirs):.2f}")
+            else:
+                texts.append(f"{min(theirs) / min(own):.2f}")
+        return texts[0] + "".join(f" ({text})" for text in texts[1:])
 
 
 def markdown(session: Session) -> str:
     """Two tables, a row for each server: what it does and takes, and the waits between tokens under load.
 
-    With servers on both sides there are rows of ratios: the best of ours against the best of the others. All ratios
-    are the right way round: above 1, ours is faster, or smaller.
+    With servers on both sides there are rows of ratios between their best.
     """
     decoding = [scenario for scenario in session.scenarios if scenario.decodes]
-    main = [
-        _column(session, s, f"{s.load}: output tok/s (ms per token)", OUTPUT_RATE, TOKEN_TIME) for s in decoding
-    ] + [
-        _column(session, s, f"prefill of {s.prompt_length} tokens: prompt tok/s", PROMPT_RATE)
-        for s in session.scenarios
-        if not s.decodes
-    ]
-    main += [column for column in (_start_column(), _memory_column(session)) if _is_known(session, column)]
+    prefill = [scenario for scenario in session.scenarios if not scenario.decodes]
+    main = [_column(session, s, f"{s.load}: output tok/s (ms per token)", OUTPUT_RATE, TOKEN_TIME) for s in decoding]
+    main += [_column(session, s, f"prefill of {s.prompt_length} tokens: prompt tok/s", PROMPT_RATE) for s in prefill]
+    main += _own_columns(session)
     waits = [_column(session, scenario, f"{scenario.load}: ITL p99, ms", ITL_P99) for scenario in decoding]
     tables = [_markdown_table(session, columns) for columns in (main, waits) if columns]
     return "\n\n".join([*tables, _caption(session)])
 
 
 def _column(session: Session, scenario: Scenario, title: str, *metrics: Metric) -> Column:
-    def figure(metric: Metric) -> Figure:
-        return Figure(metric, lambda server: median_of(session, scenario.name, server.name, metric))
-
-    return Column(
-        title, [figure(metric) for metric in metrics], lambda server: num_failures(session, scenario.name, server.name)
-    )
+    names = [server.name for server in session.servers]
+    values = {metric: {name: median_of(session, scenario.name, name, metric) for name in names} for metric in metrics}
+    return Column(title, values, {name: num_failures(session, scenario.name, name) for name in names})
 
 
-def _start_column() -> Column:
-    def read(server: Server) -> float | None:
-        return median(server.start_seconds) if server.start_seconds else None
-
-    return Column(START.name, [Figure(START, read)])
-
-
-def _memory_column(session: Session) -> Column:
-    """The most that a server was seen to hold after any run."""
-
-    def read(server: Server) -> float | None:
-        own = [MEMORY.read(measurement) for measurement in session.measurements if measurement.server == server.name]
-        return max((value for value in own if value is not None), default=None)
-
-    return Column(MEMORY.name, [Figure(MEMORY, read)])
-
-
-def _is_known(session: Session, column: Column) -> bool:
-    return any(figure.read(server) is not None for figure in column.figures for server in session.servers)
+def _own_columns(session: Session) -> list[Column]:
+    """Of the servers, not of a scenario: the start, and the most that each was seen to hold after any run."""
+    starts = {s.name: median(s.start_seconds) if s.start_seconds else None for s in session.servers}
+    memory: dict[str, float | None] = dict.fromkeys(starts)
+    for measurement in session.measurements:
+        held = MEMORY.read(measurement)
+        if held is not None and measurement.server in memory:
+            memory[measurement.server] = max(held, memory[measurement.server] or 0.0)
+    known = [(metric, values) for metric, values in ((START, starts), (MEMORY, memory)) if any(values.values())]
+    return [Column(metric.name, {metric: values}) for metric, values in known]
 
 
 def _markdown_table(session: Session, columns: Sequence[Column]) -> str:
-    rows = [
-        [f"{s.name}, {s.precision}" if s.precision else s.name, *(column.cell(s) for column in columns)]
-        for s in session.servers
-    ]
-    rows += [
-        [label, *(column.ratio_cell(ours, others) for column in columns)] for label, ours, others in _sides(session)
-    ]
+    rows = []
+    for server in session.servers:
+        name = f"{server.name}, {server.precision}" if server.precision else server.name
+        rows.append([name, *(column.cell(server.name) for column in columns)])
+    for label, ours, others in _sides(session):
+        rows.append([label, *(column.advantage(ours, others) for column in columns)])
     return tabulate(rows, ["", *(column.title for column in columns)], tablefmt="github", disable_numparse=True)
 
 
-def _sides(session: Session) -> list[tuple[str, list[Server], list[Server]]]:
+def _sides(session: Session) -> list[tuple[str, list[str], list[str]]]:
     """What is compared: all of ours with all others, and those of equal precision where both sides have it."""
     names = session.ours or [server.name for server in session.servers[:1]]
     ours = [server for server in session.servers if server.name in names]
     others = [server for server in session.servers if server.name not in names]
     if not others:
         return []
-    sides = [(f"**{ours[0].name} at its best / best of the peers**", ours, others)]
+    sides = [(f"**{ours[0].name} at its best / best of the peers**", [s.name for s in ours], [s.name for s in others])]
     for precision in dict.fromkeys(server.precision for server in ours if server.precision):
-        same = [[server for server in side if server.precision == precision] for side in (ours, others)]
-        if same[1]:
-            sides.append((f"the same at {precision}", same[0], same[1]))
+        own, theirs = ([server.name for server in side if server.precision == precision] for side in (ours, others))
+        if theirs:
+            sides.append((f"the same at {precision}", own, theirs))
     return sides
-
-
-def _advantage(figure: Figure, ours: Sequence[Server], others: Sequence[Server]) -> str:
-    own, theirs = ([value for server in side if (value := figure.read(server))] for side in (ours, others))
-    if not own or not theirs:
-        return "-"
-    return f"{max(own) / max(theirs):.2f}" if figure.metric.more_is_better else f"{min(theirs) / min(own):.2f}"
 
 
 def _caption(session: Session) -> str:

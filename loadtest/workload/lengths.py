@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,34 +55,18 @@ def parse_length(text: str) -> Length:
 
     Raises ValueError with the forms that are understood.
     """
-    shape, _, rest = text.partition(":") if ":" in text else ("fixed", ":", text)
-    parser = _PARSERS.get(shape)
     try:
-        if parser is None:
-            raise ValueError(shape)
-        length = parser(rest.split(":"))
-    except (ValueError, IndexError) as error:
+        match text.split(":"):
+            case [tokens] | ["fixed", tokens]:
+                length: Length = FixedLength(int(tokens))
+            case ["uniform", low, high] if 1 <= int(low) <= int(high):
+                length = UniformLength(int(low), int(high))
+            case ["lognormal", median, sigma, *high]:
+                length = LogNormalLength(int(median), float(sigma), int(*high) if high else 8 * int(median))
+            case _:
+                raise ValueError(text)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{text!r} is no length: 128, uniform:64:256 or lognormal:128:0.5[:1024] are") from error
     if length.draw(np.random.default_rng(0)) < 1:
         raise ValueError(f"{text!r} gives lengths below 1 token; use 1 or more")
     return length
-
-
-def _fixed(fields: list[str]) -> FixedLength:
-    (tokens,) = fields
-    return FixedLength(int(tokens))
-
-
-def _uniform(fields: list[str]) -> UniformLength:
-    low, high = (int(field) for field in fields)
-    if not 1 <= low <= high:
-        raise ValueError(f"{low}..{high} is empty")
-    return UniformLength(low, high)
-
-
-def _log_normal(fields: list[str]) -> LogNormalLength:
-    median, sigma = int(fields[0]), float(fields[1])
-    return LogNormalLength(median, sigma, int(fields[2]) if len(fields) > 2 else 8 * median)
-
-
-_PARSERS: dict[str, Callable[[list[str]], Length]] = {"fixed": _fixed, "uniform": _uniform, "lognormal": _log_normal}

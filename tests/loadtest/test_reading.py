@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.client.answer_reader import AnswerReader, EventSplitter, Expectation
+from loadtest.client.answer_reader import AnswerReader, EventSplitter
 from loadtest.client.client import Api, Client, IgnoreEos, Target
 from loadtest.client.outcome import Answer
 from loadtest.client.transport import Connections
@@ -45,7 +45,7 @@ def test_part_of_an_event_is_no_event() -> None:
 
 
 def read(pieces: list[tuple[float, bytes]], asked: int | None) -> Answer:
-    reader = AnswerReader(Expectation(asked))
+    reader = AnswerReader(asked)
     for received_at, piece in pieces:
         reader.feed(received_at, piece)
     outcome = reader.outcome(started_at=0.0, sent_at=0.0)

@@ -23,7 +23,7 @@ FLASH_LIBRARY = "_vllm_fa3_C.abi3.so"
 
 ROOT = Path(__file__).resolve().parents[2]
 _PRESENT = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"}
-_PLOTTING = {"matplotlib"}  # nothing is drawn there
+_TABLES = {"tabulate"}  # of the extra `loadtest`; nothing is drawn there
 _CPU_ONLY = ("numba", "llvmlite")
 _VLLM = "vllm==0.24.0"  # the release whose FlashAttention-3 is built for torch 2.11 and CUDA 13
 _PYTHON = "3.12"
@@ -34,7 +34,7 @@ def collect(folder: Path, *, with_flash: bool, with_cpu: bool) -> int:
     """0, or 1 where something could not be had; the rest is there all the same."""
     folder.mkdir(parents=True, exist_ok=True)
     pins = read_pins(ROOT / "constraints.txt")
-    names = sorted(needed_packages() | (set(_CPU_ONLY) if with_cpu else set()))
+    names = sorted(needed_packages() | _TABLES | (set(_CPU_ONLY) if with_cpu else set()))
     missing = [name for name in names if not _download(f"{name}=={pins[name]}" if name in pins else name, folder)]
     if with_flash and not _extract_flash(folder):
         missing.append(f"FlashAttention-3 out of {_VLLM}")
@@ -53,8 +53,7 @@ def needed_packages() -> set[str]:
     """What the project needs to run, as installed here, less what is there and what only that needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found: set[str] = set()
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["loadtest"]]
-    waiting = {_normal(_name_in(requirement)) for requirement in wanted} - _PRESENT - _PLOTTING
+    waiting = {_normal(_name_in(requirement)) for requirement in project["dependencies"]} - _PRESENT
     while waiting:
         name = waiting.pop()
         found.add(name)

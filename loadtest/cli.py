@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from loadtest.arguments import parse
-from loadtest.compare import Comparison, Quietness
-from loadtest.comparison import terminal_table
-from loadtest.environment import read_environment
-from loadtest.launch import without_keys
-from loadtest.markdown import markdown
+from loadtest.client.client import run_in_loop
+from loadtest.compare.comparison import Comparison, Quietness
+from loadtest.compare.launch import without_keys
+from loadtest.extra import check_extra
 from loadtest.planning import cases_of, hosts_of, seed_of
-from loadtest.plot import html_page
-from loadtest.progress import TerminalProgress
-from loadtest.report import report
-from loadtest.result_files import save_result
-from loadtest.session import Session, load
-
-Result = TypeVar("Result")
+from loadtest.report.environment import read_environment
+from loadtest.report.result_files import dated_path, save_result
+from loadtest.report.session import Session, load
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: measured; 1: measured, but a server gave no single answer; 2: it could not be tried."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    check_extra("tabulate", *(["matplotlib"] if options.command in ("sweep", "compare") else []))
     command = shlex.join(["python", "-m", "loadtest", *_without_keys(arguments)])
     try:
         if options.command == "table":
+            from loadtest.report.tables import markdown
+
             print(markdown(load(options.file)))
             return 0
         session = run_in_loop(_measure(options, command))
@@ -50,30 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(measurement.figures.num_answers for measurement in session.measurements) else 1
 
 
-def run_in_loop(work: Coroutine[None, None, Result]) -> Result:
-    """Runs on uvloop where it is installed: half the cost per event."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return asyncio.run(work)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(work)
-
-
 async def _measure(options: argparse.Namespace, command: str) -> Session:
     seed = seed_of(options)
     hosts = hosts_of(options, seed=seed)
     cases = cases_of(options, seed=seed)
-    quiet = getattr(options, "quiet", None)
     comparison = Comparison(
         hosts=hosts,
         cases=cases,
-        num_rounds=getattr(options, "rounds", 1),
+        num_rounds=options.rounds,
         service_level=options.slo,
-        quietness=None if quiet is None else Quietness(quiet),
-        progress=TerminalProgress,
-        freezes_idle=getattr(options, "freeze_idle", False),
-        takes_one_at_a_time=getattr(options, "one_at_a_time", False),
+        quietness=None if options.quiet is None else Quietness(options.quiet),
+        freezes_idle=options.freeze_idle,
+        takes_one_at_a_time=options.one_at_a_time,
+        shows_progress=True,
     )
     environment = read_environment()
     with _ended_by_a_signal():
@@ -86,7 +72,7 @@ async def _measure(options: argparse.Namespace, command: str) -> Session:
         servers=[host.record() for host in hosts],
         scenarios=[case.scenario() for case in cases],
         measurements=measurements,
-        ours=getattr(options, "ours", []),
+        ours=options.ours,
     )
 
 
@@ -103,32 +89,27 @@ def _ended_by_a_signal() -> Iterator[None]:
 
 
 def _show(session: Session, options: argparse.Namespace) -> None:
+    from loadtest.report.tables import comparison_tables, run_table
+
     if options.command == "run":
-        if options.json is not None and str(options.json) == "-":
+        if str(options.json) == "-":
             print(msgspec.json.format(msgspec.json.encode(session), indent=1).decode())
             return
-        print(report(session.measurements[0]), f"\n  seed               {session.seed}", sep="")
+        print(run_table(session.measurements[0]), f"seed {session.seed}", sep="\n")
         if options.json is not None:
             save_result(session, options.json)
         return
-    print(terminal_table(session))
-    moment = session.environment.date[:19].replace(":", "").replace("T", "-")
-    path = Path(options.results) / f"{moment}-{options.name}.json"
+    from loadtest.report.page import html_page
+
+    print(comparison_tables(session))
+    path = dated_path(options.results, options.name, session.environment)
     save_result(session, path)
     path.with_suffix(".html").write_text(html_page(session))
     print(f"\nwritten: {path} and {path.with_suffix('.html').name}")
 
 
 def _without_keys(arguments: list[str]) -> list[str]:
-    """The command as it may be kept in a file: API keys are left out."""
-    kept = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if before == "--api-key":
-            argument = "..."
-        elif argument.startswith("--api-key="):
-            argument = "--api-key=..."
-        elif ",api_key=" in argument:
-            head, _, tail = argument.partition(",api_key=")
-            argument = ",".join([f"{head},api_key=...", *tail.split(",")[1:]])
-        kept.append(without_keys(argument))  # a peer's command has its own
-    return kept
+    """The command as it may be kept in a file: API keys are left out, of peers and of their commands too."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    kept = ["..." if before == "--api-key" else argument for before, argument in pairs]
+    return [without_keys(re.sub(r"((?:^--|,)api[-_]key=)[^,]*", r"\1...", argument)) for argument in kept]

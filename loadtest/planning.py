@@ -3,16 +3,60 @@
 from __future__ import annotations
 
 import argparse
+import json
 import secrets
+from dataclasses import dataclass, field
 
-from loadtest.arrivals import Arrivals, ClosedLoop, OpenLoop
-from loadtest.client import Api, IgnoreEos, Target
-from loadtest.hosting import Launch, LaunchingHost, RestartingHost, RunningHost
-from loadtest.lengths import parse_length
-from loadtest.measure import Case, Peer
-from loadtest.peer_text import PeerText, parse_extra_body
-from loadtest.runner import Plan
-from loadtest.workload import Exchange, Workload
+import msgspec
+
+from loadtest.client.client import Api, IgnoreEos, JsonValue, Target
+from loadtest.compare.hosting import Launch, LaunchingHost, RestartingHost, RunningHost
+from loadtest.compare.measure import Case, Peer
+from loadtest.compare.runner import Plan
+from loadtest.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
+from loadtest.workload.lengths import FixedLength
+from loadtest.workload.prompts import Exchange, Workload
+
+PEER_KEYS = ("model", "api", "prompts", "ignore_eos", "extra", "api_key", "done", "pid", "version", "precision")
+
+
+@dataclass(frozen=True)
+class PeerText:
+    """`NAME=URL[,key=value...]`: what `options` does not have is taken from the command's own options."""
+
+    name: str
+    url: str
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def parse_peer(text: str) -> PeerText:
+    """Values end at a comma, except JSON objects, which end where they end. ValueError says what is wrong."""
+    name, separator, rest = text.partition("=")
+    url, _, rest = rest.partition(",")
+    if not (name and separator and url.startswith(("http://", "https://"))):
+        raise ValueError(
+            f"{text!r} is no peer: write NAME=URL[,key=value...], as in ours=http://127.0.0.1:8000,model=m"
+        )
+    options: dict[str, str] = {}
+    while rest:
+        key, separator, rest = rest.partition("=")
+        if key not in PEER_KEYS or not separator:
+            raise ValueError(f"peer {name}: {key!r} is no option; there are {', '.join(PEER_KEYS)}")
+        try:
+            length = json.JSONDecoder().raw_decode(rest)[1] if rest.startswith("{") else (rest + ",").index(",")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{rest!r} does not begin with a JSON object: {error}") from error
+        options[key], rest = rest[:length], rest[length:].removeprefix(",")
+    return PeerText(name, url, options)
+
+
+def parse_extra_body(text: str) -> dict[str, JsonValue]:
+    """A JSON object. Raises ValueError otherwise."""
+    try:
+        body: dict[str, JsonValue] = msgspec.json.decode(text, type=dict)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"the extra body must be a JSON object, not {text!r}: {error}") from error
+    return body
 
 
 def seed_of(options: argparse.Namespace) -> int:
@@ -20,14 +64,8 @@ def seed_of(options: argparse.Namespace) -> int:
     return secrets.randbelow(2**31) if options.seed is None else int(options.seed)
 
 
-def peer_of(options: argparse.Namespace) -> Peer:
-    """The one server of `run` and `sweep`."""
-    own = {"pid": str(options.pid)} if options.pid is not None else {}
-    return named_peer(PeerText("server", options.url, own), options)
-
-
 def named_peer(text: PeerText, options: argparse.Namespace) -> Peer:
-    """A peer of `compare`: its own options before the command's. Raises ValueError for values that do not exist."""
+    """A server: its own options before the command's. Raises ValueError for values that do not exist."""
     own = text.options
     api = Api(own.get("api", options.api))
     prompts = own.get("prompts") or options.prompts or ("text" if api is Api.CHAT else "tokens")
@@ -58,7 +96,8 @@ def named_peer(text: PeerText, options: argparse.Namespace) -> Peer:
 def hosts_of(options: argparse.Namespace, *, seed: int) -> list[RunningHost]:
     """The servers of a command, in its order. Raises ValueError where names or commands do not fit together."""
     if options.command != "compare":
-        return [RunningHost(peer_of(options), seed=seed)]
+        own = {"pid": str(options.pid)} if options.pid is not None else {}
+        return [RunningHost(named_peer(PeerText("server", options.url, own), options), seed=seed)]
     peers = [named_peer(text, options) for text in options.peer]
     names = [peer.name for peer in peers]
     commands = dict(options.peer_command)
@@ -85,8 +124,8 @@ def _host(peer: Peer, command: str | None, options: argparse.Namespace, seed: in
 def cases_of(options: argparse.Namespace, *, seed: int) -> list[Case]:
     """One case per load, and the prefill case of `compare`."""
     cases = [_case(arrivals, options, seed) for arrivals in _arrivals(options)]
-    if getattr(options, "prefill", None):
-        workload = Workload(parse_length(str(options.prefill)), parse_length("1"), seed, token_ids=options.token_ids)
+    if options.prefill is not None:
+        workload = Workload(FixedLength(options.prefill), FixedLength(1), seed, token_ids=options.token_ids)
         concurrency = options.prefill_concurrency
         plan = Plan(ClosedLoop(concurrency), options.prefill_requests, None, concurrency)
         cases.append(Case(f"prefill {options.prefill}", workload, plan))
@@ -112,10 +151,6 @@ def _case(arrivals: Arrivals, options: argparse.Namespace, seed: int) -> Case:
 
 def _arrivals(options: argparse.Namespace) -> list[Arrivals]:
     if options.rate is not None:
-        return [OpenLoop(rate) for rate in _as_list(options.rate)]
-    default = 8 if options.command == "run" else [1, 2, 4, 8, 16, 32]
-    return [ClosedLoop(int(number)) for number in _as_list(options.concurrency or default)]
-
-
-def _as_list(value: float | list[float] | list[int]) -> list[float] | list[int]:
-    return value if isinstance(value, list) else [value]
+        return [OpenLoop(rate) for rate in options.rate]
+    default = [8] if options.command == "run" else [1, 2, 4, 8, 16, 32]
+    return [ClosedLoop(number) for number in options.concurrency or default]

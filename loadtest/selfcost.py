@@ -12,53 +12,39 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection
 
-import msgspec
-
-from loadtest.cli import run_in_loop
-from loadtest.client import Client, Target
-from loadtest.outcome import Answer
-from loadtest.workload import Exchange
+from loadtest.client.client import Client, Target, run_in_loop
+from loadtest.client.outcome import Answer
+from loadtest.workload.prompts import Exchange
 
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-
-
-class _Ask(msgspec.Struct):
-    max_tokens: int
-
-
-def _event(text: str, finish_reason: str | None, num_tokens: int | None) -> bytes:
-    usage = None if num_tokens is None else {"prompt_tokens": 4, "completion_tokens": num_tokens, "total_tokens": 4}
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-    event = {"id": "cmpl-0123456789abcdef", "object": "text_completion", "created": 1700000000, "model": "model"}
-    return b"data: " + msgspec.json.encode({**event, "choices": [choice], "usage": usage}) + b"\n\n"
+_EVENT = (
+    b'data: {"id":"cmpl-0123456789abcdef","object":"text_completion","created":1700000000,"model":"model","choices":'
+    b'[{"index":0,"text":" token","logprobs":null,"finish_reason":%s}],"usage":null}\n\n'
+)
 
 
 def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-async def _serve(port: Connection, interval: float) -> None:
+async def _serve(port: Connection, num_events: int, interval: float) -> None:
+    """Answers whatever is asked with so many events, one in each interval."""
     step = asyncio.Condition()
+    token = _chunk(_EVENT % b"null")
+    end = _chunk(_EVENT % b'"length"') + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        token = _chunk(_event(" token", None, None))
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-            num_tokens = msgspec.json.decode(await reader.readexactly(length), type=_Ask).max_tokens
-            writer.write(_HEAD)
-            for _ in range(num_tokens - 1):
-                writer.write(token)
-                async with step:
-                    await step.wait()
-            writer.write(_chunk(_event(" end", "length", num_tokens)) + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(_HEAD)
+        for _ in range(num_events - 1):
+            writer.write(token)
+            async with step:
+                await step.wait()
+        writer.write(end)
+        await writer.drain()
+        writer.close()
 
-    async def answer_until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await answer(reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    server = await asyncio.start_server(answer_until_closed, "127.0.0.1", 0)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port.send(server.sockets[0].getsockname()[1])
     while True:
         await asyncio.sleep(interval)
@@ -66,15 +52,15 @@ async def _serve(port: Connection, interval: float) -> None:
             step.notify_all()
 
 
-def _server_process(port: Connection, interval: float) -> None:
-    run_in_loop(_serve(port, interval))
+def _server_process(port: Connection, num_events: int, interval: float) -> None:
+    run_in_loop(_serve(port, num_events, interval))
 
 
 async def _cost(port: int, num_streams: int, num_events: int) -> float:
     """Seconds of processor time per event."""
     exchange = Exchange([1, 2, 3, 4], num_events)
     async with Client(Target(f"http://127.0.0.1:{port}", model="model")) as client:
-        await client.send(Exchange([1, 2, 3, 4], 2))
+        await client.send(exchange)
         before, events_before = time.process_time(), client.num_events
         outcomes = await asyncio.gather(*(client.send(exchange) for _ in range(num_streams)))
         assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
@@ -84,7 +70,9 @@ async def _cost(port: int, num_streams: int, num_events: int) -> float:
 def measure_cost(num_streams: int, num_events: int, interval: float) -> float:
     """Seconds of this process's time per event, with `num_streams` that all get one event every `interval` seconds."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=_server_process, args=(theirs, interval), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(
+        target=_server_process, args=(theirs, num_events, interval), daemon=True
+    )
     server.start()
     try:
         return run_in_loop(_cost(ours.recv(), num_streams, num_events))

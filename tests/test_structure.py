@@ -64,6 +64,19 @@ ROOMS = {
         "app",
         "cli",
     ),
+    "loadtest": (
+        "extra",
+        "workload",
+        "client",
+        "report",
+        "compare",
+        "planning",
+        "arguments",
+        "cli",
+        "__main__ selfcost",
+        "micro",
+        "gpu",
+    ),
     "kernels": ("layout configs", "reference", "torch_cpu numba triton"),
     "kernels/numba": ("kernel_cache", "core", "packing", "ops", "program"),
     "kernels/triton": ("compat configs", "attention sampling layers"),
@@ -122,7 +135,7 @@ def test_rooms_are_imported_from_above(package: str) -> None:
                 assert other == room or is_below, f"{path.relative_to(ROOT)} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["server", "engine", "kernels"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_room_says_what_it_owns(package: str) -> None:
     """`kernels/__init__.py` is the exception: see `test_kernels_package_stays_empty`."""
     for path in (ROOT / package).rglob("__init__.py"):

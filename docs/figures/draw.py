@@ -1,6 +1,6 @@
 """The plots of README.md and docs/performance.md, out of committed result files and nothing else.
 
-python docs/figures/draw.py        # writes the .svg files beside it; needs matplotlib
+python docs/figures/draw.py        # writes the .svg files beside it; needs matplotlib, of the extra `loadtest`
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class TritonAttention:
                 config = replace(config, max_split_queries=batch.positions.shape[0])
             if self._rows_per_seq is None or self.graph_space is None:
                 plan = plan_attention(
-                    np.diff(np.array(batch.query_starts_list, dtype=np.int64)),
+                    np.diff(np.array(batch.query_starts_list, dtype=np.int64)).astype(np.int64, copy=False),
                     np.array(batch.seq_lens_list, dtype=np.int64),
                     group=layer.num_heads // layer.num_kv_heads,
                     num_kv_heads=layer.num_kv_heads,

@@ -27,8 +27,9 @@ class OneTokenRunner(ModelRunner):
             "strict determinism verifies chains of drafts: none sees its path alone in a tree"
         )
         wanted = set(inputs.logits_rows.tolist())
-        shown = wanted if inputs.hidden_rows is None else set(inputs.hidden_rows.tolist())
-        hidden: list[Tensor] = []
+        hidden_rows = (inputs.logits_rows if inputs.hidden_rows is None else inputs.hidden_rows).tolist()
+        shown = set(hidden_rows)
+        hidden: dict[int, Tensor] = {}
         logits: list[Tensor] = []
         for row in range(inputs.num_tokens):
             alone = None if tokens is None else tokens[row : row + 1]
@@ -36,11 +37,13 @@ class OneTokenRunner(ModelRunner):
             self.attention.plan(batch)
             one = self.model.forward(batch, self.attention)
             if row in shown:
-                hidden.append(one)
+                hidden[row] = one
             if row in wanted:
                 logits.append(self.logits(one))
         return (
-            torch.cat(hidden) if hidden else torch.empty(0, one.shape[1], device=self.device),
+            torch.cat([hidden[row] for row in hidden_rows])
+            if hidden
+            else torch.empty(0, one.shape[1], device=self.device),
             torch.cat(logits) if logits else torch.empty(0, self.model.vocab_size, device=self.device),
         )
 

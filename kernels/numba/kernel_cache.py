@@ -99,7 +99,7 @@ class KernelFolder:
 FOLDER = KernelFolder(cache_directory())
 
 
-class KernelCache(NullCache):
+class KernelCache(NullCache):  # type: ignore[misc]  # numba has no types
     """What Numba asks for a function's compiled code before it compiles, and gives it to after.
 
     Numba's own has an index that it cannot do without and cannot tell to be damaged, and raises where it cannot write.

@@ -41,7 +41,7 @@ def mix_experts(
     chosen = experts.flatten()  # by pair of a token and one of its experts
     counts: list[int] = chosen.bincount(minlength=num_experts).tolist()
     parts = x.new_empty(num_tokens * top_k, x.shape[1])
-    for expert, pairs in enumerate(chosen.argsort(stable=True).split(counts)):
+    for expert, pairs in enumerate(chosen.argsort(stable=True).split(counts)):  # type: ignore[no-untyped-call]
         if len(pairs):  # an expert that nobody asks for is not read
             rows = F.pad(x[pairs // top_k], (0, 0, 0, max(min_rows - len(pairs), 0)))
             hidden = silu_and_mul(F.linear(rows, gate_up[expert]))

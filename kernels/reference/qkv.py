@@ -53,7 +53,7 @@ def rotate_and_store(
     Returns the queries, [num_tokens, num_heads, head_dim].
     """
     num_kv_heads = k_cache.shape[1]
-    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # type: ignore[no-untyped-call]
     q, k = normalise_and_rotate(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
     store_kv(k, v, k_cache, v_cache, slots)
     return q

@@ -64,7 +64,7 @@ def is_kept(gaps: Tensor, max_gaps: Tensor, top_ks: Tensor, top_ps: Tensor) -> T
 def token_noise(keys: Tensor, vocab_size: int) -> Tensor:
     """Gumbel noise of every token of each row. [num_rows, vocab_size] float32; keys: [num_rows, 2] int32"""
     words = torch.arange(vocab_size, device=keys.device)[None]  # int64 holds unsigned 32-bit words
-    first, second = (keys.long() & _WORD).split(1, dim=1)
+    first, second = (keys.long() & _WORD).split(1, dim=1)  # type: ignore[no-untyped-call]
     words = words ^ (words >> 16)
     words = words * _MULTIPLIERS[0] & _WORD
     words = words ^ (words >> 15)

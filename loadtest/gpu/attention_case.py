@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from kernels.triton.configs import AttentionConfig, attention_config, chip_of
 
 BLOCK_SIZE = 16
 Lens = list[tuple[int, int]]  # new tokens and all tokens of each sequence
+
+
+class Options(TypedDict, total=False):
+    """What the reference `paged_attention` takes beside tensors."""
+
+    window: int
+    soft_cap: float
+    sinks: Tensor
+    tree_mask: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Tensors as the reference `paged_attention` takes them. `options`: window, soft_cap, tree_mask, ..."""
+    """Tensors as the reference `paged_attention` takes them."""
 
     heads: Heads
     lens: Lens
@@ -42,14 +53,14 @@ class AttentionCase:
     block_tables: Tensor
     query_starts: Tensor
     seq_lens: Tensor
-    options: dict[str, Tensor | float | int] = field(default_factory=dict)
+    options: Options
 
     @property
     def scale(self) -> float:
-        return self.heads.head_dim**-0.5
+        return float(self.heads.head_dim**-0.5)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.q, self.k_cache, self.v_cache, self.block_tables, self.query_starts, self.seq_lens
 
     @property
@@ -101,7 +112,9 @@ class AttentionCase:
 
     def expected(self) -> Tensor:
         """In float64."""
-        options = {name: x.double() if name == "sinks" else x for name, x in self.options.items()}
+        options = self.options.copy()
+        if "sinks" in options:
+            options["sinks"] = options["sinks"].double()
         with torch.device(self.q.device):  # where the definition makes its masks
             return kernels.reference.attention.paged_attention(
                 self.q.double(), *self.tensors[1:], self.scale, **options
@@ -109,7 +122,7 @@ class AttentionCase:
 
 
 def make_case(
-    heads: Heads, lens: Lens, dtype: torch.dtype, generator: torch.Generator, **options: Tensor | float | int
+    heads: Heads, lens: Lens, dtype: torch.dtype, generator: torch.Generator, **options: Unpack[Options]
 ) -> AttentionCase:
     """Blocks lie in random order; what no sequence has a token in is NaN."""
     device = generator.device
@@ -139,11 +152,11 @@ def make_case(
         block_tables=block_tables,
         query_starts=query_starts,
         seq_lens=torch.tensor([length for _, length in lens], device=device),
-        options=dict(options),
+        options=options,
     )
 
 
-def tree_options(lens: Lens, parents: list[int], device: torch.device) -> dict[str, Tensor]:
+def tree_options(lens: Lens, parents: list[int], device: torch.device) -> Options:
     """A tree mask and positions for a batch in which each sequence's last tokens are drafts with these parents.
 
     parents: the draft that each draft follows, -1 for the newest token

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import lzma
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loadtest.gpu.attention_case import AttentionCase
-from loadtest.gpu.flash_library import unpacked_flash_library
+from loadtest.gpu.wheels import FLASH_LIBRARY, PACKAGE
 
 Attend = Callable[[], Tensor]  # -> [num_tokens, num_heads, head_dim]
 
@@ -21,23 +25,6 @@ def sdpa(case: AttentionCase) -> Attend:
 
     def attend() -> Tensor:
         return _as_rows(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True))
-
-    return attend
-
-
-def flex(case: AttentionCase) -> Attend:
-    """torch's compiled FlexAttention, over contiguous keys and values."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    q, k, v, is_causal = _contiguous(case)
-    mask = None
-    if is_causal:
-        length = q.shape[2]
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=q.device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend() -> Tensor:
-        return _as_rows(compiled(q, k, v, block_mask=mask, enable_gqa=True))
 
     return attend
 
@@ -59,7 +46,6 @@ def flash(case: AttentionCase) -> Attend:
 
 
 PEERS = {"SDPA": sdpa, "FlashAttention-3": flash}
-COMPILED_PEERS = {"FlexAttention": flex}  # by torch's compiler, which takes ten seconds and more
 
 
 def _contiguous(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -71,7 +57,7 @@ def _contiguous(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, bool]:
         cache[case.block_tables].transpose(1, 2).flatten(2, 3)[:, :, :length].contiguous()
         for cache in (case.k_cache, case.v_cache)
     )
-    q = case.q.unflatten(0, (len(case.lens), new)).transpose(1, 2).contiguous()
+    q = case.q.view(len(case.lens), new, *case.q.shape[1:]).transpose(1, 2).contiguous()
     return q, k, v, new > 1
 
 
@@ -81,6 +67,23 @@ def _as_rows(out: Tensor) -> Tensor:
 
 @cache
 def _flash_operation() -> Callable[..., list[Tensor]]:
-    torch.ops.load_library(str(unpacked_flash_library()))
+    torch.ops.load_library(str(_unpacked_library()))  # type: ignore[no-untyped-call]
     operation: Callable[..., list[Tensor]] = torch.ops._vllm_fa3_C.fwd
     return operation
+
+
+def _unpacked_library() -> Path:
+    """vLLM builds it as one shared library, which is carried along packed.
+
+    Unpacks it, once a machine. FileNotFoundError where it was not carried along.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("FlashAttention-3 was not carried along")
+    packed = Path(next(iter(spec.submodule_search_locations))) / f"{FLASH_LIBRARY}.xz"
+    unpacked = Path(tempfile.gettempdir()) / FLASH_LIBRARY
+    if not unpacked.exists() or unpacked.stat().st_mtime < packed.stat().st_mtime:
+        partial = unpacked.with_suffix(".partial")
+        partial.write_bytes(lzma.decompress(packed.read_bytes()))
+        partial.replace(unpacked)
+    return unpacked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from triton.compiler.errors import CompilationError
@@ -13,33 +14,40 @@ from triton.runtime.errors import OutOfResources, PTXASError
 import kernels.reference.moe
 import kernels.triton.layers.moe
 from kernels.triton.configs import AttentionConfig, MoeConfig, attention_config, chip_of, moe_config
-from loadtest.gpu.attention_case import AttentionCase, Heads, Lens, make_case, tree_options
+from loadtest.gpu.attention_case import AttentionCase, Heads, Lens, Options, make_case, tree_options
 from loadtest.gpu.context import Context
 from loadtest.gpu.errors import BOUNDS, relative_error
 from loadtest.gpu.machine import l2_bytes
 from loadtest.gpu.stopwatch import Work, num_sets
 
-Config = AttentionConfig | MoeConfig
+Axes = dict[str, tuple[int, ...]]  # fields and the values to try
+Config = TypeVar("Config", bound=AttentionConfig | MoeConfig)
 IMPOSSIBLE = (OutOfResources, PTXASError, CompilationError, RuntimeError)  # a tile shape that this chip refuses
 
-_DECODE = {
+_DECODE: Axes = {
     "split_size": (256, 512),
     "decode_keys": (32, 64, 128),
     "decode_warps": (2, 4, 8),
     "decode_stages": (3, 5, 7),
 }
-_PROMPT = {
+_PROMPT: Axes = {
     "prompt_rows": (64, 128),
     "prompt_keys": (32, 64, 128),
     "prompt_warps": (4, 8),
     "prompt_stages": (3, 5),
 }
-_FEW = {"columns": (32, 64, 128), "step": (64, 128, 256), "stages": (3, 4, 5)}
-_MANY = {"rows": (64, 128), "columns": (64, 128), "step": (64,), "warps": (4, 8), "stages": (3, 4)}
+_FEW: Axes = {"columns": (32, 64, 128), "step": (64, 128, 256), "stages": (3, 4, 5)}
+_MANY: Axes = {
+    "rows": (64, 128),
+    "columns": (64, 128),
+    "step": (64,),
+    "warps": (4, 8),
+    "stages": (3, 4),
+}
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Generic[Config]):
     """A case that a kernel is timed on, as so many sets of inputs that the cache does not hold them all."""
 
     run: Callable[[Config], Work]
@@ -47,18 +55,18 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Tunable:
+class Tunable(Generic[Config]):
     """A kernel and an entry of its table.
 
-    axes: fields and the values to try; check: the relative error of a config's results, those of the variants that
+    check: the relative error of a config's results, those of the variants that
     take most registers and shared memory among them; it may raise one of IMPOSSIBLE
     """
 
     kernel: str
     keys: list[str]
     base: Config
-    axes: dict[str, tuple[int, ...]]
-    loads: Callable[[], list[Load]]
+    axes: Axes
+    loads: Callable[[], list[Load[Config]]]
     check: Callable[[Config], float]
     bound: float
 
@@ -69,7 +77,8 @@ class Tunable:
     def configs(self) -> list[Config]:
         """The base first, then those that differ from it in few fields."""
         values = itertools.product(*self.axes.values())
-        found = {replace(self.base, **dict(zip(self.axes, value, strict=True))) for value in values} - {self.base}
+        fields: Iterator[dict[str, Any]] = (dict(zip(self.axes, value, strict=True)) for value in values)
+        found = {replace(self.base, **changes) for changes in fields} - {self.base}
         return [self.base, *sorted(found, key=lambda config: (self._distance(config), str(config)))]
 
     def _distance(self, config: Config) -> int:
@@ -77,7 +86,7 @@ class Tunable:
         return sum(before[field] != after[field] for field in before)
 
 
-def tunables(context: Context) -> Iterator[Tunable]:
+def tunables(context: Context) -> Iterator[Tunable[Any]]:
     """In the order of their weight for what people run."""
     if context.is_rehearsal:
         yield _attention(context, Heads(2, 1, 16), {"decode_warps": (2, 4)}, [[(1, 20)]])
@@ -89,21 +98,22 @@ def tunables(context: Context) -> Iterator[Tunable]:
     yield _moe(context, "many", _MANY, [2048])
 
 
-def _attention(context: Context, heads: Heads, axes: dict[str, tuple[int, ...]], batches: list[Lens]) -> Tunable:
+def _attention(context: Context, heads: Heads, axes: Axes, batches: list[Lens]) -> Tunable[AttentionConfig]:
     dtype = torch.float32 if context.is_rehearsal else torch.bfloat16
     base = attention_config(heads.head_dim, heads.group, dtype, chip=chip_of(context.device))
     generator = context.generator(f"tune {heads} {list(axes)}")
 
-    def load(lens: Lens) -> Load:
+    def load(lens: Lens) -> Load[AttentionConfig]:
         first = make_case(heads, lens, dtype, generator)
         count = 1 if context.is_rehearsal else num_sets(first.num_bytes, l2_bytes(context.device))
         cases = [first, *(make_case(heads, lens, dtype, generator) for _ in range(1, count))]
         return Load(lambda config: _attending(cases, config), count)
 
-    def check(config: Config) -> float:
+    def check(config: AttentionConfig) -> float:
         lens = [(4, 20)] if context.is_rehearsal else [(4, 300), (40, 200), (5, 1500)]
-        tree = {**tree_options(lens, [-1, -1, 0], context.device), "window": 100, "soft_cap": 30.0}
-        cases = [make_case(heads, lens, dtype, generator, **options) for options in ({}, tree)]
+        tree: Options = {**tree_options(lens, [-1, -1, 0], context.device), "window": 100, "soft_cap": 30.0}
+        plain: Options = {}
+        cases = [make_case(heads, lens, dtype, generator, **options) for options in (plain, tree)]
         return max(relative_error(case.run(case.prepare(config)), case.expected()) for case in cases)
 
     keys = [f"{heads.head_dim} {name}" for name in ("bfloat16", "float16")]
@@ -115,7 +125,7 @@ def _attending(cases: list[AttentionCase], config: AttentionConfig) -> Work:
     return lambda index: cases[index].run(prepared[index])
 
 
-def _moe(context: Context, bucket: str, axes: dict[str, tuple[int, ...]], rows: list[int]) -> Tunable:
+def _moe(context: Context, bucket: str, axes: Axes, rows: list[int]) -> Tunable[MoeConfig]:
     num_experts, top_k, hidden_size, size = 64, 8, 2048, 1024
     dtype, device = torch.bfloat16, context.device
     base = moe_config(0 if bucket == "few" else 1 << 20, dtype, chip=chip_of(device))
@@ -129,11 +139,11 @@ def _moe(context: Context, bucket: str, axes: dict[str, tuple[int, ...]], rows: 
         weights = draw(num_experts, 2 * size, hidden_size), draw(num_experts, hidden_size, size)
         return draw(num_tokens, hidden_size), *weights, *routed
 
-    def load(num_tokens: int) -> Load:
+    def load(num_tokens: int) -> Load[MoeConfig]:
         part = parts(num_tokens)  # all experts together are more than the cache holds
         return Load(lambda config: lambda index: kernels.triton.layers.moe.mix_experts(*part, config=config), 1)
 
-    def check(config: Config) -> float:
+    def check(config: MoeConfig) -> float:
         x, gate_up, down, weights, experts = parts(100)
         found = kernels.triton.layers.moe.mix_experts(x, gate_up, down, weights, experts, config=config)
         expected = kernels.reference.moe.mix_experts(x.double(), gate_up.double(), down.double(), weights, experts)

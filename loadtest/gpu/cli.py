@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import secrets
 import shlex
 import shutil
@@ -11,26 +10,29 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from loadtest.environment import read_environment
-from loadtest.gpu import tables
+from loadtest.extra import check_extra
 from loadtest.gpu.records import Check, SectionResult, Session, Tuned, load
 from loadtest.gpu.sections import SECTIONS
-from loadtest.result_files import save_result
+from loadtest.report.environment import read_environment
+from loadtest.report.result_files import save_result
 
 ROOT = Path(__file__).resolve().parents[2]
 _TUNING = ("machine", "compile", "tune")
-_PACKAGES = ("torch", "triton", "transformers", "gemlite")
+_PACKAGES = ("torch", "triton", "transformers")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: measured, and every kernel is right; 1: a kernel is wrong or nothing was found; 2: it could not be tried."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    if options.command != "wheels":
+        check_extra("tabulate")
     try:
         if options.command == "table":
+            from loadtest.gpu import tables
+
             print(tables.markdown(load(options.file) if options.file.exists() else None))
             return 0
         if options.command == "wheels":
@@ -78,6 +80,7 @@ def _sections(text: str) -> list[str]:
 
 
 def _measure(options: argparse.Namespace, command: str) -> int:
+    from loadtest.gpu import tables
     from loadtest.gpu.runner import Settings, run_sections
 
     if options.minutes <= 0:
@@ -110,7 +113,7 @@ def _measure(options: argparse.Namespace, command: str) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are ended on the way out
     run_sections(settings, keep, done)
-    print("\n".join(["", *tables.goal_lines(session), "", str(path)]))
+    print(f"\n{tables.goal_table(session)}\n\n{path}")
     return 0 if _is_right(session) else 1
 
 
@@ -130,7 +133,8 @@ def _gpu() -> str:
 
 def _empty_session(command: str, seed: int, device: str, options: argparse.Namespace) -> Session:
     environment = read_environment()
-    packages = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    versions = environment.packages
+    packages = {"python": environment.python} | {name: versions[name] for name in _PACKAGES if name in versions}
     if options.commit:
         environment = replace(environment, commit=options.commit)
     return Session(
@@ -139,13 +143,6 @@ def _empty_session(command: str, seed: int, device: str, options: argparse.Names
         seed=seed,
         device=device,
         environment=environment,
-        packages={name: number for name, number in packages.items() if number},
+        packages=packages,
         sections=[],
     )
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

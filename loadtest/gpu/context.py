@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -52,7 +51,3 @@ class Job:
 
     name: str
     run: Callable[[], Iterator[Record]]
-
-
-def read_context(path: Path) -> Context:
-    return msgspec.json.decode(path.read_bytes(), type=Context)

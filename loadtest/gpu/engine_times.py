@@ -24,7 +24,6 @@ from loadtest.gpu.end_to_end import (
     prefill_floor,
     random_prompts,
 )
-from loadtest.gpu.model_folder import model_folder
 from loadtest.gpu.records import Problem, Record, Timing
 from loadtest.gpu.shapes import Load, Shape, load_of
 from loadtest.gpu.transformers_times import time_transformers
@@ -46,7 +45,7 @@ def jobs(context: Context) -> list[Job]:
 def _time_engine(context: Context, shape: Shape, load: Load, *, num_jobs_left: int) -> Iterator[Record]:
     allowance = allow(context, num_jobs_left=num_jobs_left, overhead=1.0)
     started = time.perf_counter()
-    with model_folder(shape, max_length=load.max_length) as folder:
+    with shape.folder(max_length=load.max_length) as folder:
         settings = {
             "model": {"path": str(folder), "load_format": "dummy"},
             "scheduler": {"max_num_seqs": max(load.batches), "max_num_batched_tokens": TOKENS_PER_STEP},

@@ -23,7 +23,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def poisoned_memory() -> Iterator[None]:
     """Inside, new memory is NaN (or the largest integer), so that an element that nobody writes is noticed."""
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler: seconds
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
         yield
     finally:

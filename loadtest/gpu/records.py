@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from loadtest.environment import Environment
-from loadtest.result_files import load_result
+from loadtest.report.environment import Environment
+from loadtest.report.result_files import load_result
 
 
 class Ceilings(msgspec.Struct, frozen=True, tag=True):
@@ -111,23 +111,6 @@ class Session(msgspec.Struct, frozen=True):
     @property
     def timings(self) -> dict[str, Timing]:
         return {record.name: record for record in self.records if isinstance(record, Timing)}
-
-
-_encode_line = msgspec.json.Encoder().encode
-_decode_line = msgspec.json.Decoder(Record).decode
-
-
-def append(path: Path, record: Record) -> None:
-    with path.open("ab") as file:
-        file.write(_encode_line(record) + b"\n")
-
-
-def read(path: Path) -> list[Record]:
-    """The complete lines; a process that died while writing leaves half of one."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_decode_line(line) for line in lines]
 
 
 def load(path: Path) -> Session:

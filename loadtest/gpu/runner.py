@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
+import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from loadtest.gpu import records
-from loadtest.gpu.context import Context, read_context
+from loadtest.compare.processes import send, tree_of
+from loadtest.gpu.context import Context
 from loadtest.gpu.records import Begun, Ceilings, Problem, Record, SectionResult
 from loadtest.gpu.sections import SECTIONS, Section
-from loadtest.gpu.worker import MORE
+from loadtest.gpu.worker import MORE, Share, work
 
-ROOT = Path(__file__).resolve().parents[2]
 _POLL = 0.05  # seconds
 _PAUSE = 0.5  # seconds between two looks at what a section has found so far
 
 Keep = Callable[[SectionResult], None]
+_decoder = msgspec.json.Decoder(Record)
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,18 @@ def run_sections(settings: Settings, keep: Keep, done: Keep) -> None:
     ceilings: Ceilings | None = None
     for number, name in enumerate(settings.sections):
         left = sum(SECTIONS[later].share for later in settings.sections[number:])
-        seconds = (end - time.monotonic()) * SECTIONS[name].share / left
-        result = partial(_result, name, time.monotonic())
-        found = run_section(
-            SECTIONS[name],
-            settings,
-            seconds=seconds,
-            ceilings=ceilings,
-            tell=lambda found, result=result: keep(result(found)),
-        )
+        begun_at = time.monotonic()
+
+        def result(found: list[Record], name: str = name, begun_at: float = begun_at) -> SectionResult:
+            return SectionResult(name, round(time.monotonic() - begun_at, 1), found)
+
+        def tell(found: list[Record], result: Callable[[list[Record]], SectionResult] = result) -> None:
+            keep(result(found))
+
+        seconds = (end - begun_at) * SECTIONS[name].share / left
+        found = run_section(SECTIONS[name], settings, seconds=seconds, ceilings=ceilings, tell=tell)
         ceilings = next((record for record in found if isinstance(record, Ceilings)), ceilings)
         done(result(found))
-
-
-def _result(name: str, start: float, found: list[Record]) -> SectionResult:
-    return SectionResult(name, round(time.monotonic() - start, 1), found)
 
 
 def run_section(
@@ -77,24 +73,16 @@ def run_section(
     tell: gets what there is so far, when something has come
     """
     end = time.monotonic() + seconds
-    context = Context(
-        is_rehearsal=settings.is_rehearsal,
-        seed=settings.seed,
-        deadline=time.time() + seconds,
-        ceilings=ceilings,
-        tables=str(settings.tables),
-    )
+    context = Context(settings.is_rehearsal, settings.seed, time.time() + seconds, ceilings, str(settings.tables))
     num_workers = 1 if settings.is_rehearsal else section.num_workers
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "context.json"
-        path.write_bytes(msgspec.json.encode(context))
-        workers = [_Worker(section, path, part, num_workers) for part in range(num_workers)]
+        workers = [_Worker(section, context, Share(part, num_workers), Path(folder)) for part in range(num_workers)]
         try:
             _watch(workers, end, tell)
         finally:
             for worker in workers:
                 worker.stop()
-        return _found(workers)
+    return _found(workers)
 
 
 def _watch(workers: list[_Worker], end: float, tell: Callable[[list[Record]], None]) -> None:
@@ -102,105 +90,82 @@ def _watch(workers: list[_Worker], end: float, tell: Callable[[list[Record]], No
     while at_work and time.monotonic() < end:
         time.sleep(_POLL)
         at_work = [worker for worker in at_work if worker.is_at_work()]
-        if time.monotonic() > told_at + _PAUSE:
-            found, told_at = _found(workers), time.monotonic()
-            if len(found) > num_told:
-                tell(found)
-                num_told = len(found)
+        found = _found(workers)
+        if len(found) > num_told and time.monotonic() > told_at + _PAUSE:
+            tell(found)
+            told_at, num_told = time.monotonic(), len(found)
 
 
 def _found(workers: list[_Worker]) -> list[Record]:
-    return [record for worker in workers for record in worker.found()]
+    return [record for worker in workers for record in worker.records if not isinstance(record, Begun)]
 
 
 class _Worker:
     """A share of a section's jobs. Where a process dies, or is stuck in a job, a new one goes on after that job."""
 
-    def __init__(self, section: Section, context: Path, part: int, num_parts: int) -> None:
-        self._section = section
-        self._output = context.parent / f"{part}.jsonl"
-        self._log = context.parent / f"{part}.log"
-        is_rehearsal = read_context(context).is_rehearsal
-        is_fresh = section.is_fresh and not is_rehearsal  # without a device there is none of its memory to free
-        self._command = [sys.executable, "-m", "loadtest.gpu.worker", section.module, "fresh" if is_fresh else "shared"]
-        self._command += [str(context), str(self._output), str(part), str(num_parts)]
-        self._environment = worker_environment(is_rehearsal=is_rehearsal, num_workers=num_parts)
-        self._num_done = 0
+    def __init__(self, section: Section, context: Context, share: Share, folder: Path) -> None:
+        self.records: list[Record] = []
+        self._section, self._context, self._share = section, context, share
+        self._log = folder / f"{share.part}.log"
         self._is_over = False
-        self._heard_at = time.monotonic()
-        self._num_records = 0
-        self._process = self._start()
+        self._start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        with self._log.open("wb") as log:
-            return subprocess.Popen(
-                [*self._command, str(self._num_done)],
-                cwd=ROOT,
-                env=self._environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # it is ended with all that it started
-            )
+    def _start(self) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawning.Pipe(duplex=False)
+        arguments = (self._section, self._context, self._share, theirs, self._log)
+        self._process = spawning.Process(target=work, args=arguments)
+        self._process.start()
+        theirs.close()  # here, so that the pipe ends with the process
+        self._heard_at = time.monotonic()
 
     def is_at_work(self) -> bool:
         if self._is_over:
             return False
-        code = self._process.poll()
-        if code is None:
-            return self._is_heard()
-        self._go_on("" if code == MORE else f"its process ended with {code}: {self._last_words()}", code)
-        return not self._is_over
-
-    def _is_heard(self) -> bool:
-        num_records = len(records.read(self._output))
-        if num_records > self._num_records:
-            self._num_records, self._heard_at = num_records, time.monotonic()
-        if time.monotonic() - self._heard_at > self._section.patience:
-            _end(self._process)
+        code = self._process.exitcode  # before the last records are read
+        self._read()
+        if code is not None:
+            self._go_on("" if code in (0, MORE) else f"its process ended with {code}: {self._last_words()}", code)
+        elif time.monotonic() - self._heard_at > self._section.patience:
+            self._end()
             self._go_on(f"nothing was heard of it for {self._section.patience:.0f} s", -1)
         return not self._is_over
 
+    def _read(self) -> None:
+        with suppress(EOFError, OSError):  # the end of a process that died, in the middle of a record or not
+            while self._pipe.poll():
+                self.records.append(_decoder.decode(self._pipe.recv_bytes()))
+                self._heard_at = time.monotonic()
+
     def _go_on(self, complaint: str, code: int) -> None:
         """After the last job that had begun; if none had, a new process would fare no better."""
-        jobs = [record.job for record in records.read(self._output) if isinstance(record, Begun)]
-        self._is_over = code == 0 or len(jobs) == self._num_done
-        if code != 0 and complaint and not self._is_explained():
-            records.append(self._output, Problem(jobs[-1] if jobs else "start", complaint))
+        jobs = self._jobs()
+        self._is_over = code == 0 or len(jobs) == self._share.num_done
+        is_explained = bool(self.records) and isinstance(self.records[-1], Problem)
+        if complaint and not is_explained:
+            self.records.append(Problem(jobs[-1] if jobs else "start", complaint))
         if not self._is_over:
-            self._num_done, self._heard_at = len(jobs), time.monotonic()
-            self._process = self._start()
+            self._share = msgspec.structs.replace(self._share, num_done=len(jobs))
+            self._start()
 
-    def _is_explained(self) -> bool:
-        found = records.read(self._output)
-        return bool(found) and isinstance(found[-1], Problem)
+    def _jobs(self) -> list[str]:
+        return [record.job for record in self.records if isinstance(record, Begun)]
 
     def _last_words(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        lines = [line for line in text.splitlines() if line.strip()]
         return lines[-1][:300] if lines else "it said nothing"
 
     def stop(self) -> None:
         """The deadline has come, or all is done."""
-        if self._process.poll() is None:
-            _end(self._process)
-            jobs = [record.job for record in records.read(self._output) if isinstance(record, Begun)]
-            records.append(self._output, Problem(jobs[-1] if jobs else "start", "stopped: the section's time was over"))
+        if self._process.is_alive():
+            self._end()
+            self._read()
+            jobs = self._jobs()
+            self.records.append(Problem(jobs[-1] if jobs else "start", "stopped: the section's time was over"))
 
-    def found(self) -> list[Record]:
-        return [record for record in records.read(self._output) if not isinstance(record, Begun)]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, 9)
-    process.wait()
-
-
-def worker_environment(*, is_rehearsal: bool, num_workers: int) -> dict[str, str]:
-    """Fused multiply-adds are what the kernels were compiled and checked with. Processes at once share the cores."""
-    environment = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    if is_rehearsal:
-        return environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    if num_workers > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_workers))
-    return environment
+    def _end(self) -> None:
+        """With all that it started."""
+        assert self._process.pid is not None
+        send(tree_of(self._process.pid), signal.SIGKILL)
+        self._process.join()

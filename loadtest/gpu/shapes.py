@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +56,9 @@ class Shape:
         """Of a token that sees another one: a product with its key and one with its value, in all layers."""
         return 4 * self.num_layers * self.num_heads * self.head_dim
 
-    def write_config(self, folder: Path, *, max_length: int) -> None:
-        """A config.json, which is all that a model with random weights needs."""
+    @contextmanager
+    def folder(self, *, max_length: int) -> Iterator[Path]:
+        """With a config.json, which is all that a model with random weights needs."""
         config = {
             "architectures": [self.architecture],
             "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
@@ -73,7 +77,9 @@ class Shape:
             "bos_token_id": None,
             "eos_token_id": None,
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            yield Path(folder)
 
 
 LLAMA_8B = Shape(

@@ -1,24 +1,47 @@
-"""Results as text: all of it for a terminal, the goals as markdown for the README."""
+"""Results as text: all of it for a terminal, and the goals as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loadtest.gpu.goals import GOALS, Goal
+from tabulate import tabulate
+
 from loadtest.gpu.records import Ceilings, Check, Problem, Record, SectionResult, Session, Timing, Tuned
 
 NOT_MEASURED = "not measured yet"
-_NAME_WIDTH = 58
 _NUM_PROBLEMS = 8  # shown of each section; the file has all
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A timing with the times of its peers, whichever record they were in."""
+class Goal:
+    """What is wanted of a GPU. timing: the name that its section gives it; fraction: of the floor; peer: whom it has
+    to be as fast as"""
 
-    timing: Timing
-    peers: dict[str, float]
+    title: str
+    timing: str
+    fraction: float
+    peer: str
+
+
+GOALS = [
+    Goal("decode attention, 32 x 4,096 tokens", "decode attention, 32 x 4096", 0.90, "FlashAttention-3"),
+    Goal("decode attention, 128 x 1,024 tokens", "decode attention, 128 x 1024", 0.90, "FlashAttention-3"),
+    Goal("prefill attention, 4,096 tokens", "prefill attention, 1 x 4096", 0.75, "FlashAttention-3"),
+    *(
+        Goal(
+            f"{name}, decode, batch {batch}, context {length:,}",
+            f"decode, {name}, {batch} x {length}",
+            goal,
+            "transformers",
+        )
+        for name in ("Llama-3.1-8B", "Qwen3-0.6B")
+        for batch, goal in ((1, 0.85), (8, 0.85), (32, 0.80), (128, 0.80))
+        for length in (1024, 4096)
+    ),
+    Goal("Llama-3.1-8B, prefill of 4,096 tokens", "prefill, Llama-3.1-8B, 1 x 4096", 0.80, "transformers"),
+    Goal("Qwen3-0.6B, prefill of 4,096 tokens", "prefill, Qwen3-0.6B, 1 x 4096", 0.80, "transformers"),
+]
 
 
 def terminal_text(section: SectionResult) -> str:
@@ -27,9 +50,12 @@ def terminal_text(section: SectionResult) -> str:
     checks = [record for record in section.records if isinstance(record, Check)]
     if checks:
         lines.append(f"  {sum(check.is_ok for check in checks)} of {len(checks)} checks are within their bounds")
+    lines += [f"  {line}" for record in section.records for line in _lines(record)]
+    timings = [_timing_row(record) for record in section.records if isinstance(record, Timing)]
+    if timings:
+        headers = ["", "time", "of the floor", "tokens/s", "speed against others, notes"]
+        lines.append(tabulate(timings, headers, disable_numparse=True))
     problems = [record for record in section.records if isinstance(record, Problem)]
-    others = [record for record in section.records if not isinstance(record, Problem)]
-    lines += [f"  {line}" for record in others for line in _lines(record)]
     lines += [f"  NOT MEASURED {problem.job}: {problem.text}" for problem in problems[:_NUM_PROBLEMS]]
     if len(problems) > _NUM_PROBLEMS:
         lines.append(f"  ... and {len(problems) - _NUM_PROBLEMS} more that were not measured")
@@ -43,54 +69,43 @@ def _lines(record: Record) -> Iterator[str]:
             yield f"{rates}, {record.l2_bytes / 2**20:.3g} MiB of second-level cache"
         case Check() if not record.is_ok:
             yield f"WRONG {record.name}: {record.error:.3g}, and {record.bound:.3g} is allowed"
-        case Timing():
-            peers = "".join(f"  {ratio(seconds, record.seconds)} {name}" for name, seconds in record.peers.items())
-            fraction = "    " if record.fraction is None else f"{record.fraction:4.2f}"
-            rate = f"  {record.num_tokens / record.seconds:,.0f} tok/s" if record.num_tokens else ""
-            note = f"  ({record.note})" if record.note else ""
-            yield f"{record.name:<{_NAME_WIDTH}}{duration(record.seconds):>10}  {fraction}{peers}{rate}{note}"
         case Tuned():
             gain = f"{record.before / max(record.after, 1e-12):.2f}x of {record.num_tried} tried"
             yield f"tuned {record.kernel} {record.key}: {gain}: {record.config}"
 
 
-def goal_lines(session: Session | None) -> list[str]:
-    """The goals, for the end of the output."""
-    lines = [f"{'':<{_NAME_WIDTH}}{'time':>10}  floor  goal  speed of ours / peer's"]
+def _timing_row(timing: Timing) -> list[str]:
+    notes = ", ".join(part for part in (_speeds(timing.seconds, timing.peers), timing.note) if part)
+    return [timing.name, duration(timing.seconds), _fraction(timing), _rate(timing), notes]
+
+
+def goal_table(session: Session | None, *, form: str = "simple") -> str:
+    """A row for each goal; where there is no figure, the cell says so. form: of tabulate's"""
+    rows = []
     for goal in GOALS:
-        found = _find(goal, session)
-        if found is None or found.timing.fraction is None:
-            lines.append(f"{goal.title:<{_NAME_WIDTH}}{NOT_MEASURED:>18}   {goal.fraction:.2f}")
+        timing = None if session is None else session.timings.get(goal.timing)
+        if session is None or timing is None:
+            rows.append([goal.title, NOT_MEASURED, "", NOT_MEASURED, f"{goal.fraction:.2f}", ""])
             continue
-        mark = "  " if found.timing.fraction >= goal.fraction else " <"
-        time = duration(found.timing.seconds)
-        row = f"{goal.title:<{_NAME_WIDTH}}{time:>10}   {found.timing.fraction:.2f}{mark} {goal.fraction:.2f}"
-        lines.append(f"{row}  {_peer_text(found)}")
-    return lines
+        apart = session.timings.get(f"{goal.timing}, {goal.peer}")
+        peers = timing.peers | ({} if apart is None else {goal.peer: apart.seconds})
+        fraction = _fraction(timing) or NOT_MEASURED
+        speeds = _speeds(timing.seconds, peers)
+        rows.append([goal.title, duration(timing.seconds), _rate(timing), fraction, f"{goal.fraction:.2f}", speeds])
+    headers = ["bfloat16", "time", "tokens/s", "of the floor", "goal", "speed against others in the same run"]
+    return tabulate(rows, headers, tablefmt=form, disable_numparse=True)
 
 
 def markdown(session: Session | None) -> str:
-    """The README's table. Without a session, or where it has no figure, the cell says so."""
-    lines = [
-        "| bfloat16 | time | tokens/s | of the floor | goal | speed against others in the same run |",
-        "|---|---|---|---|---|---|",
-    ]
-    for goal in GOALS:
-        found = _find(goal, session)
-        if found is None:
-            lines.append(f"| {goal.title} | {NOT_MEASURED} | | {NOT_MEASURED} | {goal.fraction:.2f} | |")
-            continue
-        timing = found.timing
-        rate = f"{timing.num_tokens / timing.seconds:,.0f}" if timing.num_tokens else ""
-        fraction = NOT_MEASURED if timing.fraction is None else f"{timing.fraction:.2f}"
-        cells = [goal.title, duration(timing.seconds), rate, fraction, f"{goal.fraction:.2f}", _peer_text(found)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _source(session)])
+    """The table of the documents."""
+    return f"{goal_table(session, form='github')}\n\n{_source(session)}"
 
 
 def _source(session: Session | None) -> str:
     if session is None:
         return f"On a GPU: {NOT_MEASURED}."
+    if session.is_rehearsal:
+        return "A rehearsal without a GPU: its times mean nothing."
     ceilings = next((record for record in session.records if isinstance(record, Ceilings)), None)
     facts = [session.device, session.environment.date[:10], f"commit {session.environment.commit}"]
     facts += [f"{name} {version}" for name, version in session.packages.items()]
@@ -98,27 +113,20 @@ def _source(session: Session | None) -> str:
     if ceilings is not None:
         bandwidth, rate = ceilings.bytes_per_second / 1e12, ceilings.flops_per_second / 1e12
         text += f" The floor: a copy at {bandwidth:.2f} TB/s, bfloat16 products at {rate:.0f} TFLOP/s, in the same run."
-    return "A rehearsal without a GPU: its times mean nothing." if session.is_rehearsal else text
+    return text
 
 
-def _find(goal: Goal, session: Session | None) -> _Measured | None:
-    if session is None:
-        return None
-    timing = session.timings.get(goal.timing)
-    if timing is None:
-        return None
-    apart = session.timings.get(f"{goal.timing}, {goal.peer}")
-    peers = timing.peers | ({} if apart is None else {str(goal.peer): apart.seconds})
-    return _Measured(timing, peers)
+def _fraction(timing: Timing) -> str:
+    return "" if timing.fraction is None else f"{timing.fraction:.2f}"
 
 
-def _peer_text(found: _Measured) -> str:
-    return ", ".join(f"{ratio(seconds, found.timing.seconds)} {name}" for name, seconds in found.peers.items())
+def _rate(timing: Timing) -> str:
+    return f"{timing.num_tokens / timing.seconds:,.0f}" if timing.num_tokens else ""
 
 
-def ratio(theirs: float, ours: float) -> str:
+def _speeds(ours: float, peers: dict[str, float]) -> str:
     """Above 1: we are faster."""
-    return f"{theirs / ours:.2f}x" if ours else "-"
+    return ", ".join(f"{f'{theirs / ours:.2f}x' if ours else '-'} {name}" for name, theirs in peers.items())
 
 
 def duration(seconds: float) -> str:

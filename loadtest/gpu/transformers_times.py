@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from loadtest.gpu.context import Context
 from loadtest.gpu.end_to_end import Case, allow, cases_of, num_prefill_steps, random_prompts
-from loadtest.gpu.model_folder import model_folder
 from loadtest.gpu.records import Problem, Record, Timing
 from loadtest.gpu.shapes import Load, Shape
 
@@ -24,7 +24,7 @@ def time_transformers(context: Context, shape: Shape, load: Load, *, num_jobs_le
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = torch.float32 if context.is_rehearsal else torch.bfloat16
-    with model_folder(shape, max_length=load.max_length) as folder, torch.device(context.device):
+    with shape.folder(max_length=load.max_length) as folder, torch.device(context.device):
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     for case in sorted(cases_of(load), key=lambda case: case.length):  # one length in full before the next
@@ -34,9 +34,7 @@ def time_transformers(context: Context, shape: Shape, load: Load, *, num_jobs_le
         yield from _time_case(context, model, shape, case, num_outputs=load.num_outputs)
 
 
-def _time_case(
-    context: Context, model: torch.nn.Module, shape: Shape, case: Case, *, num_outputs: int
-) -> Iterator[Record]:
+def _time_case(context: Context, model: Any, shape: Shape, case: Case, *, num_outputs: int) -> Iterator[Record]:
     """From the moments at which tokens came: what is compiled and captured before the first one does not count."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 

@@ -1,10 +1,14 @@
-"""Finds the fastest tile shapes for this chip and writes its table, which the engine reads when it starts."""
+"""Finds the fastest tile shapes for this chip and writes its table, which the engine reads when it starts.
+
+What it will try is compiled before, in many processes at once; their results lie in Triton's cache.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -24,6 +28,20 @@ _NUM_FINALISTS = 4
 _RESERVE = 0.25  # of the time of a tunable, for the finalists
 
 
+def compilations(context: Context) -> list[Job]:
+    return [
+        Job(f"{tunable.name}: {number}", partial(_compile, tunable, config))
+        for tunable in tunables(context)
+        for number, config in enumerate(tunable.configs())
+    ]
+
+
+def _compile(tunable: Tunable[Config], config: Config) -> Iterator[Record]:
+    with suppress(*IMPOSSIBLE):  # the tuner will not take these either
+        tunable.loads()[0].run(config)(0)
+    yield from ()
+
+
 def jobs(context: Context) -> list[Job]:
     found = list(tunables(context))
     return [
@@ -32,7 +50,7 @@ def jobs(context: Context) -> list[Job]:
     ]
 
 
-def tune(context: Context, tunable: Tunable, *, share: float) -> Iterator[Record]:
+def tune(context: Context, tunable: Tunable[Config], *, share: float) -> Iterator[Record]:
     """Writes the fastest config that is right. share: of the time that is left"""
     seconds_left = context.seconds_left
     stop_at = seconds_left * (1 - share * (1 - _RESERVE))
@@ -52,17 +70,17 @@ def tune(context: Context, tunable: Tunable, *, share: float) -> Iterator[Record
         if complaint:
             yield Problem(tunable.name, f"{complaint}, and was not written: {best}")
             continue
-        config = asdict(best)
+        fields = asdict(best)
         for key in tunable.keys:
-            path = write_entry(context, tunable, key, {name: config[name] for name in tunable.axes})
-            yield Tuned(tunable.kernel, key, config, before, after, len(scores), path.name)
+            path = write_entry(context, tunable, key, {name: fields[name] for name in tunable.axes})
+            yield Tuned(tunable.kernel, key, fields, before, after, len(scores), path.name)
         break
     if len(scores) < len(tunable.configs()):
         yield Problem(tunable.name, f"tried {len(scores)} of {len(tunable.configs())} configs")
 
 
 def _rank(
-    context: Context, tunable: Tunable, loads: list[Load], finalists: list[Config]
+    context: Context, tunable: Tunable[Config], loads: list[Load[Config]], finalists: list[Config]
 ) -> tuple[list[tuple[Config, float]], float]:
     """The finalists and the base, timed in turns: the fastest first, down to the base; and the base's time."""
     contestants = list(dict.fromkeys([tunable.base, *finalists]))
@@ -76,7 +94,7 @@ def _rank(
     return [(contestants[number], means[number]) for number in order], means[0]
 
 
-def _complaint(tunable: Tunable, config: Config) -> str:
+def _complaint(tunable: Tunable[Config], config: Config) -> str:
     """What is wrong with a config that was fast, or nothing."""
     try:
         error = tunable.check(config)
@@ -90,7 +108,7 @@ def _mean(values: list[float]) -> float:
     return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values))
 
 
-def write_entry(context: Context, tunable: Tunable, key: str, values: dict[str, int]) -> Path:
+def write_entry(context: Context, tunable: Tunable[Config], key: str, values: dict[str, int]) -> Path:
     """Puts fields into the table of this chip, beside what is there. Entries are complete: only one is looked up."""
     path = Path(context.tables) / f"{chip_of(context.device)}.json"
     tables: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())["kernels"] if path.exists() else {}

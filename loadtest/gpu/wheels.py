@@ -1,7 +1,7 @@
 """Collects what a GPU machine without a network lacks: it has torch, triton and transformers, and nothing of ours.
 
 A wheel for each package that the project needs at run time and those three do not bring, in the versions of
-constraints.txt, for Python 3.12 on x86-64 Linux; and the peers that kernels are compared with.
+constraints.txt, for Python 3.12 on x86-64 Linux; and the peer that attention is compared with.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import zipfile
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-from loadtest.gpu.flash_library import FLASH_LIBRARY, PACKAGE
+PACKAGE = "carried_peers"
+FLASH_LIBRARY = "_vllm_fa3_C.abi3.so"
 
 ROOT = Path(__file__).resolve().parents[2]
 _PRESENT = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"}
+_TABLES = {"tabulate"}  # of the extra `loadtest`; nothing is drawn there
 _CPU_ONLY = ("numba", "llvmlite")
-_GEMLITE = "gemlite==0.6.0.post2"
 _VLLM = "vllm==0.24.0"  # the release whose FlashAttention-3 is built for torch 2.11 and CUDA 13
 _PYTHON = "3.12"
 _PLATFORMS = [f"manylinux_2_{number}_x86_64" for number in (28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
@@ -33,10 +34,8 @@ def collect(folder: Path, *, with_flash: bool, with_cpu: bool) -> int:
     """0, or 1 where something could not be had; the rest is there all the same."""
     folder.mkdir(parents=True, exist_ok=True)
     pins = read_pins(ROOT / "constraints.txt")
-    names = sorted(needed_packages() | (set(_CPU_ONLY) if with_cpu else set()))
+    names = sorted(needed_packages() | _TABLES | (set(_CPU_ONLY) if with_cpu else set()))
     missing = [name for name in names if not _download(f"{name}=={pins[name]}" if name in pins else name, folder)]
-    if not _build(_GEMLITE, folder):
-        missing.append(_GEMLITE)
     if with_flash and not _extract_flash(folder):
         missing.append(f"FlashAttention-3 out of {_VLLM}")
     print(_usage(folder))
@@ -81,11 +80,6 @@ def _download(requirement: str, folder: Path) -> bool:
     platforms = [part for platform in _PLATFORMS for part in ("--platform", platform)]
     command = ["download", "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--dest", str(folder)]
     return _pip([*command, "--python-version", _PYTHON, *platforms, requirement])
-
-
-def _build(requirement: str, folder: Path) -> bool:
-    """For a package of pure Python that is published as source alone."""
-    return _pip(["wheel", "--no-deps", "--wheel-dir", str(folder), requirement])
 
 
 def _pip(arguments: list[str]) -> bool:

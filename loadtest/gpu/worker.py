@@ -1,34 +1,68 @@
-"""One process of a section: runs its share of the jobs and appends what they find to a file."""
+"""One process of a section: runs its share of the jobs and sends what they find to the process that watches it."""
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
 import traceback
+from io import TextIOWrapper
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from loadtest.gpu import records
-from loadtest.gpu.context import Context, Job, read_context
-from loadtest.gpu.records import Begun, Problem
+import msgspec
+
+from loadtest.gpu.context import Context
+from loadtest.gpu.records import Begun, Problem, Record
+from loadtest.gpu.sections import Section, jobs_of
 
 MORE = 75  # exit code: one job is done, and the next one wants a process of its own
 UNUSABLE = 76  # exit code: the device answers no more, which a new process mends
 
 
-def work(jobs: list[Job], context: Context, output: Path, *, is_fresh: bool) -> int:
-    """Runs the jobs one after the other, or only the first. Returns the exit code."""
+class Share(msgspec.Struct, frozen=True):
+    """Which jobs of a section: every `num_parts`th from `part`, but the first `num_done` of those."""
+
+    part: int
+    num_parts: int
+    num_done: int = 0
+
+
+def work(section: Section, context: Context, share: Share, watcher: Connection, log: Path) -> None:
+    """The whole life of the process. What it prints goes into the log."""
+    with log.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    assert isinstance(sys.stdout, TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # so that the last words of one that dies are there
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.update(environment(is_rehearsal=context.is_rehearsal, num_workers=share.num_parts))
+
+    def send(record: Record) -> None:
+        watcher.send_bytes(msgspec.json.encode(record))
+
+    jobs = jobs_of(section, context)[share.part :: share.num_parts][share.num_done :]
+    is_fresh = section.is_fresh and not context.is_rehearsal  # without a device there is none of its memory to free
     for number, job in enumerate(jobs):
-        records.append(output, Begun(job.name))
+        send(Begun(job.name))
         try:
             for record in job.run():
-                records.append(output, record)
+                send(record)
         except Exception as error:  # whatever it was, the other jobs can still say something
-            records.append(output, Problem(job.name, _in_words(error)))
+            send(Problem(job.name, _in_words(error)))
             if not _is_usable(context):
-                return UNUSABLE
+                os._exit(UNUSABLE)
         if is_fresh and number + 1 < len(jobs):
-            return MORE
-    return 0
+            os._exit(MORE)
+
+
+def environment(*, is_rehearsal: bool, num_workers: int) -> dict[str, str]:
+    """Fused multiply-adds are what the kernels were compiled and checked with. Processes at once share the cores."""
+    variables = {"TRITON_DEFAULT_FP_FUSION": "1", "HF_HUB_OFFLINE": "1"}
+    if is_rehearsal:
+        return variables | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if num_workers > 1:
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_workers))
+    return variables
 
 
 def _in_words(error: Exception) -> str:
@@ -48,16 +82,3 @@ def _is_usable(context: Context) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def main(arguments: list[str]) -> int:
-    """module, fresh or shared, context, output, which part of how many, how many jobs of it are done"""
-    module, kind, path, output, part, num_parts, num_done = arguments
-    context = read_context(Path(path))
-    jobs: list[Job] = importlib.import_module(module).jobs(context)
-    mine = jobs[int(part) :: int(num_parts)][int(num_done) :]
-    return work(mine, context, Path(output), is_fresh=kind == "fresh")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -99,7 +100,8 @@ def _sample_nothing(logits: Tensor, *arguments: Tensor, **settings: int) -> Tens
 def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
     proposer = WrongDrafts() if has_drafts else NoProposer()
     num_drafts, max_model_len = proposer.needs.num_drafts, context + MAX_TOKENS
-    model, builder = NoModel(max(1024, num_seqs * (1 + num_drafts))), BatchBuilder(torch.device("cpu"))
+    max_num_rows, builder = max(1024, num_seqs * (1 + num_drafts)), BatchBuilder(torch.device("cpu"))
+    model: Any = NoModel(max_num_rows)  # also where a whole model, or an attention, is asked for
     limits = GraphLimits(
         max_num_seqs=num_seqs,
         max_rows_per_seq=1 + num_drafts,
@@ -107,18 +109,15 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
         num_uses=0,
         num_steps_between=0,
     )
-    graphs = GraphRunner(
-        model, model, builder, limits=limits, graph_device=NoGraphDevice(), device=torch.device("cpu")
-    )  # fmt: skip
+    graphs = GraphRunner(model, model, builder, limits=limits, graph_device=NoGraphDevice(), device=builder.device)
     cache = KVCache((), num_blocks=1, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32))
-    cache.kv = [torch.zeros(1)]  # which says where the cache is
     runner = ModelRunner(model, cache, model, builder=builder, graphs=graphs)
     num_blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 2
     scheduler = Scheduler(
         KVCacheManager(num_blocks, BLOCK_SIZE),
         SchedulerLimits(
             max_num_seqs=num_seqs,
-            max_num_batched_tokens=max(1024, num_seqs * (1 + num_drafts)),
+            max_num_batched_tokens=max_num_rows,
             max_model_len=max_model_len,
         ),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ SHAPES = [(960, 576), (3072, 576), (576, 1536), (4096, 4096), (49152, 576)]  # o
 ROWS = [1, 2, 4, 8, 16, 32, 128]
 STREAMED_BYTES = 96 << 20  # of float32 weights per shape
 Product = Callable[[Tensor, int], Tensor]
+W = TypeVar("W")
 
 
 def main() -> None:
@@ -58,7 +60,7 @@ def _products(weights: list[Tensor]) -> dict[str, tuple[torch.dtype, Product]]:
     return products
 
 
-def _product(quant_format: QuantFormat[object], weights: list[Tensor]) -> Product:
+def _product(quant_format: QuantFormat[W], weights: list[Tensor]) -> Product:
     packed = [quant_format.quantize(weight) for weight in weights]
     return lambda x, i: quant_format.matmul(x, packed[i])
 

@@ -11,24 +11,20 @@ import argparse
 import http.client
 import json
 import multiprocessing
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 
 import httpx
 
 from loadtest.micro.measure import Row, print_table, save
+from loadtest.micro.own_server import own_server
 
 MEGABYTE = 1 << 20
 PAUSE = 0.0005  # seconds between two probes
 START_PATIENCE = 120.0  # seconds
 ANSWER_PATIENCE = 300.0
-
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGE, ENTRY = '{"role":"user","content":"a"}', '"#":1'
@@ -178,34 +174,6 @@ def measure(url: str, path: str, body: bytes) -> tuple[float, float, int]:
     return longest, seconds, status
 
 
-@contextmanager
-def serving(arguments: list[str]) -> Iterator[str]:
-    """The URL of a server that is ready. It ends with the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_PATIENCE
-        while not _is_ready(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not become ready: {' '.join(command)}")
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(url + "/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -213,7 +181,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="of the server, after --")
     options = parser.parse_args()
     rows: list[Row] = []
-    with serving(options.arguments) as url:
+    with own_server(options.arguments, patience=START_PATIENCE) as url:
         model = httpx.get(url + "/v1/models").json()["data"][0]["id"]
         for name, (path, make) in {**texts(), **values(), **combinations()}.items():
             body = make().replace("MODEL", model, 1).encode()

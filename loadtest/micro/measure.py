@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from engine.planning.machine import read_machine
-from loadtest.environment import Environment
 
 RESULTS = Path(__file__).parent.parent / "results"
 Row = dict[str, str | int | float]
@@ -34,11 +34,7 @@ def fastest(work: Callable[[int], object], *, num_calls: int, num_rounds: int = 
 
 
 def print_table(rows: list[Row]) -> None:
-    header = list(rows[0])
-    cells = [header, *([_text(row.get(name, "")) for name in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(tabulate(rows, headers="keys", floatfmt=",.1f", intfmt=",", tablefmt="plain"))
 
 
 def save(name: str, rows: list[Row]) -> Path:
@@ -49,12 +45,6 @@ def save(name: str, rows: list[Row]) -> Path:
     path = RESULTS / f"micro-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
-
-
-def dated_path(folder: Path, name: str, environment: Environment) -> Path:
-    """DATE-NAME.json, where a result of that moment goes. Makes the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{environment.date[:19].replace(':', '').replace('T', '-')}-{name}.json"
 
 
 def parse_numbers(text: str) -> list[int]:
@@ -76,7 +66,3 @@ def report(name: str, rows: list[Row], arguments: argparse.Namespace) -> None:
     print_table(rows)
     if arguments.save:
         print(f"\n{save(f'{name}-{arguments.threads}t', rows)}")
-
-
-def _text(value: str | int | float) -> str:
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)

@@ -17,15 +17,17 @@ from itertools import pairwise
 from math import log
 from pathlib import Path
 
-from loadtest.environment import Environment, read_environment
-from loadtest.micro.measure import dated_path, parse_numbers
+from tabulate import tabulate
+
+from loadtest.micro.measure import parse_numbers
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, add_engine_options, build_steady
-from loadtest.result_files import load_result, save_result
+from loadtest.report.environment import Environment, read_environment
+from loadtest.report.result_files import dated_path, load_result, save_result
 
 SHORT_CONTEXT = 128
 NUM_LONG = 8  # sequences beside the single one in the table over contexts
 NUM_LONG_TOKENS = 16_384  # of all their contexts together: what is computed within a minute
-HEADERS = ("ms", *(f"{part}, %" for part in (*PARTS, "other")))
+SHARES = (*PARTS, "other")
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,12 @@ def tables(scaling: Scaling) -> str:
 
 
 def _table(keys: Sequence[str], rows: Sequence[tuple[list[str], Point]]) -> str:
-    lines = [_row([*keys, *HEADERS]), _row(["---:"] * (len(keys) + len(HEADERS)))]
-    for cells, point in rows:
-        shares = [f"{100 * point.times.share(part):.1f}" for part in (*PARTS, "other")]
-        lines.append(_row([*cells, f"{1e3 * point.times.whole:.2f}", *shares]))
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    cells = [
+        [*names, f"{1e3 * point.times.whole:.2f}", *(f"{100 * point.times.share(part):.1f}" for part in SHARES)]
+        for names, point in rows
+    ]
+    headers = [*keys, "ms", *(f"{part}, %" for part in SHARES)]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True, stralign="right")
 
 
 def _remarks(scaling: Scaling) -> str:
@@ -128,7 +127,7 @@ def _remarks(scaling: Scaling) -> str:
     return (
         f"The scheduler's share (schedule, update) with {busiest.state.num_running} running: {100 * scheduler:.1f}%. "
         f"Steepest growth between neighbouring rows, as a power (1 is linear): {steepest}.\n\n"
-        f"{where.date[:10]}, commit {where.commit}, {where.machine}, {where.num_cores} cores, {chosen}. "
+        f"{where.line}, {chosen}. "
         f"Medians of {scaling.num_steps} steps, in the fastest of {scaling.num_rounds} rounds."
     )
 

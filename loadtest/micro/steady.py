@@ -16,13 +16,14 @@ from engine.build import build_engine
 from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.engine import Engine
 from engine.ipc.messages import ModelInfo
+from engine.runner.executor import ModelExecutor
 from engine.types import Request, SamplingParams, StepStats
 from loadtest.micro.measure import RESULTS
+from loadtest.micro.own_server import LOWEST_ID
 
 PARTS = ("schedule", "forward", "sample", "update", "propose")  # of a step, as StepStats names them
 NUM_WARMUP_STEPS = 3
 NUM_WAITING_TOKENS = 128  # the prompt of a waiting request
-LOWEST_ID = 10  # random prompts keep clear of special tokens
 ROOM = 160  # KV tokens per sequence beside its context: what admission keeps free, and rounding to blocks
 
 
@@ -71,6 +72,11 @@ class SteadyEngine:
     def settings(self) -> dict[str, str | int | float | bool | None]:
         """Every "auto" as it was resolved."""
         return {name: setting.value for name, setting in self.model.settings.items()}
+
+    @property
+    def executor(self) -> ModelExecutor:
+        assert isinstance(self.engine.executor, ModelExecutor), "the engine was built in this process"
+        return self.engine.executor
 
     def measure(self, state: State, *, num_steps: int) -> StepTimes:
         """Times `num_steps` decoding steps, after some to warm up. ValueError where the state does not fit."""

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from engine.planning.ceilings import measure_ceilings
-from loadtest.environment import Environment, read_environment
-from loadtest.micro.measure import dated_path, fastest, parse_numbers
+from loadtest.micro.measure import fastest, parse_numbers
 from loadtest.micro.operation_times import (
     ATTENTION,
     WEIGHTS,
@@ -32,7 +32,8 @@ from loadtest.micro.operation_times import (
 )
 from loadtest.micro.served_token import served_token_seconds
 from loadtest.micro.steady import State, SteadyEngine, StepTimes, add_engine_options, build_steady
-from loadtest.result_files import load_result, save_result
+from loadtest.report.environment import Environment, read_environment
+from loadtest.report.result_files import dated_path, load_result, save_result
 
 CONTEXT = 128
 NUM_READ_BYTES = 128 << 20  # more than caches hold
@@ -44,7 +45,7 @@ WAY_TO_CLIENT = "between the processes and HTTP"
 def _team_clock(steady: SteadyEngine) -> OperationClock:
     from engine.attention.numba_backend import NumbaAttention
 
-    attention = steady.engine.executor.runner.attention
+    attention = steady.executor.runner.attention
     assert isinstance(attention, NumbaAttention), "device.kernels is numba"
     return TeamClock(attention.team)
 
@@ -146,7 +147,7 @@ def measure(options: argparse.Namespace) -> StepProfile:
 
 def profile_forward(steady: SteadyEngine, state: State, clock: OperationClock) -> list[OperationTime]:
     """Times the operations of one decoding step's forward pass, done over and over: that writes the same again."""
-    runner = steady.engine.executor.runner
+    runner = steady.executor.runner
     try:
         steady.fill(state, num_steps=1)
         inputs = steady.engine.builder.build(steady.engine.scheduler.schedule())
@@ -208,8 +209,7 @@ def page(profile: StepProfile) -> str:
     names = ("model.dtype", "model.quantization", "device.kernels", "device.num_threads")
     head = [
         "# Where a decoding step's time goes",
-        f"{where.date[:10]}, commit {where.commit}, {where.machine}, {where.num_cores} cores "
-        f"({', '.join(where.features)}). {', '.join(f'{name} {settings[name]}' for name in names)}. "
+        f"{where.line}. {', '.join(f'{name} {settings[name]}' for name in names)}. "
         f"Contexts of about {profile.batches[0].context} tokens.",
         f"The machine reads {profile.ceilings.bytes_per_second / 1e9:.1f} GB/s and multiplies "
         f"{profile.ceilings.flops_per_second / 1e9:.0f} GFLOP/s with these threads (measured in the same run).",
@@ -223,15 +223,15 @@ def _section(batch: BatchProfile) -> str:
     if batch.served is not None:
         parts[WAY_TO_CLIENT] = batch.served - batch.step
     whole = batch.step if batch.served is None else batch.served
-    lines = ["| part | ms | floor, ms | share, % |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for name, seconds in parts.items():
         floor = f"{1e3 * floors[name]:.2f}" if name in floors else ""
-        lines.append(f"| {name} | {1e3 * seconds:.2f} | {floor} | {100 * seconds / whole:.0f} |")
+        rows.append([name, f"{1e3 * seconds:.2f}", floor, f"{100 * seconds / whole:.0f}"])
     title = "a step" if batch.served is None else "a token at the client"
-    lines.append(f"| **{title}** | **{1e3 * whole:.2f}** | **{1e3 * batch.floor.seconds:.2f}** | 100 |")
-    return "\n\n".join(
-        [f"## Batch {batch.num_seqs}", "\n".join(lines), _distance(parts, floors, batch), _slowest(batch)]
-    )
+    rows.append([f"**{title}**", f"**{1e3 * whole:.2f}**", f"**{1e3 * batch.floor.seconds:.2f}**", "100"])
+    headers, align = ["part", "ms", "floor, ms", "share, %"], ["left", "right", "right", "right"]
+    table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return "\n\n".join([f"## Batch {batch.num_seqs}", table, _distance(parts, floors, batch), _slowest(batch)])
 
 
 def _distance(parts: dict[str, float], floors: dict[str, float], batch: BatchProfile) -> str:

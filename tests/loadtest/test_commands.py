@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pytest
 
 from loadtest.arguments import parse
 from loadtest.cli import main
-from loadtest.peer_text import PeerText, parse_peer
-from loadtest.plot import html_page
-from loadtest.session import Session, load
+from loadtest.planning import PeerText, parse_peer
+from loadtest.report.page import html_page
+from loadtest.report.session import Session, load
 from tests.support.scripted_server import Reply, whole_answer
 
 SMALL = ["--prompt", "8", "--output", "4", "--seed", "3", "--warmup", "1"]
@@ -135,7 +136,7 @@ def test_compare_writes_ratios_a_page_and_a_table(serve, tmp_path, capsys) -> No
     assert memory.strip(" |") == "-"  # the other's is not known
 
     page = file.with_suffix(".html").read_text()
-    assert "http" not in page.replace(str(session.command), "")  # nothing to load, nothing to follow
+    assert not re.search(r"<(script|link|img|image)|src=|href=\"[^#]", page)  # nothing to load, nothing to follow
 
 
 def test_a_table_of_something_else_is_refused(tmp_path, capsys) -> None:
@@ -150,13 +151,16 @@ def test_sweep_draws_every_point_in_well_formed_svg(serve, tmp_path) -> None:
     options = ["--concurrency", "1,2,4", "--requests", "4", "--results", str(tmp_path)]
     assert main(["sweep", "--url", server.url, *SMALL, *options]) == 0
     page = html_page(results_of(tmp_path))
-    pictures = [ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>") for part in page.split("<svg")[1:]]
-    assert len(pictures) == 4
-    assert [len(picture.findall("circle")) for picture in pictures] == [6, 6, 6, 3]  # p50 and p99; throughput
-    width, height = (float(size) for size in pictures[0].get("viewBox").split()[2:])
-    for circle in (circle for picture in pictures for circle in picture.findall("circle")):
-        assert 0 <= float(circle.get("cx")) <= width
-        assert 0 <= float(circle.get("cy")) <= height
+    picture = ElementTree.fromstring("<svg" + page.split("<svg")[1].split("</svg>")[0] + "</svg>")
+    groups = {group.get("id"): group for group in picture.iter("{http://www.w3.org/2000/svg}g")}
+    names = [f"server, {kind} {p}, ms" for kind in ("ITL", "TTFT", "e2e") for p in ("p50", "p99")]
+    width, height = (float(size) for size in picture.get("viewBox").split()[2:])
+    for name in [*names, "server"]:
+        points = list(groups[name].iter("{http://www.w3.org/2000/svg}use"))
+        assert len(points) == 3, name
+        for point in points:
+            assert 0 <= float(point.get("x")) <= width
+            assert 0 <= float(point.get("y")) <= height
 
 
 def test_keys_do_not_get_into_files(serve, tmp_path) -> None:
@@ -210,3 +214,19 @@ def test_the_load_generator_needs_nothing_of_the_server_it_measures() -> None:
     code = "import sys, loadtest.cli; print(*sorted({n.split('.')[0] for n in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"server", "engine", "kernels", "torch", "transformers"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [(["table", "f.json"], "tabulate"), (["run"], "tabulate"), (["compare", "--peer", "a=http://h"], "matplotlib")],
+)
+def test_what_an_extra_would_bring_is_asked_for_in_one_line_before_anything_is_measured(
+    arguments: list[str], missing: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as refusal:
+        main(arguments)
+    printed = capsys.readouterr().err
+    assert refusal.value.code == 2
+    assert re.search(rf"needs {missing}.*pip install .*\[loadtest\]", printed)
+    assert printed.count("\n") == 1

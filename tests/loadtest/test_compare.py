@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from loadtest.arrivals import ClosedLoop
-from loadtest.client import Target
-from loadtest.compare import Comparison, Quietness
-from loadtest.environment import read_environment
-from loadtest.hosting import RunningHost
-from loadtest.lengths import FixedLength
-from loadtest.measure import Case, Peer
-from loadtest.progress import Progress
-from loadtest.runner import Plan
-from loadtest.session import Measurement, Session
-from loadtest.workload import Workload
+from loadtest.client.client import Target
+from loadtest.compare.comparison import Comparison, Quietness
+from loadtest.compare.hosting import RunningHost
+from loadtest.compare.measure import Case, Peer
+from loadtest.compare.runner import Plan
+from loadtest.report.environment import read_environment
+from loadtest.report.session import Measurement, Session
+from loadtest.workload.arrivals import ClosedLoop
+from loadtest.workload.lengths import FixedLength
+from loadtest.workload.prompts import Workload
 from tests.support.scripted_server import whole_answer
 
 CASE = Case("one", Workload(FixedLength(4), FixedLength(2), seed=1), Plan(ClosedLoop(1), 2, None, 0))
@@ -24,7 +23,7 @@ CASE = Case("one", Workload(FixedLength(4), FixedLength(2), seed=1), Plan(Closed
 
 async def rounds_of(url: str, quietness: Quietness) -> list[Measurement]:
     host = RunningHost(Peer("a", Target(url)), seed=1)
-    return await Comparison([host], [CASE], 1, None, quietness, lambda *_: Progress()).run()
+    return await Comparison([host], [CASE], 1, None, quietness).run()
 
 
 @pytest.mark.parametrize(("max_busy_cores", "is_disturbed"), [(0.0, [True] * 3), (1000.0, [False])])

@@ -6,14 +6,14 @@ import socket
 
 import pytest
 
-from loadtest.arrivals import ClosedLoop
-from loadtest.client import Client, IgnoreEos, Target
-from loadtest.lengths import FixedLength
-from loadtest.outcome import Answer, Failure, Outcome
-from loadtest.progress import Progress
-from loadtest.runner import Plan, run
-from loadtest.statistics import summarize
-from loadtest.workload import Exchange, Workload
+from loadtest.client.client import Client, IgnoreEos, Target
+from loadtest.client.outcome import Answer, Failure, Outcome
+from loadtest.compare.progress import Progress
+from loadtest.compare.runner import Plan, run
+from loadtest.report.statistics import summarize
+from loadtest.workload.arrivals import ClosedLoop
+from loadtest.workload.lengths import FixedLength
+from loadtest.workload.prompts import Exchange, Workload
 from tests.support.scripted_server import DONE, Reply, event, whole_answer
 
 NUM_TOKENS = 3

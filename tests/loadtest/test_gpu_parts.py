@@ -21,7 +21,6 @@ from kernels.triton.configs import AttentionConfig
 from loadtest.gpu.candidates import Load, Tunable, tunables
 from loadtest.gpu.context import Context
 from loadtest.gpu.errors import poisoned_memory, relative_error
-from loadtest.gpu.model_folder import model_folder
 from loadtest.gpu.records import Ceilings, Problem, Tuned
 from loadtest.gpu.shapes import LLAMA_8B, QWEN_600M, TINY, Shape
 from loadtest.gpu.stopwatch import Work, num_sets
@@ -32,7 +31,7 @@ from tests import ROOT
 
 @pytest.mark.parametrize("shape", [LLAMA_8B, QWEN_600M, TINY], ids=lambda shape: shape.name)
 def test_a_shape_is_the_model_that_the_engine_builds(shape: Shape) -> None:
-    with model_folder(shape, max_length=4096) as folder:
+    with shape.folder(max_length=4096) as folder:
         facts = read_model_facts(ModelConfig(path=str(folder), load_format="dummy"))
     output = 0 if shape.ties_output else shape.num_output_parameters
     assert facts.num_linear_parameters == shape.num_linear_parameters + output

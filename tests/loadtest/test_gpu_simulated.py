@@ -1,6 +1,5 @@
 """The measurements for a GPU as they run on one: tiny shapes, and a simulated device."""
 
-import importlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from engine.runner.cuda_graphs import GraphLimits
 from loadtest.gpu import engine_times, stopwatch
 from loadtest.gpu.context import Context
 from loadtest.gpu.records import Ceilings, Check, Problem, Record, Timing, Tuned
-from loadtest.gpu.sections import SECTIONS
+from loadtest.gpu.sections import SECTIONS, jobs_of
 from loadtest.gpu.shapes import TINY, Load
 from loadtest.gpu.stopwatch import Stopwatch
 from tests.support.simulated_gpu import simulated_gpu
@@ -48,7 +47,7 @@ def context(tmp_path: Path) -> Context:
 
 def _run(section: str, context: Context, *names: str) -> list[Record]:
     """What the section's jobs find whose names begin like that."""
-    jobs = importlib.import_module(SECTIONS[section].module).jobs(context)
+    jobs = jobs_of(SECTIONS[section], context)
     return [record for job in jobs if job.name.startswith(names or "") for record in job.run()]
 
 

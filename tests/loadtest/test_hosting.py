@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from loadtest.cli import main
-from loadtest.launch import LaunchedServer, without_keys
-from loadtest.process_tree import memory_of, pause, resume, tree_of
-from loadtest.session import Session, load
+from loadtest.compare.launch import LaunchedServer, without_keys
+from loadtest.compare.processes import memory_of, pause, resume, tree_of
+from loadtest.report.session import Session, load
 from tests.support import answering_process
 from tests.support.scripted_server import whole_answer
 

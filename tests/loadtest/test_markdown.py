@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from loadtest.environment import read_environment
-from loadtest.markdown import markdown
-from loadtest.result_files import save_result
-from loadtest.session import Measurement, Scenario, Server, Session, load
-from loadtest.statistics import Distribution, Figures
+from loadtest.report.environment import read_environment
+from loadtest.report.result_files import save_result
+from loadtest.report.session import Measurement, Scenario, Server, Session, load
+from loadtest.report.statistics import Distribution, Figures
+from loadtest.report.tables import markdown
 
 DECODING = Scenario("concurrency 4", "128", "64", 4, None, 8, None)
 PREFILL = Scenario("prefill 1024", "1024", "1", 4, None, 8, None)
@@ -59,7 +59,7 @@ def session() -> Session:
 def rows(text: str, table: int) -> dict[str, list[str]]:
     """The cells of a table by the first of its row."""
     lines = text.split("\n\n")[table].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|-")]
     return {first: rest for first, *rest in cells}
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from loadtest.environment import read_environment
 from loadtest.micro import host_step, scaling, step_profile
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
+from loadtest.report.environment import read_environment
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_the_profile_of_a_step_reaches_from_the_weights_to_the_client(
         assert sum(batch.parts.values()) >= 0.5 * batch.step
         assert 0 < batch.floor.kv < batch.floor.seconds
     assert profile.batches[1].floor.kv == pytest.approx(3 * profile.batches[0].floor.kv, rel=0.05)
-    for words in ("## Batch 3", "| weights |", "times its floor"):
+    for words in ("## Batch 3", "| weights ", "times its floor"):
         assert words in printed
     assert (step_profile.WAY_TO_CLIENT in printed) == (not more)
 

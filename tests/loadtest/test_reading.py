@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 from itertools import pairwise
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.answer_reader import AnswerReader, Expectation
-from loadtest.client import Api, Client, IgnoreEos, Target
-from loadtest.outcome import Answer
-from loadtest.sse import EventSplitter
-from loadtest.transport import TimedTransport
-from loadtest.workload import Exchange
+from loadtest.client.answer_reader import AnswerReader, EventSplitter
+from loadtest.client.client import Api, Client, IgnoreEos, Target
+from loadtest.client.outcome import Answer
+from loadtest.client.transport import Connections
+from loadtest.workload.prompts import Exchange
 from tests.support.scripted_server import DONE, Reply, event, whole_answer
 
 payloads = st.lists(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"").replace(b"\r", b"")), max_size=8)
@@ -47,10 +45,10 @@ def test_part_of_an_event_is_no_event() -> None:
 
 
 def read(pieces: list[tuple[float, bytes]], asked: int | None) -> Answer:
-    reader = AnswerReader()
+    reader = AnswerReader(asked)
     for received_at, piece in pieces:
         reader.feed(received_at, piece)
-    outcome = reader.outcome(Expectation(asked), started_at=0.0, sent_at=0.0)
+    outcome = reader.outcome(started_at=0.0, sent_at=0.0)
     assert isinstance(outcome, Answer), outcome
     return outcome
 
@@ -113,10 +111,13 @@ async def test_chat_sends_a_message_and_refuses_token_ids(serve) -> None:
 async def test_bodies_are_whole_in_either_framing(serve, framing: str) -> None:
     text = b"x" * 200_000
     server = serve(lambda *_: Reply(((0.0, text), (0.01, b"end")), framing=framing))
-    async with httpx.AsyncClient(transport=TimedTransport(keeps_alive=False)) as http:
-        response = await http.post(server.url, json={})
-        assert response.content == text + b"end"
-        assert (await http.get(server.url + "/version")).json() == {"version": "7.8.9"}
+    connections = Connections(server.url, keeps_alive=False)
+    pieces: list[bytes] = []
+    async with connections.one() as connection:
+        request = b"POST / HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+        await connection.exchange(request, lambda status, kind: lambda received_at, piece: pieces.append(piece))
+    await connections.close()
+    assert b"".join(pieces) == text + b"end"
 
 
 async def test_each_request_has_its_own_connection(serve) -> None:

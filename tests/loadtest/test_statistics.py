@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.outcome import Answer, Failure
-from loadtest.slo import ServiceLevel, parse_service_level
-from loadtest.statistics import Distribution, summarize
+from loadtest.client.outcome import Answer, Failure
+from loadtest.report.slo import ServiceLevel, parse_service_level
+from loadtest.report.statistics import Distribution, summarize
 
 
 def answer(start: float, *, first: float, gap: float, num_tokens: int) -> Answer:

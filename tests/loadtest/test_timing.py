@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 
-from loadtest.arrivals import ClosedLoop, OpenLoop, poisson_times
-from loadtest.client import Client, Target
-from loadtest.lengths import FixedLength
-from loadtest.outcome import Answer
-from loadtest.progress import Progress
-from loadtest.runner import Plan, run
-from loadtest.workload import Exchange, Workload
+from loadtest.client.client import Client, Target
+from loadtest.client.outcome import Answer
+from loadtest.compare.progress import Progress
+from loadtest.compare.runner import Plan, run
+from loadtest.workload.arrivals import ClosedLoop, OpenLoop, poisson_times
+from loadtest.workload.lengths import FixedLength
+from loadtest.workload.prompts import Exchange, Workload
 from tests.support.scripted_server import whole_answer
 
 

@@ -8,11 +8,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from loadtest.arrivals import poisson_times
-from loadtest.calibration import calibrate
-from loadtest.client import Api, Target
-from loadtest.lengths import FixedLength, LogNormalLength, UniformLength, parse_length
-from loadtest.workload import PromptText, Workload
+from loadtest.client.client import Api, Target
+from loadtest.compare.measure import calibrate
+from loadtest.workload.arrivals import poisson_times
+from loadtest.workload.lengths import FixedLength, LogNormalLength, UniformLength, parse_length
+from loadtest.workload.prompts import PromptText, Workload
 from tests.support.scripted_server import DONE, Reply, event
 
 

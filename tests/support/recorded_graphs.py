@@ -103,7 +103,7 @@ class Setup:
     def __init__(self, name: str, device: FakeGraphDevice | None, max_rows_per_seq: int = 1, **limits: int) -> None:
         self.model = make_model(name)
         self.cache = KVCache(
-            self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
+            self.model.attention_layers, num_blocks=400, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
         )
         self.attention = DefinedAttention(self.cache)
         self.builder = BatchBuilder(torch.device("cpu"))

@@ -130,10 +130,10 @@ def define(module: ir.Module, name: str, num_arguments: int) -> tuple[ir.Functio
 
 
 @intrinsic
-def exponentiate(typing_context, scores, count, largest):  # type: ignore[no-untyped-def]
+def exponentiate(typing_context, scores, count, largest):
     """scores = e^(scores - largest), float32 [16 * count] at an address; returns their sum, in an order of its own."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         address, num_vectors, peak = arguments
         peaks = splat(builder, peak)
         loop = Loop(builder, num_vectors, [constant(0.0)])
@@ -147,10 +147,10 @@ def exponentiate(typing_context, scores, count, largest):  # type: ignore[no-unt
 
 
 @intrinsic
-def largest_of(typing_context, scores, count, floor):  # type: ignore[no-untyped-def]
+def largest_of(typing_context, scores, count, floor):
     """The largest of `floor` and float32 [16 * count] at an address, whatever is no number left out."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         address, num_vectors, least = arguments
         loop = Loop(builder, num_vectors, [splat(builder, least)])
         values = load_floats(builder, builder.add(address, builder.mul(loop.index, I64(4 * LANES))), "float32")
@@ -177,10 +177,10 @@ def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def silu_and_multiply(typing_context, gate, up, out, count):  # type: ignore[no-untyped-def]
+def silu_and_multiply(typing_context, gate, up, out, count):
     """out = gate / (1 + e^-gate) * up, float32 [16 * count] each."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         loop = Loop(builder, arguments[3], [])
         offset = builder.mul(loop.index, I64(4 * LANES))
         gates, ups = (load_floats(builder, builder.add(base, offset), "float32") for base in arguments[:2])
@@ -193,11 +193,11 @@ def silu_and_multiply(typing_context, gate, up, out, count):  # type: ignore[no-
 
 
 @intrinsic
-def round_groups(typing_context, x, out, scales, count):  # type: ignore[no-untyped-def]
+def round_groups(typing_context, x, out, scales, count):
     """Rounds groups of 32 to 16-bit integers: float32 [count, 32] -> int16 [count, 32], and float32 [count, 2], the
     scale of each group and the scale times the sum of its integers."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         source, target, factors, num_groups = arguments
         loop = Loop(builder, num_groups, [])
         start = builder.add(source, builder.mul(loop.index, I64(4 * GROUP)))

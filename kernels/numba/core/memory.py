@@ -12,8 +12,8 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 @intrinsic
-def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
@@ -43,35 +43,35 @@ def flags(address, length):
     return carray(_pointer(address), (length,), np.uint8)
 
 
-def _counter(builder, address):  # type: ignore[no-untyped-def]
+def _counter(builder, address):
     return builder.inttoptr(address, _I64.as_pointer())
 
 
 @intrinsic
-def add_to_counter(typing_context, address, amount):  # type: ignore[no-untyped-def]
+def add_to_counter(typing_context, address, amount):
     """Adds to the int64 at an address, as one operation among all threads; returns what it was before."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", _counter(builder, arguments[0]), arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
-def read_counter(typing_context, address):  # type: ignore[no-untyped-def]
+def read_counter(typing_context, address):
     """The int64 at an address; what the thread that wrote it did before is visible afterwards."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.load_atomic(_counter(builder, arguments[0]), "seq_cst", 8)
 
     return types.int64(types.int64), generate
 
 
 @intrinsic
-def write_counter(typing_context, address, value):  # type: ignore[no-untyped-def]
+def write_counter(typing_context, address, value):
     """Sets the int64 at an address; what this thread did before is visible to who reads it."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         builder.store_atomic(arguments[1], _counter(builder, arguments[0]), "seq_cst", 8)
         return context.get_dummy_value()
 
@@ -79,30 +79,30 @@ def write_counter(typing_context, address, value):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def float_bits(typing_context, value):  # type: ignore[no-untyped-def]
+def float_bits(typing_context, value):
     """The bits of a float32, as int32."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], _I32)
 
     return types.int32(types.float32), generate
 
 
 @intrinsic
-def bits_float(typing_context, bits):  # type: ignore[no-untyped-def]
+def bits_float(typing_context, bits):
     """The float32 of these bits."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
 
 
 @intrinsic
-def to_float16_bits(typing_context, value):  # type: ignore[no-untyped-def]
+def to_float16_bits(typing_context, value):
     """A float32 rounded to float16, as its bits."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
 
     return types.int16(types.float32), generate
@@ -122,10 +122,10 @@ def bfloat16_value(bits):
 
 
 @intrinsic
-def float16_value(typing_context, bits):  # type: ignore[no-untyped-def]
+def float16_value(typing_context, bits):
     """The float32 of a float16's bits."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.int16), generate

@@ -258,8 +258,8 @@ def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: 
     """
 
     @intrinsic
-    def tile(typing_context, arguments):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def tile(typing_context, arguments):
+        def generate(context, builder, signature, values):
             (packed,) = values
             rows, panels, *rest = cgutils.unpack_tuple(builder, packed, 2 + num_arguments)
             end = builder.append_basic_block("tiled")
@@ -286,8 +286,8 @@ def _dispatching_rows(element: str, *, scores: bool) -> Callable[..., None]:
     """An intrinsic (rows, *arguments) that calls the paged tile of so many rows, 1..MAX_ROWS."""
 
     @intrinsic
-    def tile(typing_context, arguments):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def tile(typing_context, arguments):
+        def generate(context, builder, signature, values):
             (packed,) = values
             rows, *rest = cgutils.unpack_tuple(builder, packed, 11)
             end = builder.append_basic_block("tiled")
@@ -327,10 +327,10 @@ def rows_of_next_tile(remaining):
 
 
 @intrinsic
-def unpack_int4(typing_context, packed, out, num_pairs):  # type: ignore[no-untyped-def]
+def unpack_int4(typing_context, packed, out, num_pairs):
     """uint8 [num_pairs, 16] with two int4 each -> int16 [num_pairs, 16, 2], addresses."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         loop = Loop(builder, arguments[2], [])
         source = builder.add(arguments[0], builder.mul(loop.index, I64(LANES)))
         target = builder.add(arguments[1], builder.mul(loop.index, I64(4 * LANES)))

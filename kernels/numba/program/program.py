@@ -81,10 +81,10 @@ _SPINS_BEFORE_YIELD = 4096
 
 
 @intrinsic
-def _pause(typing_context):  # type: ignore[no-untyped-def]
+def _pause(typing_context):
     """Tells the core that this is a wait."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         if platform.machine() in ("x86_64", "AMD64"):
             call_by_name(builder, "llvm.x86.sse2.pause", ir.VoidType())
         return context.get_dummy_value()
@@ -93,10 +93,10 @@ def _pause(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _give_up_core(typing_context):  # type: ignore[no-untyped-def]
+def _give_up_core(typing_context):
     """sched_yield(2)"""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         call_by_name(builder, "sched_yield", ir.IntType(32))
         return context.get_dummy_value()
 
@@ -104,10 +104,10 @@ def _give_up_core(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _cycles(typing_context):  # type: ignore[no-untyped-def]
+def _cycles(typing_context):
     """The processor's cycle counter."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         return call_by_name(builder, "llvm.readcyclecounter", ir.IntType(64))
 
     return types.int64(), generate

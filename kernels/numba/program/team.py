@@ -84,7 +84,8 @@ class Team:
     def timing(self) -> Iterator[list[ProgramTimes]]:
         """A context within which each run of a program appends its times to the list."""
         assert self._timed is None, "one at a time"
-        self._timed = timed = []
+        timed: list[ProgramTimes] = []
+        self._timed = timed
         try:
             yield timed
         finally:

@@ -31,7 +31,7 @@ class Prepared:
 
 def pack_tree(tree_mask: Tensor) -> Tensor:
     """A tree mask in bits. [num_tokens, cdiv(width, 32)] int32; bit j % 32 of word j // 32 is column j."""
-    padded = torch.nn.functional.pad(tree_mask, (0, -tree_mask.shape[1] % 32)).unflatten(1, (-1, 32))
+    padded: Tensor = torch.nn.functional.pad(tree_mask, (0, -tree_mask.shape[1] % 32)).unflatten(1, (-1, 32))
     places = torch.arange(32, dtype=torch.int32, device=tree_mask.device)
     return (padded.to(torch.int32) << places).sum(-1, dtype=torch.int32)
 

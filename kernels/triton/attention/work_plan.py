@@ -74,7 +74,13 @@ def plan_attention(
     prompts, *others = _on_device(parts, device)
     most_pieces = int(num_pieces[is_split].max(initial=1))
     passes = [
-        SplitPass(*others[i : i + 3], cut.num_items, _num_programs(len(cut.tiles) * num_kv_heads, most_pieces))
+        SplitPass(
+            others[i],
+            others[i + 1],
+            others[i + 2],
+            cut.num_items,
+            _num_programs(len(cut.tiles) * num_kv_heads, most_pieces),
+        )
         for i, cut in zip(range(0, len(others), 3), cuts, strict=True)
     ]
     return AttentionPlan(prompts, tuple(passes), has_joints=most_pieces > 1)

@@ -38,8 +38,8 @@ def rotate_and_store(
     assert k_cache.shape[3] == head_dim, f"heads of {head_dim} for a cache of {k_cache.shape[3]}"
     assert k_cache.stride() == v_cache.stride(), "keys and values lie alike"
     assert qkv.stride(2) == k_cache.stride(3) == 1, "rows are contiguous"
-    width = 0 if cos is None else _rotated_width(cos, sin, num_tokens, head_dim)
-    is_joint = q_weight is not None and _is_joint(q_weight, k_weight, qkv, num_heads)
+    width = 0 if cos is None or sin is None else _rotated_width(cos, sin, num_tokens, head_dim)
+    is_joint = q_weight is not None and k_weight is not None and _is_joint(q_weight, k_weight, qkv, num_heads)
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
         qkv_kernel[(num_tokens, all_heads)](

@@ -1,0 +1,100 @@
+"""What a command measured, as it is kept in a JSON file. Report, plot and table are made from this alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loadtest.report.environment import Environment
+from loadtest.report.result_files import load_result
+from loadtest.report.statistics import Figures
+
+
+@dataclass(frozen=True)
+class Server:
+    """precision: how its weights are kept, in words, where that was said: servers with equal words are compared too
+    command: what started it, if the comparison did; environment variables are as they were written
+    start_seconds: each time from the command to the end of its first answer"""
+
+    name: str
+    url: str
+    model: str
+    version: str | None
+    api: str
+    extra_body: str
+    precision: str = ""
+    command: str = ""
+    start_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One load, the same for every server. Lengths and arrivals as they are written on the command line."""
+
+    name: str
+    prompt_length: str
+    output_length: str
+    concurrency: int | None
+    rate: float | None
+    num_requests: int | None
+    duration: float | None
+    num_shared_tokens: int = 0
+    shared_fraction: float = 0.0
+
+    @property
+    def decodes(self) -> bool:
+        """Answers of one token measure prefill alone."""
+        return self.output_length != "1"
+
+    @property
+    def load(self) -> str:
+        return f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests/s"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of one scenario against one server.
+
+    busy_cores: what else ran on the machine just before and after, in cores, the larger of the two; None: not looked at
+    is_disturbed: that was more than allowed; such a run is kept, but medians leave it out where they can
+    memory: bytes that all of the server's processes held after the run, each page once, if its process id is known
+    resident_memory: the same with shared pages counted once for each process (resident set size)
+    client_seconds_per_event: processor time that this process spent on each event of the streams
+    client_load: processor time that this process spent per second
+    """
+
+    server: str
+    scenario: str
+    round: int
+    figures: Figures
+    busy_cores: float | None
+    is_disturbed: bool
+    memory: int | None
+    client_seconds_per_event: float | None
+    client_load: float
+    failure_examples: dict[str, str]
+    resident_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """ours: names of the servers whose best is compared with the best of the others; empty: the first one's"""
+
+    kind: str
+    command: str
+    seed: int
+    environment: Environment
+    servers: list[Server]
+    scenarios: list[Scenario]
+    measurements: list[Measurement]
+    ours: list[str] = field(default_factory=list)
+
+    def of(self, scenario: str, server: str) -> list[Measurement]:
+        """The rounds of one scenario and server; without the disturbed ones unless all were."""
+        rounds = [m for m in self.measurements if (m.scenario, m.server) == (scenario, server)]
+        return [m for m in rounds if not m.is_disturbed] or rounds
+
+
+def load(path: Path) -> Session:
+    """Raises ValueError if the file is no session."""
+    return load_result(path, Session, origin="this load generator")

@@ -83,7 +83,7 @@ def _batch(num_seqs: int, num_queries: int, context: int) -> ForwardBatch:
     for table in blocks.tolist():
         params = SamplingParams(seed=0, max_tokens=1)
         seq = Sequence(Request(request_id="", prompt_token_ids=[0] * context, params=params), [0] * context)
-        seq.num_computed_tokens, seq.block_tables = [context - num_queries, [table]]
+        seq.num_computed_tokens, seq.block_tables = context - num_queries, [table]
         plan.append(Scheduled(seq, num_queries, 0, samples=True))
     return BatchBuilder(torch.device("cpu")).build(StepBuilder(BLOCK_SIZE, vocab_size=1).build(plan))
 

@@ -134,14 +134,25 @@ def _load(
             gib(plan.available_bytes),
         )
     torch.set_num_threads(plan.num_threads)
+    if plan.kernels == "numba":  # which pack, too
+        _compile(back_end, clock)
     with torch.device(plan.device):
-        loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+        loaded = load_model(
+            plan.model_config,
+            dtype=plan.dtype,
+            seed=config.seed,
+            methods=back_end.linear_methods,
+            report=clock.enter,
+        )
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
-    if back_end.has_compiled_attention(loaded.model):
-        clock.enter("kernels", "compiled on the first start, read from a cache after that")
-        back_end.compile()
-    clock.enter("pack", f"weights for {plan.num_threads} threads")
+    if plan.kernels != "numba" and back_end.has_compiled_attention(loaded.model):
+        _compile(back_end, clock)
     return loaded, bound, back_end.prepare(loaded.model)
+
+
+def _compile(back_end: KernelBackend, clock: PhaseClock) -> None:
+    clock.enter("kernels", "compiled on the first start, read from a cache after that")
+    back_end.compile()
 
 
 def _assemble(

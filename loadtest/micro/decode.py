@@ -17,7 +17,8 @@ from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
 from engine.planning.ceilings import measure_ceilings
-from engine.quantization.method import has_fast_bf16, has_float16_weights, prepare_linears
+from engine.quantization.linear import exchange_linears
+from engine.quantization.method import FORMATS, has_fast_bf16, has_float16_weights, make_methods
 from engine.runner.step_builder import StepBuilder
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
@@ -54,7 +55,7 @@ def _measure(dtype: torch.dtype, quantization: str, bytes_per_second: float, num
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
         num_parameters += parameter.numel()
-    prepare_linears(model, quantization, num_threads=num_threads)
+    exchange_linears(model, make_methods(FORMATS, quantization), num_threads=num_threads)
     weight_bytes = num_parameters * min(WEIGHT_BYTES[quantization], dtype.itemsize)
     kv_bytes = KVCache.bytes_per_token(model.attention_layers, dtype) * CONTEXT
     rows: list[Row] = []

@@ -128,7 +128,7 @@ def _load(
     if not plan.can_load:
         logger.warning(
             "loading %s takes %s at its peak, but %s are free: the system may end this process; free some, or set "
-            "model.dtype to bfloat16, which builds weights in half the memory",
+            "model.quantization to a format of fewer bits",
             plan.facts.path,
             gib(plan.loading_bytes),
             gib(plan.available_bytes),

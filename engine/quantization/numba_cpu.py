@@ -123,10 +123,11 @@ class CompiledMethod(LinearMethod[PackedMatrix]):
         if num_threads == 1:
             return [work(block) for block in blocks]
         before = torch.get_num_threads()
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = list(pool.map(work, blocks))
-        torch.set_num_threads(before)  # of threads to come; what one sets is its own and theirs
-        return results
+        try:
+            with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return list(pool.map(work, blocks))
+        finally:
+            torch.set_num_threads(before)  # of threads to come; what one of these sets is its own and theirs
 
 
 class ExactMethod(CompiledMethod):

@@ -68,13 +68,15 @@ def gguf_weights(header: GGUFHeader, *, num_threads: int = 1) -> Generator[tuple
     heads = _rope_heads(header)
     data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
     num_before = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for info in header.tensors.values():
-            if info.name != _ROPE_FREQS:
-                pages = data[info.file]
-                yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, pool), heads)
-                _drop(pages, info)
-    torch.set_num_threads(num_before)  # of threads to come: what one of the pool sets is its own and theirs
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for info in header.tensors.values():
+                if info.name != _ROPE_FREQS:
+                    pages = data[info.file]
+                    yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, pool), heads)
+                    _drop(pages, info)
+    finally:
+        torch.set_num_threads(num_before)  # of threads to come: what one of the pool sets is its own and theirs
 
 
 def gguf_exact_bytes(header: GGUFHeader) -> dict[str, float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -138,11 +138,13 @@ def load_model(
     sizes = [(parameter.numel(), parameter.nbytes) for parameter in model.parameters()]
     if config.load_format == "dummy":
         report("weights", "random")
-        fill_with_random_weights(model, seed)
+        with _finishing(methods):
+            fill_with_random_weights(model, seed)
         digest = hashlib.sha256(f"dummy {seed} {checkpoint.config.to_json_string()}".encode()).hexdigest()[:32]
     else:
         report("weights", f"{source.num_bytes / 1e6:,.0f} MB as {str(dtype).removeprefix('torch.')}")
-        _fill(model, checkpoint)
+        with _finishing(methods):
+            _fill(model, checkpoint)
         digest = digest_weights(source)
     report("tokenizer", config.tokenizer or config.path)
     tokenizer = _load_tokenizer(checkpoint, config, model.vocab_size)
@@ -161,6 +163,16 @@ def load_model(
         tokenizer=tokenizer,
         weights_digest=digest,
     )
+
+
+@contextmanager
+def _finishing(methods: LinearMethods | None) -> Iterator[None]:
+    """Nothing that only packing needed stays, whether it fails or not."""
+    try:
+        yield
+    finally:
+        if methods is not None:
+            methods.method.finish()
 
 
 def _build(

@@ -144,6 +144,9 @@ class LinearMethod(ABC, Generic[W]):
         else:
             layer.keep(kept)
 
+    def finish(self) -> None:
+        """Frees what only loading needed, when a model is loaded or was given up; another one may follow."""
+
     @abstractmethod
     def pack(self, shards: Shards) -> W | None:
         """The matrix as it is kept; None where it holds elements that this method cannot. It may take the shards."""
@@ -300,6 +303,7 @@ def exchange_linears(model: nn.Module, methods: LinearMethods, *, num_threads: i
         with ThreadPoolExecutor(num_at_once) as pool:  # packing holds no interpreter lock
             packed = list(pool.map(lambda place: exchange_linear(place[0], place[1], methods), places))
     finally:
+        methods.method.finish()
         torch.set_num_threads(num_before)
     return [layer for layer in packed if layer is not None]
 

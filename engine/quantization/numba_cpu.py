@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from engine.quantization.huge_pages import HugePages
 from engine.quantization.linear import ALL_ROWS, LinearMethod, Shards
+from engine.quantization.threads import Threads
 from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, SIZES
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.packing.packing import SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly, unpack
 
-_BLOCK = 1 << 18  # elements that one thread packs at a time: what they are made of stays in its caches
+_BLOCK = 1 << 19  # elements that one thread packs at a time: what they are made of stays in its caches
 
-T = TypeVar("T")
 PackRows = Callable[[Tensor], PackedMatrix | None]
 
 
@@ -34,8 +33,11 @@ class CompiledMethod(LinearMethod[PackedMatrix]):
     of_output: ClassVar[int]
 
     def __init__(self, num_threads: int = 1) -> None:
-        self._num_threads = num_threads
+        self._threads = Threads(num_threads)
         self._memory = HugePages()
+
+    def finish(self) -> None:
+        self._threads.close()
 
     @torch.no_grad()
     def pack(self, shards: Shards) -> PackedMatrix:
@@ -77,7 +79,7 @@ class CompiledMethod(LinearMethod[PackedMatrix]):
         wide: int = FLOAT32
         if wanted == wide:
             return wide
-        fits = self._map(lambda rows: fits_float16(shards.rows(*rows)), self._blocks(shards))
+        fits = self._threads.map(lambda rows: fits_float16(shards.rows(*rows)), self._blocks(shards))
         if not all(fits):  # nor would the scales and offsets of the integer formats
             return wide
         half: int = FLOAT16
@@ -105,29 +107,17 @@ class CompiledMethod(LinearMethod[PackedMatrix]):
             if scales.numel():
                 scales[first : first + packed.num_panels] = packed.scales
 
-        self._map(fill, self._blocks(shards))
+        self._threads.map(fill, self._blocks(shards))
         if fails:
             self._memory.give_back(values)
             return None
         return PackedMatrix(panel.kind, num_rows, depth, values, scales)
 
     def _blocks(self, shards: Shards) -> list[tuple[int, int]]:
-        """(first row, last + 1), of whole panels."""
+        """(first row, last + 1), of whole panels; as many for each thread."""
         num_rows, depth = shards.spec.shape
-        step = max(1, _BLOCK // (depth * LANES)) * LANES
+        step = self._threads.step(-(-num_rows // LANES), max(1, _BLOCK // (depth * LANES))) * LANES
         return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-
-    def _map(self, work: Callable[[tuple[int, int]], T], blocks: list[tuple[int, int]]) -> list[T]:
-        """By several threads, in each of which torch has one: it holds no interpreter lock."""
-        num_threads = min(self._num_threads, len(blocks))
-        if num_threads == 1:
-            return [work(block) for block in blocks]
-        before = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(work, blocks))
-        finally:
-            torch.set_num_threads(before)  # of threads to come; what one of these sets is its own and theirs
 
 
 class ExactMethod(CompiledMethod):

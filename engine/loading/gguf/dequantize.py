@@ -7,7 +7,6 @@ bits; every other format goes through the package, whose functions are the defin
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor
 from functools import partial
 
 import gguf
@@ -15,7 +14,10 @@ import torch
 from gguf.constants import GGMLQuantizationType as Format
 from torch import Tensor
 
-_PIECE = 1 << 18  # elements computed at once: what lies between two operations stays in the CPU's cache
+from engine.quantization.threads import Threads
+
+ONE_THREAD = Threads(1)
+_PIECE = 1 << 19  # elements computed at once: what lies between two operations stays in the CPU's cache
 _PLAIN = {
     Format.F32: torch.float32,
     Format.F16: torch.float16,
@@ -24,11 +26,11 @@ _PLAIN = {
 }
 
 
-def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...], *, pool: Executor | None = None) -> Tensor:
+def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...], threads: Threads = ONE_THREAD) -> Tensor:
     """The tensor that the bytes `raw` ([num_bytes] uint8) stand for: float32, or as stored where they are plain floats,
     which are `raw` itself.
 
-    pool: threads that may compute pieces of it. Raises ValueError for a format that holds no weights.
+    Raises ValueError for a format that holds no weights.
     """
     if format in _PLAIN:
         return raw.view(_PLAIN[format]).view(shape)
@@ -36,15 +38,12 @@ def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...], *, pool: Exe
     blocks = raw.view(-1, num_bytes)
     values = torch.empty(len(blocks), num_elements)
     compute = _FAST.get(format, partial(_by_package, format))
-
-    step = max(1, _PIECE // num_elements)
+    step = threads.step(len(blocks), max(1, _PIECE // num_elements))
 
     def fill(start: int) -> None:
         compute(blocks[start : start + step], values[start : start + step])
 
-    pieces = range(0, len(blocks), step)
-    for _ in map(fill, pieces) if pool is None or len(pieces) == 1 else pool.map(fill, pieces):
-        pass
+    threads.map(fill, range(0, len(blocks), step))
     return values.view(shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.loading.gguf.config_fields import config_fields
-from engine.loading.gguf.dequantize import dequantize
+from engine.loading.gguf.dequantize import ONE_THREAD, dequantize
 from engine.loading.gguf.header import GGUFHeader, TensorInfo
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.model_error import ModelError
 from engine.models.registry import MODELS
+from engine.quantization.threads import Threads
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -67,16 +68,12 @@ def gguf_weights(header: GGUFHeader, *, num_threads: int = 1) -> Generator[tuple
     """
     heads = _rope_heads(header)
     data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
-    num_before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for info in header.tensors.values():
-                if info.name != _ROPE_FREQS:
-                    pages = data[info.file]
-                    yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, pool), heads)
-                    _drop(pages, info)
-    finally:
-        torch.set_num_threads(num_before)  # of threads to come: what one of the pool sets is its own and theirs
+    with closing(Threads(num_threads)) as threads:
+        for info in header.tensors.values():
+            if info.name != _ROPE_FREQS:
+                pages = data[info.file]
+                yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, threads), heads)
+                _drop(pages, info)
 
 
 def gguf_exact_bytes(header: GGUFHeader) -> dict[str, float]:
@@ -121,12 +118,12 @@ def _drop(data: mmap.mmap, info: TensorInfo) -> None:
         data.madvise(mmap.MADV_DONTNEED, start, length)
 
 
-def _read(data: mmap.mmap, info: TensorInfo, pool: Executor | None = None) -> Tensor:
+def _read(data: mmap.mmap, info: TensorInfo, threads: Threads = ONE_THREAD) -> Tensor:
     raw = torch.frombuffer(data, dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
     if info.offset % 8:
         raw = raw.clone()  # only an aligned tensor can be viewed as another type
     try:
-        return dequantize(raw, info.type, info.shape, pool=pool)
+        return dequantize(raw, info.type, info.shape, threads)
     except ValueError as error:
         raise ModelError(f"{info.file}: tensor {info.name!r}: {error}") from error
 

@@ -42,7 +42,7 @@ def reference() -> LlamaForCausalLM:
     header = read_gguf_header(ensure_model(report=lambda phase, detail: None))
     config = LlamaConfig(**vars(gguf_config(header, implementation="own")))
     model = LlamaForCausalLM(config).eval()
-    weights = dict(gguf_weights(header, torch.float32))
+    weights = dict(gguf_weights(header))
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights)
     return model

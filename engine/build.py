@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -16,6 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ipc.messages import ModelInfo, Setting
 from engine.kv_cache.codec import make_codec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.loading.loader import LoadedModel, load_model, read_model_facts
@@ -30,11 +32,12 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
+from engine.runner.step_builder import StepBuilder
 from engine.runner.step_recording import StepRecording
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
-from engine.speculation.proposer import build_proposer
+from engine.speculation.proposer import build_proposer, needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +147,7 @@ def _load(
             methods=back_end.linear_methods,
             report=clock.enter,
         )
+    loaded.model.show_inputs_of(needs_of(config.speculation).hidden_layers)
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
     if plan.kernels != "numba" and back_end.has_compiled_attention(loaded.model):
         _compile(back_end, clock)
@@ -179,7 +183,7 @@ def _assemble(
         num_blocks,
         plan.block_size,
         prefix_caching=config.kv_cache.prefix_caching,
-        windows=[_common_window(loaded)],
+        windows=windows_of(layers),
         cache_key=f"{loaded.weights_digest} {plan.dtype} {codec.name}",
     )
     limits = SchedulerLimits(
@@ -188,7 +192,7 @@ def _assemble(
         max_model_len=plan.max_model_len,
         max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
-        num_lookahead_tokens=proposer.num_lookahead_tokens,
+        num_lookahead_tokens=proposer.needs.num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
     facts, experts = plan.facts, plan.facts.experts
@@ -204,15 +208,17 @@ def _assemble(
         kv_bytes_per_token=plan.kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
     )
-    overlap = plan.device == "cuda" and config.speculation.method == "none"
+    overlap = plan.device == "cuda" and plan.num_drafts == 0
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
-    engine = Engine(executor, Scheduler(kv, limits), proposer, cost, pace=pace, overlap=overlap)
-    if config.supervision.record_steps != "off":
-        counts_on_device = executor.keeps_token_counts
-        engine.recording = StepRecording(
-            config, block_size=plan.block_size, vocab_size=loaded.vocab_size, counts_on_device=counts_on_device
-        )
-    return engine
+    make_builder = partial(
+        StepBuilder,
+        plan.block_size,
+        loaded.vocab_size,
+        num_groups=kv.num_groups,
+        counts_on_device=executor.keeps_token_counts,
+    )
+    recording = None if config.supervision.record_steps == "off" else StepRecording(config, make_builder)
+    return Engine(executor, Scheduler(kv, limits), proposer, cost, pace=pace, overlap=overlap, recording=recording)
 
 
 def _with_measured_workspace(
@@ -223,13 +229,6 @@ def _with_measured_workspace(
     meter = CudaMemoryMeter()
     num_bytes = measure_workspace(loaded.model, sampler, back_end.make_attention, plan=plan, meter=meter)
     return plan_with_workspace(plan, config, machine, num_bytes)
-
-
-def _common_window(loaded: LoadedModel) -> int | None:
-    """Blocks may only be freed behind a window that every layer has; a single full layer needs them all."""
-    windows = [layer.window for layer in loaded.model.attention_layers]
-    bounded = [window for window in windows if window is not None]
-    return max(bounded) if len(bounded) == len(windows) else None
 
 
 def _determinism(config: EngineConfig, has_independent_rows: bool) -> Setting:

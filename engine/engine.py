@@ -18,8 +18,8 @@ from engine.runner.trial import compute_one_token
 from engine.scheduling.oom_split import halve_chunks
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepClock, StepPace, StepRecorder
-from engine.speculation.no_proposer import NoProposer
 from engine.speculation.proposer import Proposer
+from engine.speculation.verified_step import VerifiedStep
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
@@ -43,15 +43,21 @@ class Engine:
         *,
         pace: StepPace | None = None,
         overlap: bool = False,
+        recording: StepRecording | None = None,
     ) -> None:
-        assert not overlap or isinstance(proposer, NoProposer), "drafts are made of tokens that the host must know"
+        """recording: of the step that runs, for `engine.replay`"""
+        assert not (overlap and proposer.needs.num_drafts), "drafts are made of tokens that the host must know"
         self.executor, self.scheduler, self.proposer = executor, scheduler, proposer
         self.builder = StepBuilder(
-            scheduler.kv.block_size, executor.vocab_size, counts_on_device=executor.keeps_token_counts
+            scheduler.kv.block_size,
+            executor.vocab_size,
+            num_groups=scheduler.kv.num_groups,
+            counts_on_device=executor.keeps_token_counts,
+            shows_all_rows=proposer.needs.hidden == "all",
         )
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
-        self.recording: StepRecording | None = None  # of the step that runs, for `engine.replay`
+        self.recording = recording
         self._stepper = AsyncStepper(executor, self.builder, scheduler) if overlap else None
 
     @property
@@ -200,27 +206,17 @@ class Engine:
             self._stepper.forget()
 
     def _propose(self, batch: list[Scheduled], result: StepResult) -> None:
-        """Hands the proposer what goes on sampling, with the hidden state that each newest token came from."""
-        hidden = result.hidden
-        if hidden is None:
+        """Shows the proposer the step, prompt chunks and all, if there is what it wants to see of it."""
+        if self.proposer.needs.hidden != "none" and result.hidden is None:
             return
-        going_on: list[Scheduled] = []
-        rows: list[int] = []
-        start = 0
-        for item, sampled in zip(batch, result.sampled, strict=True):
-            if sampled.token_ids and not item.seq.finish_reason:
-                going_on.append(item)
-                rows.append(start + item.num_scored + (sampled.accepted[-1] + 1 if sampled.accepted else 0))
-            start += item.num_logits
-        if not going_on:
-            return
+        step = VerifiedStep(batch, result.sampled, result.hidden)
         try:
-            self.proposer.propose(going_on, hidden[rows])
+            self.proposer.propose(step)
         except Exception as error:  # a guess that could not be made costs time, never the request
             check_device(error)
             logger.exception("the proposer failed; going on without drafts")
-            for item in going_on:
-                item.seq.draft_token_ids, item.seq.draft_parents = [], []
+            for seq in step.drafting:
+                seq.draft_token_ids, seq.draft_parents = [], []
 
 
 def _mark_started(batch: list[Scheduled]) -> list[str]:
@@ -237,7 +233,7 @@ def _num_tokens(batch: list[Scheduled]) -> int:
 
 
 def _join(parts: list[StepResult]) -> StepResult:
-    """A step that was computed in parts. It is followed by no drafts: hidden states live until the next part only."""
+    """A step that was computed in parts. Hidden states live until the next part only."""
     return StepResult([sampled for part in parts for sampled in part.sampled])
 
 

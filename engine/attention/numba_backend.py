@@ -9,13 +9,13 @@ from torch import Tensor
 
 from engine.attention.backend import HeadNorms, Rotation, normalise_rotate_and_attend
 from engine.batch.device_inputs import ForwardBatch
-from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.layer_spec import MAX_GROUPS, AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.numba.core.formats import FORMAT_OF
 from kernels.numba.core.lanes import LANES
 from kernels.numba.ops.attention import SCRATCH_FLOATS, SCRATCH_FLOATS_PER_ROW, TILE_ROWS
 from kernels.numba.ops.linear import SCRATCH_BYTES
-from kernels.numba.program.program import NUM_STEP_FIELDS, NUM_TILE_FIELDS, Operation, Step
+from kernels.numba.program.program import MAX_BLOCK_TABLES, NUM_STEP_FIELDS, NUM_TILE_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
 
@@ -28,23 +28,26 @@ class NumbaAttention:
 
     def __init__(self, kv_cache: KVCache, team: Team) -> None:
         assert kv_cache.codec.keys_as_columns
+        assert MAX_GROUPS <= MAX_BLOCK_TABLES
         assert kv_cache.block_size % LANES == 0
         self.kv_cache, self.team = kv_cache, team
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
         self._fields = self.step.numpy()
         self._rows: list[Tensor] = []  # what the step's addresses point to
-        self._tiles: tuple[Tensor, npt.NDArray[np.int64]] | None = None
+        self._tiles: tuple[list[Tensor], npt.NDArray[np.int64]] | None = None
         self._rotations: list[Tensor] = []
 
     def plan(self, batch: ForwardBatch) -> None:
         """Writes down what all layers share of the rows: what they are, where they are stored, what drafts see."""
         tree = torch.empty(0) if batch.tree_mask is None else batch.tree_mask.contiguous()
-        self._rows = [batch.input_ids, batch.positions, batch.slots, tree]
+        self._rows = [batch.input_ids, batch.positions, *batch.slots, tree]
         fields = self._fields
         fields[Step.ROWS] = batch.positions.shape[0]
         fields[Step.INPUT_IDS] = batch.input_ids.data_ptr()
         fields[Step.POSITIONS] = batch.positions.data_ptr()
-        fields[Step.SLOTS] = batch.slots.data_ptr()
+        for group, slots in enumerate(batch.slots):
+            assert slots.is_contiguous()
+            fields[Step.SLOTS + group] = slots.data_ptr()
         fields[Step.TREE] = 0 if batch.tree_mask is None else tree.data_ptr()
         fields[Step.TREE_WIDTH] = 0 if batch.tree_mask is None else tree.shape[1]
 
@@ -53,7 +56,8 @@ class NumbaAttention:
 
         The last tiles come first: prompts follow the decoding rows of a step, and long work should not end it.
         """
-        tables, at_once = batch.block_tables.contiguous(), tokens_of_tile(group)
+        at_once = tokens_of_tile(group)
+        tables = [table.contiguous() for table in batch.block_tables]
         starts = np.array(batch.query_starts_list, dtype=np.int64)
         num_new = np.diff(starts)
         num_tiles = -(-num_new // at_once)
@@ -66,11 +70,13 @@ class NumbaAttention:
         tiles[:, 2] = np.array(batch.seq_lens_list, dtype=np.int64)[seqs]
         tiles[:, 3] = first_rows
         tiles[:, 4] = num_new[seqs]
-        tiles[:, 5] = tables.data_ptr() + seqs * (tables.shape[1] * tables.itemsize)
+        tiles[:, 5] = tables[0].data_ptr() + seqs * (tables[0].shape[1] * tables[0].itemsize)
         tiles = np.ascontiguousarray(tiles[::-1])
         self._tiles = tables, tiles
         self._fields[Step.NUM_TILES] = len(tiles)
         self._fields[Step.TILES] = tiles.ctypes.data
+        for index, table in enumerate(tables):
+            self._fields[Step.TABLES + index] = table.data_ptr() - tables[0].data_ptr()
 
     def set_rotations(self, rotations: list[tuple[Tensor, Tensor]]) -> None:
         """cos and sin of each rotation of the model, [rows, width] (`kernels.reference.rope.rope_factors`)."""
@@ -102,6 +108,7 @@ class NumbaAttention:
             index,
             width,
             *where,
+            layer.group,
             factors=(norms[2], 0.0),
         )
         attend = operation(
@@ -111,6 +118,7 @@ class NumbaAttention:
             *heads,
             layer.window or 0,
             *where,
+            layer.group,
             factors=(layer.scale, layer.soft_cap or 0.0),
         )
         return [store, attend]

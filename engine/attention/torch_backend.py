@@ -86,6 +86,7 @@ class TorchAttention:
     def _plan(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> AttentionPlan:
         cache = self.kv_cache
         geometry = Geometry(
+            group=layer.group,
             num_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,

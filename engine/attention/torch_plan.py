@@ -29,6 +29,7 @@ Ints = NDArray[np.int64]
 class Geometry:
     """What a plan depends on besides the batch. Layers that agree in these share a plan."""
 
+    group: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -82,11 +83,12 @@ def rounded_context(num_tokens: int, block_size: int) -> int:
 class _Planner:
     def __init__(self, batch: ForwardBatch, geometry: Geometry) -> None:
         self.batch, self.geometry = batch, geometry
-        self.device = batch.slots.device
+        self.slots = batch.slots[geometry.group]
+        self.device = self.slots.device
         self.starts: Ints = np.array(batch.query_starts_list, dtype=np.int64)
         self.seq_lens: Ints = np.array(batch.seq_lens_list, dtype=np.int64)
         self.num_queries: Ints = np.diff(self.starts)
-        self.tables: Ints = batch.block_tables.cpu().numpy()
+        self.tables: Ints = batch.block_tables[geometry.group].cpu().numpy()
         first_seen = np.zeros_like(self.seq_lens)
         if geometry.window is not None:
             first_seen = np.maximum(self.seq_lens - self.num_queries - geometry.window + 1, 0)
@@ -107,7 +109,7 @@ class _Planner:
             step = max(1, MAX_GATHERED // (2 * num_tokens * geometry.num_kv_heads * geometry.head_dim))
             for start in range(0, len(seqs), step):
                 groups.append(self._group(np.array(seqs[start : start + step]), num_queries, num_tokens))
-        size, slots = geometry.block_size, self.batch.slots[:, None]
+        size, slots = geometry.block_size, self.slots[:, None]
         parts = slots // size * geometry.parts_per_block + self._tensor(self._parts_of_block())
         store_rows = (parts * size + slots % size).flatten()
         in_order = not chunks and len(groups) == 1 and next(iter(by_shape))[0] == 1

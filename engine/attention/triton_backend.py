@@ -100,7 +100,7 @@ class TritonAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         cache = self.kv_cache
-        store_kv(k, v, cache.k[layer.index], cache.v[layer.index], batch.slots)
+        store_kv(k, v, cache.k[layer.index], cache.v[layer.index], batch.slots[layer.group])
         return self._attend(q, layer, batch)
 
     def attend_projection(
@@ -114,7 +114,7 @@ class TritonAttention:
             sin,
             cache.k[layer.index],
             cache.v[layer.index],
-            batch.slots,
+            batch.slots[layer.group],
             num_heads=layer.num_heads,
             q_weight=norms.q_weight,
             k_weight=norms.k_weight,
@@ -128,7 +128,7 @@ class TritonAttention:
             q,
             cache.k[layer.index],
             cache.v[layer.index],
-            batch.block_tables,
+            batch.block_tables[layer.group],
             batch.query_starts,
             batch.seq_lens,
             layer.scale,

@@ -31,10 +31,10 @@ class ForwardBatch:
 
     input_ids: Tensor  # [num_tokens]
     positions: Tensor  # [num_tokens]; a draft's position is its depth, siblings share one
-    slots: Tensor  # [num_tokens] block * block_size + offset: where each token's key and value go
+    slots: tuple[Tensor, ...]  # of each group of layers: [num_tokens] where each token's key and value go
     query_starts: Tensor  # [num_seqs + 1]
     seq_lens: Tensor  # [num_seqs] context length, new tokens and drafts included
-    block_tables: Tensor  # [num_seqs, max_blocks]; block 0 stands where a sliding window freed one
+    block_tables: tuple[Tensor, ...]  # of each group: [num_seqs, max_blocks]; block 0 where a sliding window freed one
     logits_rows: Tensor  # [num_logits]
     tree_mask: Tensor | None  # [num_tokens, max_query_len] whether the row sees the sequence's j-th row; None: causal
     query_starts_list: list[int]  # the same numbers on the host, so that a back end need not copy them back
@@ -128,14 +128,18 @@ class DeviceTables:
             self._tables.view(-1).index_copy_(0, rows * self._tables.shape[1] + columns, blocks)
 
     def read(self, inputs: StepInputs) -> Tensor:
-        """The tables of the step's sequences in its order. [num_seqs, table_width]; may be shared between steps"""
+        """The tables of the step's sequences in its order. May be shared between steps.
+
+        [num_groups, num_seqs, table_width]
+        """
         rows, width = inputs.table_rows, inputs.table_width
         if self._gathered is not None and self._gathered[0] is rows and self._gathered[1] == width:
             return self._gathered[2]
         if self.device.type == "cpu":
             found = torch.from_numpy(self._tables.numpy()[rows, :width])
         else:
-            found = self._tables[:, :width].index_select(0, to_device(rows, self.device))
+            found = self._tables[:, :width].index_select(0, to_device(rows.reshape(-1), self.device))
+            found = found.view(*rows.shape, width)
         self._gathered = (rows, width, found)
         return found
 
@@ -167,17 +171,17 @@ class BatchBuilder:
         """tokens: [num_tokens] the input ids, on the device, where the host does not know all of them"""
         self.tables.change(inputs.table_changes)
         parts = (
-            inputs.input_ids, inputs.positions, inputs.slots, inputs.query_starts, inputs.seq_lens, inputs.logits_rows,
+            inputs.input_ids, inputs.positions, inputs.query_starts, inputs.seq_lens, inputs.logits_rows, *inputs.slots,
         )  # fmt: skip
-        input_ids, positions, slots, query_starts, seq_lens, logits_rows = self._on_device(parts)
+        input_ids, positions, query_starts, seq_lens, logits_rows, *slots = self._on_device(parts)
         mask = inputs.tree_mask
         return ForwardBatch(
             input_ids=input_ids if tokens is None else tokens,
             positions=positions,
-            slots=slots,
+            slots=tuple(slots),
             query_starts=query_starts,
             seq_lens=seq_lens,
-            block_tables=self.tables.read(inputs),
+            block_tables=self.tables.read(inputs).unbind(),
             logits_rows=logits_rows,
             tree_mask=None if mask is None else torch.from_numpy(mask).to(self.device),
             query_starts_list=inputs.query_starts.tolist(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,8 @@ from engine.types import Scheduled
 _CHAIN = list(range(-1, 4096))  # the parents of drafts that follow each other
 
 
-class TokenRows(NamedTuple):
-    """The rows of a step, as fields of `StepInputs` of the same names."""
+class GatheredStep(NamedTuple):
+    """The rows of a step and what its result is told by, as fields of `StepInputs` of the same names."""
 
     input_ids: Ints
     positions: Ints
@@ -25,21 +24,23 @@ class TokenRows(NamedTuple):
     seq_lens: Ints
     logits_rows: Ints
     tree_mask: Bools | None
+    seqs: SequenceInputs
     sources: Ints | None
 
 
-def gather_rows(batch: list[Scheduled], block_size: int) -> TokenRows:
-    num_new: list[int] = []
-    num_logits: list[int] = []
-    computed: list[int] = []
+def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
+    facts: list[tuple[int, int, int, int, int, bool]] = []  # in the order of the columns below
     token_ids: list[int] = []
-    blocks: list[int] = []  # of the new tokens, sequence after sequence
-    bases: list[int] = []  # where the first block of each sequence would be among them
+    parents: list[int] = []
+    blocks: list[int] = []  # of the new tokens in the first group, sequence after sequence
     is_tree = is_ahead = False
     for item in batch:
-        seq, num_tokens, num_drafts, first = item.seq, item.num_new_tokens, item.num_drafts, item.num_computed_tokens
-        first_block = first // block_size
-        bases.append(len(blocks) - first_block)
+        seq, num_tokens, num_drafts = item.seq, item.num_new_tokens, item.num_drafts
+        first, table = seq.num_computed_tokens + item.num_ahead, seq.block_tables[0]
+        first_block, num_sampled = first // block_size, 1 + num_drafts if item.samples else 0
+        wants_logprobs = seq.request.params.logprobs is not None
+        base = len(blocks) - first_block  # where the first block of the sequence would be among them
+        facts.append((num_tokens, first, base, item.num_scored, num_sampled, wants_logprobs))
         if item.source != KNOWN:
             token_ids.append(0)
             is_ahead = True
@@ -48,59 +49,63 @@ def gather_rows(batch: list[Scheduled], block_size: int) -> TokenRows:
         else:
             token_ids += seq.token_ids[first : first + num_tokens - num_drafts]
         if num_tokens == 1:
-            blocks.append(seq.block_table[first_block])
+            blocks.append(table[first_block])
         else:
-            blocks += seq.block_table[first_block : (first + num_tokens - 1) // block_size + 1]
+            blocks += table[first_block : (first + num_tokens - 1) // block_size + 1]
         if num_drafts:
             token_ids += seq.draft_token_ids[:num_drafts]
-            is_tree = is_tree or seq.draft_parents[:num_drafts] != _CHAIN[:num_drafts]
-        num_new.append(num_tokens)
-        computed.append(first)
-        num_logits.append(item.num_scored + (1 + num_drafts if item.samples else 0))
-    starts = np.array(list(accumulate(num_new, initial=0)), dtype=np.int64)
-    seq_lens = np.array(computed, dtype=np.int64) + num_new
+            chain = seq.draft_parents[:num_drafts]
+            is_tree = is_tree or chain != _CHAIN[:num_drafts]
+            parents += chain
+    columns = np.array(facts, dtype=np.int64).T.copy()
+    num_new, computed, bases, num_scored, num_sampled_rows, wants = columns
+    starts = _starts(num_new)
+    seq_lens = computed + num_new
     rows = np.arange(len(token_ids))
     if len(rows) == len(batch):  # a row each
         seq_of_row, positions = rows, seq_lens - 1
     else:
         seq_of_row = np.repeat(np.arange(len(batch)), num_new)
         positions = rows + (seq_lens - starts[1:])[seq_of_row]  # where in the context, drafts in order
-    columns, offsets = np.divmod(positions, block_size)
-    of_rows = np.array(blocks, dtype=np.int64)[np.array(bases, dtype=np.int64)[seq_of_row] + columns]
-    ends = np.array(list(accumulate(num_logits)), dtype=np.int64)
-    all_wanted = int(ends[-1]) == len(rows)
-    return TokenRows(
+    block_columns, offsets = np.divmod(positions, block_size)
+    of_groups = [blocks, *(_new_blocks(batch, group, block_size) for group in range(1, len(seq.block_tables)))]
+    of_rows = np.array(of_groups, dtype=np.int64).take(bases[seq_of_row] + block_columns, axis=1)
+    num_logits = num_scored + num_sampled_rows
+    all_wanted = int(num_logits.sum()) == len(rows)
+    return GatheredStep(
         input_ids=np.array(token_ids, dtype=np.int64),
         positions=tree_positions(batch, starts, positions) if is_tree else positions,
         slots=of_rows * block_size + offsets,
         query_starts=starts,
         seq_lens=seq_lens,
-        logits_rows=rows if all_wanted else np.arange(ends[-1]) + np.repeat(starts[1:] - ends, num_logits),
+        logits_rows=rows if all_wanted else last_rows(starts[1:], num_logits),
         tree_mask=tree_mask(batch, starts) if is_tree else None,
+        seqs=SequenceInputs(num_scored, num_sampled_rows, wants.astype(np.bool_), np.array(parents, dtype=np.int64)),
         sources=_sources(batch, starts) if is_ahead else None,
     )
 
 
-def gather_seqs(batch: list[Scheduled]) -> SequenceInputs:
-    tokens: list[int] = []
-    parents: list[int] = []
+def _new_blocks(batch: list[Scheduled], group: int, block_size: int) -> list[int]:
+    """The blocks of the new tokens in one group of layers, sequence after sequence."""
+    blocks: list[int] = []
     for item in batch:
-        if item.num_drafts:
-            tokens += item.seq.draft_token_ids[: item.num_drafts]
-            parents += item.seq.draft_parents[: item.num_drafts]
-    numbers = [
-        (item.num_scored, item.num_sampled_rows, item.num_drafts, item.seq.request.params.logprobs is not None)
-        for item in batch
-    ]
-    num_scored, num_sampled, num_drafts, wants_logprobs = np.array(numbers, dtype=np.int64).T
-    return SequenceInputs(
-        num_scored,
-        num_sampled,
-        num_drafts,
-        wants_logprobs.astype(np.bool_),
-        np.array(tokens, dtype=np.int64),
-        np.array(parents, dtype=np.int64),
-    )
+        first = item.seq.num_computed_tokens + item.num_ahead
+        last = first + item.num_new_tokens - 1
+        blocks += item.seq.block_tables[group][first // block_size : last // block_size + 1]
+    return blocks
+
+
+def last_rows(ends: Ints, numbers: Ints) -> Ints:
+    """Of spans of rows that end at `ends`, the last `numbers[i]` of each, one span after the other."""
+    upto = numbers.cumsum()
+    rows: Ints = np.arange(upto[-1]) + np.repeat(ends - upto, numbers)
+    return rows
+
+
+def _starts(sizes: Ints) -> Ints:
+    starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+    sizes.cumsum(out=starts[1:])
+    return starts
 
 
 def _sources(batch: list[Scheduled], starts: Ints) -> Ints:

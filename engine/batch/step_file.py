@@ -44,11 +44,10 @@ class StepFile(msgspec.Struct, frozen=True, kw_only=True):
 
 def without_contents(inputs: StepInputs) -> StepInputs:
     """The same shapes, with token 0 for every token."""
-    sampling, seqs = inputs.sampling, inputs.seqs
+    sampling = inputs.sampling
     return replace(
         inputs,
         input_ids=np.zeros_like(inputs.input_ids),
-        seqs=replace(seqs, draft_tokens=np.zeros_like(seqs.draft_tokens)),
         sampling=replace(
             sampling,
             edits=tuple(_edits_without_contents(one) for one in sampling.edits),

@@ -135,16 +135,20 @@ class SamplingInputs:
 class SequenceInputs:
     """What the result of a step is told by. [num_seqs] each
 
-    draft_tokens, draft_parents: of the sequences, one after the other; a parent is the index of the draft that it
-    follows in its sequence, or -1
+    draft_parents: of the drafts of all sequences, one after the other: the index of the draft that it follows in its
+    sequence, or -1. The draft tokens are the sequence's last input ids
     """
 
     num_scored: Ints  # rows of logits that only score prompt tokens
     num_sampled: Ints  # rows of logits that are sampled: none, or 1 + drafts
-    num_drafts: Ints
     wants_logprobs: Bools
-    draft_tokens: Ints
     draft_parents: Ints
+
+    @property
+    def num_drafts(self) -> Ints:
+        """Rows behind the root of each sequence."""
+        drafts: Ints = np.maximum(self.num_sampled - 1, 0)
+        return drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +168,17 @@ class StepInputs:
     """One step's rows, sequence after sequence.
 
     Sequence b owns rows query_starts[b]:query_starts[b + 1]; they are the last tokens of a context of seq_lens[b]
-    tokens, and its blocks stand in row table_rows[b] of the executor's tables, in the first `table_width` columns.
+    tokens, and its blocks of the layers of group g (`AttentionLayer.group`) stand in row table_rows[g, b] of the
+    executor's tables, in the first `table_width` columns.
     Whoever changes those for the same `table_rows` makes another array: identity is the version.
     """
 
     input_ids: Ints  # [num_tokens]; anything where `sources` says where the token is
     positions: Ints  # [num_tokens]; a draft's position is its depth, siblings share one
-    slots: Ints  # [num_tokens] block * block_size + offset: where each token's key and value go
+    slots: Ints  # [num_groups, num_tokens] block * block_size + offset: where each token's key and value go
     query_starts: Ints  # [num_seqs + 1]
     seq_lens: Ints  # [num_seqs] context length, new tokens and drafts included
-    table_rows: Ints  # [num_seqs]
+    table_rows: Ints  # [num_groups, num_seqs]
     table_width: int
     table_changes: TableChanges
     logits_rows: Ints  # [num_logits] rows whose logits are wanted, in order
@@ -182,7 +187,6 @@ class StepInputs:
     sampling: SamplingInputs
     sources: Ints | None = None  # [num_tokens] the sampled row of the step before that gives it, or KNOWN; None: all
     hidden_rows: Ints | None = None  # rows of the model whose hidden states somebody wants; None: those of the logits
-    hidden_layers: tuple[int, ...] = ()  # whose outputs are wanted too, of those rows
     adapters: Ints | None = None  # [num_seqs] adapter of each sequence's rows; none in use yet
     pooled: Ints | None = None  # [num_seqs] how a sequence's rows are pooled to one vector; none in use yet
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from engine.arrays import Bools, Ints
 from engine.types import Scheduled
-
-Ints = NDArray[np.int64]
 
 
 def tree_positions(batch: list[Scheduled], starts: Ints, cache_positions: Ints) -> Ints:
@@ -15,12 +13,15 @@ def tree_positions(batch: list[Scheduled], starts: Ints, cache_positions: Ints) 
     positions = cache_positions.copy()
     for item, end in zip(batch, starts[1:], strict=True):
         first = end - item.num_drafts
-        if item.num_drafts:
-            positions[first:end] = positions[first - 1] + np.array(draft_depths(item), dtype=np.int64)
+        depths: list[int] = []
+        for parent in item.seq.draft_parents[: item.num_drafts]:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        if depths:
+            positions[first:end] = positions[first - 1] + np.array(depths, dtype=np.int64)
     return positions
 
 
-def tree_mask(batch: list[Scheduled], starts: Ints) -> NDArray[np.bool_]:
+def tree_mask(batch: list[Scheduled], starts: Ints) -> Bools:
     """Whether a row sees its sequence's j-th row of this step. [num_tokens, longest query]"""
     width = int(np.diff(starts).max())
     mask = np.zeros((starts[-1], width), dtype=bool)
@@ -33,11 +34,3 @@ def tree_mask(batch: list[Scheduled], starts: Ints) -> NDArray[np.bool_]:
             rows[row] = rows[num_verified - 1 if parent < 0 else num_verified + parent]
             rows[row, row] = True
     return mask
-
-
-def draft_depths(item: Scheduled) -> list[int]:
-    """How far each draft of a step lies behind the newest token: 1 where it follows it."""
-    depths: list[int] = []
-    for parent in item.seq.draft_parents[: item.num_drafts]:
-        depths.append(1 if parent < 0 else depths[parent] + 1)
-    return depths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from engine.kv_cache.block_pool import NULL_BLOCK, BlockPool
 from engine.types import Sequence
@@ -43,12 +43,12 @@ class KVCacheGroup(ABC):
     def release(self, seq: Sequence) -> None:
         """Frees what no later token of the sequence sees, and leaves null blocks in its place."""
 
-    @abstractmethod
     def num_columns(self, num_tokens: int, num_released: int, span: int) -> int:
         """Blocks of a table, the released ones among them, with which a text may grow to `num_tokens` tokens.
 
-        span: tokens that are stored at most before the blocks behind the window are released
+        span: as of `most_blocks`
         """
+        return _num_columns(self.window, num_tokens, num_released, span, self.block_size)
 
     def num_new_blocks(self, num_columns: int, prefix: list[int]) -> int:
         """Free blocks that a table of so many columns takes which starts from a prefix."""
@@ -79,9 +79,6 @@ class KVCacheGroup(ABC):
             if block != NULL_BLOCK:
                 self.pool.free(block)
 
-    def _columns(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
 
 class FullAttentionGroup(KVCacheGroup):
     """Layers that see the whole text: its blocks stay, and a prefix is known up to the first block that is not."""
@@ -98,9 +95,6 @@ class FullAttentionGroup(KVCacheGroup):
 
     def release(self, seq: Sequence) -> None:
         pass
-
-    def num_columns(self, num_tokens: int, num_released: int, span: int) -> int:
-        return self._columns(num_tokens)
 
 
 class WindowGroup(KVCacheGroup):
@@ -132,12 +126,28 @@ class WindowGroup(KVCacheGroup):
             table[i] = NULL_BLOCK
             seq.num_released_blocks[self.index] = i + 1
 
-    def num_columns(self, num_tokens: int, num_released: int, span: int) -> int:
-        return self._columns(min(num_tokens, num_released * self.block_size + self.window + span))
-
     def _first_seen_block(self, position: int) -> int:
         """The first block of which a token at this position sees anything."""
         return max(position - self.window + 1, 0) // self.block_size
+
+
+def most_blocks(windows: Iterable[int | None], num_tokens: int, *, span: int, block_size: int) -> int:
+    """Blocks that a sequence of `num_tokens` tokens owns at once, at most, in groups with these windows.
+
+    span: tokens that are stored before the blocks behind a window are released, at most: see `span_of_step`
+    """
+    return sum(_num_columns(window, num_tokens, 0, span, block_size) for window in windows)
+
+
+def span_of_step(max_num_batched_tokens: int, block_size: int, num_lookahead_tokens: int) -> int:
+    """Tokens that a sequence holds past a window, at most: a step's, and parts of the blocks at both ends."""
+    return max_num_batched_tokens + 2 * block_size + num_lookahead_tokens
+
+
+def _num_columns(window: int | None, num_tokens: int, num_released: int, span: int, block_size: int) -> int:
+    if window is not None:
+        num_tokens = min(num_tokens, num_released * block_size + window + span)
+    return -(-num_tokens // block_size)
 
 
 def make_groups(windows: list[int | None], pool: BlockPool, block_size: int) -> list[KVCacheGroup]:

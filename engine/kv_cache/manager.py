@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engine.kv_cache.block_pool import NULL_BLOCK, BlockPool
-from engine.kv_cache.groups import Digests, make_groups
+from engine.kv_cache.groups import Digests, make_groups, most_blocks
 from engine.types import Sequence
 
 Prefix = list[list[int]]  # blocks of each group, all of one length
@@ -94,7 +94,7 @@ class KVCacheManager:
 
     def num_blocks_at_most(self, num_tokens: int, span: int) -> int:
         """Blocks that a sequence owns at once, at most, until it has `num_tokens` tokens. span: as of `num_columns`"""
-        return sum(group.num_columns(num_tokens, 0, span) for group in self.groups)
+        return most_blocks((group.window for group in self.groups), num_tokens, span=span, block_size=self.block_size)
 
     def num_blocks_to_start(self, prefix: Prefix, num_tokens: int, span: int) -> int:
         """Free blocks that a sequence takes if it starts from `prefix` and grows to `num_tokens` tokens."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
 from math import lcm
 
 import torch
@@ -19,6 +19,8 @@ class KVCache:
 
         block:  | layer 0: head 0: keys, values | head 1: keys, values | ... | layer 1: ... |
 
+    Of which layers, says the group that has taken the block (`AttentionLayer.group`): those of another group lie in the
+    same places, and are read by its own block tables.
     A piece, because blocks are what is shared, copied and moved elsewhere; keys beside their values, because attention
     reads both of one head. What a layer's bytes in a block mean is the codec's. `k[i]` and `v[i]` are layer i's stored
     elements, [num_blocks, num_kv_heads, block_size, head_dim]; only their strides say how they lie.
@@ -36,10 +38,11 @@ class KVCache:
         self.num_blocks, self.block_size, self.codec = num_blocks, block_size, codec
         self.device = torch.device(device)
         self.blocks = _zeros(num_blocks, bytes_per_block(layers, block_size, codec), self.device)
-        sizes = [codec.bytes_per_block(layer, block_size) for layer in layers]
-        starts = accumulate(sizes, initial=0)
         self._layers = list(layers)
-        self._memory = [self.blocks[:, start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        self._memory = [
+            self.blocks[:, start : start + codec.bytes_per_block(layer, block_size)]
+            for start, layer in zip(_starts(layers, block_size, codec), layers, strict=True)
+        ]
         views = [codec.views(memory, layer) for memory, layer in zip(self._memory, layers, strict=True)]
         self.k, self.v = [keys for keys, _ in views], [values for _, values in views]
 
@@ -70,17 +73,32 @@ class KVCache:
     def move(self, src_slots: Tensor, dst_slots: Tensor) -> None:
         """Copies tokens between slots in every layer, as if all were read before any is written.
 
-        src_slots, dst_slots: [num_moved], block * block_size + offset; the destinations are distinct.
+        src_slots, dst_slots: [num_groups, num_moved], block * block_size + offset; the destinations are distinct.
         """
+        sources, targets = src_slots.unbind(), dst_slots.unbind()
         for memory, layer in zip(self._memory, self._layers, strict=True):
-            self.codec.move(memory, layer, src_slots, dst_slots)
+            self.codec.move(memory, layer, sources[layer.group], targets[layer.group])
 
 
 def bytes_per_block(layers: Sequence[AttentionLayer], block_size: int, codec: KVCodec) -> int:
-    """Bytes of one block with all layers, rounded up where they differ so much that parts would not run through."""
-    size = sum(codec.bytes_per_block(layer, block_size) for layer in layers)
+    """Bytes of a block with all layers of a group, the largest one.
+
+    Rounded up where layers differ so much that parts would not run through.
+    """
+    starts = _starts(layers, block_size, codec)
+    ends = [start + codec.bytes_per_block(layer, block_size) for start, layer in zip(starts, layers, strict=True)]
     part = lcm(*(codec.part_bytes(layer, block_size) for layer in layers))
-    return -(-size // part) * part
+    return -(-max(ends, default=0) // part) * part
+
+
+def _starts(layers: Sequence[AttentionLayer], block_size: int, codec: KVCodec) -> list[int]:
+    """Where each layer's bytes begin in a block of its group."""
+    ends: defaultdict[int, int] = defaultdict(int)
+    starts = []
+    for layer in layers:
+        starts.append(ends[layer.group])
+        ends[layer.group] += codec.bytes_per_block(layer, block_size)
+    return starts
 
 
 def _zeros(num_blocks: int, num_bytes: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal, cast
 
 import torch
 
-from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.layer_spec import AttentionLayer, group_layers
 from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.context_length import read_trained_context
 from engine.models.rope import Rope, default_rope, rope_parameters, scaled_rope
@@ -132,10 +132,11 @@ def _attention_layers(config: CheckpointConfig) -> tuple[AttentionLayer, ...]:
     head_dim = int(getattr(config, "head_dim", None) or _number(config, "hidden_size") // num_heads)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}")
-    return tuple(
+    layers = [
         AttentionLayer(i, num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5, window=window)
         for i, window in enumerate(_windows(config))
-    )
+    ]
+    return tuple(group_layers(layers))
 
 
 def _windows(config: CheckpointConfig) -> list[int | None]:

@@ -156,17 +156,23 @@ class Llama(Model):
         residual = F.embedding(batch.input_ids, self.embed_tokens.weight)
         rotations: list[Rotation] = [rope(batch.positions, residual.dtype) for rope in self.ropes]
         x: Tensor | None = None  # what the last block wants added to the residual
-        for block in self.blocks():
+        inputs: dict[int, Tensor] = {}  # of the layers for which somebody asks
+        for index, block in enumerate(self.blocks()):
             norm, mlp_norm = block.input_layernorm, block.post_attention_layernorm
             if x is None:
                 normed = norm(residual, operations)
             else:
                 normed, residual = norm.add(x, residual, operations)
+            if index in self.hidden_layers:
+                inputs[index] = residual
             rotation = None if block.rope_index is None else rotations[block.rope_index]
             normed, residual = mlp_norm.add(block.self_attn(normed, rotation, batch, attention), residual, operations)
             x = block.mlp(normed, operations)
         assert x is not None, "a model has layers"
-        return self.norm.add(x, residual, operations)[0]
+        normed = self.norm.add(x, residual, operations)[0]
+        if not self.hidden_layers:
+            return normed
+        return torch.cat((normed, *(inputs[layer] for layer in self.hidden_layers)), dim=1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden)

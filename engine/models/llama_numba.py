@@ -28,6 +28,7 @@ class NumbaLlama:
     def __init__(self, model: Llama, attention: NumbaAttention, team: Team) -> None:
         self.attention_layers = model.attention_layers
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
+        self.hidden_layers = model.hidden_layers
         self._model, self._attention, self._team = model, attention, team
         self._layers: _Layers | None = None
         self._head: _Head | None = None
@@ -44,7 +45,9 @@ class NumbaLlama:
         attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
         attention.set_rotations([rope(batch.positions, torch.float32) for rope in self._model.ropes])
         self._team.run(layers.program)
-        return layers.buffers.normed[:num_rows]
+        hidden = layers.buffers.normed[:num_rows]
+        inputs = [layers.buffers.inputs[layer][:num_rows] for layer in self.hidden_layers]
+        return torch.cat((hidden, *inputs), dim=1) if inputs else hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """As `Model.compute_logits`; valid until the next call."""
@@ -78,9 +81,16 @@ class _Layers:
         where = (table.data_ptr(), FORMAT_OF[table.dtype], buffers.residual.data_ptr())
         operations = [operation(Operation.GATHER, *where, model.hidden_size)]
         self._keeps.append(table)
-        for block in model.blocks():
-            operations += self._block(block)
+        for index, block in enumerate(model.blocks()):
+            operations += [*self._keep_input(index), *self._block(block)]
         return [*operations, self._normalise(model.norm.weight, model.norm.eps)]
+
+    def _keep_input(self, layer: int) -> list[list[int]]:
+        """Copies the residual stream, where somebody wants it."""
+        kept, residual = self.buffers.inputs.get(layer), self.buffers.residual
+        if kept is None:
+            return []
+        return [operation(Operation.COPY, residual.data_ptr(), kept.data_ptr(), residual.shape[1])]
 
     def _block(self, block: Block) -> list[list[int]]:
         buffers, attention, mlp = self.buffers, block.self_attn, block.mlp
@@ -158,6 +168,7 @@ class _Buffers:
         heads = layer.num_heads * layer.head_dim
         self.num_rows = num_rows
         self.residual = torch.empty(num_rows, a.hidden_size)
+        self.inputs = {index: torch.empty(num_rows, a.hidden_size) for index in model.hidden_layers}  # of layers
         self.normed = torch.empty(num_rows, a.hidden_size)
         self.qkv = torch.empty(num_rows, heads + 2 * layer.num_kv_heads * layer.head_dim)
         self.attended = torch.empty(num_rows, heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ class Decoder(Protocol):
     attention_layers: list[AttentionLayer]
     vocab_size: int
     hidden_size: int
+    hidden_layers: tuple[int, ...]
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor: ...
 
@@ -59,13 +60,25 @@ class Model(nn.Module, ABC):
     A new model has memory for its parameters and nothing in it, on whatever device it was built; matrices that will be
     packed have a shape alone. `load_weights` fills it, or `fill` one parameter after the other.
     `attention_layers[i].index` is i. `operations` are torch's until they are exchanged for another back end's.
+    `hidden_layers`: the layers whose inputs a drafter wants to see.
     """
 
     def __init__(self, attention_layers: list[AttentionLayer], *, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.attention_layers = attention_layers
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.hidden_layers: tuple[int, ...] = ()
         self.operations = load_operations("torch")
+
+    def show_inputs_of(self, layers: Sequence[int]) -> None:
+        """From now on, `forward` returns what goes into these layers too. Before anything runs or is compiled."""
+        num_layers = len(self.attention_layers)
+        odd = [layer for layer in layers if not 0 <= layer < num_layers]
+        if odd:
+            raise ValueError(
+                f"the drafter reads the input of layer {odd[0]}; the model has layers 0 to {num_layers - 1}"
+            )
+        self.hidden_layers = tuple(layers)
 
     @property
     def experts(self) -> ExpertFacts:
@@ -92,7 +105,10 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
-        """The last layer's normalised hidden states of all rows, [num_tokens, hidden_size]. Writes the KV cache."""
+        """The normalised hidden states of all rows, and beside them the inputs of `hidden_layers`: the residual stream.
+
+        [num_tokens, (1 + number of hidden_layers) * hidden_size]. Writes the KV cache.
+        """
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from engine.attention.backend import AttentionBackend
 from engine.batch.device_inputs import ForwardBatch
-from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.layer_spec import AttentionLayer, group_layers
 from engine.models.architecture import check_attention_layers
 from engine.models.context_length import length_where_rope_changes, read_trained_context
 from engine.models.model import Model, check_weight_names
@@ -181,9 +181,16 @@ class TransformersModel(Model):
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
         with self.step.of(AttentionStep(self.layers, batch, attention)):
-            outputs = self.decoder(input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False)
+            outputs = self.decoder(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                output_hidden_states=bool(self.hidden_layers),
+            )
         hidden: Tensor = outputs.last_hidden_state
-        return hidden[0]
+        if not self.hidden_layers:
+            return hidden[0]
+        return torch.cat((hidden[0], *(outputs.hidden_states[layer][0] for layer in self.hidden_layers)), dim=1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits
@@ -244,9 +251,10 @@ def _record_layers(config: PreTrainedConfig) -> dict[int, AttentionLayer]:
             head(inputs_embeds=outputs.last_hidden_state, use_cache=False)
         except FOREIGN_ERRORS as error:
             raise _refusal(config, error) from error
-    layers = {number: replace(layer, index=i) for i, (number, layer) in enumerate(sorted(recorder.layers.items()))}
-    check_attention_layers(config.get_text_config(), list(layers.values()))
-    return layers
+    numbers = sorted(recorder.layers)
+    layers = group_layers([replace(recorder.layers[number], index=i) for i, number in enumerate(numbers)])
+    check_attention_layers(config.get_text_config(), layers)
+    return dict(zip(numbers, layers, strict=True))
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

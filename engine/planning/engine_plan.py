@@ -9,6 +9,7 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.ipc.messages import Setting
 from engine.kv_cache.codec import make_codec
+from engine.kv_cache.layer_spec import windows_of
 from engine.loading.loading_peak import COMPILER_BYTES
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import length_notes
@@ -25,7 +26,8 @@ from engine.planning.resolve import (
     resolve_step_rate,
     step_name,
 )
-from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib, num_blocks_for
+from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
+from engine.speculation.proposer import needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
 
@@ -63,8 +65,9 @@ class MemoryPlan:
     graphs: GraphDemand
     kv_bytes_per_token: int
     block_size: int  # tokens
-    num_blocks: int
-    num_lookahead_tokens: int
+    num_blocks: int  # of all groups of layers together
+    blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
+    num_drafts: int  # of a sequence that a step verifies, at most
     dtype: torch.dtype
     quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
     kv_codec: str  # a key of kv_cache.codec.KV_CODECS
@@ -94,8 +97,14 @@ class MemoryPlan:
         return make_codec(self.kv_codec).dtype
 
     @property
+    def windows(self) -> list[int | None]:
+        """Of each group of layers; None where they see the whole text."""
+        return windows_of(self.facts.attention_layers)
+
+    @property
     def num_kv_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """Tokens that fit if every layer keeps all of them; of longer texts than its windows, more do."""
+        return self.num_blocks // len(self.windows) * self.block_size
 
     @property
     def kv_bytes(self) -> int:
@@ -104,7 +113,7 @@ class MemoryPlan:
     @property
     def num_full_sequences(self) -> int:
         """Sequences of max_model_len that fit at once."""
-        return self.num_blocks // num_blocks_for(self.max_model_len + self.num_lookahead_tokens, self.block_size)
+        return self.num_blocks // self.blocks_per_sequence
 
 
 def plan_memory(
@@ -126,12 +135,13 @@ def plan_memory(
     steps = step_name(facts, *chosen[1:], num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
-    num_lookahead = 0 if config.speculation.method == "none" else config.speculation.num_drafts
-    sizer = Sizer(facts, config, machine, *chosen, num_lookahead, num_threads.value, measured_workspace)
+    needs = needs_of(config.speculation)
+    sizer = Sizer(facts, config, machine, *chosen, needs, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
     num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
-    num_blocks = num_tokens.value // sizer.block_size
+    rounded = num_tokens.value // sizer.block_size * sizer.block_size
+    num_blocks = rounded // sizer.block_size * sizer.num_groups
     max_model_len = sizer.length(demand, num_blocks)
     resolved = {"max_model_len": max_model_len.value, "dtype": dtype.value, "quantization": quantization.value}
     return MemoryPlan(
@@ -152,7 +162,8 @@ def plan_memory(
         kv_bytes_per_token=demand.kv_per_token,
         block_size=sizer.block_size,
         num_blocks=num_blocks,
-        num_lookahead_tokens=num_lookahead,
+        blocks_per_sequence=sizer.num_blocks_for(max_model_len.value, demand),
+        num_drafts=needs.num_drafts,
         dtype=DTYPES[dtype.value],
         quantization=quantization.value,
         kv_codec=kv_dtype.value,
@@ -161,7 +172,7 @@ def plan_memory(
         max_num_logits=demand.num_logits,
         settings=_settings(
             device, kernels, num_threads, dtype, quantization, max_model_len, max_num_seqs, max_num_batched_tokens,
-            Resolved(f"{num_blocks * sizer.block_size}tokens", num_tokens.source, num_tokens.reason), kv_dtype,
+            Resolved(f"{rounded}tokens", num_tokens.source, num_tokens.reason), kv_dtype,
         ),
     )  # fmt: skip
 
@@ -186,7 +197,7 @@ def render_plan(plan: MemoryPlan) -> str:
         ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
         ("total", gib(used)),
         ("peak while loading", _loading(plan)),
-        ("concurrent tokens", f"{plan.num_kv_tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"),
+        ("concurrent tokens", _cache(plan)),
         ("longest sequences", f"{plan.num_full_sequences:,} of {plan.max_model_len:,} tokens at once"),
     ]
     width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
@@ -205,6 +216,14 @@ def _loading(plan: MemoryPlan) -> str:
     stays = gib(plan.weight_bytes)
     text = f"{whole}: {stays} of weights that stay, the largest matrix in floats; {gib(plan.process_bytes)} the process"
     return text if plan.can_load else f"{text}; MORE THAN IS FREE"
+
+
+def _cache(plan: MemoryPlan) -> str:
+    text = f"{plan.num_kv_tokens:,} in {plan.num_blocks:,} blocks of {plan.block_size}"
+    if len(plan.windows) == 1:
+        return text
+    num_bounded = sum(window is not None for window in plan.windows)
+    return f"{text}, or more: {num_bounded} of {len(plan.windows)} groups of layers keep a window's only"
 
 
 def _largest_step(plan: MemoryPlan) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
 
 from engine.config import EngineConfig
 from engine.kv_cache.codec import make_codec
+from engine.kv_cache.groups import most_blocks, span_of_step
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import bytes_per_block
 from engine.loading.loading_peak import OTHER_BYTES, READ_BYTES, Matrix, WeightSizes, loading_peak
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.planning.resolve import Resolved, SettingError, parse_cache_size
 from engine.quantization.method import COMPILED_FORMATS, FORMATS, WeightFormat
+from engine.speculation.proposer import ProposerNeeds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,7 +62,8 @@ class Demand:
     workspace: int
     num_logits: int  # rows of a step, for which the workspace has room
     graphs: GraphDemand
-    kv_per_token: int
+    kv_per_token: int  # with all layers, none of whose windows has passed it
+    span: int  # tokens that a sequence holds past a window, at most
     read_per_token: int  # to lay one layer's context out in order, beside the cache
 
     @property
@@ -72,7 +77,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Sizer:
-    """Computes the sizes for one model on one machine. `num_lookahead`: tokens that drafts add to a sequence.
+    """Computes the sizes for one model on one machine.
 
     device, kernels, quantization: what "auto" became. measured_workspace: the bytes that a largest step took, where one
     was run; without it they are estimated.
@@ -84,7 +89,7 @@ class Sizer:
     device: str
     kernels: str
     quantization: str
-    num_lookahead: int
+    needs: ProposerNeeds
     num_threads: int
     measured_workspace: int | None = None
 
@@ -92,12 +97,31 @@ class Sizer:
     def block_size(self) -> int:
         return self.config.kv_cache.block_size
 
+    @property
+    def num_lookahead(self) -> int:
+        """Tokens past a sequence's newest one that may be stored: drafts, and what proposing them writes."""
+        return self.needs.num_drafts + self.needs.num_lookahead_tokens
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Of each group of layers."""
+        return windows_of(self.facts.attention_layers)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.windows)
+
+    def num_blocks_for(self, num_tokens: int, demand: Demand) -> int:
+        """Blocks that one sequence of so many tokens and its look-ahead owns at once, at most."""
+        num_tokens += self.num_lookahead
+        return most_blocks(self.windows, num_tokens, span=demand.span, block_size=self.block_size)
+
     def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
         facts, size = self.facts, DTYPES[dtype].itemsize
         linear, embedding = self._weights(size)
         kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
-        kv_per_token = -(-kv_per_block // self.block_size)
-        num_sampled = min(max_num_seqs * (1 + self.num_lookahead), max_num_batched_tokens)
+        kv_per_token = -(-kv_per_block * self.num_groups // self.block_size)
+        num_sampled = min(max_num_seqs * (1 + self.needs.num_drafts), max_num_batched_tokens)
         num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
         # float32: as computed and as laid out; of sampled rows, processed, sorted and noise
         logits = (2 * num_logits + 3 * num_sampled) * facts.vocab_size * 4
@@ -111,6 +135,7 @@ class Sizer:
             num_logits=num_logits,
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
             kv_per_token=kv_per_token,
+            span=span_of_step(max_num_batched_tokens, self.block_size, self.num_lookahead),
             read_per_token=0 if self._reads_in_place else -(-2 * kv_per_token // len(facts.attention_layers)),
         )
 
@@ -163,13 +188,13 @@ class Sizer:
 
     def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
         """size: bytes of an activation"""
-        facts, rows_per_seq = self.facts, 1 + self.num_lookahead
+        facts, rows_per_seq = self.facts, 1 + self.needs.num_drafts
         num_rows = min(MAX_GRAPH_ROWS, max_num_seqs * rows_per_seq)
         layers = facts.attention_layers
         num_pieces = _GRAPH_CONTEXTS // _SPLIT_TOKENS + max_num_seqs
         item = max(layer.num_heads * (layer.head_dim + 1) for layer in layers) * 4
         num_blocks = num_blocks_for(self._wanted_length() + self.num_lookahead, self.block_size)
-        tables = 2 * max_num_seqs * num_blocks * 8
+        tables = 2 * max_num_seqs * num_blocks * self.num_groups * 8
         activations = num_rows * (2 * facts.widest + 8 * facts.hidden_size) * size
         each = num_rows * facts.hidden_size * size + _GRAPH_ALLOWANCE
         return GraphDemand(num_pieces * rows_per_seq * item, tables + activations + MAX_NUM_GRAPHS * each)
@@ -193,21 +218,21 @@ class Sizer:
     def length(self, demand: Demand, num_blocks: int) -> Resolved[int]:
         """max_model_len, for which one sequence and its look-ahead must fit; PlanError where they do not."""
         wanted, is_auto = self._wanted_length(), self.config.model.max_model_len == "auto"
-        room = num_blocks * self.block_size
-        fits = room - self.num_lookahead
-        if wanted <= fits:
+        room = num_blocks // self.num_groups * self.block_size
+        needed = self.num_blocks_for(wanted, demand)
+        if needed <= num_blocks:
             return Resolved(wanted, "model", "the trained context") if is_auto else Resolved(wanted, "config")
-        needed = num_blocks_for(wanted + self.num_lookahead, self.block_size)
+        fits = bisect_right(range(wanted), num_blocks, key=lambda length: self.num_blocks_for(length, demand)) - 1
         if fits < 1:
             raise PlanError(
                 f"the KV cache holds {room} tokens, no more than the look-ahead of {self.num_lookahead}; "
-                f'set kv_cache.memory to "{needed * self.block_size}tokens"'
+                f'set kv_cache.memory to "{self._tokens_of(needed)}tokens"'
             )
         if is_auto:
             return Resolved(fits, "measured", f"trained for {wanted}, but the KV cache holds {room} tokens")
         raise PlanError(
             f"one sequence of model.max_model_len = {wanted} tokens and {self.num_lookahead} of look-ahead needs "
-            f"{needed} KV blocks ({gib(needed * self.block_size * demand.kv_per_token)}), but there is room for "
+            f"{needed} KV blocks ({gib(self._tokens_of(needed) * demand.kv_per_token)}), but there is room for "
             f"{num_blocks}; set model.max_model_len to {fits} or less"
         )
 
@@ -246,14 +271,18 @@ class Sizer:
 
     def _modest(self, demand: Demand, free: int, max_num_seqs: int) -> Resolved[int]:
         """A CPU's default: as much as the requests are likely to use, of a memory that other programs use too."""
-        wanted = max(self._wanted_length() + self.num_lookahead, max_num_seqs * _CPU_TOKENS_PER_SEQ)
-        wanted = num_blocks_for(wanted, self.block_size) * self.block_size
+        longest = self._tokens_of(self.num_blocks_for(self._wanted_length(), demand))
+        wanted = max(longest, num_blocks_for(max_num_seqs * _CPU_TOKENS_PER_SEQ, self.block_size) * self.block_size)
         affordable = int(free * _CPU_SHARE) // demand.per_token
         if wanted <= affordable:
             reason = f"one longest sequence, or {_CPU_TOKENS_PER_SEQ} tokens for each of max_num_seqs"
             return Resolved(wanted, "default", reason)
         reason = f"{_CPU_SHARE:g} of the {gib(free)} that are free beside the model"
         return Resolved(max(affordable, self.block_size), "measured", reason)
+
+    def _tokens_of(self, num_blocks: int) -> int:
+        """Tokens of the smallest cache with so many blocks, counted as kept by all layers."""
+        return num_blocks_for(num_blocks, self.num_groups) * self.block_size
 
     def _too_large(self, demand: Demand) -> str:
         fix = "name a smaller model in model.path"

@@ -31,7 +31,7 @@ from engine.runner.step_builder import StepBuilder
 from engine.scheduling.foresight import foresee
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import StepClock
-from engine.types import Sampled, Scheduled
+from engine.types import Scheduled
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +91,11 @@ class Launched:
         return tokens.index_select(0, to_device(np.array(rows, dtype=np.int64), tokens.device))
 
     def finish(self) -> StepResult:
-        """Waits. One `Sampled` per item of the plan."""
-        results = [part.finish() for part in self.parts]
+        """Waits. One `Sampled` per item of the plan; no hidden states, since the next step has been launched."""
+        results = [part.finish().sampled for part in self.parts]
         if self.sources is None:
-            return results[0]
-        sampled: list[Sampled] = [results[part].sampled[place] for part, place in self.sources]
-        return StepResult(sampled)
+            return StepResult(results[0])
+        return StepResult([results[part][place] for part, place in self.sources])
 
 
 class AsyncStepper:

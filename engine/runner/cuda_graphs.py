@@ -101,11 +101,12 @@ class CudaGraphDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphLimits:
-    """max_rows_per_seq: 1, or 1 + the drafts of a sequence; max_num_blocks: of one sequence."""
+    """max_rows_per_seq: 1, or 1 + the drafts of a sequence; max_num_blocks: of one sequence in one group of layers."""
 
     max_num_seqs: int
     max_rows_per_seq: int
     max_num_blocks: int
+    num_groups: int = 1  # of layers: `AttentionLayer.group`
     max_num_graphs: int = MAX_NUM_GRAPHS
     num_uses: int = NUM_USES
     num_steps_between: int = NUM_STEPS_BETWEEN
@@ -137,7 +138,11 @@ class GraphRunner:
         self._model, self._attention, self._builder = model, attention, builder
         self._limits, self._graph_device = limits, graph_device
         self._static = StaticBatch(
-            limits.max_num_rows, max_num_seqs=limits.max_num_seqs, max_num_blocks=limits.max_num_blocks, device=device
+            limits.max_num_rows,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_blocks=limits.max_num_blocks,
+            num_groups=limits.num_groups,
+            device=device,
         )
         self._sizes = padded_sizes(limits.max_num_rows)
         self._graphs: OrderedDict[GraphSize, Graph] = OrderedDict()  # the one used last comes last

@@ -55,7 +55,8 @@ class DecodeRun:
         width = before.table_width
         if beginning:
             for row in beginning:
-                slots[row] = self._seqs[row].block_table[int(positions[row]) // size] * size
+                column = int(positions[row]) // size
+                slots[:, row] = [table[column] * size for table in self._seqs[row].block_tables]
             _, num_columns = self._builder.tables.read([self.items[row] for row in beginning])
             width = max(width, num_columns)
         self.inputs = replace(

@@ -23,8 +23,8 @@ class StepResult:
     """What came of a step.
 
     sampled: of each sequence, the tokens, the accepted drafts, log-probabilities, an error
-    hidden: [rows that were asked for, hidden_size] the model's last hidden states, valid until the next step; None: of
-    a step that was computed in parts
+    hidden: [rows that were asked for, features] as of `Model.forward`, valid until the next step; None: of a step that
+    was computed in parts, or whose next one is running already
     """
 
     sampled: list[Sampled]

@@ -135,14 +135,15 @@ def make_gpu_runner(
         model.attention_layers,
         plan.dtype,
         device,
-        max_context=plan.max_model_len + plan.num_lookahead_tokens,
+        max_context=plan.max_model_len + plan.num_drafts,
         num_bytes=plan.graphs.attention,
     )
     attention, builder = TritonAttention(cache, graph_space=space, one_path=one_path), BatchBuilder(device)
     limits = GraphLimits(
         max_num_seqs=plan.max_num_seqs,
-        max_rows_per_seq=1 + plan.num_lookahead_tokens,
+        max_rows_per_seq=1 + plan.num_drafts,
         max_num_blocks=-(-space.max_context // plan.block_size),
+        num_groups=len(plan.windows),
     )
     graphs = GraphRunner(model, attention, builder, limits=limits, graph_device=graph_device, device=device)
     return ModelRunner(model, cache, attention, builder=builder, graphs=graphs)

@@ -18,6 +18,7 @@ from engine.attention.backend import AttentionBackend
 from engine.config import EngineConfig
 from engine.kv_cache.block_pool import NULL_BLOCK
 from engine.kv_cache.codec import make_codec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.planning.engine_plan import MemoryPlan, plan_memory
@@ -69,8 +70,13 @@ def measure_workspace(
     codec = make_codec(plan.kv_codec)
     cache = KVCache(layers, num_blocks=1, block_size=plan.block_size, codec=codec, device=plan.device)
     executor = ModelExecutor(ModelRunner(model, cache, make_attention(cache)), sampler)
-    counts_on_device = executor.keeps_token_counts
-    inputs = StepBuilder(plan.block_size, model.vocab_size, counts_on_device=counts_on_device).build(largest_step(plan))
+    builder = StepBuilder(
+        plan.block_size,
+        model.vocab_size,
+        num_groups=len(windows_of(layers)),
+        counts_on_device=executor.keeps_token_counts,
+    )
+    inputs = builder.build(largest_step(plan))
     meter.start()
     executor.run(inputs)
     return meter.peak()
@@ -95,11 +101,12 @@ def largest_step(plan: MemoryPlan) -> list[Scheduled]:
 
 
 def _scheduled(num_tokens: int, params: SamplingParams, plan: MemoryPlan) -> Scheduled:
-    num_drafts = min(plan.num_lookahead_tokens, num_tokens - 1)
+    num_drafts = min(plan.num_drafts, num_tokens - 1)
     token_ids = [0] * (num_tokens - num_drafts)
     seq = Sequence(Request(request_id="", prompt_token_ids=token_ids, params=params), token_ids)
     seq.draft_token_ids, seq.draft_parents = [0] * num_drafts, list(range(-1, num_drafts - 1))
-    seq.block_tables = [[NULL_BLOCK] * -(-num_tokens // plan.block_size)]
+    num_groups, num_blocks = len(plan.windows), -(-num_tokens // plan.block_size)
+    seq.block_tables, seq.num_released_blocks = [[NULL_BLOCK] * num_blocks] * num_groups, [0] * num_groups
     return Scheduled(seq, num_tokens, num_drafts, samples=True)
 
 
@@ -116,5 +123,6 @@ def plan_with_workspace(plan: MemoryPlan, config: EngineConfig, machine: Machine
         measured,
         model_config=plan.model_config,
         max_model_len=plan.max_model_len,
+        blocks_per_sequence=plan.blocks_per_sequence,
         settings=measured.settings | length,
     )

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.arrays import Ints
 from engine.attention.backend import AttentionBackend
-from engine.batch.device_inputs import BatchBuilder, ForwardBatch, to_device
+from engine.batch.device_inputs import BatchBuilder, to_device
 from engine.batch.step_inputs import StepInputs
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_cache.storage import KVCache
@@ -70,17 +71,29 @@ class ModelRunner:
         self.builder = builder or BatchBuilder(self.device)
 
     def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Runs the step. Returns (hidden states, logits) of the rows whose logits are wanted.
+        """Runs the step. Returns the hidden states of `hidden_rows`, and the logits of those that are wanted.
 
         tokens: [num_tokens] the input ids, on the device, where the host does not know all of them
-        hidden states: [num_logits, hidden_size], valid until the next call; logits: [num_logits, vocab_size], float32
+        hidden states: as of `Model.forward`, valid until the next call; logits: [num_logits, vocab_size], float32
         """
-        hidden = self.graphs.forward(inputs, tokens)
+        hidden = self.graphs.forward(inputs, tokens)  # whose rows all have logits
         if hidden is None:
             tensors = self.builder.build(inputs, tokens)
             self.attention.plan(tensors)
-            hidden = self._wanted_rows(self.model.forward(tensors, self.attention), tensors)
-        return hidden, self.model.compute_logits(hidden)
+            hidden = self.model.forward(tensors, self.attention)
+            if inputs.num_tokens != len(inputs.logits_rows):
+                wanted = hidden.index_select(0, tensors.logits_rows)
+                return self._rows(hidden, inputs.hidden_rows, wanted), self.logits(wanted)
+        return self._rows(hidden, inputs.hidden_rows, hidden), self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of rows as `Model.forward` returns them."""
+        return self.model.compute_logits(hidden[:, : self.model.hidden_size] if self.model.hidden_layers else hidden)
+
+    def _rows(self, hidden: Tensor, rows: Ints | None, wanted: Tensor) -> Tensor:
+        if rows is None:
+            return wanted
+        return hidden if len(rows) == len(hidden) else hidden.index_select(0, to_device(rows, hidden.device))
 
     def release_memory(self) -> None:
         """Gives back what is only kept for speed. Call it when a step ran out of memory, outside of the handler: the
@@ -102,10 +115,5 @@ class ModelRunner:
                     sources.append(first + index)
                     targets.append(first + depth)
         if sources:
-            slots = to_device(inputs.slots[np.array([sources, targets])], self.device)
-            self.kv_cache.move(*slots.unbind())
-
-    def _wanted_rows(self, hidden: Tensor, tensors: ForwardBatch) -> Tensor:
-        if tensors.logits_rows.shape[0] == hidden.shape[0]:
-            return hidden
-        return hidden.index_select(0, tensors.logits_rows)
+            slots = to_device(inputs.slots[:, np.array([sources, targets])], self.device)
+            self.kv_cache.move(*slots.unbind(1))

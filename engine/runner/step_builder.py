@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.batch.block_tables import BlockTables
-from engine.batch.gather import gather_rows, gather_seqs
+from engine.batch.gather import gather_step
 from engine.batch.step_inputs import StepInputs
 from engine.sampling.metadata import SamplingBuilder
 from engine.sampling.token_counts import CountKeeper
@@ -16,28 +18,40 @@ class StepBuilder:
     What executors keep between steps (block tables, token counts) they are told as changes. Changes of tables are told
     again until `launched` says that a step which had them was launched; `failed` says that it was not.
 
+    num_groups: groups of layers, each with a block table (`AttentionLayer.group`)
     counts_on_device: whether the executor's sampler keeps the token counts of penalised sequences itself
+    shows_all_rows: whether somebody wants the hidden states of all rows, not of those with logits alone
     """
 
-    def __init__(self, block_size: int, vocab_size: int, *, counts_on_device: bool = False) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        vocab_size: int,
+        *,
+        num_groups: int = 1,
+        counts_on_device: bool = False,
+        shows_all_rows: bool = False,
+    ) -> None:
+        self._shows_all_rows = shows_all_rows
         self.block_size = block_size
-        self.tables = BlockTables()
+        self.tables = BlockTables(num_groups)
         self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None)
 
     def build(self, batch: list[Scheduled]) -> StepInputs:
         """The inputs of a plan, which must not be empty."""
-        rows = gather_rows(batch, self.block_size)
+        step = gather_step(batch, self.block_size)
         table_rows, width = self.tables.read(batch)
         return StepInputs(
-            *rows[:5],
+            *step[:5],
             table_rows=table_rows,
             table_width=width,
             table_changes=self.tables.changes(),
-            logits_rows=rows.logits_rows,
-            tree_mask=rows.tree_mask,
-            seqs=gather_seqs(batch),
-            sampling=self.sampling.build(batch),
-            sources=rows.sources,
+            logits_rows=step.logits_rows,
+            tree_mask=step.tree_mask,
+            seqs=step.seqs,
+            sampling=self.sampling.build(batch, step),
+            sources=step.sources,
+            hidden_rows=np.arange(len(step.input_ids)) if self._shows_all_rows else None,
         )
 
     def launched(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.batch.step_file import StepFile, without_contents
@@ -22,17 +23,17 @@ class StepRecording:
     file that cannot be written costs the recording, never a step.
     """
 
-    def __init__(self, config: EngineConfig, *, block_size: int, vocab_size: int, counts_on_device: bool) -> None:
+    def __init__(self, config: EngineConfig, make_builder: Callable[[], StepBuilder]) -> None:
+        """make_builder: of inputs for an executor that was told nothing yet"""
         self._config_json = config.model_dump_json()
         self._has_contents = config.supervision.record_steps == "contents"
-        self._sizes = block_size, vocab_size
-        self._counts_on_device = counts_on_device
+        self._make_builder = make_builder
         self._path: Path | None = running_step_file()
 
     def begin(self, batch: list[Scheduled]) -> None:
         if self._path is None:
             return
-        inputs = StepBuilder(*self._sizes, counts_on_device=self._counts_on_device).build(batch)
+        inputs = self._make_builder().build(batch)
         if not self._has_contents:
             inputs = without_contents(inputs)
         try:

@@ -27,18 +27,22 @@ class OneTokenRunner(ModelRunner):
             "strict determinism verifies chains of drafts: none sees its path alone in a tree"
         )
         wanted = set(inputs.logits_rows.tolist())
+        shown = wanted if inputs.hidden_rows is None else set(inputs.hidden_rows.tolist())
         hidden: list[Tensor] = []
+        logits: list[Tensor] = []
         for row in range(inputs.num_tokens):
             alone = None if tokens is None else tokens[row : row + 1]
             batch = self.builder.build(one_token(inputs, row), alone)
             self.attention.plan(batch)
             one = self.model.forward(batch, self.attention)
-            if row in wanted:
+            if row in shown:
                 hidden.append(one)
-        if not hidden:
-            nothing = torch.empty(0, self.model.hidden_size, device=self.device)
-            return nothing, torch.empty(0, self.model.vocab_size, device=self.device)
-        return torch.cat(hidden), torch.cat([self.model.compute_logits(one) for one in hidden])
+            if row in wanted:
+                logits.append(self.logits(one))
+        return (
+            torch.cat(hidden) if hidden else torch.empty(0, one.shape[1], device=self.device),
+            torch.cat(logits) if logits else torch.empty(0, self.model.vocab_size, device=self.device),
+        )
 
 
 def one_token(inputs: StepInputs, row: int) -> StepInputs:
@@ -49,10 +53,10 @@ def one_token(inputs: StepInputs, row: int) -> StepInputs:
         inputs,
         input_ids=inputs.input_ids[this],
         positions=inputs.positions[this],
-        slots=inputs.slots[this],
+        slots=inputs.slots[:, this],
         query_starts=np.arange(2),
         seq_lens=inputs.positions[this] + 1,
-        table_rows=inputs.table_rows[seq : seq + 1],
+        table_rows=inputs.table_rows[:, seq : seq + 1],
         logits_rows=first,
         sources=None,
     )

@@ -15,10 +15,13 @@ _FIRST_BLOCK = 1  # after the null block; free, and written anew by whoever gets
 def compute_one_token(executor: Executor, builder: StepBuilder, *, block: int) -> Sampled:
     """What follows token 0 at position 0. Its keys and values go into the block, whatever is there.
 
-    builder: that of the executor's other steps, as they share its block tables
+    Those of every group of layers, one after the other: each layer reads its own before the next one writes. builder:
+    that of the executor's other steps, as they share its block tables
     """
     request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
-    batch = [Scheduled(Sequence(request, [0], block_tables=[[block]]), 1, 0, samples=True)]
+    num_groups = builder.tables.num_groups
+    seq = Sequence(request, [0], block_tables=[[block]] * num_groups, num_released_blocks=[0] * num_groups)
+    batch = [Scheduled(seq, 1, 0, samples=True)]
     (sampled,) = executor.run(builder.build(batch)).sampled
     builder.launched()
     return sampled

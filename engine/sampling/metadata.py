@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from engine.arrays import Ints
+from engine.batch.gather import GatheredStep, last_rows
 from engine.batch.step_inputs import (
     KNOWN,
+    NO_INTS,
     CountChanges,
     LogprobInputs,
     PenaltyInputs,
@@ -23,7 +25,6 @@ from engine.batch.step_inputs import (
     RowFacts,
     SamplingInputs,
 )
-from engine.batch.tree_inputs import draft_depths
 from engine.sampling.logit_processors import LogitEdits, edits_every_step, is_penalised
 from engine.sampling.token_counts import CountKeeper, TokenHistories
 from engine.sampling.truncation import limits_of
@@ -52,35 +53,20 @@ class SamplingBuilder:
         self._histories = TokenHistories()
         self._known: WeakKeyDictionary[Sequence, _SequenceFacts] = WeakKeyDictionary()
         self._edits: WeakKeyDictionary[Sequence, LogitEdits] = WeakKeyDictionary()
-        self._seqs: list[Sequence] = []  # of the rows of `_facts`
+        self._seqs: list[Sequence] = []  # of the rows of `_facts`, and how many each has
+        self._num_rows: Ints = NO_INTS
         self._facts: RowFacts | None = None
 
-    def build(self, batch: list[Scheduled]) -> SamplingInputs:
-        seqs: list[Sequence] = []
-        positions: list[int] = []
-        logits_rows: list[int] = []
-        first, asks_logprobs = 0, False
-        for item in batch:
-            asks_logprobs = asks_logprobs or item.num_scored > 0 or item.seq.request.params.logprobs is not None
-            first += item.num_scored
-            if not item.samples:
-                continue
-            seq, num_drafts, position = item.seq, item.num_drafts, item.next_position
-            seqs.append(seq)
-            positions.append(position)
-            logits_rows.append(first)
-            first += 1
-            if num_drafts:
-                seqs += [seq] * num_drafts
-                positions += [position + depth for depth in draft_depths(item)]
-                logits_rows += range(first, first + num_drafts)
-                first += num_drafts
-        places = np.array(positions, dtype=np.int64)
-        facts = self._facts_of(seqs)
-        edits, counts = self.edits(batch, places, facts)
+    def build(self, batch: list[Scheduled], step: GatheredStep) -> SamplingInputs:
+        seqs = step.seqs
+        logits_rows = last_rows((seqs.num_scored + seqs.num_sampled).cumsum(), seqs.num_sampled)
+        positions = step.positions[step.logits_rows[logits_rows]] + 1
+        facts = self._facts_of([item.seq for item in batch if item.samples], seqs.num_sampled[seqs.num_sampled > 0])
+        edits, counts = self.edits(batch, positions, facts)
+        asks_logprobs = seqs.num_scored.any() or seqs.wants_logprobs.any()
         return SamplingInputs(
-            logits_rows=np.array(logits_rows, dtype=np.int64),
-            positions=places,
+            logits_rows=logits_rows,
+            positions=positions,
             facts=facts,
             edits=edits,
             counts=counts,
@@ -131,25 +117,24 @@ class SamplingBuilder:
         """Whether a step of this sequence can only be sampled when the host knows all tokens before it."""
         return self._counts is None and is_penalised(item.seq.request.params)
 
-    def _facts_of(self, seqs: list[Sequence]) -> RowFacts:
-        """The same object as the last time where the sequences of all rows are."""
-        if self._facts is not None and seqs == self._seqs:
+    def _facts_of(self, seqs: list[Sequence], num_rows: Ints) -> RowFacts:
+        """The same object as the last time where the rows are of the same sequences. num_rows: of each sequence"""
+        if self._facts is not None and seqs == self._seqs and np.array_equal(num_rows, self._num_rows):
             return self._facts
         known = [self._sequence_facts(seq) for seq in seqs]
-        temperatures, max_gaps, top_ks, top_ps, edits_before = (
-            np.array([one.numbers for one in known], dtype=np.float64).reshape(len(known), 5).T
-        )
-        places = {seq: place for place, seq in enumerate(dict.fromkeys(seqs))}
+        seq_of_row = np.repeat(np.arange(len(seqs)), num_rows)
+        numbers = np.array([one.numbers for one in known], dtype=np.float64).reshape(len(known), 5)
+        temperatures, max_gaps, top_ks, top_ps, edits_before = numbers[seq_of_row].T
         facts = RowFacts(
-            seeds=np.array([one.seed for one in known], dtype=np.uint64),
+            seeds=np.array([one.seed for one in known], dtype=np.uint64)[seq_of_row],
             temperatures=temperatures.astype(np.float32),
             max_gaps=max_gaps.astype(np.float32),
             top_ks=top_ks.astype(np.int64),
             top_ps=top_ps.copy(),
             edits_before=edits_before.copy(),
-            seq_of_row=np.array([places[seq] for seq in seqs], dtype=np.int64),
+            seq_of_row=seq_of_row,
         )
-        self._seqs, self._facts = seqs, facts
+        self._seqs, self._num_rows, self._facts = seqs, num_rows, facts
         return facts
 
     def _sequence_facts(self, seq: Sequence) -> _SequenceFacts:

@@ -74,16 +74,18 @@ class SamplerOutput:
         if answers is not None:
             assert inputs.sampling.logprobs is not None
             logprobs = read_logprobs(answers, inputs.sampling.logprobs)
-        draft_tokens, draft_parents = seqs.draft_tokens.tolist(), seqs.draft_parents.tolist()
+        input_ids, draft_parents = inputs.input_ids.tolist(), seqs.draft_parents.tolist()
         positions = inputs.sampling.positions.tolist()
         results: list[Sampled] = []
         first = first_draft = 0
-        columns = (seqs.num_scored, seqs.num_sampled, seqs.num_drafts, seqs.wants_logprobs)
+        columns = (seqs.num_scored, seqs.num_sampled, seqs.wants_logprobs, inputs.query_starts[1:])
         for seq, numbers in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-            num_scored, num_sampled, num_drafts, wants_logprobs = numbers
-            rows = sampled[first : first + num_sampled]
-            drafts = slice(first_draft, first_draft + num_drafts)
-            accepted = accept(rows, draft_tokens[drafts], draft_parents[drafts]) if num_drafts and rows[0] >= 0 else []
+            num_scored, num_sampled, wants_logprobs, end = numbers
+            rows, num_drafts = sampled[first : first + num_sampled], max(num_sampled - 1, 0)
+            accepted: list[int] = []
+            if num_drafts and rows[0] >= 0:
+                parents = draft_parents[first_draft : first_draft + num_drafts]
+                accepted = accept(rows, input_ids[end - num_drafts : end], parents)
             if answers is None and rows and rows[0] >= 0:  # most of them
                 results.append(Sampled([rows[0], *[rows[1 + draft] for draft in accepted]], accepted))
             else:

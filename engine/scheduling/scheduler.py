@@ -12,6 +12,7 @@ from bisect import bisect_right, insort
 from dataclasses import dataclass, field, replace
 
 from engine.circuit_breaker import CircuitBreaker
+from engine.kv_cache.groups import span_of_step
 from engine.kv_cache.manager import KVCacheManager, Prefix, needs_prompt_scores
 from engine.scheduling.prompts_in_progress import PromptsInProgress
 from engine.scheduling.request_queue import WaitingQueue
@@ -383,8 +384,7 @@ class Scheduler:
 
     @property
     def _span(self) -> int:
-        """Tokens that a sequence holds past a window, at most: a step's, and parts of the blocks at both ends."""
-        return self._full_budget + 2 * self.kv.block_size + self.limits.num_lookahead_tokens
+        return span_of_step(self._full_budget, self.kv.block_size, self.limits.num_lookahead_tokens)
 
     def _fit(self, seq: Sequence, budget: int, plan: _Plan) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count.

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
-
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import draft_budget
-from engine.types import Scheduled, Sequence
+from engine.speculation.proposer import ProposerNeeds, draft_budget
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Sequence
 
 MAX_INDEXED_PER_STEP = 2048  # tokens of all sequences together: five milliseconds; long prompts take several steps
 
@@ -25,10 +24,9 @@ class NgramProposer:
     short, is drafted in full.
     """
 
-    num_lookahead_tokens = 0
-
     def __init__(self, *, num_drafts: int, ngram_min: int, ngram_max: int) -> None:
         assert 1 <= ngram_min <= ngram_max
+        self.needs = ProposerNeeds(num_drafts=num_drafts)
         self._num_drafts = num_drafts
         self._lengths = range(ngram_max, ngram_min - 1, -1)
         self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
@@ -37,13 +35,16 @@ class NgramProposer:
     def from_config(cls, config: SpeculationConfig) -> NgramProposer:
         return cls(num_drafts=config.num_drafts, ngram_min=config.ngram_min, ngram_max=config.ngram_max)
 
-    def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
-        drafting = [item.seq for item in batch if draft_budget(item.seq, self._num_drafts)]
-        self._index(drafting)
-        for item in batch:
-            drafts = self._drafts(item.seq)
-            item.seq.draft_token_ids = drafts
-            item.seq.draft_parents = list(range(-1, len(drafts) - 1))
+    @classmethod
+    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+        return ProposerNeeds(num_drafts=config.num_drafts)
+
+    def propose(self, step: VerifiedStep) -> None:
+        self._index([seq for seq in step.drafting if draft_budget(seq, self._num_drafts)])
+        for seq in step.drafting:
+            drafts = self._drafts(seq)
+            seq.draft_token_ids = drafts
+            seq.draft_parents = list(range(-1, len(drafts) - 1))
 
     def _index(self, seqs: list[Sequence]) -> None:
         """Indexes what a step has time for, of those first who lack least: a long prompt keeps nobody waiting."""

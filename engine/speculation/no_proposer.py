@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from engine.config import SpeculationConfig
-from engine.types import Scheduled
+from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.verified_step import VerifiedStep
 
 
 class NoProposer:
     """Proposes nothing: the null object, so that the engine need not ask whether it speculates."""
 
-    num_lookahead_tokens = 0
+    needs = ProposerNeeds()
 
     @classmethod
     def from_config(cls, config: SpeculationConfig) -> NoProposer:
         return cls()
 
-    def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
+    @classmethod
+    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+        return cls.needs
+
+    def propose(self, step: VerifiedStep) -> None:
         pass

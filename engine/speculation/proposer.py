@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
-
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
 
 from engine.config import SpeculationConfig
 from engine.lazy_import import load_object
-from engine.types import Scheduled, Sequence
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposerNeeds:
+    """What a proposer asks of the engine, the same for all steps and known before anything is built.
+
+    num_drafts: of one sequence that a step verifies, at most: rows of a step, for which memory is planned.
+    num_lookahead_tokens: KV slots past a sequence's newest token that proposing itself writes to.
+    hidden: the target's hidden states that are shown: those that newest tokens were sampled from, or of all rows.
+    hidden_layers: layers whose inputs are shown beside the last hidden states.
+    """
+
+    num_drafts: int = 0
+    num_lookahead_tokens: int = 0
+    hidden: Literal["none", "newest", "all"] = "none"
+    hidden_layers: tuple[int, ...] = ()
 
 
 class Proposer(Protocol):
     """Guesses the tokens that may follow. A wrong guess costs time, never correctness."""
 
-    num_lookahead_tokens: int  # KV slots past the newest token that proposing itself writes to
+    needs: ProposerNeeds
 
-    def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
-        """Sets the drafts (token ids and parents) of every sequence of the batch, to empty lists where it has no guess.
+    def propose(self, step: VerifiedStep) -> None:
+        """Sets the drafts (token ids and parents) of every sequence of `step.drafting`, to empty lists where it has no
+        guess, and of no other.
 
-        Called after the step's tokens were appended, with the items that sampled and did not finish. Proposes no more
-        than `draft_budget` tokens in a row. hidden_states: [len(batch), hidden_size], the target model's last hidden
-        state at the row that each newest token was sampled from.
+        Called after the step's tokens were appended, also where none was: prompt chunks are shown as they are computed.
+        Proposes no more than `draft_budget` tokens in a row, and no more than `needs.num_drafts` in all.
         """
         ...
 
@@ -45,9 +61,20 @@ PROPOSERS = {  # speculation.method -> "module:Class"
 class _ProposerClass(Protocol):
     def from_config(self, config: SpeculationConfig) -> Proposer: ...
 
+    def needs_of(self, config: SpeculationConfig) -> ProposerNeeds: ...
+
 
 def build_proposer(config: SpeculationConfig) -> Proposer:
     """The configured proposer. Raises ValueError for a method that is not there or settings that contradict."""
+    return _class_of(config).from_config(config)
+
+
+def needs_of(config: SpeculationConfig) -> ProposerNeeds:
+    """What the configured proposer will ask for. ValueError as `build_proposer`."""
+    return _class_of(config).needs_of(config)
+
+
+def _class_of(config: SpeculationConfig) -> _ProposerClass:
     if config.method not in PROPOSERS:
         raise ValueError(f"speculation.method is {config.method!r}, but must be one of {', '.join(PROPOSERS)}")
-    return cast(_ProposerClass, load_object(PROPOSERS[config.method])).from_config(config)
+    return cast(_ProposerClass, load_object(PROPOSERS[config.method]))

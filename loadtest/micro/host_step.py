@@ -28,7 +28,9 @@ from engine.sampling.triton_sampler import TritonSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.no_proposer import NoProposer
-from engine.types import Request, SamplingParams, Scheduled
+from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Request, SamplingParams
 from loadtest.micro.measure import Row, parse_arguments, report
 from loadtest.micro.steady import PARTS, medians, timed_step
 
@@ -47,6 +49,8 @@ class NoModel:
 
     attention_layers = ()
     vocab_size = VOCAB_SIZE
+
+    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, max_num_rows: int) -> None:
         self._hidden, self._logits = torch.zeros(max_num_rows, 1), torch.zeros(max_num_rows, VOCAB_SIZE)
@@ -81,11 +85,11 @@ class NoGraphDevice:
 
 
 class WrongDrafts:
-    num_lookahead_tokens = NUM_DRAFTS
+    needs = ProposerNeeds(num_drafts=NUM_DRAFTS)
 
-    def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
-        for item in batch:
-            item.seq.draft_token_ids, item.seq.draft_parents = [TOKEN + 1] * NUM_DRAFTS, list(range(-1, NUM_DRAFTS - 1))
+    def propose(self, step: VerifiedStep) -> None:
+        for seq in step.drafting:
+            seq.draft_token_ids, seq.draft_parents = [TOKEN + 1] * NUM_DRAFTS, list(range(-1, NUM_DRAFTS - 1))
 
 
 def _sample_nothing(logits: Tensor, *arguments: Tensor, **settings: int) -> Tensor:
@@ -94,11 +98,11 @@ def _sample_nothing(logits: Tensor, *arguments: Tensor, **settings: int) -> Tens
 
 def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
     proposer = WrongDrafts() if has_drafts else NoProposer()
-    num_lookahead, max_model_len = proposer.num_lookahead_tokens, context + MAX_TOKENS
-    model, builder = NoModel(max(1024, num_seqs * (1 + num_lookahead))), BatchBuilder(torch.device("cpu"))
+    num_drafts, max_model_len = proposer.needs.num_drafts, context + MAX_TOKENS
+    model, builder = NoModel(max(1024, num_seqs * (1 + num_drafts))), BatchBuilder(torch.device("cpu"))
     limits = GraphLimits(
         max_num_seqs=num_seqs,
-        max_rows_per_seq=1 + num_lookahead,
+        max_rows_per_seq=1 + num_drafts,
         max_num_blocks=-(-max_model_len // BLOCK_SIZE) + 1,
         num_uses=0,
         num_steps_between=0,
@@ -114,9 +118,8 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
         KVCacheManager(num_blocks, BLOCK_SIZE),
         SchedulerLimits(
             max_num_seqs=num_seqs,
-            max_num_batched_tokens=max(1024, num_seqs * (1 + num_lookahead)),
+            max_num_batched_tokens=max(1024, num_seqs * (1 + num_drafts)),
             max_model_len=max_model_len,
-            num_lookahead_tokens=num_lookahead,
         ),
     )
     return Engine(ModelExecutor(runner, TritonSampler(VOCAB_SIZE)), scheduler, proposer, COST, overlap=not has_drafts)

@@ -21,7 +21,9 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
-from engine.types import Request, SamplingParams, Scheduled, StepOutput
+from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Request, SamplingParams, StepOutput
 from tests.support.stepping import engine_of
 
 VOCAB_SIZE = 64
@@ -41,14 +43,13 @@ POISON = VOCAB_SIZE - 1
 class TreeProposer:
     """Guesses trees: some branches follow what the request will really say, others are wrong."""
 
-    num_lookahead_tokens = 0
+    needs = ProposerNeeds(num_drafts=9)
 
     def __init__(self, answers: dict[str, list[int]], seed: int = 0) -> None:
         self.answers, self.rng = answers, random.Random(seed)
 
-    def propose(self, batch: list[Scheduled], hidden_states: torch.Tensor) -> None:
-        for item in batch:
-            seq = item.seq
+    def propose(self, step: VerifiedStep) -> None:
+        for seq in step.drafting:
             truth = self.answers[seq.request.request_id][seq.num_output_tokens :][:3]
             tokens, parents, trunk = [], [], -1
             for token in truth:
@@ -252,7 +253,7 @@ def test_a_poisoned_request_fails_alone(llama, greedy):
 
 
 class BrokenProposer(NoProposer):
-    def propose(self, batch, hidden_states):
+    def propose(self, step):
         raise RuntimeError("no guess today")
 
 

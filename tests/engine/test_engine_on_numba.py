@@ -23,13 +23,14 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ipc.messages import ModelInfo
+from engine.kv_cache import layer_spec
 from engine.loading.loader import read_model_facts
 from engine.models.llama_numba import NumbaLlama
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.machine import Machine, read_machine
 from engine.planning.resolve import SettingError
 from engine.quantization.method import COMPILED_FORMATS
-from engine.types import Request, SamplingParams
+from engine.types import Request, SamplingParams, Scheduled
 from tests.support.answers import answer_all
 
 VOCAB_SIZE = 150
@@ -48,6 +49,13 @@ MODELS = {
     "mistral": MistralConfig(**SIZES, sliding_window=20, architectures=["MistralForCausalLM"]),
     "qwen2": Qwen2Config(**SIZES, architectures=["Qwen2ForCausalLM"]),
     "qwen3": Qwen3Config(**SIZES, head_dim=32, architectures=["Qwen3ForCausalLM"]),
+    "mixed windows": Qwen2Config(
+        **{**SIZES, "num_hidden_layers": 4},
+        use_sliding_window=True,
+        sliding_window=20,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        architectures=["Qwen2ForCausalLM"],
+    ),
     "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, architectures=["SmolLM3ForCausalLM"]),
 }
 Section = dict[str, object]
@@ -109,7 +117,7 @@ def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["auto", *COMPILED_FORMATS])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "mixed windows"])
 def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quantization: str, save) -> None:
     path = save(MODELS[name])
     model = {"quantization": quantization}
@@ -131,6 +139,30 @@ def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quant
     assert answer_all(few_rows, requests).answers == alone
 
 
+def test_layers_with_a_window_keep_that_of_a_text_and_change_no_bit(save, monkeypatch) -> None:
+    """Three of four layers see 20 tokens; a text of 220 then takes about half of the memory."""
+    path, scheduler = save(MODELS["mixed windows"]), {"max_num_batched_tokens": 32}
+    requests = [longer(request, 200) for request in make_requests()[:4]]
+
+    def answer() -> tuple[dict[str, object], int]:
+        engine, _ = build(path, scheduler=scheduler)
+        kv, cache = engine.scheduler.kv, engine.executor.runner.kv_cache
+        most = 0
+
+        def note(batch: list[Scheduled]) -> None:
+            nonlocal most
+            most = max(most, kv.pool.num_owned * cache.blocks.shape[1])
+
+        engine.on_batch = note
+        return answer_all(engine, requests).answers, most
+
+    in_groups, held = answer()
+    monkeypatch.setattr(layer_spec, "MAX_GROUPS", 1)
+    in_one, held_by_all = answer()
+    assert in_groups == in_one
+    assert held < 0.6 * held_by_all
+
+
 @pytest.mark.parametrize("name", ["llama", "smollm3"])
 def test_a_request_is_the_same_after_preemption(name: str, save) -> None:
     path = save(MODELS[name])
@@ -141,9 +173,9 @@ def test_a_request_is_the_same_after_preemption(name: str, save) -> None:
     assert tight.scheduler.num_preemptions > 0
 
 
-def longer(request: Request) -> Request:
+def longer(request: Request, max_tokens: int = 120) -> Request:
     """One whose answer outgrows the room that is kept free for it."""
-    params = msgspec.structs.replace(request.params, max_tokens=120)
+    params = msgspec.structs.replace(request.params, max_tokens=max_tokens)
     return msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids[-12:], params=params)
 
 

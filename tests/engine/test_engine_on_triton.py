@@ -7,6 +7,7 @@ from engine.attention.backend import AttentionBackend
 from engine.attention.torch_backend import TorchAttention
 from engine.attention.triton_backend import TritonAttention
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.model_runner import ModelRunner
@@ -14,9 +15,10 @@ from engine.sampling.host_sampler import HostSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
-from engine.types import Scheduled
+from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.verified_step import VerifiedStep
 from tests.support.stepping import engine_of
-from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model, window_of
+from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
@@ -24,13 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 class TreeProposer:
     """Guesses two tokens after the newest, and one after the first of them."""
 
-    num_lookahead_tokens = 0
+    needs = ProposerNeeds(num_drafts=3)
 
-    def propose(self, batch: list[Scheduled], hidden_states: torch.Tensor) -> None:
-        for item in batch:
-            newest = item.seq.token_ids[-1]
-            item.seq.draft_token_ids = [newest, (newest + 1) % VOCAB_SIZE, newest]
-            item.seq.draft_parents = [-1, -1, 0]
+    def propose(self, step: VerifiedStep) -> None:
+        for seq in step.drafting:
+            newest = seq.token_ids[-1]
+            seq.draft_token_ids = [newest, (newest + 1) % VOCAB_SIZE, newest]
+            seq.draft_parents = [-1, -1, 0]
 
 
 PROPOSERS = {
@@ -47,12 +49,14 @@ def _outputs(
     cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
     runner = ModelRunner(llama, cache, attention(cache))
-    scheduler = Scheduler(KVCacheManager(60, 4, windows=[window_of(model)]), limits)
+    scheduler = Scheduler(KVCacheManager(60, 4, windows=windows_of(llama.attention_layers)), limits)
     sampler = HostSampler(VOCAB_SIZE)
     return answer_three(engine_of(runner, scheduler, sampler, PROPOSERS[proposer](), COST))
 
 
-@pytest.mark.parametrize(("model", "proposer"), [("full", "none"), ("full", "tree"), ("window", "ngram")])
+@pytest.mark.parametrize(
+    ("model", "proposer"), [("full", "none"), ("full", "tree"), ("window", "ngram"), ("mixed", "tree")]
+)
 def test_the_engine_says_the_same_on_triton_as_on_torch(device: torch.device, model: str, proposer: str) -> None:
     found = _outputs(model, TritonAttention, device, proposer)
     assert found == _outputs(model, TorchAttention, torch.device("cpu"), proposer)

@@ -39,6 +39,7 @@ from transformers import (
 
 from engine.attention.torch_backend import TorchAttention
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -253,7 +254,8 @@ def checkpoint(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
 def logits_of(model: Model, sequences: list[list[int]], *, num_decoded: int = 5, seed: int = 0) -> list[Tensor]:
     """Each sequence's logits at every position, computed in random chunks of mixed batches over scattered blocks."""
     rng = random.Random(seed)
-    num_blocks = sum(len(ids) // BLOCK_SIZE + 1 for ids in sequences) + 3
+    num_groups = len(windows_of(model.attention_layers))
+    num_blocks = num_groups * sum(len(ids) // BLOCK_SIZE + 1 for ids in sequences) + 3
     dtype = next(model.parameters()).dtype
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype), device="cpu"
@@ -263,8 +265,8 @@ def logits_of(model: Model, sequences: list[list[int]], *, num_decoded: int = 5,
     seqs = []
     for i, ids in enumerate(sequences):
         request = Request(request_id=str(i), prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
-        table = [blocks.pop() for _ in range(0, len(ids), BLOCK_SIZE)]
-        seqs.append(Sequence(request=request, token_ids=list(ids), block_tables=[table]))
+        tables = [[blocks.pop() for _ in range(0, len(ids), BLOCK_SIZE)] for _ in range(num_groups)]
+        seqs.append(Sequence(request, list(ids), block_tables=tables, num_released_blocks=[0] * num_groups))
     logits: list[list[Tensor]] = [[] for _ in seqs]
     while unfinished := [seq for seq in seqs if seq.num_tokens - seq.num_computed_tokens]:
         batch = []

@@ -16,7 +16,7 @@ from engine.attention.torch_backend import TorchAttention
 from engine.batch.device_inputs import BatchBuilder, ForwardBatch
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
-from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.layer_spec import AttentionLayer, windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import GraphLimits, GraphRunner
@@ -27,7 +27,7 @@ from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from kernels.reference.attention import paged_attention, store_kv
 from tests.support.stepping import engine_of
-from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model, window_of
+from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model
 
 BLOCK_SIZE = 4
 
@@ -84,12 +84,14 @@ class DefinedAttention(TorchAttention):
         if not self.is_captured:
             return super().__call__(q, k, v, layer, batch)
         k_cache, v_cache = self.kv_cache.k[layer.index], self.kv_cache.v[layer.index]
-        kept = batch.slots >= 0
-        store_kv(k[kept], v[kept], k_cache, v_cache, batch.slots[kept])
+        slots = batch.slots[layer.group]
+        kept = slots >= 0
+        store_kv(k[kept], v[kept], k_cache, v_cache, slots[kept])
         num_rows = int(batch.query_starts[-1])
         out = torch.full_like(q, math.nan)
         out[:num_rows] = paged_attention(
-            q[:num_rows], k_cache, v_cache, batch.block_tables, batch.query_starts, batch.seq_lens, layer.scale,
+            q[:num_rows], k_cache, v_cache, batch.block_tables[layer.group], batch.query_starts, batch.seq_lens,
+            layer.scale,
             window=layer.window,
         )  # fmt: skip
         return out
@@ -100,7 +102,6 @@ class Setup:
 
     def __init__(self, name: str, device: FakeGraphDevice | None, max_rows_per_seq: int = 1, **limits: int) -> None:
         self.model = make_model(name)
-        self.window = window_of(name)
         self.cache = KVCache(
             self.model.attention_layers, num_blocks=100, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
         )
@@ -108,7 +109,8 @@ class Setup:
         self.builder = BatchBuilder(torch.device("cpu"))
         self.graphs: GraphRunner | None = None
         if device is not None:
-            defaults = {"max_num_seqs": 6, "max_num_blocks": 20, "num_uses": 0}
+            num_groups = len(windows_of(self.model.attention_layers))
+            defaults = {"max_num_seqs": 6, "max_num_blocks": 20, "num_groups": num_groups, "num_uses": 0}
             merged = {**defaults, "num_steps_between": 0, "max_rows_per_seq": max_rows_per_seq, **limits}
             self.graphs = GraphRunner(
                 self.model,
@@ -122,6 +124,7 @@ class Setup:
 
     def engine(self, *, has_drafts: bool = False, overlap: bool = False) -> Engine:
         limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=40, max_model_len=70, headroom=1)
-        scheduler = Scheduler(KVCacheManager(32, BLOCK_SIZE, windows=[self.window]), limits)
+        windows = windows_of(self.model.attention_layers)
+        scheduler = Scheduler(KVCacheManager(24 * len(windows), BLOCK_SIZE, windows=windows), limits)
         proposer = NgramProposer(num_drafts=3, ngram_min=1, ngram_max=2) if has_drafts else NoProposer()
         return engine_of(self.runner, scheduler, HostSampler(VOCAB_SIZE), proposer, COST, overlap=overlap)

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.batch.device_inputs import BatchBuilder, ForwardBatch
 from engine.batch.step_inputs import StepInputs
 from engine.engine import Engine
+from engine.kv_cache.layer_spec import windows_of
 from engine.runner.executor import ModelExecutor, input_tokens
 from engine.runner.model_runner import ModelRunner
 from engine.runner.step_builder import StepBuilder
@@ -38,7 +39,7 @@ def engine_of(
 
 def step_inputs(batch: list[Scheduled], block_size: int) -> StepInputs:
     """Inputs for an executor that has seen no step before."""
-    return StepBuilder(block_size, VOCAB_SIZE).build(batch)
+    return StepBuilder(block_size, VOCAB_SIZE, num_groups=len(batch[0].seq.block_tables)).build(batch)
 
 
 def build_forward_batch(batch: list[Scheduled], block_size: int, device: torch.device) -> ForwardBatch:
@@ -56,7 +57,9 @@ def inputs_for(runner: ModelRunner, batch: list[Scheduled]) -> StepInputs:
     """The inputs of a plan, as one of the runner's steps."""
     builder = _OF_RUNNERS.get(runner)
     if builder is None:
-        builder = _OF_RUNNERS[runner] = StepBuilder(runner.kv_cache.block_size, runner.model.vocab_size)
+        num_groups = len(windows_of(runner.model.attention_layers))
+        builder = StepBuilder(runner.kv_cache.block_size, runner.model.vocab_size, num_groups=num_groups)
+        _OF_RUNNERS[runner] = builder
     inputs = builder.build(batch)
     builder.launched()
     return inputs

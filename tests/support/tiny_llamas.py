@@ -1,4 +1,4 @@
-"""What tests of whole engines share: a small model of random weights, with and without a sliding window.
+"""What tests of whole engines share: small models of random weights, without a sliding window, with one, with both.
 
 Heads have 16 dimensions, the fewest that Triton multiplies.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from engine.engine import Engine
 from engine.models.model import Model
@@ -24,6 +24,13 @@ _SIZES = {
 CONFIGS: dict[str, PreTrainedConfig] = {
     "full": LlamaConfig(**_SIZES),
     "window": MistralConfig(**_SIZES, sliding_window=10, head_dim=16),
+    "mixed": Qwen2Config(
+        **_SIZES | {"num_hidden_layers": 3},
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=10,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
 }
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
 
@@ -35,12 +42,6 @@ def make_model(name: str) -> Model:
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
-
-
-def window_of(name: str) -> int | None:
-    """Tokens that a row sees; None: all of them."""
-    window: int | None = getattr(CONFIGS[name], "sliding_window", None)
-    return window
 
 
 def answer_three(engine: Engine) -> dict[str, list[int]]:

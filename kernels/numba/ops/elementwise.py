@@ -162,6 +162,15 @@ def fill_rows(source, out, first, last, size, adds):
 
 
 @njit
+def copy_rows(source, out, first, last, size):
+    """out[row] = source[row], `size` float32 each."""
+    for row in range(first, last):
+        values, target = floats(source + row * size * 4, size), floats(out + row * size * 4, size)
+        for i in range(size):
+            target[i] = values[i]
+
+
+@njit
 def gather_rows(table, kind, indices, out, first, last, size):
     """out[row] = table[indices[row]] as float32. table: [any, size] of `kind`; indices: int64 [rows]"""
     rows = integers(indices, last)

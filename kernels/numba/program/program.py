@@ -18,6 +18,7 @@ from kernels.numba.core.memory import add_to_counter, floats, integers, read_cou
 from kernels.numba.kernel_cache import kernel
 from kernels.numba.ops.attention import attend_unit
 from kernels.numba.ops.elementwise import (
+    copy_rows,
     fill_rows,
     gather_rows,
     normalise_rows,
@@ -27,7 +28,8 @@ from kernels.numba.ops.elementwise import (
 )
 from kernels.numba.ops.linear import BLOCK_ROWS, multiply_unit
 
-NUM_STEP_FIELDS = 16
+MAX_BLOCK_TABLES = 8  # of a sequence: one for each group of layers
+NUM_STEP_FIELDS = 32
 NUM_TILE_FIELDS = 6  # of a unit of attention, see `Step.TILES`
 NUM_FIELDS = 24  # integers of an operation; the last holds a float's bits or two
 LINE = 64  # bytes that two cores cannot write at the same time without waiting for each other
@@ -44,6 +46,7 @@ class Operation(IntEnum):
     ROTATE_AND_STORE = 5
     ATTEND = 6
     SILU_AND_MULTIPLY = 7
+    COPY = 8
 
 
 class Step(IntEnum):
@@ -52,12 +55,13 @@ class Step(IntEnum):
     ROWS = 0
     INPUT_IDS = 1
     POSITIONS = 2
-    SLOTS = 3
-    TREE = 4
-    TREE_WIDTH = 5
-    NUM_TILES = 6  # of attention
-    TILES = 7  # int64 [num_tiles, 6]: first token, tokens, context, first row, new tokens, address of the block table
-    ROTATIONS = 8  # addresses of cos and sin of each rotation of the model, up to 4
+    TREE = 3
+    TREE_WIDTH = 4
+    NUM_TILES = 5  # of attention
+    TILES = 6  # int64 [num_tiles, 6]: first token, tokens, context, first row, new tokens, address of its block table
+    ROTATIONS = 7  # addresses of cos and sin of each rotation of the model, up to 4
+    SLOTS = 15  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
+    TABLES = 23  # likewise: bytes from a tile's block table to its sequence's in this group
 
 
 class Control(IntEnum):
@@ -69,8 +73,8 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU = (int(op) for op in Operation)
-_ROWS, _INPUT_IDS, _POSITIONS, _SLOTS, _TREE, _TREE_WIDTH, _NUM_TILES, _TILES, _ROTATIONS = (int(s) for s in Step)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY = (int(op) for op in Operation)
+_ROWS, _INPUT_IDS, _POSITIONS, _TREE, _TREE_WIDTH, _NUM_TILES, _TILES, _ROTATIONS, _SLOTS, _TABLES = map(int, Step)
 _GENERATION, _OPEN, _INSIDE, _COUNTERS = (int(c) * LINE for c in Control)
 _ROWS_AT_ONCE = 8
 _SPINS_BEFORE_YIELD = 4096
@@ -133,8 +137,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
         kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
         attend_unit(
             op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
-            op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS], tile[5],
-            step[_TREE], step[_TREE_WIDTH], scratch,
+            op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS],
+            tile[5] + step[_TABLES + op[13]], step[_TREE], step[_TREE_WIDTH], scratch,
         )  # fmt: skip
     elif kind == _NORMALISE:
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
@@ -143,11 +147,14 @@ def _run_unit(unit, op, op_floats, step, scratch):
     elif kind == _STORE:
         cos, sin = (step[_ROTATIONS + 2 * op[7]], step[_ROTATIONS + 2 * op[7] + 1]) if op[8] != 0 else (0, 0)
         rotate_and_store_rows(
-            op[1], first, last, op[2], op[3], op[4], op[5], op[6], op_floats[0], cos, sin, op[8], step[_SLOTS],
+            op[1], first, last, op[2], op[3], op[4], op[5], op[6], op_floats[0], cos, sin, op[8],
+            step[_SLOTS + op[15]],
             op[9], op[10], op[11], op[12], op[13], op[14],
         )  # fmt: skip
     elif kind == _SILU:
         silu_and_multiply_rows(op[1], op[2], first, last, op[3])
+    elif kind == _COPY:
+        copy_rows(op[1], op[2], first, last, op[3])
     elif kind == _FILL:
         fill_rows(op[1], op[2], first, last, op[3], op[4])
     elif kind == _GATHER:

@@ -27,9 +27,9 @@ def _sequence(token_ids: list[int]) -> Sequence:
 class Traffic:
     """Sequences that come, grow, are preempted, come back and go, as a scheduler would have it."""
 
-    def __init__(self, seed: int, window: int | None) -> None:
+    def __init__(self, seed: int, windows: list[int | None]) -> None:
         self.rng = random.Random(seed)
-        self.kv = KVCacheManager(400, BLOCK_SIZE, windows=[window])
+        self.kv = KVCacheManager(400 * len(windows), BLOCK_SIZE, windows=windows)
         self.sequences: list[Sequence] = []
 
     def step(self) -> list[Scheduled]:
@@ -64,23 +64,24 @@ class Traffic:
             self.kv.commit(item.seq)
 
 
-def _rows(batch: list[Scheduled]) -> list[tuple[int, int, int]]:
-    """(token, position, slot) of each row, one at a time."""
+def _rows(batch: list[Scheduled], num_groups: int) -> list[tuple[int, ...]]:
+    """Token, position and the slot in each group of each row, one at a time."""
     rows = []
     for item in batch:
         seq, first = item.seq, item.seq.num_computed_tokens
         num_verified = item.num_new_tokens - item.num_drafts
         tokens = seq.token_ids[first : first + num_verified] + seq.draft_token_ids[: item.num_drafts]
         for position, token in enumerate(tokens, start=first):
-            slot = seq.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            rows.append((token, position, slot))
+            blocks = [seq.block_tables[group][position // BLOCK_SIZE] for group in range(num_groups)]
+            rows.append((token, position, *(block * BLOCK_SIZE + position % BLOCK_SIZE for block in blocks)))
     return rows
 
 
 def test_every_step_of_random_traffic_is_laid_out_right() -> None:
     for seed in range(8):
-        traffic = Traffic(seed, window=[None, 10][seed % 2])
-        inputs, builder = StepBuilder(BLOCK_SIZE, VOCAB_SIZE), BatchBuilder(CPU)
+        windows = [[None], [10], [None, 10], [7, None, 20]][seed % 4]
+        num_groups, traffic = len(windows), Traffic(seed, windows)
+        inputs, builder = StepBuilder(BLOCK_SIZE, VOCAB_SIZE, num_groups=num_groups), BatchBuilder(CPU)
         for _ in range(60):
             batch = traffic.step()
             if not batch:
@@ -89,8 +90,8 @@ def test_every_step_of_random_traffic_is_laid_out_right() -> None:
                 inputs.build(batch)
             made = builder.build(inputs.build(batch))
             inputs.launched()
-            found = zip(made.input_ids.tolist(), made.positions.tolist(), made.slots.tolist(), strict=True)
-            assert list(found) == _rows(batch)
+            columns = (made.input_ids, made.positions, *made.slots)
+            assert list(zip(*(column.tolist() for column in columns), strict=True)) == _rows(batch, num_groups)
             starts = np.cumsum([0, *(item.num_new_tokens for item in batch)]).tolist()
             assert made.query_starts.tolist() == made.query_starts_list == starts
             lens = [item.seq.num_computed_tokens + item.num_new_tokens for item in batch]
@@ -99,10 +100,11 @@ def test_every_step_of_random_traffic_is_laid_out_right() -> None:
                 end - i for item, end in zip(batch, starts[1:], strict=True) for i in range(item.num_logits, 0, -1)
             ]
             assert made.logits_rows.tolist() == wanted
-            width = made.block_tables.shape[1]
-            assert width % WIDTH_STEP == 0
-            tables = [item.seq.block_table + [0] * (width - len(item.seq.block_table)) for item in batch]
-            assert made.block_tables.tolist() == tables
+            for group, found in enumerate(made.block_tables):
+                width = found.shape[1]
+                assert width % WIDTH_STEP == 0
+                tables = [item.seq.block_tables[group] for item in batch]
+                assert found.tolist() == [table + [0] * (width - len(table)) for table in tables]
             traffic.update(batch)
 
 
@@ -122,8 +124,10 @@ def test_the_newest_tokens_may_come_from_the_device() -> None:
     assert input_tokens(step_inputs(batch, BLOCK_SIZE), newest) is None  # the host knows all of them
     alone = BatchBuilder(CPU).build(one_token(step_inputs(batch, BLOCK_SIZE), 0))
     expected = build_forward_batch(batch[:1], BLOCK_SIZE, CPU)
-    for name in ("positions", "slots", "query_starts", "seq_lens", "block_tables", "logits_rows"):
+    for name in ("positions", "query_starts", "seq_lens", "logits_rows"):
         assert torch.equal(getattr(alone, name), getattr(expected, name))
+    assert torch.equal(alone.slots[0], expected.slots[0])
+    assert torch.equal(alone.block_tables[0], expected.block_tables[0])
     assert alone.input_ids.tolist() == [9]
 
 
@@ -148,8 +152,9 @@ def test_parts_begin_at_multiples_of_sixteen_bytes() -> None:
 
 def test_a_static_batch_holds_what_a_fresh_one_holds_and_padding_after_it() -> None:
     """Filled again and again with batches of all sizes: nothing of an earlier one may be seen."""
-    static = StaticBatch(40, max_num_seqs=20, max_num_blocks=30, device=CPU)
-    traffic, inputs, tables = Traffic(3, window=10), StepBuilder(BLOCK_SIZE, VOCAB_SIZE), DeviceTables(CPU)
+    static = StaticBatch(40, max_num_seqs=20, max_num_blocks=30, num_groups=2, device=CPU)
+    traffic, tables = Traffic(3, [None, 10]), DeviceTables(CPU)
+    inputs = StepBuilder(BLOCK_SIZE, VOCAB_SIZE, num_groups=2)
     rng = random.Random(0)
     num_filled = 0
     for _ in range(80):
@@ -168,13 +173,14 @@ def test_a_static_batch_holds_what_a_fresh_one_holds_and_padding_after_it() -> N
 
 def _check(static: StaticBatch, size: GraphSize, batch: list[Scheduled], num_rows: int) -> None:
     made, expected = static.view(size), build_forward_batch(batch, BLOCK_SIZE, CPU)
-    for name in ("input_ids", "positions", "slots"):
+    for name in ("input_ids", "positions"):
         assert getattr(made, name).tolist()[:num_rows] == getattr(expected, name).tolist()
-    assert made.slots.tolist()[num_rows:] == [NO_SLOT] * (size.num_rows - num_rows)
+    for found, slots in zip(made.slots, expected.slots, strict=True):
+        assert found.tolist() == slots.tolist() + [NO_SLOT] * (size.num_rows - num_rows)
     assert made.input_ids.tolist()[num_rows:] == [0] * (size.num_rows - num_rows)
     num_padding = size.num_seqs - len(batch)
     assert made.query_starts.tolist() == expected.query_starts.tolist() + [num_rows] * num_padding
     assert made.seq_lens.tolist() == expected.seq_lens.tolist() + [0] * num_padding
-    width = expected.block_tables.shape[1]
-    assert made.block_tables[: len(batch), :width].tolist() == expected.block_tables.tolist()
+    for found, tables in zip(made.block_tables, expected.block_tables, strict=True):
+        assert found[: len(batch), : tables.shape[1]].tolist() == tables.tolist()
     assert made.input_ids.data_ptr() == static.view(size).input_ids.data_ptr()

@@ -1,12 +1,14 @@
 """The memory of keys and values: what lies where, what it takes, and how tokens are moved."""
 
+from dataclasses import replace
+
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
 from engine.kv_cache.codec import DenseCodec
-from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.layer_spec import AttentionLayer, group_layers
 from engine.kv_cache.storage import KVCache, bytes_per_block
 
 
@@ -23,7 +25,7 @@ def test_moved_tokens_are_read_before_any_is_written(keys_as_columns: bool) -> N
         return torch.stack((cache.k[index], cache.v[index])).transpose(1, 2).flatten(2, 3)
 
     before = [tokens_of(index).clone() for index in range(2)]
-    cache.move(torch.tensor([5, 6, 11]), torch.tensor([4, 5, 6]))
+    cache.move(torch.tensor([[5, 6, 11]]), torch.tensor([[4, 5, 6]]))
     for index, old in enumerate(before):
         tokens = tokens_of(index)
         assert torch.equal(tokens[:, :, [4, 5, 6]], old[:, :, [5, 6, 11]])
@@ -48,6 +50,23 @@ def test_a_block_is_one_piece_with_the_keys_and_values_of_all_layers(keys_as_col
     cache.blocks[2] = copy
     for view in (*cache.k, *cache.v):
         assert torch.equal(view[2], view[1])
+
+
+def test_a_block_has_room_for_each_group_and_is_read_as_one() -> None:
+    windows = {0: 8, 1: None, 2: 8, 3: 8}
+    layers = [replace(AttentionLayer(i, 2, 2, 8, 1.0), window=window) for i, window in windows.items()]
+    layers = group_layers(layers)
+    assert [layer.group for layer in layers] == [0, 3, 1, 2]
+    codec = DenseCodec(torch.float32)
+    assert 4 * bytes_per_block(layers, 4, codec) == bytes_per_block([replace(x, group=0) for x in layers], 4, codec)
+    cache = KVCache(layers, num_blocks=5, block_size=4, codec=codec)
+    for layer in layers:
+        cache.k[layer.index][1 + layer.group] += 1 + layer.index  # a block of its own
+    slots = torch.tensor([[4 * (1 + group), 4 * (1 + group) + 1] for group in range(4)])
+    cache.move(slots, slots + 2)
+    for layer in layers:
+        assert (cache.k[layer.index][1 + layer.group] == 1 + layer.index).all()
+    assert not cache.blocks[0].any()
 
 
 def test_keys_as_columns_are_one_panel_of_a_product() -> None:

@@ -26,6 +26,7 @@ from transformers import (
 from engine.attention.numba_backend import NumbaAttention, scratch_bytes
 from engine.attention.torch_backend import TorchAttention
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
 from engine.models.llama import Llama
 from engine.models.llama_numba import NumbaLlama
@@ -122,7 +123,7 @@ def unpacked(packed: Llama) -> Llama:
     return model.requires_grad_(False)
 
 
-def compiled_runner(packed: Llama, *, num_blocks: int = 40, num_threads: int = 1, dtype=torch.float32) -> ModelRunner:
+def compiled_runner(packed: Llama, *, num_blocks: int = 160, num_threads: int = 1, dtype=torch.float32) -> ModelRunner:
     layers = packed.attention_layers
     cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype, keys_as_columns=True))
     team = Team(num_threads, scratch_bytes=scratch_bytes(layers))
@@ -131,7 +132,7 @@ def compiled_runner(packed: Llama, *, num_blocks: int = 40, num_threads: int = 1
 
 
 def torch_runner(model: Llama, *, dtype: torch.dtype = torch.float32) -> ModelRunner:
-    cache = KVCache(model.attention_layers, num_blocks=40, block_size=BLOCK_SIZE, codec=DenseCodec(dtype))
+    cache = KVCache(model.attention_layers, num_blocks=160, block_size=BLOCK_SIZE, codec=DenseCodec(dtype))
     return ModelRunner(model, cache, TorchAttention(cache))
 
 
@@ -145,14 +146,16 @@ class Texts:
 
     def __init__(self, runner: ModelRunner, *, seed: int = 0) -> None:
         self.runner, self.rng = runner, random.Random(seed)
-        self.free = self.rng.sample(range(1, 40), 39)
+        self.free = self.rng.sample(range(1, 160), 159)
         self.seqs = [self.sequence(str(i), ids) for i, ids in enumerate(prompts())]
         self.logits: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # by sequence and position
 
     def sequence(self, name: str, ids: list[int]) -> Sequence:
         request = Request(request_id=name, prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
-        table = [self.free.pop() for _ in range(0, len(ids) + 8, BLOCK_SIZE)]  # room for drafts that are wrong
-        return Sequence(request=request, token_ids=ids, block_tables=[table])
+        num_groups = len(windows_of(self.runner.model.attention_layers))
+        starts = range(0, len(ids) + 8, BLOCK_SIZE)  # room for drafts that are wrong
+        tables = [[self.free.pop() for _ in starts] for _ in range(num_groups)]
+        return Sequence(request, ids, block_tables=tables, num_released_blocks=[0] * num_groups)
 
     @torch.inference_mode()
     def run(self, batch: list[Scheduled]) -> list[Tensor]:
@@ -190,7 +193,7 @@ class Texts:
     def preempt(self, seq: Sequence) -> None:
         """Its blocks go to others, which is to say that it gets them in another order."""
         seq.num_computed_tokens, seq.num_preemptions = 0, 1
-        seq.block_tables = [self.rng.sample(seq.block_table, len(seq.block_table))]
+        seq.block_tables = [self.rng.sample(table, len(table)) for table in seq.block_tables]
 
 
 def tolerance_of(model: Llama, format_name: str) -> float:
@@ -257,13 +260,30 @@ def test_a_narrow_cache_rounds_keys_and_values_and_nothing_else(dtype: torch.dty
     assert not torch.equal(ours[0], exact[0])
 
 
+def test_the_inputs_of_layers_are_those_of_torch() -> None:
+    packed = compiled(make_model(MODELS["llama"]), "none")
+    plain = compiled_runner(packed)
+    packed.show_inputs_of((1, 0))
+    results = []
+    for runner in (torch_runner(unpacked(packed)), compiled_runner(packed), plain):
+        batch = [Scheduled(seq, seq.num_tokens, 0, False, num_scored=seq.num_tokens) for seq in Texts(runner).seqs]
+        with torch.inference_mode():
+            results.append([x.clone() for x in forward(runner, batch)])
+    (expected, _), (found, logits), (hidden, plain_logits) = results
+    size = packed.hidden_size
+    assert found.shape == (expected.shape[0], 3 * size)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[:, :size], hidden)
+    assert torch.equal(logits, plain_logits)
+
+
 @pytest.mark.parametrize("format_name", COMPILED_FORMATS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_has_the_same_bits_however_it_is_computed(name: str, format_name: str) -> None:
     packed = compiled(make_model(MODELS[name]), format_name)
     whole = Texts(compiled_runner(packed)).whole()
     for seed, num_threads in ((1, 1), (2, 3)):
-        texts = Texts(compiled_runner(packed, num_threads=num_threads, num_blocks=41), seed=seed)
+        texts = Texts(compiled_runner(packed, num_threads=num_threads, num_blocks=161), seed=seed)
         texts.in_pieces()
         assert len(texts.logits) == sum(len(ids) for ids in prompts())
         for (index, position), rows in texts.logits.items():

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.layer_spec import AttentionLayer, group_layers, windows_of
+from engine.kv_cache.manager import KVCacheManager
 from engine.loading.loading_peak import OTHER_BYTES, Matrix
 from engine.loading.model_facts import ModelFacts
 from engine.planning.engine_plan import MemoryPlan, PlanError, plan_memory, render_plan
 from engine.planning.machine import Ceilings, Machine
 from engine.planning.resolve import CacheSize, SettingError, parse_cache_size
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 
 Section: TypeAlias = dict[str, str | int]
 
@@ -106,7 +108,32 @@ def test_auto_holds_the_longest_sequence_and_a_chat_for_each_request() -> None:
     assert few.num_kv_tokens == 2048
     drafting = plan(make_machine(), scheduler={"max_num_seqs": 2}, speculation={"method": "ngram", "num_drafts": 4})
     assert drafting.num_kv_tokens == 2048 + 16
-    assert drafting.num_lookahead_tokens == 4
+    assert drafting.num_drafts == 4
+
+
+@pytest.mark.parametrize("windows", [(None,) * 4, (100,) * 4, (100, 100, None, 100)])
+def test_a_sequence_takes_what_its_windows_see_and_the_scheduler_agrees(windows: tuple[int | None, ...]) -> None:
+    """A window holds 100 tokens, a step of 64 and a block at each end. One sequence just fits."""
+    pairs = zip(FACTS.attention_layers, windows, strict=True)
+    layers = group_layers([replace(layer, window=window) for layer, window in pairs])
+    facts = replace(FACTS, attention_layers=tuple(layers))
+    limits: Section = {"max_num_seqs": 2, "max_num_batched_tokens": 64}
+    of_window, of_text = -(-(100 + 64 + 2 * 16) // 16), 2048 // 16
+    blocks = [of_text if window is None else of_window for window in windows_of(layers)]
+    made = plan(make_machine(), facts=facts, scheduler=limits)
+    assert (made.blocks_per_sequence, made.kv_bytes_per_token) == (sum(blocks), KV_BYTES)
+    assert made.kv_bytes == made.num_kv_tokens * KV_BYTES
+    num_tokens = -(-sum(blocks) // len(blocks)) * 16
+
+    def built(num_tokens: int) -> Scheduler:
+        tight = plan(make_machine(), facts=facts, scheduler=limits, kv_cache={"memory": f"{num_tokens}tokens"})
+        kv = KVCacheManager(tight.num_blocks + 1, 16, windows=tight.windows)
+        sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 64}
+        return Scheduler(kv, SchedulerLimits(max_model_len=tight.max_model_len, **sizes))
+
+    assert built(num_tokens).limits.max_model_len == 2048
+    assert built(num_tokens - 16).limits.max_model_len < 2048
+    assert ("of 4 groups" in render_plan(made)) == (len(blocks) > 1)
 
 
 def test_auto_length_gives_way_to_memory_and_says_so() -> None:

@@ -10,6 +10,7 @@ import torch
 from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.model_runner import ModelRunner
@@ -19,7 +20,7 @@ from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, StepOutput
 from tests.support.stepping import engine_of
-from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model, window_of
+from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model
 
 BLOCK_SIZE = 4
 
@@ -43,7 +44,7 @@ def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, bu
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
     )
-    kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=[window_of(name)])
+    kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=windows_of(model.attention_layers))
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
     runner = CountingRunner(model, cache, TorchAttention(cache))
     return engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), NoProposer(), COST, overlap=overlap)
@@ -109,7 +110,9 @@ def _logprobs(outputs: list[StepOutput]) -> Iterator[float]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("model", "num_blocks", "budget"), [("full", 200, 48), ("full", 24, 9), ("window", 40, 20)])
+@pytest.mark.parametrize(
+    ("model", "num_blocks", "budget"), [("full", 200, 48), ("full", 24, 9), ("window", 40, 20), ("mixed", 60, 20)]
+)
 def test_a_random_workload_says_the_same_with_and_without_overlap(model, num_blocks, budget, seed):
     requests = _random_requests(random.Random(seed), 24)
     engine = _make_engine(model, overlap=True, num_blocks=num_blocks, budget=budget)

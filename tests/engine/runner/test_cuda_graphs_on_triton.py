@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.attention.triton_backend import TritonAttention, make_graph_space
 from engine.batch.device_inputs import BatchBuilder
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import CudaGraphDevice, GraphDevice, GraphLimits, GraphRunner
@@ -20,7 +21,7 @@ from kernels.triton.attention.paged_attention import Prepared, paged_attention
 from kernels.triton.attention.work_plan import Workspace, plan_any_lengths, plan_attention
 from kernels.triton.configs import AttentionConfig
 from tests.support.stepping import engine_of
-from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model, window_of
+from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 SMALL = AttentionConfig(split_size=64, max_split_queries=8, decode_keys=32)
@@ -36,19 +37,19 @@ def _run(model_name: str, device: torch.device, graph_device: GraphDevice | None
     if graph_device is not None:
         limits = GraphLimits(
             max_num_seqs=4, max_rows_per_seq=1 + num_drafts, max_num_blocks=15, num_uses=0,
-            num_steps_between=0,
+            num_steps_between=0, num_groups=len(windows_of(model.attention_layers)),
         )  # fmt: skip
         graphs = GraphRunner(model, attention, builder, limits=limits, graph_device=graph_device, device=device)
     runner = ModelRunner(model, cache, attention, builder=builder, graphs=graphs)
     limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=60, headroom=4)
-    kv = KVCacheManager(60, 4, windows=[window_of(model_name)])
+    kv = KVCacheManager(60, 4, windows=windows_of(model.attention_layers))
     proposer = NgramProposer(num_drafts=num_drafts, ngram_max=3, ngram_min=1) if num_drafts else NoProposer()
     engine = engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), proposer, COST, overlap=not num_drafts)
     return answer_three(engine)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU")
-@pytest.mark.parametrize(("model", "num_drafts"), [("full", 0), ("window", 3)])
+@pytest.mark.parametrize(("model", "num_drafts"), [("full", 0), ("window", 3), ("mixed", 0)])
 def test_the_engine_says_the_same_with_real_graphs(device: torch.device, model: str, num_drafts: int) -> None:
     graphs = CudaGraphDevice()
     assert _run(model, device, graphs, num_drafts=num_drafts) == _run(model, device, None, num_drafts=num_drafts)

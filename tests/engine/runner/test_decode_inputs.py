@@ -41,30 +41,31 @@ def _start(seqs: list[Sequence], kv: KVCacheManager) -> DecodeRun:
     for seq in seqs:
         assert kv.allocate(seq, len(seq.token_ids) + 1)
     plan = [Scheduled(seq, 1, 0, samples=True, num_ahead=1, source=row) for row, seq in enumerate(seqs)]
-    builder = StepBuilder(BLOCK_SIZE, 100)
+    builder = StepBuilder(BLOCK_SIZE, 100, num_groups=kv.num_groups)
     return DecodeRun(plan, builder.build(plan), kv=kv, builder=builder)
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("windows", [[None], [6], [6, None, 30]])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_has_the_inputs_of_each_step(seed: int, window: int | None) -> None:
+def test_a_run_has_the_inputs_of_each_step(seed: int, windows: list[int | None]) -> None:
     rng = random.Random(seed)
-    kv = KVCacheManager(300, BLOCK_SIZE, windows=[window])
+    kv = KVCacheManager(300 * len(windows), BLOCK_SIZE, windows=windows)
     seqs = [_sequence(rng.randrange(1, 40), kv) for _ in range(7)]
     run = _start(seqs, kv)
     batch = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
     tables, inputs = DeviceTables(CPU), run.inputs
     for _ in range(45):
         _go_on(seqs, kv)  # so that the sequences show what the run is ahead of
-        expected = StepBuilder(BLOCK_SIZE, 100).build(batch)
+        expected = StepBuilder(BLOCK_SIZE, 100, num_groups=len(windows)).build(batch)
         for name in ("positions", "slots", "query_starts", "seq_lens", "logits_rows", "table_width"):
             assert np.array_equal(getattr(inputs, name), getattr(expected, name)), name
         assert inputs.sampling.positions.tolist() == [seq.num_tokens for seq in seqs]
         tables.change(inputs.table_changes)
-        for row, seq in enumerate(seqs):  # blocks behind a window are not read any more
-            found, first = tables.read(inputs)[row].tolist(), seq.num_released_blocks[0]
-            assert found[first : len(seq.block_table)] == seq.block_table[first:]
-            assert not any(found[len(seq.block_table) :])
+        for row, seq in enumerate(seqs):
+            for group, table in enumerate(seq.block_tables):
+                found, first = tables.read(inputs)[group, row].tolist(), seq.num_released_blocks[group]
+                assert found[first : len(table)] == table[first:]  # blocks behind a window are not read any more
+                assert not any(found[len(table) :])
         assert run.is_of(batch)
         inputs = run.advance()
         assert inputs is not None

@@ -45,6 +45,8 @@ class FakeMeter:
 class WatchedModel:
     """Passes everything on, and notes how many rows were asked for."""
 
+    hidden_layers: tuple[int, ...] = ()
+
     def __init__(self, model: Model, meter: FakeMeter) -> None:
         self.model, self.meter = model, meter
         self.attention_layers, self.vocab_size = model.attention_layers, model.vocab_size

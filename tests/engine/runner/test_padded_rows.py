@@ -27,6 +27,7 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
@@ -98,12 +99,13 @@ def logits_of(runner: ModelRunner, *, seed: int) -> dict[tuple[int, int], list[T
     rng = random.Random(seed)
     texts = random.Random(1)
     free = rng.sample(range(1, NUM_BLOCKS), NUM_BLOCKS - 1)
+    num_groups = len(windows_of(runner.model.attention_layers))
     seqs = []
     for name, length in (("a", 150), ("b", 9), ("c", 33), ("d", 1)):
         ids = [texts.randrange(2, VOCAB_SIZE) for _ in range(length)]
         request = Request(request_id=name, prompt_token_ids=ids, params=SamplingParams(seed=0, max_tokens=1))
-        table = [free.pop() for _ in range(0, length + 1, BLOCK_SIZE)]
-        seqs.append(Sequence(request=request, token_ids=ids, block_tables=[table]))
+        tables = [[free.pop() for _ in range(0, length + 1, BLOCK_SIZE)] for _ in range(num_groups)]
+        seqs.append(Sequence(request, ids, block_tables=tables, num_released_blocks=[0] * num_groups))
     found: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     while left := [seq for seq in seqs if seq.num_computed_tokens < seq.num_tokens]:
         chosen = rng.sample(left, rng.randint(1, len(left))) if seed else left[:1]

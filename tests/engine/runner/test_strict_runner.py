@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from engine.attention.torch_backend import TorchAttention
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
@@ -59,7 +60,7 @@ def _make_engine(
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
     )
-    kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=[getattr(hf_model.config, "sliding_window", None)])
+    kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=windows_of(model.attention_layers))
     limits = SchedulerLimits(max_num_seqs=16, max_num_batched_tokens=budget, max_model_len=80, headroom=1)
     runner_class = OneTokenRunner if strict else ModelRunner
     runner = runner_class(model, cache, TorchAttention(cache))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.batch.step_inputs import RowFacts, SamplingInputs
+from engine.runner.step_builder import StepBuilder
 from engine.sampling.device_columns import Columns
-from engine.sampling.metadata import SamplingBuilder
 from engine.sampling.noise import noise_keys
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
@@ -24,14 +24,15 @@ def _sequences(count: int, **params: object) -> list[Sequence]:
 
 
 def _inputs(
-    seqs: list[Sequence], num_drafts: list[int] | None = None, builder: SamplingBuilder | None = None
+    seqs: list[Sequence], num_drafts: list[int] | None = None, builder: StepBuilder | None = None
 ) -> SamplingInputs:
     """Of a step in which each sequence decodes a token, behind so many drafts."""
     items = []
     for seq, num in zip(seqs, num_drafts or [0] * len(seqs), strict=True):
         seq.draft_token_ids, seq.draft_parents = [0] * num, list(range(-1, num - 1))
+        seq.block_tables = [[1] * 100]
         items.append(Scheduled(seq, 1 + num, num, samples=True))
-    return (builder or SamplingBuilder(50)).build(items)
+    return (builder or StepBuilder(16, 50)).build(items).sampling
 
 
 def _facts(seqs: list[Sequence], num_drafts: list[int] | None = None) -> RowFacts:
@@ -55,7 +56,7 @@ def test_keys_follow_sequences_that_decode_in_step(count: int) -> None:
 
 
 def test_keys_follow_sequences_whose_drafts_are_right_or_wrong() -> None:
-    rng, seqs, builder = random.Random(0), _sequences(3), SamplingBuilder(50)
+    rng, seqs, builder = random.Random(0), _sequences(3), StepBuilder(16, 50)
     newest = [5, 40, 2]
     columns = None
     for _ in range(150):
@@ -91,7 +92,7 @@ def test_settings_lie_where_the_kernel_reads_them() -> None:
 
 
 def test_facts_are_the_same_object_while_the_sequences_are() -> None:
-    builder, seqs = SamplingBuilder(50), _sequences(3)
+    builder, seqs = StepBuilder(16, 50), _sequences(3)
     first = _inputs(seqs, builder=builder).facts
     for seq in seqs:
         seq.token_ids.append(4)
@@ -105,7 +106,7 @@ def test_edits_are_known_by_position() -> None:
 
     def edited_rows(seqs: list[Sequence], num_computed: int) -> list[int]:
         for seq in seqs:
-            seq.num_computed_tokens = num_computed
+            seq.num_computed_tokens, seq.token_ids = num_computed, [1] * (num_computed + 1)
         return [one.row for one in _inputs(seqs).edits]
 
     assert [edited_rows(seqs, 3) for seqs in (plain, late, always)] == [[], [0, 1], [0, 1]]

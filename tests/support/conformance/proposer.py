@@ -9,10 +9,10 @@ from collections.abc import Sequence as Listing
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine.speculation.proposer import Proposer, draft_budget
-from engine.types import Request, SamplingParams, Scheduled, Sequence
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 from tests.support.answers import answer_all
 from tests.support.faulty_device import VOCAB_SIZE, make_engine
 
@@ -26,9 +26,10 @@ def make_sequence(tokens: Listing[int], *, num_output: int = 0, **fields: object
 
 
 def propose(proposer: Proposer, *seqs: Sequence) -> list[list[int]]:
-    """The drafts of sequences whose newest tokens were just appended."""
+    """The drafts of sequences whose newest tokens were just appended, in a step that decoded one token of each."""
     items = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
-    proposer.propose(items, torch.zeros(len(seqs), HIDDEN_SIZE))
+    sampled = [Sampled([seq.token_ids[-1]]) for seq in seqs]
+    proposer.propose(VerifiedStep(items, sampled, torch.zeros(len(seqs), HIDDEN_SIZE)))
     return [seq.draft_token_ids for seq in seqs]
 
 
@@ -49,11 +50,11 @@ class RaisesHalfway:
 
     def __init__(self, proposer: Proposer) -> None:
         self._proposer = proposer
-        self.num_lookahead_tokens = proposer.num_lookahead_tokens
+        self.needs = proposer.needs
         self.num_calls = 0
 
-    def propose(self, batch: list[Scheduled], hidden_states: Tensor) -> None:
-        self._proposer.propose(batch, hidden_states)
+    def propose(self, step: VerifiedStep) -> None:
+        self._proposer.propose(step)
         self.num_calls += 1
         if self.num_calls % 2:
             raise RuntimeError("the guess failed on order")
@@ -73,8 +74,27 @@ class ProposerConformance:
         """One that proposes runs of at most so many drafts."""
         raise NotImplementedError
 
-    def test_it_says_how_many_slots_proposing_itself_writes_to(self) -> None:
-        assert self.make(self.num_drafts).num_lookahead_tokens >= 0
+    def test_it_says_what_it_needs_before_it_is_asked(self) -> None:
+        needs = self.make(self.num_drafts).needs
+        assert needs.num_lookahead_tokens >= 0
+        assert needs.num_drafts >= self.num_drafts * self.guesses  # a tree has more than its longest run
+
+    def test_a_prompt_that_is_not_complete_is_seen_and_gets_no_drafts(self) -> None:
+        """It comes in three chunks beside a text that goes on; then it is drafted as a new one is."""
+        proposer, other = self.make(self.num_drafts), make_sequence([1, 2, 1, 2], num_output=1)
+        prompt = make_sequence([6, 7] * 6)
+        for end in (4, 8, 12):
+            chunk = Scheduled(prompt, 4, 0, samples=end == 12)
+            prompt.num_computed_tokens = end
+            other.token_ids.append(1 + len(other.token_ids) % 2)
+            if chunk.samples:
+                prompt.token_ids.append(6)
+            sampled = [Sampled([6] * chunk.samples), Sampled(other.token_ids[-1:])]
+            hidden = torch.zeros(5 if proposer.needs.hidden == "all" else 1 + chunk.samples, HIDDEN_SIZE)
+            proposer.propose(VerifiedStep([chunk, Scheduled(other, 1, 0, samples=True)], sampled, hidden))
+            assert bool(other.draft_token_ids) == self.guesses
+            assert bool(prompt.draft_token_ids) == (self.guesses and chunk.samples)
+        assert_well_formed(prompt, self.num_drafts)
 
     @pytest.mark.parametrize(
         ("fields", "num_output", "budget"),

@@ -111,8 +111,8 @@ class KernelBackend:
         return runner(model, cache, attention)
 
     def make_sampler(self, vocab_size: int) -> TokenSampler:
-        make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
-        return make(vocab_size)
+        make = cast(Callable[..., TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
+        return make(vocab_size, num_threads=self.plan.num_threads)
 
     @property
     def _fixes_rows(self) -> bool:

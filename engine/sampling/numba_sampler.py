@@ -12,8 +12,16 @@ from engine.batch.step_inputs import RowFacts, SamplingInputs
 from engine.sampling.gumbel import TIME_OF_GAP, GumbelRace
 from engine.sampling.host_sampler import HostSampler
 from engine.sampling.noise import Words, noise_key
-from engine.sampling.truncation import surely_inside
-from kernels.numba.ops.sampling import BLOCK_TOKENS, NOT_DECIDED, draw_noise, sample_rows, sum_weights
+from engine.sampling.truncation import Limits, gaps_below, keep_of_first, surely_inside
+from kernels.numba.ops.sampling import (
+    BLOCK_TOKENS,
+    LISTED,
+    MAX_LISTED,
+    NOT_DECIDED,
+    draw_noise,
+    sample_rows,
+    sum_weights,
+)
 
 SHARED_LOGITS = 1 << 19  # of a step, from which on threads share its rows: of fewer, waking a thread takes as long
 
@@ -29,9 +37,9 @@ class NumbaRace(GumbelRace):
 
 
 class NumbaSampler(HostSampler):
-    """A `HostSampler` whose rows without edits and without top-k are sampled by compiled code, by all threads.
+    """A `HostSampler` whose rows without edits are sampled by compiled code, by all threads.
 
-    What is left to the host: edits, top-k, and the second looks of top-p.
+    What is left to the host: edits, the end of top-k, a very large one, and the second looks of top-p.
     """
 
     race_class = NumbaRace
@@ -57,14 +65,15 @@ class NumbaSampler(HostSampler):
         keys = np.zeros((num_rows, 2), dtype=np.uint32)
         for row in np.flatnonzero(facts.is_random).tolist():
             keys[row] = noise_key(int(inputs.facts.seeds[row]), int(inputs.positions[row]))
-        best, weights = np.empty(num_rows, dtype=np.int64), np.empty((num_rows, 2), dtype=np.float32)
+        out = _Rows(num_rows, has_lists=bool(facts.has_list.any()))
         columns = facts.columns
 
         def work(first: int, last: int, scratch: Floats, lows: Floats) -> None:
-            logits[first:last].argmax(-1, out=best[first:last])
+            logits[first:last].argmax(-1, out=out.best[first:last])
             sample_rows(
-                first, last, logits, best, self._race.words, keys, columns, TIME_OF_GAP, scratch, lows, tokens, weights
-            )
+                first, last, logits, out.best, self._race.words, keys, columns, TIME_OF_GAP, scratch, lows, tokens,
+                out.weights, out.lists, out.counts,
+            )  # fmt: skip
 
         num_threads = self._num_threads if logits.size >= SHARED_LOGITS else 1
         ends = [num_rows * thread // num_threads for thread in range(num_threads + 1)]
@@ -73,18 +82,41 @@ class NumbaSampler(HostSampler):
         work(*shares[0])
         for helper in helping:
             helper.result()
+        for row in np.flatnonzero(tokens == LISTED).tolist():
+            tokens[row] = self._among(logits[row], out, row, inputs, keys[row])
         is_left = tokens == NOT_DECIDED
         if facts.has_top_p.any():
             is_left |= (
-                facts.has_top_p & (tokens >= 0) & ~surely_inside(weights[:, 0], weights[:, 1], inputs.facts.top_ps)
+                facts.has_top_p
+                & (tokens >= 0)
+                & ~surely_inside(out.weights[:, 0], out.weights[:, 1], inputs.facts.top_ps)
             )
         self._decide(logits, np.flatnonzero(is_left).tolist(), tokens, inputs, newest)
         return tokens
+
+    def _among(self, logits: Floats, out: _Rows, row: int, inputs: SamplingInputs, key: Words) -> int:
+        """The sampled token of a row of which the first tokens are listed."""
+        facts, listed = inputs.facts, out.lists[row, : out.counts[row]]
+        gaps = gaps_below(logits[out.best[row]], logits[listed], facts.temperatures[row])
+        limits = Limits(facts.max_gaps[row], int(facts.top_ks[row]), float(facts.top_ps[row]))
+        order = gaps.argsort(kind="stable")[: limits.top_k]
+        order = order[gaps[order] < np.inf]
+        kept = keep_of_first(listed[order], gaps[order], limits)
+        return self._race.winner_among(kept, gaps[listed.searchsorted(kept)], key)
 
     def _facts_of(self, facts: RowFacts) -> _CompiledFacts:
         if self._facts is None or self._facts.facts is not facts:
             self._facts = _CompiledFacts(facts, self.vocab_size)
         return self._facts
+
+
+class _Rows:
+    """What `sample_rows` fills in. Lists only where a row has a top-k."""
+
+    def __init__(self, num_rows: int, *, has_lists: bool) -> None:
+        self.best, self.counts = np.empty(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int64)
+        self.weights = np.zeros((num_rows, 2), dtype=np.float32)
+        self.lists = np.empty((num_rows if has_lists else 1, MAX_LISTED), dtype=np.int64)
 
 
 class _CompiledFacts:
@@ -93,7 +125,10 @@ class _CompiledFacts:
     def __init__(self, facts: RowFacts, vocab_size: int) -> None:
         self.facts = facts
         self.is_random = facts.temperatures > 0
-        self.has_top_p = self.is_random & (facts.top_ps < 1.0)
-        self.columns = np.stack((facts.temperatures, facts.max_gaps, self.has_top_p), axis=1).astype(np.float32)
         has_top_k = self.is_random & (facts.top_ks < vocab_size)
-        self.undecided = np.where(has_top_k, NOT_DECIDED, 0)
+        self.has_list = has_top_k & (facts.top_ks <= -(-vocab_size // BLOCK_TOKENS) // 2)
+        self.has_top_p = self.is_random & (facts.top_ps < 1.0) & ~has_top_k
+        top_ks = np.where(self.has_list, facts.top_ks, 0)
+        columns = (facts.temperatures, facts.max_gaps, self.has_top_p, top_ks)
+        self.columns = np.stack(columns, axis=1).astype(np.float32)
+        self.undecided = np.where(has_top_k & ~self.has_list, NOT_DECIDED, 0)

@@ -103,7 +103,14 @@ def first_tokens(gaps: Floats, limits: Limits) -> Ints:
     gaps: [vocab_size]
     """
     tokens = most_likely(gaps, limits.top_k)
-    ordered = gaps[tokens]
+    return keep_of_first(tokens, gaps[tokens], limits)
+
+
+def keep_of_first(tokens: Ints, ordered: Floats, limits: Limits) -> Ints:
+    """What min-p and top-p leave of the first top_k tokens, in ascending order of ids.
+
+    tokens: the first of the order (gap, token id); ordered: their gaps
+    """
     num_kept = int(np.searchsorted(ordered, limits.max_gap, side="right"))
     if limits.top_p < 1.0:
         weights = token_weights(ordered[:num_kept])

@@ -10,13 +10,15 @@ from numba import float32, int64, njit, types, uint32
 from kernels.numba.kernel_cache import kernel
 from kernels.numba.ops.elementwise import REORDERED
 
-BLOCK_TOKENS = 512  # whose lowest time is noted, so that most of them are looked at once
-NOT_DECIDED, NOT_FINITE = -3, -2  # in place of a token: a row for others, and one whose logits are no numbers
+BLOCK_TOKENS = 256  # whose lowest time is noted, so that most of them are looked at once
+# in place of a token: a row whose first tokens are listed, a row for others, and one whose logits are no numbers
+LISTED, NOT_DECIDED, NOT_FINITE = -4, -3, -2
+MAX_LISTED = 512  # tokens of a row
 SLACK = 1.0 / 256  # of `engine.sampling.gumbel`
 
 _FLOATS, _WORDS = types.Array(float32, 1, "C"), types.Array(uint32, 1, "C")
 _ROWS, _KEYS = types.Array(float32, 2, "C"), types.Array(uint32, 2, "C")
-_TOKENS = types.Array(int64, 1, "C")
+_TOKENS, _LISTS = types.Array(int64, 1, "C"), types.Array(int64, 2, "C")
 _LOG2E = np.float32(1.4426950408889634)
 _SMALLEST_EXPONENT = np.float32(-126.0)  # below it, float32 loses its bits
 _LOG2 = math.log(2.0)
@@ -130,17 +132,53 @@ def _weights_before(gaps, token):
     return before, total
 
 
+@njit
+def _gap_block(logits, gaps, peak, temperature):
+    """Fills the gaps of some tokens; returns the lowest. (Gaps are not negative: their bits have their order.)"""
+    low = np.int32(0x7FFFFFFF)
+    for i in range(len(logits)):
+        gaps[i] = gap = np.float32(np.float32(peak - logits[i]) / temperature)
+        low = min(low, np.float32(gap).view(np.int32))
+    return np.int32(low).view(np.float32)
+
+
+@njit
+def _list_first(logits, gaps, lows, peak, temperature, top_k, listed):
+    """Lists tokens in ascending order, the first `top_k` in the order (gap, token id) among them. Returns how many, or
+    0 for more than there is room for. No more blocks than top_k can hold one of them, but the bound of this is theirs.
+    """
+    size, count = len(logits), 0
+    for block in range(len(lows)):
+        part = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, size))
+        lows[block] = _gap_block(logits[part], gaps[part], peak, temperature)
+    bound = np.partition(lows, top_k - 1)[top_k - 1]
+    for block in range(len(lows)):
+        if lows[block] <= bound:
+            for i in range(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, size)):
+                if gaps[i] <= bound:
+                    if count == len(listed):
+                        return 0
+                    listed[count] = i
+                    count += 1
+    return count
+
+
 @kernel(
-    types.void(int64, int64, _ROWS, _TOKENS, _WORDS, _KEYS, _ROWS, float32, _ROWS, _FLOATS, _TOKENS, _ROWS),
+    types.void(
+        int64, int64, _ROWS, _TOKENS, _WORDS, _KEYS, _ROWS, float32, _ROWS, _FLOATS, _TOKENS, _ROWS, _LISTS, _TOKENS
+    ),
     nogil=True,
 )
-def sample_rows(first, last, logits, best, words, keys, facts, time_of_gap, scratch, lows, tokens, weights):
-    """Samples rows first to last, but those whose token is NOT_DECIDED, without top-k and top-p.
+def sample_rows(
+    first, last, logits, best, words, keys, facts, time_of_gap, scratch, lows, tokens, weights, lists, counts
+):
+    """Samples rows first to last without top-p, or lists what top-k leaves of them; not those that are NOT_DECIDED.
 
     logits: [rows, vocab_size]; best: [rows] of each, the first of its largest; words: [vocab_size], keys: [rows, 2] of
-    the noise; facts: [rows, 3] temperature (0 is greedy), largest gap, whether weights are wanted
+    the noise; facts: [rows, 4] temperature (0 is greedy), largest gap, whether weights are wanted, top-k (0 is off, at
+    most half of the blocks)
     scratch: [2, vocab_size], lows: one for each BLOCK_TOKENS, of this thread
-    weights: [rows, 2] what `_weights_before` says of the winner
+    weights: [rows, 2] what `_weights_before` says of the winner; lists: [rows, MAX_LISTED] tokens, counts of which
     """
     for row in range(first, last):
         if tokens[row] == NOT_DECIDED:
@@ -150,6 +188,10 @@ def sample_rows(first, last, logits, best, words, keys, facts, time_of_gap, scra
             tokens[row] = NOT_FINITE
         elif facts[row, 0] == 0.0:
             tokens[row] = best[row]
+        elif facts[row, 3] != 0.0:
+            top_k = int64(facts[row, 3])
+            counts[row] = _list_first(logits[row], scratch[0], lows, peak, facts[row, 0], top_k, lists[row])
+            tokens[row] = LISTED if counts[row] > 0 else NOT_DECIDED
         else:
             gaps, times = scratch[0], scratch[1]
             winner = _race(logits[row], words, gaps, times, lows, peak, facts[row], keys[row], time_of_gap)

@@ -15,9 +15,12 @@ _SMALLEST_EXPONENT = np.float32(-126.0)  # below it, float32 loses its bits
 
 @kernel(types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS), nogil=True)
 def draw_noise(gaps, words, first_key, second_key, time_of_gap, bits, times):
-    """Fills the noise bits (`engine.sampling.noise`) and the times (`engine.sampling.gumbel`) of all tokens."""
+    """Fills the noise bits (`engine.sampling.noise.noise_bits`) and the times (`engine.sampling.gumbel`) of all tokens.
+
+    Both are in the order of the token ids, as `words`, of `engine.sampling.noise.token_words`.
+    """
     for i in range(len(gaps)):
-        x = np.uint32(words[i] ^ first_key)  # Numba's integers grow to 64 bits, unless told not to
+        x = np.uint32(words[i] ^ first_key)  # Numba widens integers to 64 bits unless each result is cast
         x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
         x = np.uint32(x * np.uint32(0x7FEB352D))
         x = np.uint32(x ^ np.uint32(x >> np.uint32(15)))

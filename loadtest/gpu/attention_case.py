@@ -76,7 +76,7 @@ class AttentionCase:
         return 4 * num_pairs * self.heads.num_heads * self.heads.head_dim
 
     def prepare(self, config: AttentionConfig | None = None) -> Prepared:
-        """As the engine does once per step. Without a config: the one of this chip's table."""
+        """Prepares the calls, as the engine does once per step. config: by default that of this chip's table."""
         device, dtype = self.q.device, self.q.dtype
         if config is None:
             config = attention_config(self.heads.head_dim, self.heads.group, dtype, chip=chip_of(device))
@@ -91,7 +91,7 @@ class AttentionCase:
         return Prepared(partition, config, Workspace(0, 0, device))
 
     def prepare_any_lengths(self) -> Prepared:
-        """As in a CUDA graph that is captured once and replayed for all lengths. All sequences have as many rows."""
+        """As `prepare`, with the partition of a CUDA graph (graph-safe). All sequences have as many rows."""
         ((num_rows, _), *_), longest = self.lens, max(length for _, length in self.lens)
         prepared = self.prepare()
         num_splits = sum(-(-length // prepared.config.split_size) for _, length in self.lens)
@@ -111,7 +111,7 @@ class AttentionCase:
         return paged_attention(*self.tensors, self.scale, **self.options, prepared=prepared)
 
     def expected(self) -> Tensor:
-        """In float64."""
+        """The result by the definition, in float64."""
         options = self.options.copy()
         if "sinks" in options:
             options["sinks"] = options["sinks"].double()
@@ -124,7 +124,7 @@ class AttentionCase:
 def make_case(
     heads: Heads, lens: Lens, dtype: torch.dtype, generator: torch.Generator, **options: Unpack[Options]
 ) -> AttentionCase:
-    """Blocks lie in random order; what no sequence has a token in is NaN."""
+    """A case of random values. Blocks are in random order, and slots without a token hold NaN."""
     device = generator.device
     num_each = [-(-length // BLOCK_SIZE) for _, length in lens]
     num_blocks = sum(num_each) + 1

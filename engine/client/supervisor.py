@@ -81,7 +81,7 @@ class Listener(Protocol):
     def engine_stepped(self, step: Step) -> None: ...
 
     def engine_died(self, batch_ids: list[str]) -> Verdict:
-        """Called when the process has died. Unless `engine_gone` follows, another is started. `batch_ids`: of its step."""
+        """Called when the process has died; another starts unless `engine_gone` follows. `batch_ids`: of its step."""
         ...
 
     def engine_gone(self, kind: str, message: str) -> None:

@@ -131,21 +131,32 @@ def _load(
     if not plan.can_load:
         logger.warning(
             "loading %s takes %s at its peak, but %s are free: the system may end this process; free some, or set "
-            "model.dtype to bfloat16, which builds weights in half the memory",
+            "model.quantization to a format of fewer bits",
             plan.facts.path,
             gib(plan.loading_bytes),
             gib(plan.available_bytes),
         )
     torch.set_num_threads(plan.num_threads)
+    if plan.kernels == "numba":  # which pack, too
+        _compile(back_end, clock)
     with torch.device(plan.device):
-        loaded = load_model(plan.model_config, dtype=plan.dtype, seed=config.seed, report=clock.enter)
+        loaded = load_model(
+            plan.model_config,
+            dtype=plan.dtype,
+            seed=config.seed,
+            methods=back_end.linear_methods,
+            report=clock.enter,
+        )
     loaded.model.show_inputs_of(needs_of(config.speculation).hidden_layers)
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
-    if back_end.has_compiled_attention(loaded.model):
-        clock.enter("kernels", "compiled on the first start, read from a cache after that")
-        back_end.compile()
-    clock.enter("pack", f"weights for {plan.num_threads} threads")
+    if plan.kernels != "numba" and back_end.has_compiled_attention(loaded.model):
+        _compile(back_end, clock)
     return loaded, bound, back_end.prepare(loaded.model)
+
+
+def _compile(back_end: KernelBackend, clock: PhaseClock) -> None:
+    clock.enter("kernels", "compiled on the first start, read from a cache after that")
+    back_end.compile()
 
 
 def _assemble(

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 
 from engine.ipc.messages import TokenizerAssets
+from engine.models.model import Model
 
 _NUM_BYTES = 256
 
 
-def fill_with_random_weights(model: nn.Module, seed: int) -> None:
+def fill_with_random_weights(model: Model, seed: int) -> None:
     """Normal weights with a deviation of 1 / sqrt(inputs), so that activations neither fade nor blow up with depth.
 
-    Norms are ones and biases zeros. The same seed gives the same weights on the same kind of device.
+    Norms are ones and biases zeros. The same seed gives the same weights on the same kind of device. Each is made when
+    those before it are in their final layout.
     """
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            generator = torch.Generator(parameter.device).manual_seed(seed * 1_000_003 + number)
-            if parameter.dim() < 2:
-                parameter.zero_()
+    device = torch.get_default_device()
+    for number, (name, shape) in enumerate([(name, p.shape) for name, p in model.named_parameters()]):
+        parameter = model.get_parameter(name)
+        values = torch.empty(shape, dtype=parameter.dtype, device=device) if parameter.is_meta else parameter
+        with torch.no_grad():
+            if len(shape) > 1:
+                generator = torch.Generator(values.device).manual_seed(seed * 1_000_003 + number)
+                values.normal_(0.0, shape[-1] ** -0.5, generator=generator)
             else:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 and name.endswith("weight"):
-                parameter.fill_(1.0)
+                values.fill_(1.0 if name.endswith("weight") else 0.0)
+        model.fill(name, values)
+        del parameter, values  # while the next ones are made, the memory of these is free
 
 
 def byte_tokenizer(vocab_size: int) -> TokenizerAssets:

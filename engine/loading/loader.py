@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from engine.loading.checkpoint import Checkpoint, open_checkpoint, read_generati
 from engine.loading.default_model import Report
 from engine.loading.dummy import byte_tokenizer, fill_with_random_weights
 from engine.loading.generation_defaults import find_eos_token_ids, read_generation_defaults
-from engine.loading.gguf.tensors import gguf_weights
+from engine.loading.gguf.tensors import gguf_exact_bytes, gguf_weights
 from engine.loading.loading_peak import Matrix
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import checkpoint_notes
@@ -27,6 +28,7 @@ from engine.models.context_length import length_where_rope_changes, read_longest
 from engine.models.model import Model
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
 from engine.models.registry import build_model
+from engine.quantization.linear import Linear, LinearMethods
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -39,7 +41,7 @@ class LoadedModel:
     path: str
     architecture: str
     num_parameters: int
-    weight_bytes: int  # in memory, as loaded
+    weight_bytes: int  # in the dtype of the model, before any is packed
     vocab_size: int
     trained_context: int  # tokens
     eos_token_ids: list[int]
@@ -60,18 +62,19 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         model = _build(checkpoint, config, torch.float32)
     _check_shapes(checkpoint, model)
     trained_context, longest_context = _contexts(checkpoint, config)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear | Linear)]
     embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    inner = [module for module in linears.values() if id(module.weight) not in embeddings]
-    tied = len(inner) < len(linears)
+    inner = [module for module in linears if id(module.weight) not in embeddings]
+    exact_bytes = _exact_bytes(checkpoint, config)
     widths = [model.experts.widest, *(m.out_features for m in inner if m.out_features != model.vocab_size)]
     return ModelFacts(
         path=config.path,
         architecture=checkpoint.architecture,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_linear_parameters=sum(module.weight.numel() for module in inner),
+        num_linear_parameters=sum(module.in_features * module.out_features for module in inner),
         num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
-        ties_output=tied,
+        embedding_bytes=2 if exact_bytes.get("model.embed_tokens.weight") == 2 else 0,
+        ties_output=len(inner) < len(linears),
         attention_layers=tuple(model.attention_layers),
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -82,48 +85,77 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         longest_context=longest_context,
         rope_changes_at=length_where_rope_changes(checkpoint.config),
         notes=checkpoint_notes(checkpoint),
-        matrices=_matrices(model, set(embeddings)),
+        loads_whole=model.loads_whole,
+        matrices=_matrices(model, set(embeddings), exact_bytes),
     )
 
 
-def _matrices(model: Model, shared: set[int]) -> tuple[Matrix, ...]:
+def _exact_bytes(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, float]:
+    """Bytes per weight in which compiled layers keep a tensor of the checkpoint exactly, if they can, by its name."""
+    if config.load_format == "dummy":
+        return {}
+    if checkpoint.source.kind == "gguf":
+        return gguf_exact_bytes(checkpoint.source.gguf_header)
+    return {name: 2 for name, tensor in checkpoint.stored.items() if tensor.dtype in ("F16", "BF16")}
+
+
+def _matrices(model: Model, shared: set[int], exact_bytes: Mapping[str, float]) -> tuple[Matrix, ...]:
     """shared: the ids of weights that are embeddings too"""
-    return tuple(
-        Matrix(child.weight.numel(), is_output=name == "lm_head", is_shared=id(child.weight) in shared)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear
-    )
+    found = []
+    for path, layer in model.named_modules():
+        if type(layer) not in (nn.Linear, Linear):
+            continue
+        assert isinstance(layer, nn.Linear | Linear)
+        sizes = [exact_bytes.get(name, 0.0) for name in model.stored_names(path) if name.endswith(".weight")]
+        found.append(
+            Matrix(
+                layer.in_features * layer.out_features,
+                is_output=path.rpartition(".")[2] == "lm_head",
+                is_shared=id(layer.weight) in shared,
+                exact_bytes=max(sizes) if sizes and all(sizes) else None,
+            )
+        )
+    return tuple(found)
 
 
-def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Report = silent) -> LoadedModel:
+def load_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    methods: LinearMethods | None = None,
+    report: Report = silent,
+) -> LoadedModel:
     """Builds and fills the model on torch's default device. `report(phase, detail)` hears of each phase as it starts.
 
-    ModelError for whatever is wrong with the model's files, names or family. `seed` is that of dummy weights.
+    methods: how matrices are kept, each of which is packed as soon as its last part is read (None: as plain floats).
+    `seed` is that of dummy weights. ModelError for whatever is wrong with the model's files, names or family.
     """
     report("config", config.path)
     source = find_source(config, report)
     checkpoint = open_checkpoint(source, config)
-    model = _build(checkpoint, config, dtype)
+    model = _build(checkpoint, config, dtype, methods)
+    sizes = [(parameter.numel(), parameter.nbytes) for parameter in model.parameters()]
     if config.load_format == "dummy":
         report("weights", "random")
-        fill_with_random_weights(model, seed)
+        with _finishing(methods):
+            fill_with_random_weights(model, seed)
         digest = hashlib.sha256(f"dummy {seed} {checkpoint.config.to_json_string()}".encode()).hexdigest()[:32]
     else:
         report("weights", f"{source.num_bytes / 1e6:,.0f} MB as {str(dtype).removeprefix('torch.')}")
-        _fill(model, checkpoint, dtype)
+        with _finishing(methods):
+            _fill(model, checkpoint)
         digest = digest_weights(source)
     report("tokenizer", config.tokenizer or config.path)
     tokenizer = _load_tokenizer(checkpoint, config, model.vocab_size)
     generation = read_generation_config(source)
     eos_token_ids = find_eos_token_ids(checkpoint.config, generation, tokenizer)
-    parameters = list(model.parameters())
     return LoadedModel(
         model=model,
         path=config.path,
         architecture=checkpoint.architecture,
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        num_parameters=sum(count for count, _ in sizes),
+        weight_bytes=sum(num_bytes for _, num_bytes in sizes),
         vocab_size=model.vocab_size,
         trained_context=_contexts(checkpoint, config)[0],
         eos_token_ids=[token_id for token_id in eos_token_ids if 0 <= token_id < model.vocab_size],
@@ -133,11 +165,27 @@ def load_model(config: ModelConfig, *, dtype: torch.dtype, seed: int, report: Re
     )
 
 
-def _build(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> Model:
+@contextmanager
+def _finishing(methods: LinearMethods | None) -> Iterator[None]:
+    """Nothing that only packing needed stays, whether it fails or not."""
+    try:
+        yield
+    finally:
+        if methods is not None:
+            methods.method.finish()
+
+
+def _build(
+    checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, methods: LinearMethods | None = None
+) -> Model:
     max_model_len = config.max_model_len if isinstance(config.max_model_len, int) else None
     try:
         return build_model(
-            checkpoint.config, dtype=dtype, implementation=config.implementation, max_model_len=max_model_len
+            checkpoint.config,
+            dtype=dtype,
+            implementation=config.implementation,
+            max_model_len=max_model_len,
+            methods=methods,
         )
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -158,26 +206,23 @@ def _check_shapes(checkpoint: Checkpoint, model: Model) -> None:
         raise ModelError(f"{checkpoint.source.path}: {error}") from error
 
 
-def _fill(model: Model, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _fill(model: Model, checkpoint: Checkpoint) -> None:
     num_threads, source = torch.get_num_threads(), checkpoint.source
     try:
-        if source.kind == "gguf":  # it computes several tensors at once; threads inside each would only wait for others
-            torch.set_num_threads(1)
-        weights = _weights(source, dtype, num_threads)
-        if checkpoint.is_part:
-            weights = text_weights(weights, hidden_size=model.hidden_size)
-        model.load_weights(weights)
+        with closing(_weights(source, num_threads)) as stored:
+            if checkpoint.is_part:
+                model.load_weights(text_weights(stored, hidden_size=model.hidden_size))
+            else:
+                model.load_weights(stored)
     except ModelError:
         raise
     except ValueError as error:
         raise ModelError(f"{source.path}: {error}") from error
-    finally:
-        torch.set_num_threads(num_threads)
 
 
-def _weights(source: ModelSource, dtype: torch.dtype, num_threads: int) -> Iterator[tuple[str, Tensor]]:
+def _weights(source: ModelSource, num_threads: int) -> Generator[tuple[str, Tensor], None, None]:
     if source.kind == "gguf":
-        return gguf_weights(source.gguf_header, dtype, num_threads=num_threads)
+        return gguf_weights(source.gguf_header, num_threads=num_threads)
     return safetensors_weights(source)
 
 

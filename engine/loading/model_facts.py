@@ -18,6 +18,7 @@ class ModelFacts:
     num_parameters: int
     num_linear_parameters: int  # weights of linear layers; without the output's, where it shares the embedding's
     num_embedding_parameters: int
+    embedding_bytes: int = 0  # of each of them in the file, where that has 16 bits; 0: of more, or not known
     ties_output: bool  # the output layer shares the embedding's matrix
     attention_layers: tuple[AttentionLayer, ...]
     vocab_size: int
@@ -28,6 +29,7 @@ class ModelFacts:
     trained_context: int  # tokens
     longest_context: int = 0  # that may be asked for, where it is longer than the trained one
     rope_changes_at: int | None = None  # tokens, beyond which the rotations of a text depend on its length
+    loads_whole: bool = False  # as of the model
     notes: tuple[str, ...] = ()  # what is different from what the files may seem to say
     matrices: tuple[Matrix, ...] = ()  # those of linear layers, in the order in which they are packed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,7 +149,7 @@ def _from_hub(config: ModelConfig, report: Report) -> Path:
         ) from error
 
 
-def safetensors_weights(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+def safetensors_weights(source: ModelSource) -> Generator[tuple[str, Tensor], None, None]:
     """(name, tensor) one at a time, in the dtype of the file: views of its pages, which nothing reads until it must."""
     for file in source.weight_files:
         try:

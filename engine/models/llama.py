@@ -6,6 +6,7 @@ Llama 2 and 3, Mistral, Qwen2 and Qwen3, SmolLM2 and SmolLM3, Phi-3 differ in fa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,16 @@ from engine.attention.backend import AttentionBackend, HeadNorms, Rotation
 from engine.batch.device_inputs import ForwardBatch
 from engine.models.architecture import Architecture, read_architecture
 from engine.models.checkpoint_config import CheckpointConfig
-from engine.models.model import Model, check_weight_names
+from engine.models.model import Model, Place, check_weight_names
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
+from engine.quantization.linear import PLAIN, KeptMatrix, Linear, LinearMethods, LinearSpec, Part
 from kernels.layout import PANEL
 
 
-def make_linear(num_inputs: int, num_outputs: int, *, bias: bool, dtype: torch.dtype) -> nn.Linear:
-    """Not initialised: random numbers that the checkpoint overwrites take longer than the checkpoint.
-
-    (torch's own skip_init, under a meta device, imports its symbolic algebra: half a second.)
-    """
-    linear = nn.Linear(num_inputs, num_outputs, bias=bias, device="meta", dtype=dtype)
-    linear.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=dtype), requires_grad=False)
-    if bias:
-        linear.bias = nn.Parameter(torch.empty(num_outputs, dtype=dtype), requires_grad=False)
-    return linear
+def make_linear(spec: LinearSpec, methods: LinearMethods, *, bias: bool, dtype: torch.dtype) -> Linear:
+    """A layer that keeps its matrix by the method that is chosen for it."""
+    return Linear(spec, methods.of(spec, dtype), bias=bias, dtype=dtype)
 
 
 class RMSNorm(nn.Module):
@@ -52,14 +47,16 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Queries, keys and values from one product; a row attends through the back end, which keeps the keys."""
 
-    def __init__(self, architecture: Architecture, index: int) -> None:
+    def __init__(self, architecture: Architecture, index: int, methods: LinearMethods) -> None:
         super().__init__()
         a = architecture
         self.layer = layer = a.attention_layers[index]
         num_heads, num_kv_heads, head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
-        qkv_size = (num_heads + 2 * num_kv_heads) * head_dim
-        self.qkv_proj = make_linear(a.hidden_size, qkv_size, bias=a.qkv_bias, dtype=a.dtype)
-        self.o_proj = make_linear(num_heads * head_dim, a.hidden_size, bias=a.output_bias, dtype=a.dtype)
+        sizes = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
+        qkv = LinearSpec(a.hidden_size, merged_parts(a, sizes), axis="outputs")
+        out = LinearSpec(num_heads * head_dim, (Part("", a.hidden_size),), axis="inputs")
+        self.qkv_proj = make_linear(qkv, methods, bias=a.qkv_bias, dtype=a.dtype)
+        self.o_proj = make_linear(out, methods, bias=a.output_bias, dtype=a.dtype)
         num_normed = (num_heads, num_kv_heads) if a.qk_norm == "projection" else (1, 1)
         norms = [RMSNorm(n * head_dim, eps=a.norm_eps, dtype=a.dtype) if a.qk_norm else None for n in num_normed]
         self.q_norm, self.k_norm = norms
@@ -78,11 +75,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, architecture: Architecture, *, intermediate_size: int) -> None:
+    def __init__(self, architecture: Architecture, methods: LinearMethods, *, intermediate_size: int) -> None:
         super().__init__()
-        a = architecture
-        self.gate_up_proj = make_linear(a.hidden_size, 2 * intermediate_size, bias=a.mlp_bias, dtype=a.dtype)
-        self.down_proj = make_linear(intermediate_size, a.hidden_size, bias=a.mlp_bias, dtype=a.dtype)
+        a, sizes = architecture, {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        gate_up = LinearSpec(a.hidden_size, merged_parts(a, sizes), axis="outputs")
+        down = LinearSpec(intermediate_size, (Part("", a.hidden_size),), axis="inputs")
+        self.gate_up_proj = make_linear(gate_up, methods, bias=a.mlp_bias, dtype=a.dtype)
+        self.down_proj = make_linear(down, methods, bias=a.mlp_bias, dtype=a.dtype)
 
     def forward(self, x: Tensor, operations: Operations) -> Tensor:
         projected: Tensor = self.down_proj(operations.silu_and_mul(self.gate_up_proj(x)))
@@ -92,11 +91,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer. The residual travels beside the normalised input, so that each addition joins a normalisation."""
 
-    def __init__(self, architecture: Architecture, index: int, mlp: nn.Module) -> None:
+    def __init__(self, architecture: Architecture, index: int, mlp: nn.Module, methods: LinearMethods) -> None:
         super().__init__()
         a = architecture
         self.rope_index = a.rope_of_layer[index]
-        self.self_attn = Attention(a, index)
+        self.self_attn = Attention(a, index, methods)
         self.mlp = mlp
         self.input_layernorm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
@@ -105,28 +104,38 @@ class Block(nn.Module):
 class Llama(Model):
     """Every model of the family. Parameters carry the checkpoint's names, less a leading "model."."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, methods: LinearMethods) -> None:
         a = architecture
         super().__init__(list(a.attention_layers), vocab_size=a.vocab_size, hidden_size=a.hidden_size)
-        self.architecture = a
+        self.architecture, self.methods = a, methods
         table = torch.empty(a.vocab_size, a.hidden_size, dtype=a.dtype)
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=table)
-        self.layers = nn.ModuleList(Block(a, i, self.make_mlp(a, i)) for i in range(len(a.attention_layers)))
+        self.layers = nn.ModuleList(
+            Block(a, i, self.make_mlp(a, i, methods), methods) for i in range(len(a.attention_layers))
+        )
         self.norm = RMSNorm(a.hidden_size, eps=a.norm_eps, dtype=a.dtype)
-        self.lm_head = make_linear(a.hidden_size, a.vocab_size, bias=False, dtype=a.dtype)
+        output = LinearSpec(a.hidden_size, (Part("", a.vocab_size),), axis="outputs", is_output=True)
+        self.lm_head = make_linear(output, methods, bias=False, dtype=a.dtype)
         if a.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.ropes = nn.ModuleList(RotaryEmbedding(rope) for rope in a.ropes)
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_config(cls, config: CheckpointConfig, *, dtype: torch.dtype, max_model_len: int | None) -> Llama:
-        return cls(cls.adapt(read_architecture(config, dtype=dtype, max_model_len=max_model_len)))
+    def from_config(
+        cls,
+        config: CheckpointConfig,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int | None,
+        methods: LinearMethods,
+    ) -> Llama:
+        return cls(cls.adapt(read_architecture(config, dtype=dtype, max_model_len=max_model_len)), methods)
 
     @staticmethod
-    def make_mlp(architecture: Architecture, index: int) -> nn.Module:
+    def make_mlp(architecture: Architecture, index: int, methods: LinearMethods) -> nn.Module:
         """What layer `index` has after its attention, called as an `MLP` is."""
-        return MLP(architecture, intermediate_size=architecture.intermediate_size)
+        return MLP(architecture, methods, intermediate_size=architecture.intermediate_size)
 
     @staticmethod
     def adapt(architecture: Architecture) -> Architecture:
@@ -170,19 +179,32 @@ class Llama(Model):
         return logits.float()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        destinations = dict(self._destinations())
+        places = dict(self._places())
         unexpected = []
         loaded: set[str] = set()
         for name, weight in self._one_by_one(weights):
-            if name in destinations:
-                _copy(name, weight, destinations[name])
+            if name in places and name not in loaded:
+                places[name].fill(name, weight)
                 loaded.add(name)
-            elif not self._is_derived(name):
+            elif name not in places and not self._is_derived(name):
                 unexpected.append(name)
-        check_weight_names(destinations.keys() - loaded, unexpected)
+            del weight  # while the next one is computed, this one's memory is free
+        check_weight_names(places.keys() - loaded, unexpected)
+
+    def fill(self, name: str, values: Tensor) -> None:
+        super().fill(name, values)
+        if name == "embed_tokens.weight":
+            self._pack_tied_output()
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self._destinations()}
+        return {name: place.shape for name, place in self._places()}
+
+    def stored_names(self, path: str) -> list[str]:
+        layer = self.get_submodule(path)
+        assert isinstance(layer, KeptMatrix)
+        is_tied = layer is self.lm_head and self.architecture.tie_word_embeddings
+        name = path if layer is self.lm_head else f"model.{path}"
+        return ["model.embed_tokens.weight"] if is_tied else [name for name, _ in self._places_of(name, layer)]
 
     def blocks(self) -> Iterator[Block]:
         for block in self.layers:
@@ -198,32 +220,48 @@ class Llama(Model):
         is_tied = self.architecture.tie_word_embeddings and name == "lm_head.weight"
         return is_tied or name.endswith("rotary_emb.inv_freq")
 
-    def _destinations(self) -> Iterator[tuple[str, Tensor]]:
-        """Where each weight of a checkpoint goes: a parameter, or the rows of a merged one."""
-        for name, parameter in self.named_parameters():  # names a tied head once, as the embedding
-            prefix, _, kind = name.rpartition(".")
-            prefix = prefix if prefix == "lm_head" else f"model.{prefix}"
-            parts = self._parts(prefix, len(parameter))
-            if len(parts) == 1:
-                yield f"{prefix}.{kind}", parameter.data
-                continue
-            parent = prefix.rpartition(".")[0]
-            rows = torch.split(parameter.data, [size for _, size in parts])
-            yield from ((f"{parent}.{part}.{kind}", view) for (part, _), view in zip(parts, rows, strict=True))
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        """Where each weight of a checkpoint goes: to a layer, as one of its matrix's parts, or to a parameter."""
+        for path, module in self.named_modules():
+            name = path if path == "lm_head" else f"model.{path}"
+            if isinstance(module, KeptMatrix):
+                yield from self._places_of(name, module)
+            elif module is self.embed_tokens:
+                yield f"{name}.weight", Place((self.vocab_size, self.hidden_size), self._load_table)
+            else:
+                for kind, parameter in module.named_parameters(recurse=False):
+                    yield f"{name}.{kind}", Place(tuple(parameter.shape), parameter.data.copy_)
 
-    def _parts(self, prefix: str, num_rows: int) -> list[tuple[str, int]]:
-        """Names and numbers of rows of what a checkpoint keeps apart and we merge."""
-        a, layer = self.architecture, self.architecture.attention_layers[0]
-        if prefix.endswith(".qkv_proj") and not a.has_merged_weights:
-            kv_size = layer.num_kv_heads * layer.head_dim
-            return [("q_proj", layer.num_heads * layer.head_dim), ("k_proj", kv_size), ("v_proj", kv_size)]
-        if prefix.endswith(".gate_up_proj") and not a.has_merged_weights:
-            return [("gate_proj", num_rows // 2), ("up_proj", num_rows // 2)]
-        return [(prefix, num_rows)]
+    def _places_of(self, name: str, layer: KeptMatrix) -> Iterator[tuple[str, Place]]:
+        parent = name.rpartition(".")[0]
+        is_tied = layer is self.lm_head and self.architecture.tie_word_embeddings
+        for part in layer.spec.parts:
+            place = f"{parent}.{part.name}" if part.name else name
+            for kind, shape in {} if is_tied else layer.method.stored(layer.spec, part).items():
+                yield f"{place}.{kind}", Place(shape, partial(layer.load, part.name, name=kind))
+            if isinstance(layer, Linear) and layer.bias is not None:
+                rows = layer.bias.data[layer.spec.rows(part.name)]
+                yield f"{place}.bias", Place(tuple(rows.shape), rows.copy_)
+
+    def _load_table(self, table: Tensor) -> None:
+        """The embedding, in the 16 bits that a file has it in where who runs the model reads those; they are exact."""
+        own = self.embed_tokens.weight
+        is_narrower = table.is_floating_point() and table.dtype.itemsize < own.dtype.itemsize
+        if self.methods.keeps_tables and is_narrower:
+            self.embed_tokens.weight = nn.Parameter(table.clone(), requires_grad=False)
+            if self.lm_head.weight is own:
+                self.lm_head.weight = self.embed_tokens.weight
+        else:
+            own.data.copy_(table)
+        self._pack_tied_output()
+
+    def _pack_tied_output(self) -> None:
+        if self.architecture.tie_word_embeddings and self.lm_head.method is not PLAIN:
+            self.lm_head.load_whole(self.embed_tokens.weight.data)
 
 
-def _copy(name: str, weight: Tensor, destination: Tensor) -> None:
-    if weight.shape != destination.shape:
-        shapes = f"{list(weight.shape)}, but the config asks for {list(destination.shape)}"
-        raise ValueError(f"the checkpoint's {name} has shape {shapes}")
-    destination.copy_(weight)
+def merged_parts(architecture: Architecture, sizes: dict[str, int]) -> tuple[Part, ...]:
+    """Of a matrix that most checkpoints keep in parts. sizes: rows of each, by name"""
+    if architecture.has_merged_weights:
+        return (Part("", sum(sizes.values())),)
+    return tuple(Part(name, num_rows) for name, num_rows in sizes.items())

@@ -9,7 +9,7 @@ from engine.attention.numba_backend import NumbaAttention
 from engine.batch.device_inputs import ForwardBatch
 from engine.models.llama import MLP, Block, Llama
 from engine.models.rope import RotaryEmbedding
-from engine.quantization.numba_cpu import PackedLinear
+from engine.quantization.linear import Linear
 from kernels.numba.core.formats import FORMAT_OF, INT4, INT8
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.ops.linear import BLOCK_ROWS
@@ -206,5 +206,6 @@ def _product(
 
 
 def _packed(linear: object) -> PackedMatrix:
-    assert isinstance(linear, PackedLinear)
-    return linear.matrix
+    assert isinstance(linear, Linear)
+    assert isinstance(linear.weight, PackedMatrix)
+    return linear.weight

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from engine.attention.backend import AttentionBackend
 from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.operations import load_operations
+from engine.quantization.linear import KeptMatrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +39,27 @@ class Decoder(Protocol):
     def compute_logits(self, hidden: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a weight of a checkpoint goes."""
+
+    shape: tuple[int, ...]
+    take: Callable[[Tensor], object]
+
+    def fill(self, name: str, weight: Tensor) -> None:
+        """ValueError that names the weight if it has another shape."""
+        if tuple(weight.shape) != self.shape:
+            shapes = f"{list(weight.shape)}, but the config asks for {list(self.shape)}"
+            raise ValueError(f"the checkpoint's {name} has shape {shapes}")
+        self.take(weight)
+
+
 class Model(nn.Module, ABC):
     """A decoder that keeps its keys and values in an `AttentionBackend`.
 
-    A new model has memory for its parameters and nothing in it: `load_weights` fills it, on whatever device it was
-    built. `attention_layers[i].index` is i. `operations` are torch's until they are exchanged for another back end's.
+    A new model has memory for its parameters and nothing in it, on whatever device it was built; matrices that will be
+    packed have a shape alone. `load_weights` fills it, or `fill` one parameter after the other.
+    `attention_layers[i].index` is i. `operations` are torch's until they are exchanged for another back end's.
     `hidden_layers`: the layers whose inputs a drafter wants to see.
     """
 
@@ -72,6 +90,15 @@ class Model(nn.Module, ABC):
         """What keeps `engine.models.llama_numba` from running it; empty where nothing does."""
         return "layers of another kind than Llama's"
 
+    @property
+    def loads_whole(self) -> bool:
+        """Whether `load_weights` has all weights in the model's dtype before it packs the first."""
+        return False
+
+    def stored_names(self, path: str) -> list[str]:
+        """What a checkpoint calls the tensors that one linear layer is made of; empty if that is not known."""
+        return []
+
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that a checkpoint's weights must have, by its names; of some or all of them."""
         return {}
@@ -86,6 +113,19 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, scaled and soft-capped. [n, hidden_size] -> [n, vocab_size] float32."""
+
+    @torch.no_grad()
+    def fill(self, name: str, values: Tensor) -> None:
+        """Sets one of the parameters that a new model has, whole, by its own name; may pack it.
+
+        values: may be the parameter itself, where it has memory
+        """
+        path, _, kind = name.rpartition(".")
+        owner, parameter = self.get_submodule(path), self.get_parameter(name)
+        if isinstance(owner, KeptMatrix) and kind == "weight" and parameter.is_meta:
+            owner.load_whole(values)
+        elif values is not parameter:
+            parameter.data.copy_(values)
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -16,6 +16,7 @@ from engine.models.architecture import Architecture, Mixture
 from engine.models.llama import MLP, Llama
 from engine.models.model import ExpertFacts
 from engine.models.operations import Operations
+from engine.quantization.linear import PLAIN, KeptMatrix, LinearMethods, LinearSpec, Part
 
 _NAMES_OF_MIXTRAL = {  # in its first checkpoints
     ".block_sparse_moe.": ".mlp.",
@@ -26,7 +27,7 @@ _NAMES_OF_MIXTRAL = {  # in its first checkpoints
 
 
 class Gate(nn.Module):
-    """Scores that decide what a token goes through. No nn.Linear, as those may be quantised."""
+    """Scores that decide what a token goes through. No `Linear`, as those may be quantised."""
 
     def __init__(self, num_inputs: int, num_outputs: int, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,35 +38,42 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The matrices of a layer's experts, one on top of the other."""
+    """The matrices of a layer's experts, one on top of the other, kept plainly: their products choose among rows."""
 
     def __init__(self, mixture: Mixture, *, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        num_experts, size = mixture.num_experts, mixture.intermediate_size
-        gate_up = torch.empty(num_experts, 2 * size, hidden_size, dtype=dtype)
-        down = torch.empty(num_experts, hidden_size, size, dtype=dtype)
-        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)  # gate first
-        self.down_proj = nn.Parameter(down, requires_grad=False)
+        self.num_experts, size = mixture.num_experts, mixture.intermediate_size
+        names = ("gate_proj", "up_proj")  # as a checkpoint names each expert's: gate first
+        gate_up = tuple(Part(f"{i}.{name}", size) for i in range(self.num_experts) for name in names)
+        down = tuple(Part(f"{i}.down_proj", hidden_size) for i in range(self.num_experts))
+        self.gate_up_proj = KeptMatrix(LinearSpec(hidden_size, gate_up, axis="outputs"), PLAIN, dtype=dtype)
+        self.down_proj = KeptMatrix(LinearSpec(size, down, axis="inputs"), PLAIN, dtype=dtype)
+
+    @property
+    def stacks(self) -> tuple[Tensor, Tensor]:
+        """[num_experts, 2 * intermediate_size, hidden_size], and [num_experts, hidden_size, intermediate_size]"""
+        gate_up, down = self.gate_up_proj.dense(), self.down_proj.dense()
+        return gate_up.view(self.num_experts, -1, gate_up.shape[1]), down.view(self.num_experts, -1, down.shape[1])
 
 
 class SparseMLP(nn.Module):
     """Experts, the router that chooses among them, and the expert that every token goes through, where there is one."""
 
-    def __init__(self, architecture: Architecture, mixture: Mixture) -> None:
+    def __init__(self, architecture: Architecture, mixture: Mixture, methods: LinearMethods) -> None:
         super().__init__()
         a, size = architecture, architecture.hidden_size
         self.mixture = mixture
         self.gate = Gate(size, mixture.num_experts, dtype=a.dtype)
         self.experts = Experts(mixture, hidden_size=size, dtype=a.dtype)
         has_shared = mixture.shared_size > 0
-        self.shared_expert = MLP(a, intermediate_size=mixture.shared_size) if has_shared else None
+        self.shared_expert = MLP(a, methods, intermediate_size=mixture.shared_size) if has_shared else None
         self.shared_expert_gate = Gate(size, 1, dtype=a.dtype) if has_shared else None
 
     def forward(self, x: Tensor, operations: Operations) -> Tensor:
         """x: [num_tokens, hidden_size]"""
-        mixture, matrices = self.mixture, self.experts
+        mixture, (gate_up, down) = self.mixture, self.experts.stacks
         weights, experts = operations.route(self.gate(x), mixture.top_k, normalise=mixture.normalises)
-        mixed = operations.mix_experts(x, matrices.gate_up_proj, matrices.down_proj, weights, experts)
+        mixed = operations.mix_experts(x, gate_up, down, weights, experts)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return mixed
         return mixed.addcmul_(self.shared_expert_gate(x).sigmoid(), self.shared_expert(x, operations))
@@ -88,9 +96,11 @@ class SparseLlama(Llama):
         )
 
     @staticmethod
-    def make_mlp(architecture: Architecture, index: int) -> nn.Module:
+    def make_mlp(architecture: Architecture, index: int, methods: LinearMethods) -> nn.Module:
         mixture = architecture.mixtures[index]
-        return Llama.make_mlp(architecture, index) if mixture is None else SparseMLP(architecture, mixture)
+        if mixture is None:
+            return Llama.make_mlp(architecture, index, methods)
+        return SparseMLP(architecture, mixture, methods)
 
     def _one_by_one(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Every expert's matrices under their own names, whether the checkpoint keeps them apart or stacked."""
@@ -101,13 +111,6 @@ class SparseLlama(Llama):
                 yield from _matrices(name, weight)
             else:
                 yield name, weight
-
-    def _destinations(self) -> Iterator[tuple[str, Tensor]]:
-        for name, destination in super()._destinations():
-            if ".experts." in name:
-                yield from _matrices(name, destination)
-            else:
-                yield name, destination
 
 
 class Qwen3Moe(SparseLlama):

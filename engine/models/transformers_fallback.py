@@ -28,6 +28,7 @@ from engine.models.architecture import check_attention_layers
 from engine.models.context_length import length_where_rope_changes, read_trained_context
 from engine.models.model import Model, check_weight_names
 from engine.models.model_error import FOREIGN_ERRORS
+from engine.quantization.linear import LinearMethods, exchange_linear, exchange_linears, plain_linears
 
 _LONGEST_REASON = 300  # characters; lists of weights or classes are longer
 ATTENTION_NAME = "peregrine"  # in transformers' table
@@ -152,23 +153,31 @@ class GivenHiddenStates(nn.Module):
 class TransformersModel(Model):
     """A transformers causal language model, taken apart into decoder and head.
 
-    The head keeps whatever the architecture does to its logits: scales, soft caps, biases.
+    The head keeps whatever the architecture does to its logits: scales, soft caps, biases. A checkpoint is loaded whole
+    by transformers, which alone knows what a family renames and merges; only then are its linear layers packed, so
+    that memory peaks at the whole model in its dtype. Weights given to `fill` are packed as they come.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: dict[int, AttentionLayer]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: dict[int, AttentionLayer], methods: LinearMethods | None = None
+    ) -> None:
         config = model.config.get_text_config()
         super().__init__(list(layers.values()), vocab_size=config.vocab_size, hidden_size=config.hidden_size)
-        self.layers = layers
+        self.layers, self.methods = layers, methods or LinearMethods()
         self.step = _share_step(model)
         self.decoder, self.head = _take_apart(model)
 
     @classmethod
     def from_config(
-        cls, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None
+        cls, config: PreTrainedConfig, *, dtype: torch.dtype, max_model_len: int | None, methods: LinearMethods
     ) -> TransformersModel:
         _check_rope(config, max_model_len)
         layers = _record_layers(config)
-        return cls(_build(config, dtype), layers)
+        return cls(_build(config, dtype), layers, methods)
+
+    @property
+    def loads_whole(self) -> bool:
+        return True
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
         with self.step.of(AttentionStep(self.layers, batch, attention)):
@@ -192,6 +201,13 @@ class TransformersModel(Model):
         parameters = [(f"{place}.{name}", parameter) for name, parameter in self.decoder.named_parameters()]
         return {name: tuple(p.shape) for name, p in [*parameters, *self.head.named_parameters()]}
 
+    def fill(self, name: str, values: Tensor) -> None:
+        super().fill(name, values)
+        weight = self.get_parameter(name)
+        for parent, child_name, child in plain_linears(self):
+            if child.weight is weight:
+                exchange_linear(parent, child_name, self.methods)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """transformers loads: it knows which names changed, and which weights it merges (experts)."""
         kind, config = type(self.head), self.head.config
@@ -205,6 +221,7 @@ class TransformersModel(Model):
         check_weight_names(info["missing_keys"], info["unexpected_keys"])
         self.step = _share_step(model)
         self.decoder, self.head = _take_apart(model.to(device))
+        exchange_linears(self, self.methods, num_threads=torch.get_num_threads())
 
 
 def _check_rope(config: PreTrainedConfig, max_model_len: int | None) -> None:

@@ -210,12 +210,11 @@ def render_plan(plan: MemoryPlan) -> str:
 
 def _loading(plan: MemoryPlan) -> str:
     """Where it is the process's own memory, as the system counts it; what a GPU's model takes on the host is little."""
-    dtype = str(plan.dtype).removeprefix("torch.")
     if plan.device != "cpu":
         return f"{gib(plan.loading_bytes)} on the device"
     whole = gib(plan.loading_bytes + plan.process_bytes)
-    built = gib(plan.facts.num_parameters * plan.dtype.itemsize)
-    text = f"{whole}: {built} of {dtype} weights, packed piece by piece; {gib(plan.process_bytes)} the process itself"
+    stays = gib(plan.weight_bytes)
+    text = f"{whole}: {stays} of weights that stay, the largest matrix in floats; {gib(plan.process_bytes)} the process"
     return text if plan.can_load else f"{text}; MORE THAN IS FREE"
 
 

@@ -22,7 +22,8 @@ def bound_of_keys_and_values(model: Model) -> float:
     """An upper bound of the magnitude of any key or value, for any input; 0 for layers that are not our own.
 
     A normalised row has a length of sqrt(hidden size) before its weights, so its product with a row of the matrix is
-    at most that times the row's length (Cauchy, Schwarz). A rotation mixes two elements. Call it before packing.
+    at most that times the row's length (Cauchy, Schwarz). A rotation mixes two elements. Of packed matrices, it is what
+    they hold that counts.
     """
     if not isinstance(model, Llama):
         return 0.0
@@ -32,7 +33,7 @@ def bound_of_keys_and_values(model: Model) -> float:
 def _bound_of_block(model: Llama, block: Block) -> float:
     attention, layer = block.self_attn, block.self_attn.layer
     num_queries, num_keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    rows = attention.qkv_proj.weight[num_queries:].float() * block.input_layernorm.weight.float()
+    rows = attention.qkv_proj.dense(slice(num_queries, None)).float() * block.input_layernorm.weight.float()
     bounds = rows.norm(dim=1) * model.hidden_size**0.5
     if attention.qkv_proj.bias is not None:
         bounds += attention.qkv_proj.bias[num_queries:].float().abs()

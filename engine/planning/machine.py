@@ -122,7 +122,7 @@ def describe_compiled_kernels(machine: Machine, *, quantization: str) -> dict[st
     """As `describe_kernels`, for `device.kernels: numba`, where one program computes all layers of a step."""
     program = "in the same program, float32"
     return {
-        "linear layers": f"compiled; weights as {COMPILED_FORMATS[quantization]}",
+        "linear layers": f"compiled; weights as {COMPILED_FORMATS[quantization].meaning}",
         "attention": f"over the cache's blocks where they lie, {program}",
         "norms and activation": program,
         "other models": "torch: the plan of a model that is not of Llama's kind says why",

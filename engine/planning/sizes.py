@@ -12,13 +12,13 @@ from engine.kv_cache.codec import make_codec
 from engine.kv_cache.groups import most_blocks, span_of_step
 from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import bytes_per_block
-from engine.loading.loading_peak import loading_peak, weight_sizes
+from engine.loading.loading_peak import OTHER_BYTES, READ_BYTES, Matrix, WeightSizes, loading_peak
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.planning.resolve import Resolved, SettingError, parse_cache_size
+from engine.quantization.method import COMPILED_FORMATS, FORMATS, WeightFormat
 from engine.speculation.proposer import ProposerNeeds
 
-_QUANTIZED_BYTES = {"int4": 0.625, "int8": 1.0625, "fp16": 2}  # per weight, at most, whatever the model's dtype
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _GPU_FRACTION = 0.9  # of the device, weights included
@@ -118,21 +118,7 @@ class Sizer:
 
     def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
         facts, size = self.facts, DTYPES[dtype].itemsize
-        is_packed = self.quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
-        output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
-        weight_size = _QUANTIZED_BYTES.get(self.quantization, size)
-        in_layers = facts.num_linear_parameters
-        if not facts.ties_output:  # those of the output layer, which may be kept in another format
-            output = min(in_layers, facts.vocab_size * facts.hidden_size)
-            in_layers -= output
-        sizes = weight_sizes(
-            self.kernels,
-            self.quantization,
-            built=size,
-            packed=weight_size,
-            is_random=self.config.model.load_format == "dummy",
-            num_threads=self.num_threads,
-        )
+        linear, embedding = self._weights(size)
         kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
         kv_per_token = -(-kv_per_block * self.num_groups // self.block_size)
         num_sampled = min(max_num_seqs * (1 + self.needs.num_drafts), max_num_batched_tokens)
@@ -142,9 +128,9 @@ class Sizer:
         activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
         estimated = logits + activations
         return Demand(
-            linear=int(in_layers * weight_size + output * sizes.output),
-            embedding=(facts.num_parameters - facts.num_linear_parameters) * size,
-            loading=loading_peak(facts.num_parameters, facts.matrices, sizes),
+            linear=linear,
+            embedding=embedding,
+            loading=self._loading(linear + embedding, size),
             workspace=estimated if self.measured_workspace is None else self.measured_workspace,
             num_logits=num_logits,
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
@@ -152,6 +138,43 @@ class Sizer:
             span=span_of_step(max_num_batched_tokens, self.block_size, self.num_lookahead),
             read_per_token=0 if self._reads_in_place else -(-2 * kv_per_token // len(facts.attention_layers)),
         )
+
+    @property
+    def format(self) -> WeightFormat:
+        return (COMPILED_FORMATS if self.kernels == "numba" else FORMATS)[self.quantization]
+
+    def _weights(self, size: int) -> tuple[int, int]:
+        """(bytes of linear layers, of everything else), at most. size: bytes of a weight in the model's dtype"""
+        facts = self.facts
+        is_packed = self.quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
+        output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
+        in_layers = facts.num_linear_parameters
+        if not facts.ties_output:  # those of the output layer, which may be kept in another format
+            output = min(in_layers, facts.vocab_size * facts.hidden_size)
+            in_layers -= output
+        linear = in_layers * (self.format.num_bytes or size) + output * (self.format.output or size)
+        others = (facts.num_parameters - facts.num_linear_parameters) * size
+        if self.kernels == "numba":  # which keeps what files have in few bits as it is
+            linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
+            others -= facts.num_embedding_parameters * max(0, size - (facts.embedding_bytes or size))
+        return int(linear), others
+
+    def _saved(self, matrix: Matrix, size: int) -> float:
+        """Bytes of a compiled matrix that is kept in fewer than its format has at most."""
+        fmt, exact = self.format, matrix.exact_bytes
+        planned = (fmt.output if matrix.is_output else fmt.num_bytes) or size
+        if exact is None or (fmt.num_bytes is None and exact != 2):  # "none" knows floats only
+            return 0
+        return matrix.num_weights * max(0.0, planned - exact)
+
+    def _loading(self, stays: int, size: int) -> int:
+        """The peak while the weights are loaded and packed. size: bytes of a weight in the model's dtype"""
+        facts, is_random = self.facts, self.config.model.load_format == "dummy"
+        if is_random:
+            return loading_peak(stays, facts.matrices, WeightSizes(size, self.format.scratch))
+        table = Matrix(facts.num_embedding_parameters)  # is read like any other
+        peak = loading_peak(stays, (*facts.matrices, table), WeightSizes(READ_BYTES, self.format.scratch))
+        return max(peak, facts.num_parameters * size + OTHER_BYTES) if facts.loads_whole else peak
 
     @property
     def _has_triton(self) -> bool:
@@ -265,7 +288,7 @@ class Sizer:
         fix = "name a smaller model in model.path"
         if demand.linear + demand.embedding < self.machine.available_bytes // 2:
             fix = "lower scheduler.max_num_batched_tokens"
-        if _QUANTIZED_BYTES.get(self.quantization, 2) > 1 and self._fits_with(demand, bytes_per_weight=1):
+        if (self.format.num_bytes or 2) > 1.5 and self._fits_with(demand, bytes_per_weight=1):
             fix = "set model.quantization to int8"
         elif self.config.model.dtype == "float32" and self._fits_with(demand, bytes_per_weight=2):
             fix = "set model.dtype to bfloat16"

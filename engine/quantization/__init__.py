@@ -1,4 +1,5 @@
 """How weight matrices are stored, and the products with them.
 
-Never knows which layer of which model a matrix is. Begin with `method`; `numba_cpu` packs for the compiled kernels.
+Never knows which layer of which model a matrix is. Begin with `linear`, whose layers own a method each; `method` has
+the formats there are and torch's of them, `numba_cpu` the compiled kernels'.
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ _LINE = 64
 
 
 class HugePages:
-    """Copies tensors to such memory, where the kernel gives it on request (madvise(2), MADV_HUGEPAGE); on any threads.
+    """Hands out such memory, where the kernel gives it on request (madvise(2), MADV_HUGEPAGE); to any threads.
 
     Nothing is freed before all tensors of a chunk are.
     """
@@ -23,18 +25,28 @@ class HugePages:
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy."""
-        copy = self._take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        return copy.copy_(tensor)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor, not initialised."""
+        return self._take(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Takes the newest tensor back, unless others have been handed out since; it must not be used any more."""
+        with self._lock:
+            start = tensor.data_ptr() - self._chunk.data_ptr()
+            if 0 <= start < len(self._chunk) and start + _in_lines(tensor.nbytes) == self._used:
+                self._used = start
 
     def _take(self, num_bytes: int) -> Tensor:
         with self._lock:
             if self._used + num_bytes > len(self._chunk):
                 self._chunk, self._used = _allocate(max(num_bytes, _CHUNK)), 0
             taken = self._chunk[self._used : self._used + num_bytes]
-            self._used += -(-num_bytes // _LINE) * _LINE
+            self._used += _in_lines(num_bytes)
         return taken
+
+
+def _in_lines(num_bytes: int) -> int:
+    return -(-num_bytes // _LINE) * _LINE
 
 
 def _allocate(num_bytes: int) -> Tensor:

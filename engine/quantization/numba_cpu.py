@@ -1,65 +1,147 @@
-"""Weight formats of the compiled CPU path, and the exchange of a model's nn.Linear modules for packed ones."""
+"""Weight formats of the compiled CPU path: matrices in panels, packed some rows at a time by all threads."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.quantization.huge_pages import HugePages
+from engine.quantization.linear import ALL_ROWS, LinearMethod, Shards
+from engine.quantization.threads import Threads
 from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, SIZES
-from kernels.numba.core.lanes import GROUP
-from kernels.numba.packing.packing import SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly
+from kernels.numba.core.lanes import GROUP, LANES
+from kernels.numba.packing.packing import SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly, unpack
+
+_BLOCK = 1 << 19  # elements that one thread packs at a time: what they are made of stays in its caches
+
+PackRows = Callable[[Tensor], PackedMatrix | None]
 
 
-class PackedLinear(nn.Module):
-    """A linear layer's matrix as the compiled products read it."""
+class CompiledMethod(LinearMethod[PackedMatrix]):
+    """The smallest format that the setting allows and that holds every element, or else one that rounds.
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None) -> None:
-        super().__init__()
-        self.matrix, self.bias = matrix, bias
-
-
-def pack_linears(model: nn.Module, format_name: str, *, num_threads: int = 1) -> dict[str, int]:
-    """Exchanges the nn.Linear modules of `model` for packed ones, in place; returns how many bytes each format has.
-
-    Each frees its float matrix, so that memory peaks at a few matrices more than before. An embedding that shares its
-    matrix with the output layer keeps it. format_name: of `engine.quantization.method.COMPILED_FORMATS`
+    wanted: that one; of_output: of the logits' matrix. Rows are packed independently of each other, so that beside the
+    matrix's floats there is only what was packed so far.
     """
-    places = [
-        (parent, name, child.bias)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear
-    ]
 
-    memory = HugePages()
+    wanted: ClassVar[int]
+    of_output: ClassVar[int]
 
-    def exchange(place: tuple[nn.Module, str, Tensor | None]) -> PackedMatrix:
-        parent, name, bias = place
-        matrix = pack_linear(getattr(parent, name).weight.detach(), format_name, is_output=name == "lm_head")
-        matrix = replace(matrix, values=memory.keep(matrix.values))
-        setattr(parent, name, PackedLinear(matrix, bias))
-        return matrix
+    def __init__(self, num_threads: int = 1) -> None:
+        self._threads = Threads(num_threads)
+        self._memory = HugePages()
 
-    num_bytes: dict[str, int] = {}
-    with ThreadPoolExecutor(num_threads) as pool:  # most of the work holds no interpreter lock
-        for matrix in pool.map(exchange, places):
-            num_bytes[matrix.format_name] = num_bytes.get(matrix.format_name, 0) + matrix.num_bytes
-    return num_bytes
+    def finish(self) -> None:
+        self._threads.close()
+
+    @torch.no_grad()
+    def pack(self, shards: Shards) -> PackedMatrix:
+        wanted = self.of_output if shards.spec.is_output else self.wanted
+        for kind in self.exact_formats(wanted):
+            packed = self._in_blocks(shards, partial(pack_exactly, among=(kind,)))
+            if packed is not None:
+                return packed
+        rounding = self._rounding(shards, wanted)
+        packed = self._in_blocks(shards, lambda rows: pack(rows, rounding))
+        assert packed is not None, "a rounding format holds any rows"
+        return packed
+
+    def exact_formats(self, wanted: int) -> list[int]:
+        """Those to try, in order. What 16 bits hold is not looked at for levels, which it could have by chance."""
+        allowed = [kind for kind in SMALLEST_FIRST if SIZES[kind] <= SIZES[wanted]]
+        return sorted(allowed, key=lambda kind: kind != BFLOAT16)
+
+    def apply(self, x: Tensor, weight: PackedMatrix, bias: Tensor | None) -> Tensor:
+        """Compiled programs read the matrix themselves (`engine.models.llama_numba`); this is what they compute."""
+        out = x.float() @ unpack(weight).T
+        product: Tensor = (out if bias is None else out + bias).to(x.dtype)
+        return product
+
+    def dense(self, weight: PackedMatrix, rows: slice = ALL_ROWS) -> Tensor:
+        start, stop, _ = rows.indices(weight.num_rows)
+        first, last = start // LANES, -(-stop // LANES)
+        scales = weight.scales[first:last] if weight.scales.numel() else weight.scales
+        some = replace(weight, num_rows=stop - first * LANES, values=weight.values[first:last], scales=scales)
+        dense: Tensor = unpack(some)[start - first * LANES :]
+        return dense
+
+    def describe(self, weight: PackedMatrix) -> str:
+        name: str = weight.format_name
+        return name
+
+    def _rounding(self, shards: Shards, wanted: int) -> int:
+        """The format to round to."""
+        wide: int = FLOAT32
+        if wanted == wide:
+            return wide
+        fits = self._threads.map(lambda rows: fits_float16(shards.rows(*rows)), self._blocks(shards))
+        if not all(fits):  # nor would the scales and offsets of the integer formats
+            return wide
+        half: int = FLOAT16
+        return half if shards.spec.num_inputs % GROUP else wanted
+
+    def _in_blocks(self, shards: Shards, pack_rows: PackRows) -> PackedMatrix | None:
+        """The whole matrix, some rows at a time; None where `pack_rows` returns None for any of them."""
+        num_rows, depth = shards.spec.shape
+        panel = pack_rows(shards.rows(0, min(LANES, num_rows)))
+        if panel is None:
+            return None
+        num_panels = -(-num_rows // LANES)
+        values = self._memory.empty((num_panels, *panel.values.shape[1:]), panel.values.dtype)
+        scales = panel.scales.new_empty((num_panels, *panel.scales.shape[1:])) if panel.scales.numel() else panel.scales
+        fails = False
+
+        def fill(rows: tuple[int, int]) -> None:
+            nonlocal fails
+            packed = None if fails else pack_rows(shards.rows(*rows))
+            if packed is None:
+                fails = True
+                return
+            first = rows[0] // LANES
+            values[first : first + packed.num_panels] = packed.values
+            if scales.numel():
+                scales[first : first + packed.num_panels] = packed.scales
+
+        self._threads.map(fill, self._blocks(shards))
+        if fails:
+            self._memory.give_back(values)
+            return None
+        return PackedMatrix(panel.kind, num_rows, depth, values, scales)
+
+    def _blocks(self, shards: Shards) -> list[tuple[int, int]]:
+        """(first row, last + 1), of whole panels; as many for each thread."""
+        num_rows, depth = shards.spec.shape
+        step = self._threads.step(-(-num_rows // LANES), max(1, _BLOCK // (depth * LANES))) * LANES
+        return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-@torch.no_grad()
-def pack_linear(weight: Tensor, format_name: str, *, is_output: bool = False) -> PackedMatrix:
-    """One matrix, [out_features, in_features] floats. is_output: whether its products are the logits"""
-    if format_name == "none":
-        return pack_exactly(weight, among=(BFLOAT16, FLOAT16)) or pack(weight, FLOAT32)
-    wanted = {"fp16": FLOAT16, "int8": INT8, "int4": INT8 if is_output else INT4}[format_name]
-    exact = pack_exactly(weight, among=[kind for kind in SMALLEST_FIRST if SIZES[kind] <= SIZES[wanted]])
-    if exact is not None:
-        return exact
-    if not fits_float16(weight):  # nor would the scales and offsets of the integer formats
-        return pack(weight, FLOAT32)
-    return pack(weight, FLOAT16 if weight.shape[1] % GROUP else wanted)
+class ExactMethod(CompiledMethod):
+    """bfloat16, float16 or float32, whichever holds every weight: `model.quantization: none`."""
+
+    wanted = of_output = FLOAT32
+
+    def exact_formats(self, wanted: int) -> list[int]:
+        return [BFLOAT16, FLOAT16]
+
+
+class HalfMethod(CompiledMethod):
+    """float16, or what is smaller and exact."""
+
+    wanted = of_output = FLOAT16
+
+
+class Int8Method(CompiledMethod):
+    """int8 with a scale for each 32 weights, or an exact int4."""
+
+    wanted = of_output = INT8
+
+
+class Int4Method(CompiledMethod):
+    """int4 with a scale and an offset for each 32 weights. Logits keep eight bits."""
+
+    wanted, of_output = INT4, INT8

@@ -46,7 +46,7 @@ class DecodeRun:
         a sequence may end before it, or where memory is short."""
         size, before = self._kv.block_size, self.inputs
         beginning = self._beginning.get((self._num_steps + 1) % size, [])
-        ends = ((self._seqs[row], int(before.positions[row]) + 2) for row in beginning)
+        ends = [(self._seqs[row], int(before.positions[row]) + 2) for row in beginning]
         if self._num_left <= 0 or not self._kv.allocate_all(ends):
             return None
         self._num_left -= 1

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.models.model import Model
-from engine.quantization.method import QuantLinear
+from engine.quantization.linear import KeptMatrix
 from engine.runner.padded_rows import PaddedRows
 
 KeptWeights = dict[str, dict[str, int]]  # by matrix, without the layer's number: format -> in how many layers
@@ -29,11 +29,8 @@ def kept_weights(model: Model) -> KeptWeights:
 
 def _matrices(model: Model) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
-        matrix = getattr(module, "matrix", None)  # of quantization.numba_cpu, which is imported only where it runs
-        if isinstance(module, QuantLinear):
-            yield name, _format_of(module)
-        elif matrix is not None and not isinstance(matrix, Tensor):
-            yield name, matrix.format_name
+        if isinstance(module, KeptMatrix):
+            yield name, module.describe()
         elif not isinstance(module, PaddedRows):
             yield from _own_parameters(name, module)
 
@@ -43,11 +40,6 @@ def _own_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
         if parameter.dim() > 1:
             whole = name if parameter_name == "weight" else f"{name}.{parameter_name}"
             yield whole, _name_of(parameter.dtype)
-
-
-def _format_of(linear: QuantLinear[object]) -> str:
-    packed = linear.packed
-    return linear.format.kept_as or (_name_of(packed.dtype) if isinstance(packed, Tensor) else "packed")
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -17,7 +17,8 @@ from engine.models.llama import Llama
 from engine.models.model import Model
 from engine.models.operations import load_operations
 from engine.planning.engine_plan import MemoryPlan
-from engine.quantization.method import prepare_linears
+from engine.quantization.linear import LinearMethods
+from engine.quantization.method import COMPILED_FORMATS, FORMATS, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.runner.strict_runner import OneTokenRunner
 from engine.sampling.sampler import SAMPLERS, TokenSampler
@@ -54,20 +55,24 @@ class KernelBackend:
         """Compiles the CPU's kernels, or reads what was compiled before."""
         import_module("kernels.numba.program.team")
 
+    @property
+    def linear_methods(self) -> LinearMethods:
+        """How matrices are kept from the moment when they are loaded."""
+        plan = self.plan
+        is_compiled = plan.kernels == "numba"
+        formats = COMPILED_FORMATS if is_compiled else FORMATS
+        return make_methods(formats, plan.quantization, num_threads=plan.num_threads, keeps_tables=is_compiled)
+
     def prepare(self, model: Model) -> bool:
-        """Packs the weights, in place, and gives the model its operations. Leaves torch the threads that it may use.
+        """Gives a loaded model its operations, in place. Leaves torch the threads that it may use.
 
         Returns whether a row's numbers depend on the row alone from then on, if that is known.
         """
         plan = self.plan
         if plan.kernels == "numba":
-            from engine.quantization.numba_cpu import pack_linears
-
             torch.set_num_threads(1)  # ours multiply; its own would spin beside them
-            pack_linears(model, plan.quantization, num_threads=plan.num_threads)
             return True
         model.operations = load_operations(plan.kernels)
-        prepare_linears(model, plan.quantization, num_threads=plan.num_threads)
         if self._fixes_rows and isinstance(model, Llama):
             from engine.runner.strict_linear import fix_rows
 
@@ -106,8 +111,8 @@ class KernelBackend:
         return runner(model, cache, attention)
 
     def make_sampler(self, vocab_size: int) -> TokenSampler:
-        make = cast(Callable[[int], TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
-        return make(vocab_size)
+        make = cast(Callable[..., TokenSampler], load_object(SAMPLERS[self.plan.kernels]))
+        return make(vocab_size, num_threads=self.plan.num_threads)
 
     @property
     def _fixes_rows(self) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from engine.models.model import Model
 from engine.models.moe import Experts, Gate
-from engine.quantization.method import PackedFormat, QuantLinear
+from engine.quantization.linear import KeptMatrix, Linear, Shards
+from engine.quantization.method import PackedMethod
 from kernels.reference.moe import mix_experts
 
 _FREE_ROWS = 2  # the weights are read once either way
@@ -27,7 +28,7 @@ _NUM_CORRECTIONS = 4  # each leaves a 256th of what was left, in bfloat16
 _NUM_PLACES = 8  # in which each number of rows is tried, if there are so many
 _TRIED = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 64, 65, 130)  # rows; odd numbers end in a partial tile
 _LARGE_MATRIX = 1 << 26  # elements: an output layer's, which seldom has many rows and takes seconds to try
-_PRODUCTS = (nn.Linear, QuantLinear, Gate)
+_PRODUCTS = (nn.Linear, Linear, Gate)
 
 Product = Callable[[Tensor], Tensor]
 
@@ -67,16 +68,17 @@ def make_rows_independent(model: Model, *, is_strict: bool) -> bool:
 
 def _pack_gates(model: Model) -> None:
     """Gates have few outputs, and torch multiplies by such matrices in ways of their own up to 64 rows."""
-    packed = PackedFormat()
+    packed = PackedMethod()
     for parent, name, child in _children(model):
-        if isinstance(child, Gate) and packed.accepts(child.weight):
-            weight = child.weight.detach()
-            setattr(parent, name, QuantLinear(packed, packed.quantize(weight), None, weight.shape))
+        if isinstance(child, Gate):
+            shards = Shards.of(child.weight.detach())
+            if packed.accepts(shards.spec, shards.dtype, child.weight.device):
+                setattr(parent, name, Linear.holding(packed.pack(shards), shards.spec, packed, None))
 
 
 def _has_known_products_only(model: Model) -> bool:
     """Whether every matrix belongs to a module whose products are known here, or is a table to look things up in."""
-    known = (*_PRODUCTS, nn.Embedding, Experts)
+    known = (*_PRODUCTS, nn.Embedding, KeptMatrix)
     return all(
         isinstance(module, known) or parameter.dim() < 2
         for module in model.modules()
@@ -97,13 +99,12 @@ def _one_of_each_shape(model: Model) -> Iterator[tuple[Product, Tensor]]:
 
 def _products_of(module: nn.Module) -> list[tuple[Product, tuple[int, ...], Callable[[], Tensor]]]:
     """(product, the shape of its matrix, that matrix, which may have to be unpacked)"""
-    if isinstance(module, QuantLinear):
-        shape = (module.out_features, module.in_features)
-        return [(module, shape, lambda: module.format.dequantize(module.packed))]
+    if isinstance(module, Linear):
+        return [(module, module.spec.shape, module.dense)]
     if isinstance(module, nn.Linear | Gate):
         return [(module, tuple(module.weight.shape), lambda: module.weight)]
     if isinstance(module, Experts):
-        return [_expert_product(matrices[0]) for matrices in (module.gate_up_proj, module.down_proj)]
+        return [_expert_product(matrices[0]) for matrices in module.stacks]
     return []
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.models.llama import Llama
 from engine.models.moe import Gate, SparseMLP
-from engine.quantization.method import QuantLinear
+from engine.quantization.linear import Linear
 
 NUM_ROWS = 128  # below some 180 rows, reading the weights takes longer than multiplying with them, on an H200
 
@@ -42,7 +42,7 @@ def fix_rows(model: Llama, num_rows: int = NUM_ROWS) -> None:
 
     ValueError where the products of this device depend on a row's place in them all the same.
     """
-    kinds = (nn.Linear, QuantLinear, Gate, SparseMLP)
+    kinds = (nn.Linear, Linear, Gate, SparseMLP)
     inside = {part for module in model.modules() if isinstance(module, SparseMLP) for part in module.modules()}
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     for parent, name, child in children:
@@ -57,7 +57,7 @@ def _check_places(model: Llama, num_rows: int) -> None:
     weight = model.embed_tokens.weight
     seen: set[tuple[int, int]] = set()
     for fixed in [module for module in model.modules() if isinstance(module, FixedRows)]:
-        if isinstance(fixed.module, (nn.Linear, QuantLinear)):
+        if isinstance(fixed.module, (nn.Linear, Linear)):
             shape = fixed.module.in_features, fixed.module.out_features
             if shape not in seen:
                 seen.add(shape)

@@ -32,7 +32,7 @@ class GumbelRace:
     """Samples rows of one vocabulary, in memory that it keeps."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._words = token_words(vocab_size)
+        self.words = token_words(vocab_size)
         self._bits = np.empty(vocab_size, dtype=np.uint32)
         self._shifted = np.empty(vocab_size, dtype=np.uint32)
         self._times = np.empty(vocab_size, dtype=np.float32)
@@ -57,7 +57,7 @@ class GumbelRace:
 
         tokens: [num_tokens] ascending ids; gaps: [num_tokens] of these
         """
-        score = gumbel(noise_bits(self._words[tokens], key)) - gaps
+        score = gumbel(noise_bits(self.words[tokens], key)) - gaps
         return int(tokens[score.argmax()])
 
     def total_weight(self, gaps: Floats) -> float:
@@ -66,7 +66,7 @@ class GumbelRace:
 
     def _start(self, gaps: Floats, key: Words) -> None:
         """Makes the noise bits and the times of all tokens."""
-        bits = noise_bits(self._words, key, out=self._bits, scratch=self._shifted)
+        bits = noise_bits(self.words, key, out=self._bits, scratch=self._shifted)
         times = np.multiply(gaps, TIME_OF_GAP, out=self._times)
         values = self._shifted.view(np.float32)
         np.copyto(values, bits.view(np.int32), casting="unsafe")

@@ -4,6 +4,9 @@ on one thread; `engine.sampling.numba_sampler` makes the two longest of them one
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,9 +29,12 @@ class HostSampler:
 
     keeps_token_counts = False
 
-    def __init__(self, vocab_size: int, race: GumbelRace | None = None) -> None:
+    race_class: ClassVar[type[GumbelRace]] = GumbelRace
+
+    def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
+        """num_threads: that a sampler may use; numpy's passes take one"""
         self.vocab_size = vocab_size
-        self._race = race or GumbelRace(vocab_size)
+        self._race = self.race_class(vocab_size)
 
     def launch(self, logits: Tensor, inputs: SamplingInputs, newest: Tensor | None = None) -> SamplerOutput:
         """As `TokenSampler` says; waits for the logits, where they are computed elsewhere."""
@@ -48,13 +54,28 @@ class HostSampler:
     def _sample(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
         """One token per sampled row, NO_TOKEN or NOT_FINITE where none can be chosen. [num_sampled]"""
         rows = inputs.logits_rows
-        chosen = logits if len(rows) == len(logits) else logits[rows]
         if not len(rows):
             return np.empty(0, dtype=np.int64)
-        tokens: Ints = chosen.argmax(-1)  # the lowest token id among equals; not a number, if there is one
+        return self._sample_rows(logits if len(rows) == len(logits) else logits[rows], inputs, newest)
+
+    def _sample_rows(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
+        """logits: [num_sampled, vocab_size]"""
+        tokens = np.empty(len(logits), dtype=np.int64)
+        self._decide(logits, range(len(logits)), tokens, inputs, newest)
+        return tokens
+
+    def _decide(
+        self, logits: Floats, rows: Collection[int], tokens: Ints, inputs: SamplingInputs, newest: Ints
+    ) -> None:
+        """Fills in the tokens of some rows."""
+        if not rows:
+            return
         edits = {one.row: one for one in inputs.edits}
         temperatures = inputs.facts.temperatures
-        for i, values in enumerate(chosen):
+        # the lowest token id among equals; not a number, if there is one
+        tokens[list(rows)] = (logits if len(rows) == len(logits) else logits[list(rows)]).argmax(-1)
+        for i in rows:
+            values = logits[i]
             if not np.isfinite(values[tokens[i]]):
                 tokens[i] = NOT_FINITE
                 continue
@@ -67,7 +88,6 @@ class HostSampler:
                     continue
             if temperatures[i] > 0.0:
                 tokens[i] = self._random(values, values[tokens[i]], inputs, i)
-        return tokens
 
     def _random(self, logits: Floats, peak: np.float32, inputs: SamplingInputs, row: int) -> int:
         """The sampled token of a row with a temperature. logits: [vocab_size], the largest is `peak`"""

@@ -1,12 +1,21 @@
-"""The sampler of a CPU on which Numba compiles: the host's, with its two longest passes in one loop each."""
+"""The sampler of a CPU on which Numba compiles: the host's, with most rows in one compiled pass, dealt to threads."""
 
 from __future__ import annotations
 
-from engine.arrays import Floats
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+
+from engine.arrays import Floats, Ints
+from engine.batch.step_inputs import SamplingInputs
 from engine.sampling.gumbel import TIME_OF_GAP, GumbelRace
 from engine.sampling.host_sampler import HostSampler
-from engine.sampling.noise import Words
-from kernels.numba.ops.sampling import draw_noise, sum_weights
+from engine.sampling.noise import Words, noise_key
+from engine.sampling.truncation import surely_inside
+from kernels.numba.ops.sampling import BLOCK_TOKENS, NOT_DECIDED, draw_noise, sample_rows, sum_weights
+
+SHARED_LOGITS = 1 << 19  # of a step, from which on threads share its rows: of fewer, waking a thread takes as long
 
 
 class NumbaRace(GumbelRace):
@@ -16,11 +25,57 @@ class NumbaRace(GumbelRace):
         return float(sum_weights(gaps))
 
     def _start(self, gaps: Floats, key: Words) -> None:
-        draw_noise(gaps, self._words, key[0], key[1], TIME_OF_GAP, self._bits, self._times)
+        draw_noise(gaps, self.words, key[0], key[1], TIME_OF_GAP, self._bits, self._times)
 
 
 class NumbaSampler(HostSampler):
-    """A `HostSampler` that runs this race."""
+    """A `HostSampler` whose rows without edits and without top-k are sampled by compiled code, by all threads.
 
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__(vocab_size, NumbaRace(vocab_size))
+    What is left to the host: edits, top-k, and the second looks of top-p.
+    """
+
+    race_class = NumbaRace
+
+    def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
+        super().__init__(vocab_size)
+        self._num_threads = num_threads
+        self._helpers = ThreadPoolExecutor(max(num_threads - 1, 1), thread_name_prefix="sampler")
+        num_blocks = -(-vocab_size // BLOCK_TOKENS)
+        self._scratch = [
+            (np.empty((2, vocab_size), dtype=np.float32), np.empty(num_blocks, dtype=np.float32))
+            for _ in range(num_threads)
+        ]
+
+    def _sample_rows(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
+        facts, num_rows = inputs.facts, len(logits)
+        if self.vocab_size == 0 or not logits.flags.c_contiguous:
+            return super()._sample_rows(logits, inputs, newest)
+        tokens = np.zeros(num_rows, dtype=np.int64)
+        has_top_k = (facts.top_ks < self.vocab_size) & (facts.temperatures > 0)
+        tokens[has_top_k] = NOT_DECIDED
+        tokens[[edits.row for edits in inputs.edits]] = NOT_DECIDED
+        wants_weights = facts.top_ps < 1.0
+        columns = np.stack((facts.temperatures, facts.max_gaps, wants_weights), axis=1).astype(np.float32)
+        keys = np.zeros((num_rows, 2), dtype=np.uint32)
+        for row in np.flatnonzero(facts.temperatures > 0).tolist():
+            keys[row] = noise_key(int(facts.seeds[row]), int(inputs.positions[row]))
+        best, weights = np.empty(num_rows, dtype=np.int64), np.empty((num_rows, 2), dtype=np.float32)
+
+        def work(first: int, last: int, scratch: Floats, lows: Floats) -> None:
+            logits[first:last].argmax(-1, out=best[first:last])
+            sample_rows(
+                first, last, logits, best, self._race.words, keys, columns, TIME_OF_GAP, scratch, lows, tokens, weights
+            )
+
+        num_threads = self._num_threads if logits.size >= SHARED_LOGITS else 1
+        ends = [num_rows * thread // num_threads for thread in range(num_threads + 1)]
+        shares = [(*share, *scratch) for share, scratch in zip(pairwise(ends), self._scratch, strict=False)]
+        helping = [self._helpers.submit(work, *share) for share in shares[1:]]
+        work(*shares[0])
+        for helper in helping:
+            helper.result()
+        doubtful = wants_weights & (tokens >= 0) & (facts.temperatures > 0)
+        doubtful &= ~surely_inside(weights[:, 0], weights[:, 1], facts.top_ps)
+        left = np.flatnonzero((tokens == NOT_DECIDED) | doubtful)
+        self._decide(logits, left.tolist(), tokens, inputs, newest)
+        return tokens

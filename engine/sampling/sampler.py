@@ -35,7 +35,7 @@ SAMPLERS = {
 
 
 class TokenSampler(Protocol):
-    """What an executor asks of a sampler, which is made with the vocabulary's size.
+    """What an executor asks of a sampler, which is made with the vocabulary's size and the threads that it may use.
 
     keeps_token_counts: whether it counts the tokens of penalised sequences itself, as `CountChanges` tell it
     """

@@ -32,7 +32,8 @@ class TritonSampler:
 
     keeps_token_counts = True
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
+        """num_threads: of the host, which has nothing to compute here"""
         self.vocab_size = vocab_size
         self._counts = TokenCounts(vocab_size)
         self._edits = DeviceEdits(vocab_size)

@@ -21,8 +21,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engine.arrays import Floats, Ints
+from engine.arrays import Bools, Floats, Ints
 from engine.sampling.gumbel import float_weights
 from engine.types import SamplingParams
 
@@ -124,6 +125,15 @@ def nucleus_limit(total: int, top_p: float) -> int:
 
 
 _ROUNDING = 2e-5  # of the total; far more than float32 sums of 2^18 exponentials are off
+
+
+def surely_inside(before: Floats, totals: Floats, top_ps: NDArray[np.float64]) -> Bools:
+    """Whether tokens lie inside their nuclei, beyond all doubt of rounding. [num_rows] each
+
+    before, totals: float32 sums of exp(-gap) over the tokens before each, and over all of its row
+    """
+    inside: Bools = before < (top_ps - _ROUNDING) * totals
+    return inside
 
 
 class Nucleus:

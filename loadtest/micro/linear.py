@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.quantization.method import HalfFormat, Int8Format, PackedFormat, QuantFormat, can_pack, has_float16_weights
+from engine.quantization.linear import LinearMethod, Shards
+from engine.quantization.method import HalfMethod, Int8Method, PackedMethod, can_pack, has_float16_weights
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (4096, 4096), (49152, 576)]  # out, in; SmolLM2-135M's and a larger one
@@ -47,22 +48,23 @@ def _products(weights: list[Tensor]) -> dict[str, tuple[torch.dtype, Product]]:
     half, single = torch.bfloat16, torch.float32
     products = {
         "float32": (single, lambda x, i: F.linear(x, weights[i])),
-        "float32 packed": (single, _product(PackedFormat(min_float32_elements=0), weights)),
-        "int8": (single, _product(Int8Format(), weights)),
+        "float32 packed": (single, _product(PackedMethod(min_float32_elements=0), weights)),
+        "int8": (single, _product(Int8Method(), weights)),
     }
     if has_float16_weights():
-        products["fp16"] = (single, _product(HalfFormat(), weights))
+        products["fp16"] = (single, _product(HalfMethod(), weights))
     if can_pack(half):
         halves = [weight.to(half) for weight in weights]
         products["bfloat16"] = (half, lambda x, i: F.linear(x, halves[i]))
-        products["bfloat16 packed"] = (half, _product(PackedFormat(), halves))
-        products["int8 in bfloat16"] = (half, _product(Int8Format(), halves))
+        products["bfloat16 packed"] = (half, _product(PackedMethod(), halves))
+        products["int8 in bfloat16"] = (half, _product(Int8Method(), halves))
     return products
 
 
-def _product(quant_format: QuantFormat[W], weights: list[Tensor]) -> Product:
-    packed = [quant_format.quantize(weight) for weight in weights]
-    return lambda x, i: quant_format.matmul(x, packed[i])
+def _product(method: LinearMethod[W], weights: list[Tensor]) -> Product:
+    packed = [kept for weight in weights if (kept := method.pack(Shards.of(weight))) is not None]
+    assert len(packed) == len(weights), "a format for these weights"
+    return lambda x, i: method.apply(x, packed[i], None)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,65 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
 
 
+def write_random_q4_0(path: Path, config: LlamaConfig, *, is_hole: bool = False) -> Path:
+    """A Llama of any size. is_hole: as zeros that take no room on the disk; reading its header is all that is cheap"""
+    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    hidden, inner, num_bytes = config.hidden_size, config.intermediate_size, 0
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(THETA)
+    add_tokenizer(writer)
+    of_layer = {
+        "ffn_down": (hidden, inner), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "attn_k": (keys, hidden),
+        "attn_output": (hidden, hidden), "attn_q": (hidden, hidden), "attn_v": (keys, hidden),
+    }  # fmt: skip
+    matrices = {"token_embd": (config.vocab_size, hidden)}
+    matrices |= {} if config.tie_word_embeddings else {"output": (config.vocab_size, hidden)}
+    norms = ["output_norm"]
+    for i in range(config.num_hidden_layers):
+        matrices |= {f"blk.{i}.{name}": shape for name, shape in of_layer.items()}
+        norms += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
+    tensors = {f"{name}.weight": (_random_q4_0, shape, Format.Q4_0) for name, shape in matrices.items()}
+    tensors |= {f"{name}.weight": (_ones, (hidden,), Format.F32) for name in norms}
+    for name, (make, shape, kind) in tensors.items():
+        if is_hole:
+            raw_shape = gguf.quant_shape_to_byte_shape(shape, kind) if kind == Format.Q4_0 else shape
+            dtype = np.dtype(np.uint8 if kind == Format.Q4_0 else np.float32)
+            size = int(np.prod(raw_shape)) * dtype.itemsize
+            writer.add_tensor_info(name, raw_shape, dtype, size, raw_dtype=kind)
+            num_bytes += -(-size // 32) * 32
+        else:
+            writer.add_tensor(name, make(rng, shape), raw_dtype=kind)
+    if not is_hole:
+        finish(writer)
+        return path
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as opened:
+        opened.truncate(-(-path.stat().st_size // 32) * 32 + num_bytes)
+    return path
+
+
+def _random_q4_0(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Blocks as the quantiser makes them: one element is the extreme, at level 0, of which the scale is an eighth."""
+    raw = rng.integers(0, 256, (shape[0] * shape[1] // 32, 18), np.uint8)
+    raw[:, :2] = rng.uniform(0.001, 0.01, len(raw)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    raw[:, 2] &= 0xF0
+    return raw.reshape(shape[0], -1)
+
+
+def _ones(rng: np.random.Generator, shape: tuple[int]) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
 def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -42,7 +42,7 @@ def reference() -> LlamaForCausalLM:
     header = read_gguf_header(ensure_model(report=lambda phase, detail: None))
     config = LlamaConfig(**vars(gguf_config(header, implementation="own")))
     model = LlamaForCausalLM(config).eval()
-    weights = dict(gguf_weights(header, torch.float32))
+    weights = dict(gguf_weights(header))
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.load_state_dict(weights)
     return model
@@ -133,7 +133,8 @@ def test_greedy_text_equals_transformers(
 
 
 def test_the_default_keeps_its_matrices_in_the_bits_of_the_file(reference: LlamaForCausalLM) -> None:
-    from engine.quantization.numba_cpu import pack_linear
+    from engine.quantization.linear import Shards
+    from engine.quantization.numba_cpu import HalfMethod
     from kernels.numba.packing.packing import unpack
 
     blocks = reference.model.layers[0], reference.model.layers[-1]
@@ -141,6 +142,6 @@ def test_the_default_keeps_its_matrices_in_the_bits_of_the_file(reference: Llama
         module.weight.detach() for block in blocks for module in block.modules() if isinstance(module, nn.Linear)
     ]
     for weight in [*matrices, reference.lm_head.weight.detach()[:4096]]:
-        packed = pack_linear(weight, "fp16")
+        packed = HalfMethod().pack(Shards.of(weight))
         assert packed.format_name in ("int4", "int8")
         assert torch.equal(unpack(packed), weight)

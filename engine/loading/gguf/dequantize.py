@@ -7,14 +7,17 @@ bits; every other format goes through the package, whose functions are the defin
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import gguf
 import torch
 from gguf.constants import GGMLQuantizationType as Format
 from torch import Tensor
 
-_BLOCK = 32  # elements per block of Q4_0, Q4_1 and Q8_0
-_CHUNK = 1 << 14  # blocks computed at once: what lies between two operations stays in the CPU's cache
+from engine.quantization.threads import Threads
+
+ONE_THREAD = Threads(1)
+_PIECE = 1 << 19  # elements computed at once: what lies between two operations stays in the CPU's cache
 _PLAIN = {
     Format.F32: torch.float32,
     Format.F16: torch.float16,
@@ -23,28 +26,32 @@ _PLAIN = {
 }
 
 
-def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...]) -> Tensor:
-    """The tensor that the bytes `raw` ([num_bytes] uint8) stand for: float32, or as stored where they are plain floats.
+def dequantize(raw: Tensor, format: Format, shape: tuple[int, ...], threads: Threads = ONE_THREAD) -> Tensor:
+    """The tensor that the bytes `raw` ([num_bytes] uint8) stand for: float32, or as stored where they are plain floats,
+    which are `raw` itself.
 
     Raises ValueError for a format that holds no weights.
     """
     if format in _PLAIN:
         return raw.view(_PLAIN[format]).view(shape)
-    if format in _FAST:
-        return _in_chunks(*_FAST[format], raw).view(shape)
+    num_elements, num_bytes = gguf.GGML_QUANT_SIZES[format]
+    blocks = raw.view(-1, num_bytes)
+    values = torch.empty(len(blocks), num_elements)
+    compute = _FAST.get(format, partial(_by_package, format))
+    step = threads.step(len(blocks), max(1, _PIECE // num_elements))
+
+    def fill(start: int) -> None:
+        compute(blocks[start : start + step], values[start : start + step])
+
+    threads.map(fill, range(0, len(blocks), step))
+    return values.view(shape)
+
+
+def _by_package(format: Format, blocks: Tensor, out: Tensor) -> None:
     try:
-        values = gguf.dequantize(raw.numpy().reshape(*shape[:-1], -1), format)
+        out.copy_(torch.from_numpy(gguf.dequantize(blocks.numpy(), format)))
     except NotImplementedError:
         raise ValueError(f"weights of type {format.name} cannot be read; use a file of another quantisation") from None
-    return torch.from_numpy(values).view(shape)
-
-
-def _in_chunks(compute: Callable[[Tensor, Tensor], None], block_bytes: int, raw: Tensor) -> Tensor:
-    blocks = raw.view(-1, block_bytes)
-    values = torch.empty(len(blocks), _BLOCK)
-    for start in range(0, len(blocks), _CHUNK):
-        compute(blocks[start : start + _CHUNK], values[start : start + _CHUNK])
-    return values
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
@@ -73,8 +80,8 @@ def _halves(blocks: Tensor, count: int) -> Tensor:
     return blocks[:, : 2 * count].contiguous().view(torch.float16).float()
 
 
-_FAST: dict[Format, tuple[Callable[[Tensor, Tensor], None], int]] = {  # (blocks, out) -> None, bytes of a block
-    Format.Q4_0: (_q4_0, 2 + _BLOCK // 2),
-    Format.Q4_1: (_q4_1, 4 + _BLOCK // 2),
-    Format.Q8_0: (_q8_0, 2 + _BLOCK),
+_FAST: dict[Format, Callable[[Tensor, Tensor], None]] = {  # (blocks, out) -> None
+    Format.Q4_0: _q4_0,
+    Format.Q4_1: _q4_1,
+    Format.Q8_0: _q8_0,
 }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from engine.loading.gguf.config_fields import config_fields
-from engine.loading.gguf.dequantize import dequantize
+from engine.loading.gguf.dequantize import ONE_THREAD, dequantize
 from engine.loading.gguf.header import GGUFHeader, TensorInfo
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.model_error import ModelError
 from engine.models.registry import MODELS
+from engine.quantization.threads import Threads
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -46,7 +46,7 @@ _FAMILY_LAYER_NAMES = {  # where a family's names mean something else
 _FAMILY_LAYER_NAMES["gemma3"] = _FAMILY_LAYER_NAMES["gemma2"]
 _INTERLEAVED_ROPE = {"llama", "smollm3"}  # the writer reorders q and k so that a rotation's pair lies side by side
 _NORMS_PLUS_ONE = {"gemma2", "gemma3"}  # the writer adds the 1 that the layer adds
-_MAX_AHEAD = 4  # tensors
+_EXACT_BYTES = {"F16": 2, "BF16": 2, "Q8_0": 1.0625, "Q4_0": 0.625, "Q4_1": 0.625}  # with 16 bits of scale or offset
 _ROPE_FREQS = "rope_freqs.weight"  # read for the config, no weight of the model
 
 
@@ -60,27 +60,30 @@ def gguf_config(header: GGUFHeader, *, implementation: str = "auto") -> Checkpoi
     return config if implementation != "transformers" and config.model_type in MODELS else config.of_family()
 
 
-def gguf_weights(header: GGUFHeader, dtype: torch.dtype, *, num_threads: int = 1) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor of `dtype`) in the order of the file, or of its parts.
+def gguf_weights(header: GGUFHeader, *, num_threads: int = 1) -> Generator[tuple[str, Tensor], None, None]:
+    """(Hugging Face name, tensor) in the order of the file, or of its parts: float32, or as stored where the file has
+    plain floats, and then maybe its very pages.
 
-    A few are computed ahead while the consumer copies one: never is there a second copy of the model.
+    One at a time, each computed by all threads: the consumer's copy is all that stays of one when the next is made.
     """
     heads = _rope_heads(header)
     data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
+    with closing(Threads(num_threads)) as threads:
+        for info in header.tensors.values():
+            if info.name != _ROPE_FREQS:
+                pages = data[info.file]
+                yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, threads), heads)
+                _drop(pages, info)
 
-    def compute(info: TensorInfo) -> tuple[str, Tensor]:
-        name = hugging_face_name(header, info.name)
-        return name, _restore(header, info, _read(data[info.file], info), heads).to(dtype)
 
-    infos = [info for info in header.tensors.values() if info.name != _ROPE_FREQS]
-    num_at_once = min(num_threads, _MAX_AHEAD)
-    with ThreadPoolExecutor(num_at_once) as pool:  # torch and numpy hold no interpreter lock
-        pending = deque(pool.submit(compute, info) for info in infos[:num_at_once])
-        for info in [*infos[num_at_once:], *[None] * len(pending)]:
-            weight = pending.popleft().result()
-            if info is not None:
-                pending.append(pool.submit(compute, info))
-            yield weight
+def gguf_exact_bytes(header: GGUFHeader) -> dict[str, float]:
+    """Bytes per weight in which compiled layers keep a tensor exactly, where they can, by its Hugging Face name.
+
+    Levels and scales are found from the weights, which finds those of the format's own quantiser; where another one
+    chose the scales, a matrix may take more.
+    """
+    infos = [info for info in header.tensors.values() if info.type.name in _EXACT_BYTES and info.name != _ROPE_FREQS]
+    return {hugging_face_name(header, info.name): _EXACT_BYTES[info.type.name] for info in infos}
 
 
 def hugging_face_name(header: GGUFHeader, name: str) -> str:
@@ -107,12 +110,20 @@ def _map(file: Path) -> mmap.mmap:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # writable to torch, but never written
 
 
-def _read(data: mmap.mmap, info: TensorInfo) -> Tensor:
+def _drop(data: mmap.mmap, info: TensorInfo) -> None:
+    """Takes a tensor's pages out of this process; they stay in the system's cache, from which they can come again."""
+    start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (info.offset + info.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # Linux
+        data.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def _read(data: mmap.mmap, info: TensorInfo, threads: Threads = ONE_THREAD) -> Tensor:
     raw = torch.frombuffer(data, dtype=torch.uint8, offset=info.offset, count=info.num_bytes)
     if info.offset % 8:
         raw = raw.clone()  # only an aligned tensor can be viewed as another type
     try:
-        return dequantize(raw, info.type, info.shape)
+        return dequantize(raw, info.type, info.shape, threads)
     except ValueError as error:
         raise ModelError(f"{info.file}: tensor {info.name!r}: {error}") from error
 

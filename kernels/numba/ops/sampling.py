@@ -1,16 +1,71 @@
-"""The two loops over a whole vocabulary that sampling a token takes on a CPU."""
+"""Sampling of rows of logits on a CPU: the loops over a vocabulary.
+
+Each kernel computes its rows on the thread that calls it, without the interpreter's lock. The tokens are defined by
+`kernels.reference.sampling.sample_tokens`; `engine.sampling.gumbel` says how few of them need a logarithm.
+"""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from numba import float32, types, uint32
+from numba import float32, int64, njit, types, uint32
 
 from kernels.numba.kernel_cache import kernel
 from kernels.numba.ops.elementwise import REORDERED
 
+BLOCK_TOKENS = 512  # of a block, whose lowest time is kept: blocks above the bound are not searched again
+NOT_DECIDED, NOT_FINITE = -3, -2  # in place of a token: a row that others sample; one whose largest logit is not finite
+SLACK = 1.0 / 256  # of `engine.sampling.gumbel`
+
 _FLOATS, _WORDS = types.Array(float32, 1, "C"), types.Array(uint32, 1, "C")
+_ROWS, _KEYS = types.Array(float32, 2, "C"), types.Array(uint32, 2, "C")
+_TOKENS = types.Array(int64, 1, "C")
 _LOG2E = np.float32(1.4426950408889634)
 _SMALLEST_EXPONENT = np.float32(-126.0)  # below it, float32 loses its bits
+_LOG2 = math.log(2.0)
+
+
+@njit
+def _noise_bits(word, first_key, second_key):
+    """The noise bits of one token (`engine.sampling.noise`)."""
+    x = np.uint32(word ^ first_key)  # Numba widens integers to 64 bits unless each result is cast
+    x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x ^ np.uint32(x >> np.uint32(15)))
+    x = np.uint32(x + second_key)
+    return np.uint32(np.uint32(x * np.uint32(0x846CA68B)) & np.uint32(0x7FFFFFFF))
+
+
+@njit
+def _time(bits, gap, time_of_gap):
+    """The time of a token (`engine.sampling.gumbel`)."""
+    return gap * time_of_gap + np.float32(np.float32(np.int32(bits)).view(np.int32))
+
+
+@njit
+def _score(bits, gap):
+    """Gumbel noise less the gap, rounded as `engine.sampling.noise.gumbel` is."""
+    v = (np.float64(bits) + 0.5) * 2.0**-31
+    return np.float32(np.float32(-math.log(-math.log(1.0 - v))) - gap)
+
+
+@njit
+def _weight(gap):
+    """exp(-gap), to about 2e-6 of it; 1e-38 for an infinite gap."""
+    power = max(gap * -_LOG2E, _SMALLEST_EXPONENT)
+    whole = np.int32(power)  # towards zero: the fraction lies in (-1, 0]
+    x = np.float32(power - np.float32(whole))
+    # 2^x, the series of exp(x * ln 2): the next term is below 2e-6
+    y = np.float32(1.5252734e-5)
+    y = y * x + np.float32(1.5403530e-4)
+    y = y * x + np.float32(1.3333558e-3)
+    y = y * x + np.float32(9.6181291e-3)
+    y = y * x + np.float32(5.5504109e-2)
+    y = y * x + np.float32(2.4022651e-1)
+    y = y * x + np.float32(6.9314718e-1)
+    y = y * x + np.float32(1.0)
+    return y * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @kernel(types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS), nogil=True)
@@ -20,14 +75,8 @@ def draw_noise(gaps, words, first_key, second_key, time_of_gap, bits, times):
     Both are in the order of the token ids, as `words`, of `engine.sampling.noise.token_words`.
     """
     for i in range(len(gaps)):
-        x = np.uint32(words[i] ^ first_key)  # Numba widens integers to 64 bits unless each result is cast
-        x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
-        x = np.uint32(x * np.uint32(0x7FEB352D))
-        x = np.uint32(x ^ np.uint32(x >> np.uint32(15)))
-        x = np.uint32(x + second_key)
-        x = np.uint32(np.uint32(x * np.uint32(0x846CA68B)) & np.uint32(0x7FFFFFFF))
-        bits[i] = x
-        times[i] = gaps[i] * time_of_gap + np.float32(np.float32(np.int32(x)).view(np.int32))
+        bits[i] = _noise_bits(words[i], first_key, second_key)
+        times[i] = _time(bits[i], gaps[i], time_of_gap)
 
 
 @kernel(types.float32(_FLOATS), nogil=True, fastmath=REORDERED)
@@ -35,17 +84,84 @@ def sum_weights(gaps):
     """The sum of exp(-gap), to about 1e-6 of it. Infinite gaps weigh 1e-38."""
     total = np.float32(0.0)
     for i in range(len(gaps)):
-        power = max(gaps[i] * -_LOG2E, _SMALLEST_EXPONENT)
-        whole = np.int32(power)  # towards zero: the fraction lies in (-1, 0]
-        x = np.float32(power - np.float32(whole))
-        # 2^x, the series of exp(x * ln 2): the next term is below 2e-6
-        y = np.float32(1.5252734e-5)
-        y = y * x + np.float32(1.5403530e-4)
-        y = y * x + np.float32(1.3333558e-3)
-        y = y * x + np.float32(9.6181291e-3)
-        y = y * x + np.float32(5.5504109e-2)
-        y = y * x + np.float32(2.4022651e-1)
-        y = y * x + np.float32(6.9314718e-1)
-        y = y * x + np.float32(1.0)
-        total += y * np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32)
+        total += _weight(gaps[i])
     return total
+
+
+@njit
+def _time_block(logits, words, gaps, times, row_max, facts, keys, time_of_gap):
+    """Fills the gaps and times of some tokens, and returns the lowest time.
+
+    The minimum is taken over integers of the same order as the times, since LLVM does not vectorise that of floats.
+    """
+    temperature, max_gap, first_key, second_key = facts[0], facts[1], keys[0], keys[1]
+    low = np.int32(0x7FFFFFFF)
+    for i in range(len(logits)):
+        gap = np.float32(np.float32(row_max - logits[i]) / temperature)
+        gap = gap if gap <= max_gap else np.float32(np.inf)
+        gaps[i] = gap
+        times[i] = time = np.float32(_time(_noise_bits(words[i], first_key, second_key), gap, time_of_gap))
+        bits = np.float32(time).view(np.int32)
+        low = min(low, np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@njit
+def _find_winner(logits, words, gaps, times, lows, row_max, facts, keys, time_of_gap):
+    """The token with the largest score of a row, as `engine.sampling.gumbel.GumbelRace.winner`."""
+    size = len(logits)
+    for block in range(len(lows)):
+        part = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, size))
+        lows[block] = _time_block(logits[part], words[part], gaps[part], times[part], row_max, facts, keys, time_of_gap)
+    start = lows.argmin() * BLOCK_TOKENS
+    first = start + times[start : min(start + BLOCK_TOKENS, size)].argmin()
+    reached = np.float64(_score(_noise_bits(words[first], keys[0], keys[1]), gaps[first]))
+    bound = np.float32((127.0 + 31.0 + SLACK - reached / _LOG2) * (1 << 23))
+    winner, best = first, np.float32(-np.inf)
+    for block in range(len(lows)):
+        if lows[block] <= bound:
+            for i in range(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, size)):
+                if times[i] <= bound:
+                    score = _score(_noise_bits(words[i], keys[0], keys[1]), gaps[i])
+                    if score > best:
+                        winner, best = i, score
+    return winner
+
+
+@njit(fastmath=REORDERED)
+def _weights_before(gaps, token):
+    """(before, total): the weights of the tokens before `token` in the order (gap, token id), and of all tokens."""
+    before, total, limit = np.float32(0.0), np.float32(0.0), gaps[token]
+    for i in range(len(gaps)):
+        weight = _weight(gaps[i])
+        total += weight
+        before += weight if gaps[i] < limit or (gaps[i] == limit and i < token) else np.float32(0.0)
+    return before, total
+
+
+@kernel(
+    types.void(int64, int64, _ROWS, _TOKENS, _WORDS, _KEYS, _ROWS, float32, _ROWS, _FLOATS, _TOKENS, _ROWS),
+    nogil=True,
+)
+def sample_rows(first, last, logits, best, words, keys, facts, time_of_gap, scratch, lows, tokens, weights):
+    """Samples rows first to last without top-k and top-p; rows whose token is NOT_DECIDED are left to others.
+
+    logits: [rows, vocab_size]; best: [rows] of each, the first of its largest; words: [vocab_size], keys: [rows, 2] of
+    the noise; facts: [rows, 3] temperature (0 is greedy), largest gap, whether weights are wanted
+    scratch: [2, vocab_size], lows: one for each BLOCK_TOKENS; memory of this thread
+    weights: [rows, 2], `_weights_before` of the winner, where wanted
+    """
+    for row in range(first, last):
+        if tokens[row] == NOT_DECIDED:
+            continue
+        row_max = logits[row, best[row]]
+        if not np.isfinite(row_max):
+            tokens[row] = NOT_FINITE
+        elif facts[row, 0] == 0.0:
+            tokens[row] = best[row]
+        else:
+            gaps, times = scratch[0], scratch[1]
+            winner = _find_winner(logits[row], words, gaps, times, lows, row_max, facts[row], keys[row], time_of_gap)
+            if facts[row, 2] != 0.0:
+                weights[row, 0], weights[row, 1] = _weights_before(gaps, winner)
+            tokens[row] = winner

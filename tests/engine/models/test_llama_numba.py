@@ -31,8 +31,8 @@ from engine.kv_cache.storage import KVCache
 from engine.models.llama import Llama
 from engine.models.llama_numba import NumbaLlama
 from engine.models.registry import build_model
-from engine.quantization.method import COMPILED_FORMATS
-from engine.quantization.numba_cpu import PackedLinear, pack_linears
+from engine.quantization.linear import Linear, exchange_linears
+from engine.quantization.method import COMPILED_FORMATS, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 from kernels.numba.packing.packing import unpack
@@ -106,7 +106,7 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
 def compiled(model: Llama, format_name: str) -> Llama:
     """A copy with packed matrices."""
     packed = copy.deepcopy(model)
-    pack_linears(packed, format_name)
+    exchange_linears(packed, make_methods(COMPILED_FORMATS, format_name))
     return packed
 
 
@@ -116,9 +116,9 @@ def unpacked(packed: Llama) -> Llama:
     places = [(parent, name) for parent in model.modules() for name, _ in parent.named_children()]
     for parent, name in places:
         child = getattr(parent, name)
-        if isinstance(child, PackedLinear):
-            linear = nn.Linear(child.matrix.depth, child.matrix.num_rows, bias=child.bias is not None)
-            linear.weight.data, linear.bias = unpack(child.matrix), child.bias
+        if isinstance(child, Linear):
+            linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+            linear.weight.data, linear.bias = unpack(child.weight), child.bias
             setattr(parent, name, linear)
     return model.requires_grad_(False)
 
@@ -207,7 +207,7 @@ def tolerance_of(model: Llama, format_name: str) -> float:
     a, context = model.architecture, max(map(len, prompts()))
     layer = model.layers[0]
     matrices = [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
-    depths = [linear.matrix.depth if isinstance(linear, PackedLinear) else linear.in_features for linear in matrices]
+    depths = [linear.in_features for linear in matrices]
     per_layer = sum(map(math.sqrt, (*depths, a.attention_layers[0].head_dim, context)))
     walk = (len(model.layers) * per_layer + math.sqrt(a.hidden_size)) * 2**-24
     num_products = len(model.layers) * len(matrices) + 1

@@ -28,7 +28,8 @@ from engine.models.registry import build_model
 from engine.models.transformers_fallback import TransformersModel
 from engine.planning.engine_plan import plan_memory, render_plan
 from engine.planning.machine import read_machine
-from engine.quantization.method import prepare_linears
+from engine.quantization.linear import exchange_linears
+from engine.quantization.method import FORMATS, make_methods
 from engine.scheduling.step_stats import ModelCost, count_work
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
@@ -149,7 +150,7 @@ def test_random_weights_need_nothing_but_a_config(name: str, tmp_path: Path) -> 
 def test_a_format_of_linear_layers_leaves_gates_and_experts_exact() -> None:
     model = build_model(QWEN2_MOE, dtype=torch.float32)
     num_linears = 3 * 2 + 2 + 2 * 2 + 1  # attention, the plain MLP, the shared experts, the output
-    assert prepare_linears(model, "int8") == num_linears
+    assert len(exchange_linears(model, make_methods(FORMATS, "int8"))) == num_linears
     assert len([module for module in model.modules() if isinstance(module, Gate)]) == 4
     assert {parameter.dtype for key, parameter in model.named_parameters() if ".mlp." in key} == {torch.float32}
 

@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.lazy_import import load_object
-from engine.quantization.method import (
-    FORMATS,
-    HalfFormat,
-    Int8Format,
-    PackedFormat,
-    QuantFormat,
-    QuantLinear,
-    can_pack,
-    prepare_linears,
-)
+from engine.quantization.linear import Linear, LinearMethod, LinearSpec, Shards, exchange_linears
+from engine.quantization.method import FORMATS, HalfMethod, Int8Method, PackedMethod, can_pack, make_methods
 from kernels.torch_cpu.int8_linear import dequantize_int8, int8_linear, int8_linear_few_rows, quantize_int8
 
 ROWS = (1, 2, 3, 7, 16, 17, 33)
@@ -29,20 +20,28 @@ def _seed() -> None:
     torch.set_num_threads(1)
 
 
-def make_format(name: str) -> QuantFormat[object]:
-    return load_object(FORMATS[name])()
+def make_method(name: str) -> LinearMethod[object]:
+    return make_methods(FORMATS, name).method
+
+
+def prepare_linears(model: nn.Module, name: str) -> int:
+    return len(exchange_linears(model, make_methods(FORMATS, name)))
+
+
+def accepts(method: LinearMethod, weight: Tensor) -> bool:
+    return method.accepts(LinearSpec.of(weight), weight.dtype, weight.device)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_is_with_the_matrix_that_the_format_defines(name: str) -> None:
-    quant_format = make_format(name)
+    method = make_method(name)
     for out_features, in_features in ((96, 64), (1, 48), (50, 33), (129, 576)):
-        weight = quant_format.quantize(torch.randn(out_features, in_features))
-        dense = quant_format.dequantize(weight).double()
+        weight = method.pack(Shards.of(torch.randn(out_features, in_features)))
+        dense = method.dense(weight).double()
         assert dense.shape == (out_features, in_features)
         for num_rows in ROWS:
             x = torch.randn(num_rows, in_features)
-            product = quant_format.matmul(x, weight)
+            product = method.apply(x, weight, None)
             assert product.dtype == x.dtype
             torch.testing.assert_close(product.double(), x.double() @ dense.T, rtol=1e-5, atol=1e-4)
 
@@ -50,29 +49,33 @@ def test_a_product_is_with_the_matrix_that_the_format_defines(name: str) -> None
 @pytest.mark.parametrize("dtype", [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)])
 def test_packing_keeps_every_bit_of_the_matrix(dtype: torch.dtype) -> None:
     weight = torch.randn(80, 48, dtype=dtype)
-    packed = PackedFormat()
-    assert torch.equal(packed.dequantize(packed.quantize(weight)), weight)
+    packed = PackedMethod()
+    assert torch.equal(packed.dense(packed.pack(Shards.of(weight))), weight)
 
 
 def test_only_large_float32_matrices_are_packed() -> None:
-    packed = PackedFormat(min_float32_elements=1000)
-    assert not packed.accepts(torch.zeros(9, 111))
-    assert packed.accepts(torch.zeros(10, 100))
+    packed = PackedMethod(min_float32_elements=1000)
+    assert not accepts(packed, torch.zeros(9, 111))
+    assert accepts(packed, torch.zeros(10, 100))
 
 
 def test_half_weights_are_rounded_to_float16_and_no_further() -> None:
     weight = torch.randn(64, 64) * torch.logspace(-9, 3, 64)
-    half = HalfFormat()
-    assert torch.equal(half.dequantize(half.quantize(weight)), weight.half().float())
+    half = HalfMethod()
+    assert torch.equal(half.dense(half.pack(Shards.of(weight))), weight.half().float())
     assert ((weight.half().float() - weight).abs() <= (weight.abs() * 2**-11).clamp(min=2**-25)).all()
 
 
 @pytest.mark.parametrize("outlier", [7e4, float("inf"), float("nan")])
 def test_a_matrix_beyond_float16_stays_as_it_is(outlier: float) -> None:
     weight = torch.randn(8, 8)
-    assert HalfFormat().accepts(weight)
+    assert HalfMethod().pack(Shards.of(weight)) is not None
     weight[3, 4] = outlier
-    assert not HalfFormat().accepts(weight)
+    assert HalfMethod().pack(Shards.of(weight)) is None
+    holder = nn.ModuleList([nn.Linear(8, 8).requires_grad_(False)])
+    holder[0].weight.copy_(weight)
+    assert prepare_linears(holder, "fp16") == 0
+    assert torch.equal(holder[0].weight.nan_to_num(), weight.nan_to_num())
 
 
 def test_int8_is_within_half_a_step_of_every_element() -> None:
@@ -88,8 +91,8 @@ def test_int8_is_within_half_a_step_of_every_element() -> None:
 
 def test_an_int8_product_is_within_its_stated_bound() -> None:
     weight, x = torch.randn(60, 100), torch.randn(9, 100)
-    quant_format = Int8Format()
-    product = quant_format.matmul(x, quant_format.quantize(weight)).double()
+    method = Int8Method()
+    product = method.apply(x, method.pack(Shards.of(weight)), None).double()
     half_step = weight.abs().amax(dim=1) / 254 * (1 + 2**-8)
     bound = x.abs().sum(dim=1, keepdim=True).double() * half_step.double()
     error = (product - x.double() @ weight.double().T).abs()
@@ -167,7 +170,7 @@ def test_a_packed_layer_equals_the_plain_one() -> None:
 def test_the_float_matrix_is_gone_after_packing(name: str) -> None:
     holder = nn.ModuleList([nn.Linear(64, 32).requires_grad_(False)])
     prepare_linears(holder, name)
-    assert isinstance(holder[0], QuantLinear)
+    assert isinstance(holder[0], Linear)
     assert [parameter.shape for parameter in holder.parameters()] == [(32,)]  # the bias alone
 
 

@@ -9,16 +9,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.planning.sizes import _QUANTIZED_BYTES as PLANNED_BYTES
-from engine.quantization.method import COMPILED_FORMATS
-from engine.quantization.numba_cpu import PackedLinear, pack_linear, pack_linears
-from kernels.numba.packing.packing import unpack
+from engine.quantization.linear import Linear, Shards, exchange_linears
+from engine.quantization.method import COMPILED_FORMATS, make_methods
+from kernels.numba.packing.packing import PackedMatrix, unpack
+
+PLANNED_BYTES = {name: format.num_bytes for name, format in COMPILED_FORMATS.items() if format.num_bytes is not None}
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+def pack_linear(weight: Tensor, name: str, *, is_output: bool = False, num_threads: int = 1) -> PackedMatrix:
+    method = make_methods(COMPILED_FORMATS, name, num_threads=num_threads).method
+    packed = method.pack(Shards.of(weight, is_output=is_output))
+    assert isinstance(packed, PackedMatrix)
+    return packed
 
 
 def as_in_a_file(weight: Tensor, block: str) -> Tensor:
@@ -97,16 +105,15 @@ class Tied(nn.Module):
 def test_the_linear_layers_of_a_model_are_exchanged_and_nothing_else(name: str, num_threads: int) -> None:
     model = Tied().requires_grad_(False)
     packed = copy.deepcopy(model)
-    num_bytes = pack_linears(packed, name, num_threads=num_threads)
-    matrices = {path: module for path, module in packed.named_modules() if isinstance(module, PackedLinear)}
+    layers = exchange_linears(packed, make_methods(COMPILED_FORMATS, name, num_threads=num_threads))
+    matrices = {path: module for path, module in packed.named_modules() if isinstance(module, Linear)}
     assert list(matrices) == ["layers.0", "layers.1", "lm_head"]
-    assert sum(num_bytes.values()) == sum(module.matrix.num_bytes for module in matrices.values())
-    assert set(num_bytes) == {module.matrix.format_name for module in matrices.values()}
+    assert set(layers) == set(matrices.values())
     assert set(packed.state_dict()) == {"embedding.weight", "norm", "layers.0.bias"}
     assert torch.equal(packed.embedding.weight, model.embedding.weight)
     for path, module in matrices.items():
         linear = model.get_submodule(path)
         expected = pack_linear(linear.weight, name, is_output=path == "lm_head")
-        assert torch.equal(unpack(module.matrix), unpack(expected))
+        assert torch.equal(unpack(module.weight), unpack(expected))
         assert (module.bias is None) == (linear.bias is None)
     assert torch.equal(matrices["layers.0"].bias, model.layers[0].bias)

@@ -15,7 +15,8 @@ from engine.models.llama import Llama
 from engine.models.llama_numba import NumbaLlama
 from engine.models.model import Model
 from engine.models.registry import build_model
-from engine.quantization.numba_cpu import pack_linears
+from engine.quantization.linear import exchange_linears
+from engine.quantization.method import COMPILED_FORMATS, make_methods
 from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
 from engine.runner.strict_runner import OneTokenRunner
@@ -94,7 +95,7 @@ class TestCompiled(ExecutorConformance):
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        pack_linears(model, "none")
+        exchange_linears(model, make_methods(COMPILED_FORMATS, "none"))
         cache = make_cache(model, 16, keys_as_columns=True)
         team = Team(self.num_threads, scratch_bytes=scratch_bytes(model.attention_layers))
         attention = NumbaAttention(cache, team)

@@ -31,7 +31,8 @@ from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.models.registry import build_model
-from engine.quantization.method import has_fast_bf16, prepare_linears
+from engine.quantization.linear import exchange_linears
+from engine.quantization.method import FORMATS, has_fast_bf16, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.runner.padded_rows import make_rows_independent
 from engine.types import Request, SamplingParams, Scheduled, Sequence, TokenLogprobs
@@ -74,7 +75,7 @@ def model(request: pytest.FixtureRequest) -> Model:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape) * (0.15 if parameter.ndim > 1 else 0.3)
         parameter.data = (noise + 1 if "norm" in name else noise).to(parameter.dtype)
-    prepare_linears(model, "none")
+    exchange_linears(model, make_methods(FORMATS, "none"))
     return model
 
 

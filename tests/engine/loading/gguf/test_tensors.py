@@ -58,7 +58,7 @@ def test_weights_come_back_within_the_bound_of_their_format(tmp_path: Path, arch
     model = make_model(architecture, tied=tied, seed=int(format))
     state = state_of(model)
     header = read_gguf_header(write_gguf(tmp_path / "m.gguf", architecture, state, format))
-    weights = dict(gguf_weights(header, torch.float32))
+    weights = dict(gguf_weights(header))
     assert weights.keys() == state.keys()
     for name, weight in weights.items():
         limit = bound(format, state[name]) if weight.dim() == 2 else 0.0
@@ -88,7 +88,7 @@ def test_bare_fields_become_their_family_for_transformers_layers(tiny_file: Path
     header = read_gguf_header(tiny_file)
     model = build_model(gguf_config(header), dtype=torch.float32, implementation="transformers")
     assert type(model.head.config) is LlamaConfig
-    model.load_weights(gguf_weights(header, torch.float32))
+    model.load_weights(gguf_weights(header))
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -98,7 +98,7 @@ def test_every_family_computes_what_it_did_before_it_was_a_file(tmp_path: Path, 
     read = gguf_config(header, implementation="transformers")
     assert type(read) is type(model.config)
     again = AutoModelForCausalLM.from_config(read).eval()
-    again.load_state_dict(dict(gguf_weights(header, torch.float32)), strict=not read.tie_word_embeddings)
+    again.load_state_dict(dict(gguf_weights(header)), strict=not read.tie_word_embeddings)
     ids = torch.arange(40)[None] * 7 % SHAPE["vocab_size"]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -170,7 +170,7 @@ def test_llama3_rope_is_found_from_its_divisors(tmp_path: Path) -> None:
     divisors = np.where(wavelengths < 2048, 1.0, np.where(wavelengths > 8192, 8.0, 1 / ((1 - smooth) / 8 + smooth)))
     header = read_gguf_header(write_gguf(tmp_path / "m.gguf", "llama", state, rope_freqs=divisors))
     assert gguf_config(header).rope_parameters == scaling
-    assert dict(gguf_weights(header, torch.float32)).keys() == state.keys()
+    assert dict(gguf_weights(header)).keys() == state.keys()
     header = read_gguf_header(write_gguf(tmp_path / "other.gguf", "llama", state, rope_freqs=divisors * 1.1))
     with pytest.raises(ModelError, match="rope_freqs"):
         gguf_config(header)
@@ -180,7 +180,7 @@ def read_everything(path: Path) -> None:
     header = read_gguf_header(path)
     gguf_config(header)
     gguf_tokenizer(header)
-    for _, weight in gguf_weights(header, torch.float32):
+    for _, weight in gguf_weights(header):
         weight.sum()
 
 

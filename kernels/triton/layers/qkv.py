@@ -130,8 +130,8 @@ def qkv_kernel(
                 first = 0 if head < NUM_HEADS else NUM_HEADS
                 size = (NUM_HEADS if head < NUM_HEADS else NUM_KV_HEADS) * HEAD_DIM
                 weight_ptr += (head - first) * HEAD_DIM
-                all_d = tl.arange(0, PADDED_ROW)
-                row = tl.load(source + (first - head) * HEAD_DIM + all_d, mask=all_d < size, other=0.0).to(tl.float32)
+                within = tl.arange(0, PADDED_ROW)
+                row = tl.load(source + (first - head) * HEAD_DIM + within, mask=within < size, other=0.0).to(tl.float32)
                 mean = tl.sum(row * row, 0) / size
             else:
                 mean = tl.sum(x * x, 0) / HEAD_DIM

@@ -2,9 +2,11 @@
 
 import ast
 import importlib
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -229,6 +231,36 @@ def test_tests_lie_where_the_code_does(package: str) -> None:
     for path in (tests / package).rglob("test_*.py"):
         room = path.parent.relative_to(tests)
         assert (ROOT / room).is_dir() or room.name == "aot", f"there is no {room}"
+
+
+@pytest.mark.parametrize("package", ["server", "engine", "kernels", "loadtest", "tests"])
+def test_what_docstrings_and_comments_name_is_there(package: str) -> None:
+    """`engine.sampling.gumbel` is a module, `engine.sampling.gumbel.GumbelRace` something that it has."""
+    for path in (ROOT / package).rglob("*.py"):
+        for text in _words_for_people(path):
+            for name in re.findall(r"\b(?:engine|kernels|loadtest)(?:\.[A-Za-z_]\w*)+", text):
+                assert _is_there(name), f"{path.relative_to(ROOT)} names {name}"
+
+
+def _words_for_people(path: Path) -> Iterator[str]:
+    source = path.read_text()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def _is_there(name: str) -> bool:
+    place = ROOT
+    parts = name.split(".")
+    while parts and (place / parts[0]).is_dir():
+        place /= parts.pop(0)
+    if parts and (place / f"{parts[0]}.py").is_file():
+        place /= f"{parts.pop(0)}.py"
+    file = place / "__init__.py" if place.is_dir() else place
+    return not parts or (file.is_file() and re.search(rf"\b{parts[0]}\b", file.read_text()) is not None)
 
 
 def test_kernels_package_stays_empty() -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from engine.arrays import Floats, Ints
-from engine.batch.step_inputs import SamplingInputs
+from engine.batch.step_inputs import RowFacts, SamplingInputs
 from engine.sampling.gumbel import TIME_OF_GAP, GumbelRace
 from engine.sampling.host_sampler import HostSampler
 from engine.sampling.noise import Words, noise_key
@@ -39,6 +39,7 @@ class NumbaSampler(HostSampler):
     def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
         super().__init__(vocab_size)
         self._num_threads = num_threads
+        self._facts: _CompiledFacts | None = None
         self._helpers = ThreadPoolExecutor(max(num_threads - 1, 1), thread_name_prefix="sampler")
         num_blocks = -(-vocab_size // BLOCK_TOKENS)
         self._scratch = [
@@ -47,19 +48,17 @@ class NumbaSampler(HostSampler):
         ]
 
     def _sample_rows(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
-        facts, num_rows = inputs.facts, len(logits)
-        if self.vocab_size == 0 or not logits.flags.c_contiguous:
-            return super()._sample_rows(logits, inputs, newest)
-        tokens = np.zeros(num_rows, dtype=np.int64)
-        has_top_k = (facts.top_ks < self.vocab_size) & (facts.temperatures > 0)
-        tokens[has_top_k] = NOT_DECIDED
+        facts = self._facts_of(inputs.facts)
+        tokens = facts.undecided.copy()
         tokens[[edits.row for edits in inputs.edits]] = NOT_DECIDED
-        wants_weights = facts.top_ps < 1.0
-        columns = np.stack((facts.temperatures, facts.max_gaps, wants_weights), axis=1).astype(np.float32)
+        if not (facts.is_random & (tokens != NOT_DECIDED)).any():
+            return super()._sample_rows(logits, inputs, newest)
+        num_rows = len(logits)
         keys = np.zeros((num_rows, 2), dtype=np.uint32)
-        for row in np.flatnonzero(facts.temperatures > 0).tolist():
-            keys[row] = noise_key(int(facts.seeds[row]), int(inputs.positions[row]))
+        for row in np.flatnonzero(facts.is_random).tolist():
+            keys[row] = noise_key(int(inputs.facts.seeds[row]), int(inputs.positions[row]))
         best, weights = np.empty(num_rows, dtype=np.int64), np.empty((num_rows, 2), dtype=np.float32)
+        columns = facts.columns
 
         def work(first: int, last: int, scratch: Floats, lows: Floats) -> None:
             logits[first:last].argmax(-1, out=best[first:last])
@@ -74,8 +73,27 @@ class NumbaSampler(HostSampler):
         work(*shares[0])
         for helper in helping:
             helper.result()
-        doubtful = wants_weights & (tokens >= 0) & (facts.temperatures > 0)
-        doubtful &= ~surely_inside(weights[:, 0], weights[:, 1], facts.top_ps)
-        left = np.flatnonzero((tokens == NOT_DECIDED) | doubtful)
-        self._decide(logits, left.tolist(), tokens, inputs, newest)
+        is_left = tokens == NOT_DECIDED
+        if facts.has_top_p.any():
+            is_left |= (
+                facts.has_top_p & (tokens >= 0) & ~surely_inside(weights[:, 0], weights[:, 1], inputs.facts.top_ps)
+            )
+        self._decide(logits, np.flatnonzero(is_left).tolist(), tokens, inputs, newest)
         return tokens
+
+    def _facts_of(self, facts: RowFacts) -> _CompiledFacts:
+        if self._facts is None or self._facts.facts is not facts:
+            self._facts = _CompiledFacts(facts, self.vocab_size)
+        return self._facts
+
+
+class _CompiledFacts:
+    """`RowFacts` as `sample_rows` takes them, kept while the sequences of a step stay the same."""
+
+    def __init__(self, facts: RowFacts, vocab_size: int) -> None:
+        self.facts = facts
+        self.is_random = facts.temperatures > 0
+        self.has_top_p = self.is_random & (facts.top_ps < 1.0)
+        self.columns = np.stack((facts.temperatures, facts.max_gaps, self.has_top_p), axis=1).astype(np.float32)
+        has_top_k = self.is_random & (facts.top_ks < vocab_size)
+        self.undecided = np.where(has_top_k, NOT_DECIDED, 0)

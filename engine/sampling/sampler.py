@@ -6,12 +6,12 @@ the speed of a request and never its output, and neither does what else is in th
 
 The order of operations is vLLM's from the temperature on:
 
-    raw logits -> [log-probabilities]      engine.logprobs
-      -> penalties, bias, bans             engine.penalties, engine.logit_edits
-      -> temperature                       here
-      -> min-p -> top-k -> top-p           engine.truncation, engine.nucleus
-      -> largest of noise + logit          engine.gumbel
-      -> walk down the drafts              engine.pending
+    raw logits -> [log-probabilities]      logprobs.py
+      -> penalties, bias, bans             logit_processors.py
+      -> temperature                       host_sampler.py
+      -> min-p -> top-k -> top-p           truncation.py
+      -> largest of noise + logit          gumbel.py
+      -> walk down the drafts              acceptance.py
 
 Greedy rows take the largest logit after the bans. A temperature below 1e-5 is greedy.
 

@@ -1,4 +1,4 @@
-"""A circuit breaker for what a step can do without: off after a failure, tried again after steps without one."""
+"""A circuit breaker for an optional part of steps: off after a failure, tried again after steps without one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_PAUSE = 1 << 16
 class CircuitBreaker:
     """Counts steps, not seconds: an idle engine learns nothing about what failed.
 
-    is_open: what it guards is not done now. Each failure doubles the pause before the next try, so that what keeps
+    is_open: the part is left out for now. Each failure doubles the pause before the next try, so that what keeps
     failing costs next to nothing; as many steps without one halve it again.
     """
 
@@ -25,7 +25,7 @@ class CircuitBreaker:
         self.is_open, self._num_quiet_steps = True, 0
 
     def step(self) -> bool:
-        """Notes a step without a failure. True in the one that closes it again."""
+        """Notes a step without a failure. True if this step closes the breaker again."""
         if not self.is_open and 2 * self._pause <= self._first_pause:
             return False
         self._num_quiet_steps += 1

@@ -28,7 +28,7 @@ StepReport = tuple[list[StepOutput], list[str], StepStats]
 
 
 class Engine:
-    """Continuous batching in five lines: schedule, build the inputs, run them, update, propose.
+    """Continuous batching: schedule, build the inputs, run them, update, propose.
 
     With `overlap`, a step is launched before the host has the tokens of the one before it
     (`engine.runner.async_stepping`), which needs a proposer that proposes nothing.
@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def degraded_modes(self) -> list[str]:
-        """What steps do without for now, because it has failed."""
+        """Names of the optional parts that steps leave out for now, because they failed."""
         modes = {
             "token_budget": self.scheduler.is_budget_lowered,
             "run_ahead": self._stepper is not None and self._stepper.breaker.is_open,
@@ -98,7 +98,7 @@ class Engine:
         batch = self.scheduler.schedule()
         started = _mark_started(batch)
         recorder.clock.lap("schedule")
-        if not batch:  # aborts left nothing to do; the numbers say that the memory is free
+        if not batch:  # after aborts there may be nothing to do; the numbers then say that the memory is free
             self._forget_launched()
             recorder.plan(batch)
             return [], [], recorder.stats([], [], self.degraded_modes)
@@ -145,7 +145,7 @@ class Engine:
         )
 
     def _compute_each(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
-        """Each item in a step of its own. Raises EngineFaultError where none of several could be computed."""
+        """Runs each item in a step of its own. Raises EngineFaultError if none of several could be computed."""
         parts: list[StepResult] = []
         num_failures = 0
         for item in batch:
@@ -165,7 +165,7 @@ class Engine:
         return _join(parts)
 
     def _probe(self, failure: Exception) -> None:
-        """Runs one token of nobody's through the model. Raises EngineFaultError where even that fails."""
+        """Runs one token of no request through the model. Raises EngineFaultError if even that fails."""
         try:
             compute_one_token(self.executor, self.builder, block=NULL_BLOCK)
         except Exception as error:
@@ -197,7 +197,7 @@ class Engine:
         return result
 
     def _give_up(self, batch: list[Scheduled]) -> None:
-        """A step of these failed, and what was launched behind it goes with it."""
+        """Ends a step of these items that failed, and the in-flight step behind it."""
         self._forget_launched()
         self.builder.failed(batch)
 
@@ -233,7 +233,7 @@ def _num_tokens(batch: list[Scheduled]) -> int:
 
 
 def _join(parts: list[StepResult]) -> StepResult:
-    """A step that was computed in parts. Hidden states live until the next part only."""
+    """The result of a step computed in parts. It has no hidden states, since a part overwrites those before."""
     return StepResult([sampled for part in parts for sampled in part.sampled])
 
 

@@ -6,9 +6,9 @@ import torch
 
 
 class EngineFaultError(RuntimeError):
-    """Nothing that runs in this process can be trusted any more.
+    """The device, or the engine as a whole, has failed, and no later step in this process can be trusted.
 
-    The process has to end; its requests go on in another one, which the server starts and hands them to.
+    The process has to end. The server starts another one and replays the requests there.
     """
 
 

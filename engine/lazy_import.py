@@ -6,7 +6,7 @@ from importlib import import_module
 
 
 def load_object(place: str) -> object:
-    """What "module:name" names, as the registries write it. ImportError or AttributeError where there is none."""
+    """The object that "module:name" names, as the registries write it. ImportError or AttributeError if none."""
     module, _, name = place.partition(":")
     found: object = getattr(import_module(module), name)
     return found

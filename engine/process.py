@@ -48,7 +48,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class SteppedEngine(Protocol):
-    """What this process runs. `on_batch` is called with each step's plan before it is computed."""
+    """The interface of the engine to this process. `on_batch` gets each batch before it is computed."""
 
     on_batch: Callable[[list[Scheduled]], None]
 
@@ -60,7 +60,7 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def step(self) -> tuple[list[StepOutput], list[str], StepStats | None]:
-        """Also called once with no work after an abort, so that the statistics say that its memory is free."""
+        """Runs one step. Also called once without work after an abort, so that statistics show the freed memory."""
         ...
 
 
@@ -70,7 +70,7 @@ Connection = FrameSocket[ToEngine]
 
 
 class HeartbeatSender:
-    """A thread that sends heartbeats, with the age of the main thread's step and the age at which it is hung."""
+    """A daemon thread that sends heartbeats: the age of the main thread's step, and the age at which it is hung."""
 
     def __init__(self, connection: Connection, *, interval: float) -> None:
         self._connection = connection
@@ -84,7 +84,7 @@ class HeartbeatSender:
         self._step_started_at = time.monotonic()
 
     def allow(self, limit: Callable[[], float]) -> None:
-        """Adds seconds to the time that the step may take. Called in the thread, for the few steps that last."""
+        """Adds seconds to the time that the step may take. Called in this thread, and only for steps that take long."""
         self._limits.append(limit)
 
     def step_ended(self) -> None:
@@ -163,7 +163,7 @@ class EngineLoop:
             self._refused.append(StepOutput(request_id=request.request_id, finish_reason="error", error=str(error)))
 
     def _expect(self, batch: list[Scheduled]) -> None:
-        """The step is about to compute this; more than once, where it computes again what has failed together."""
+        """Called before a batch is computed, and again before each item of one that failed as a whole."""
         self._inflight.write(batch)
         size = size_of(batch)
         self._size = StepSize(self._size.num_tokens + size.num_tokens, self._size.num_pairs + size.num_pairs)
@@ -185,7 +185,7 @@ class EngineLoop:
 
 
 def run(connection: Connection, inflight: InflightRecord, *, factory: str, heartbeat_interval: float) -> int:
-    """The life of the process after its set-up. Returns the exit code; every failure was told to the server."""
+    """Runs the engine until the server ends it. Returns the exit code; every failure was reported to the server."""
     heartbeats = HeartbeatSender(connection, interval=heartbeat_interval)
     try:
         gc.disable()  # imports make a million objects that stay: to look through them for garbage takes 0.6 s of 4
@@ -238,7 +238,7 @@ def load_factory(name: str) -> EngineFactory:
 
 
 def describe_failure(error: Exception) -> Failed:
-    """Sorts a failed start by what can be done about it; user errors keep their own words."""
+    """The message for a failed start, by its kind; the text of a user's error is kept as it is."""
     if _is_out_of_memory(error):
         return Failed("memory", f"out of memory: {_root_cause(error)}")
     if isinstance(error, ValueError):
@@ -282,7 +282,7 @@ def _fail(connection: Connection, failed: Failed, error: Exception) -> int:
 
 
 def _was_raised_here(error: Exception) -> bool:
-    """True for a user error that our own code raised: its words say it all, and a traceback would bury them."""
+    """Whether our own code raised it for a user: then its text has the fix, and no traceback is shown."""
     frames = traceback.extract_tb(error.__traceback__)
     package = str(Path(__file__).parent)
     return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(package)

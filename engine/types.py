@@ -1,4 +1,4 @@
-"""The nouns of the engine: what comes in, what lives inside, what goes out.
+"""The data types of the engine: requests, sequences, the items of a step, and outputs.
 
 Messages are frozen msgspec structs and cross the process border; `Sequence` and `Scheduled` stay inside the engine.
 """
@@ -185,9 +185,9 @@ class Sequence:
 
 @dataclass(slots=True)
 class Scheduled:
-    """One line of the scheduler's plan for a step: run `num_new_tokens` tokens from the first uncomputed one.
+    """One item of a step's batch: compute `num_new_tokens` tokens of a sequence from the first uncomputed one.
 
-    A step may be planned while the one before it is still running: then `num_ahead` tokens of the sequence are computed
+    A step may be scheduled while the one before it is in flight: then `num_ahead` tokens of the sequence are computed
     there, and where its newest token is sampled there, `source` is the sampled row of that step (else -1).
 
     The sequence's drafts are the last `num_drafts` of them. Logits are wanted for the last `num_logits` rows: first

@@ -1,4 +1,4 @@
-"""The panel width of compiled CPU layers: a module of its own, since planning needs it without compiling any kernel."""
+"""The panel width of compiled CPU layers. A module of its own: the memory plan reads it without compiling kernels."""
 
 from __future__ import annotations
 

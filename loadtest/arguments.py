@@ -1,4 +1,4 @@
-"""The command line: what can be asked for."""
+"""The command line of `python -m loadtest`: its commands and their options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMANDS = ("run", "sweep", "compare", "table")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """`run` is the command if none is named. What a command has no option for is there with its default."""
+    """The parsed options. The command is `run` if none is named; options that a command lacks have their defaults."""
     if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
         arguments = ["run", *arguments]
     return _parser().parse_args(arguments)
@@ -125,7 +125,7 @@ def _target() -> argparse.ArgumentParser:
 
 
 def _checked(parser: Callable[[str], Parsed]) -> Callable[[str], Parsed]:
-    """A type for argparse, whose own message for a ValueError would lose the text."""
+    """An argparse type that keeps the text of a ValueError, which argparse itself would replace."""
 
     def parse_or_explain(text: str) -> Parsed:
         try:

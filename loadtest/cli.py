@@ -25,7 +25,7 @@ from loadtest.report.session import Session, load
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: measured; 1: measured, but a server gave no single answer; 2: it could not be tried."""
+    """Runs a command. 0: measured; 1: measured, but a server answered no request; 2: nothing could be measured."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     check_extra("tabulate", *(["matplotlib"] if options.command in ("sweep", "compare") else []))
@@ -78,7 +78,7 @@ async def _measure(options: argparse.Namespace, command: str) -> Session:
 
 @contextmanager
 def _ended_by_a_signal() -> Iterator[None]:
-    """SIGTERM is an interrupt like any other: servers that were started, or paused, are not left behind."""
+    """A context in which SIGTERM raises, so that servers that were started or paused are ended or resumed."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
@@ -109,7 +109,7 @@ def _show(session: Session, options: argparse.Namespace) -> None:
 
 
 def _without_keys(arguments: list[str]) -> list[str]:
-    """The command as it may be kept in a file: API keys are left out, of peers and of their commands too."""
+    """The command without API keys, its peers' and their commands' included, so that it may be kept in a file."""
     pairs = zip(["", *arguments], arguments, strict=False)
     kept = ["..." if before == "--api-key" else argument for before, argument in pairs]
     return [without_keys(re.sub(r"((?:^--|,)api[-_]key=)[^,]*", r"\1...", argument)) for argument in kept]

@@ -1,4 +1,4 @@
-"""From what was asked for on the command line to the objects that measure."""
+"""Makes the objects that measure from the options of the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PeerText:
 
 
 def parse_peer(text: str) -> PeerText:
-    """Values end at a comma, except JSON objects, which end where they end. ValueError says what is wrong."""
+    """Parses a peer. A value ends at the next comma, or if it is a JSON object, at its end. Raises ValueError."""
     name, separator, rest = text.partition("=")
     url, _, rest = rest.partition(",")
     if not (name and separator and url.startswith(("http://", "https://"))):
@@ -51,7 +51,7 @@ def parse_peer(text: str) -> PeerText:
 
 
 def parse_extra_body(text: str) -> dict[str, JsonValue]:
-    """A JSON object. Raises ValueError otherwise."""
+    """Parses a JSON object. Raises ValueError for other text."""
     try:
         body: dict[str, JsonValue] = msgspec.json.decode(text, type=dict)
     except msgspec.DecodeError as error:
@@ -60,7 +60,7 @@ def parse_extra_body(text: str) -> dict[str, JsonValue]:
 
 
 def seed_of(options: argparse.Namespace) -> int:
-    """A new seed for each run by default: with an old one a server finds the last run's prompts in its cache."""
+    """The seed: by default a new one for each run, whose prompts are not in any server's prefix cache yet."""
     return secrets.randbelow(2**31) if options.seed is None else int(options.seed)
 
 

@@ -28,7 +28,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 async def _serve(port: Connection, num_events: int, interval: float) -> None:
-    """Answers whatever is asked with so many events, one in each interval."""
+    """A server that answers any request with so many events, one per interval. Runs in a process of its own."""
     step = asyncio.Condition()
     token = _chunk(_EVENT % b"null")
     end = _chunk(_EVENT % b'"length"') + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"

@@ -16,7 +16,7 @@ READER_LEFT = 128 + signal.SIGPIPE  # the exit code that a shell gives to a comm
 
 
 def complain(message: str) -> None:
-    """The last line of a command that failed: one line, whatever is in it. Lost where it cannot be written."""
+    """Writes the error of a command that failed, as one line. It is lost where it cannot be written."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
@@ -24,9 +24,9 @@ def complain(message: str) -> None:
 
 
 def until_the_reader_leaves(command: Callable[[], int]) -> int:
-    """Runs a command, and writes out what it printed. Ends it without a word where a pipe it prints to is closed.
+    """Runs a command, and writes out what it printed. Ends it silently where a pipe that it prints to is closed.
 
-    SIGPIPE itself would do the same for a filter; a server must not die of a client that leaves.
+    SIGPIPE's default action would do so too, but it would also end a server whose client disconnects.
     """
     try:
         try:
@@ -44,7 +44,7 @@ def until_the_reader_leaves(command: Callable[[], int]) -> int:
 
 
 def print_all(page: str) -> int:
-    """The command that prints one page, which ends as it is."""
+    """Runs a command that prints `page` as it is, without a line end of its own."""
 
     def command() -> int:
         print(page, end="")
@@ -54,7 +54,7 @@ def print_all(page: str) -> int:
 
 
 def _discard_output() -> bool:
-    """Whether it was the output that broke. What is left of it goes nowhere: the interpreter writes it at its end."""
+    """Whether an output of the process has lost its reader. Points it to /dev/null: it is flushed at exit."""
     broken = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _has_no_reader(stream.fileno())]
     for stream in broken:
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,8 +1,8 @@
 """The encoder of large JSON answers, in parts.
 
 One call of the encoder holds the interpreter's lock: half a second for the log-probabilities of a long prompt. Long
-lists and each choice are therefore encoded by themselves, and between them the event loop gets its turn when this runs
-in a thread.
+lists and each choice are therefore encoded by themselves: when this runs in a thread, the event loop takes the lock
+between two of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def encode_json(message: msgspec.Struct) -> bytes:
-    """As msgspec encodes it. The message must not be used afterwards: its lists are encoded in place."""
+    """The message in JSON. It must not be used afterwards: its lists are replaced by their encoding."""
     _encode_lists(message)
     return _encode(message)
 

@@ -139,7 +139,7 @@ def _as_yaml(value: JsonValue) -> str:
 
 
 def read_file(path: Path) -> Layer:
-    """A YAML file of sections. Raises ConfigError."""
+    """The layer of a YAML file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -149,7 +149,7 @@ def read_file(path: Path) -> Layer:
 
 
 def read_assignments(assignments: Iterable[str]) -> Layer:
-    """Of `--set a.b=c`; the value is YAML. Raises ConfigError."""
+    """The layer of `--set a.b=c` options, whose values are YAML. Raises ConfigError."""
     values: dict[str, JsonValue] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -160,7 +160,7 @@ def read_assignments(assignments: Iterable[str]) -> Layer:
 
 
 def read_environment(environment: Mapping[str, str]) -> Layer:
-    """The API keys, where nobody sees them in a list of processes."""
+    """The layer of the environment: the API keys, which a list of processes would show if they were flags."""
     keys = [key.strip() for key in environment.get(API_KEY_VARIABLE, "").split(",")]
     given: list[JsonValue] = [key for key in keys if key]
     return Layer(API_KEY_VARIABLE, {"server.api_keys": given} if given else {})
@@ -186,7 +186,7 @@ def flatten(tree: JsonValue, *, source: str) -> dict[str, JsonValue]:
 
 
 def load_config(layers: Iterable[Layer]) -> LoadedConfig:
-    """Raises ConfigError with every value that is wrong."""
+    """The config of the layers, of which later ones win. Raises ConfigError with every value that is wrong."""
     values: dict[str, JsonValue] = {}
     sources: dict[str, str] = {}
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Attention back ends: what reads and writes the paged KV cache of one model."""
+"""The interface of attention back ends, which read and write the paged KV cache of a model, and their registry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin of every row, as `kernels.refere
 class HeadNorms(NamedTuple):
     """RMSNorm of queries and keys: of each head, or of all heads together, as the sizes of the weights say."""
 
-    q_weight: Tensor | None  # [head_dim] or [num_heads * head_dim]; None, as the other: there is no norm
+    q_weight: Tensor | None  # [head_dim] or [num_heads * head_dim]; None, as is k_weight: there is no norm
     k_weight: Tensor | None  # [head_dim] or [num_kv_heads * head_dim]
     eps: float
 
@@ -34,7 +34,7 @@ class AttentionBackend(Protocol):
     """Reads and writes one KV cache. One call covers prompt chunks, decoding and (tree) verification."""
 
     def plan(self, batch: ForwardBatch) -> None:
-        """Does once per step what all layers share."""
+        """Makes what the layers of a step share, such as indices and addresses. Called once, before they run."""
         ...
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
@@ -62,7 +62,7 @@ def normalise_rotate_and_attend(
     layer: AttentionLayer,
     batch: ForwardBatch,
 ) -> Tensor:
-    """`attend_projection` in single operations."""
+    """`attend_projection` as separate operations, for back ends without a fused one."""
     q, k, v = torch.split(qkv, [layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
     cos, sin = rotation or (None, None)
     q, k = normalise_and_rotate(q, k, cos, sin, q_weight=norms.q_weight, k_weight=norms.k_weight, eps=norms.eps)

@@ -23,7 +23,7 @@ class NumbaAttention:
     """Attention in float32 over a cache of any float type. A row's result does not depend on what else is in the batch.
 
     The cache keeps its keys as columns (`KVCodec.keys_as_columns`), in blocks of a multiple of 16 tokens; heads
-    have a multiple of 16 elements. The plan sees to that.
+    have a multiple of 16 elements. The memory plan sees to that.
     """
 
     def __init__(self, kv_cache: KVCache, team: Team) -> None:
@@ -38,7 +38,7 @@ class NumbaAttention:
         self._rotations: list[Tensor] = []
 
     def plan(self, batch: ForwardBatch) -> None:
-        """Writes down what all layers share of the rows: what they are, where they are stored, what drafts see."""
+        """Writes the step's addresses, which all layers share: of ids, positions, slots and the tree mask."""
         tree = torch.empty(0) if batch.tree_mask is None else batch.tree_mask.contiguous()
         self._rows = [batch.input_ids, batch.positions, *batch.slots, tree]
         fields = self._fields
@@ -52,7 +52,7 @@ class NumbaAttention:
         fields[Step.TREE_WIDTH] = 0 if batch.tree_mask is None else tree.shape[1]
 
     def cut_tiles(self, batch: ForwardBatch, *, group: int) -> None:
-        """Cuts the step's rows into tiles of one sequence each. group: query heads of a key head
+        """Cuts the step's rows into tiles of one sequence each. group: query heads per KV head
 
         The last tiles come first: prompts follow the decoding rows of a step, and long work should not end it.
         """
@@ -93,7 +93,7 @@ class NumbaAttention:
         rope: tuple[int, int] | None,
         norms: tuple[int, int, float],
     ) -> list[list[int]]:
-        """The two operations of a layer: normalise, rotate and store; attend.
+        """The two operations of a layer's attention: normalise, rotate and store; then attend.
 
         rope: (index of the rotation, its width); norms: addresses of the heads' norm weights or 0, and their epsilon
         """
@@ -124,14 +124,14 @@ class NumbaAttention:
         return [store, attend]
 
     def _where(self, layer: AttentionLayer) -> tuple[int, ...]:
-        """Where the layer's keys and values lie, as `attend_unit` takes it."""
+        """The addresses and strides of a layer's keys and values, as `attend_unit` takes them."""
         cache = self.kv_cache
         keys, values = cache.k[layer.index], cache.v[layer.index]
         strides = [stride * keys.itemsize for stride in keys.stride()[:2]]
         return keys.data_ptr(), values.data_ptr(), FORMAT_OF[cache.dtype], cache.block_size, *strides
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
-        """For models whose layers run on torch."""
+        """Attention by itself, for models whose other layers run on torch."""
         qkv = torch.cat((q, k, v), dim=1).float()
         out = torch.empty(q.shape)
         self.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
@@ -146,12 +146,12 @@ class NumbaAttention:
 
 
 def tokens_of_tile(group: int) -> int:
-    """How many tokens a unit of attention has at most, each with `group` query heads."""
+    """The most tokens that a unit of attention has, each with `group` query heads."""
     return max(1, int(TILE_ROWS) // group)
 
 
 def scratch_bytes(layers: list[AttentionLayer]) -> int:
-    """Memory that each thread needs for itself to run such a model."""
+    """Bytes of private memory that each thread of the team needs."""
 
     def of_layer(layer: AttentionLayer) -> int:
         group = layer.num_heads // layer.num_kv_heads

@@ -28,7 +28,7 @@ class TorchAttention:
         self._scratch = torch.empty(0, dtype=kv_cache.dtype)
 
     def plan(self, batch: ForwardBatch) -> None:
-        """Forgets the last step; a plan is made by the first layer of each geometry, since a model has few."""
+        """Forgets the last step. Of the layers of one geometry, the first makes the indices of this step for all."""
         self._plans.clear()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
@@ -77,8 +77,8 @@ class TorchAttention:
         rows = self._parts[layer.index]
         num_elements = parts.shape[0] * rows.shape[1]
         if self._scratch.numel() < num_elements:
-            # kept, as fresh memory costs more to touch than the parts cost to copy
-            with torch.inference_mode(False):  # made in the mode, it could not be written outside of it
+            # reused, since the first writes to new memory take longer than the copy of the parts
+            with torch.inference_mode(False):  # a tensor made in inference mode cannot be written outside of it
                 self._scratch = rows.new_empty(num_elements)
         k, v = gather_context(rows, parts, blank_rows, num_contexts, layer.head_dim, self._scratch)
         return (k, v) if k.dtype == dtype else (k.to(dtype), v.to(dtype))

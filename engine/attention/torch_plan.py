@@ -1,9 +1,9 @@
-"""What the layers of one step share: which blocks to gather, which rows to score, which token each row sees.
+"""The indices that the layers of a step share: blocks to gather, rows to score, the tokens that each row sees.
 
 A step's sequences are split in two. Those with few new tokens (decoding, drafts to verify) are grouped by their number
 of rows and by their context length, rounded up, and each group is one batched matrix product. Longer prompt chunks
-run one by one. The rounding looks at nothing but the sequence itself, so that its neighbours change neither the
-shapes nor the order of its sums.
+run one by one. The rounding depends on the sequence alone, so that the rest of the batch changes neither the shapes
+nor the order of its sums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a plan depends on besides the batch. Layers that agree in these share a plan."""
+    """What these indices depend on besides the batch. Layers that agree in it share them."""
 
     group: int
     num_heads: int
@@ -62,6 +62,8 @@ class PromptChunk:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
+    """The indices of one step for the layers of one geometry."""
+
     store_rows: Tensor  # [num_tokens * 2 * num_kv_heads] rows of `KVCache.parts` seen as [..., head_dim]
     groups: list[DecodeGroup]
     chunks: list[PromptChunk]
@@ -160,11 +162,11 @@ class _Planner:
         return self._tensor(heads + tables[None, :, None, :] * self.geometry.parts_per_block)
 
     def _parts_of_block(self) -> Ints:
-        """Where a block's parts lie that are a layer's: its keys, [num_kv_heads], and its values."""
+        """Offsets of a layer's parts within a block, [2, num_kv_heads]: first those of its keys."""
         return np.arange(2 * self.geometry.num_kv_heads).reshape(-1, 2).T
 
     def _blank_rows(self, seqs: Ints, num_tokens: int) -> Tensor | None:
-        """What follows a sequence's last token in its last block, and in the copies of a block that is the only one."""
+        """Rows without a token: the rest of a context's last block, also in its copies if it is the only block."""
         size, num_kv_heads = self.geometry.block_size, self.geometry.num_kv_heads
         num_seen = self.num_seen[seqs, None]
         token = np.arange(num_tokens)
@@ -183,7 +185,7 @@ class _Planner:
         sees = keys[:, None, :] <= queries[:, :, None]
         if self.batch.tree_mask is not None:
             rows = self.starts[seqs, None] + np.arange(num_queries)
-            own = queries - keys[:, :1]  # where the step's own tokens stand among the gathered ones
+            own = queries - keys[:, :1]  # positions of the step's own tokens among the gathered ones
             tree = self.batch.tree_mask.cpu().numpy()[rows, :num_queries]
             np.put_along_axis(sees, np.broadcast_to(own[:, None, :], tree.shape), tree, axis=2)
             queries = self.batch.positions.cpu().numpy()[rows]

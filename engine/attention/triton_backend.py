@@ -15,30 +15,38 @@ from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.triton.attention.paged_attention import Prepared, pack_tree, paged_attention
-from kernels.triton.attention.work_plan import OpenPlan, Workspace, plan_any_lengths, plan_attention
+from kernels.triton.attention.work_partition import (
+    GraphSafePartition,
+    Workspace,
+    partition_any_lengths,
+    partition_attention,
+)
 from kernels.triton.configs import AttentionConfig, attention_config, chip_of
 from kernels.triton.layers.qkv import rotate_and_store
 from kernels.triton.layers.store_kv import store_kv
 
-_Geometry = tuple[int, int, int]  # heads, key heads, head size
-ITEM_BYTES = 1 << 28  # for partial results of eager steps; what has more of them is done in passes
+_Geometry = tuple[int, int, int]  # query heads, KV heads, head size
+ITEM_BYTES = 1 << 28  # of partial results of an eager step; one that has more computes them in chunks
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSpace:
-    """What the attention of all CUDA graphs shares; none of it may ever move."""
+    """What the attention of all CUDA graphs shares. It is never reallocated, since graphs keep the addresses."""
 
     max_context: int  # tokens
     max_rows_per_seq: int
     split_size: int  # the smallest of any layer's, tokens
-    num_items: int  # pieces of contexts that the workspace holds, whatever the layer
+    num_items: int  # partial results that the workspace holds, for any of the layers
     workspace: Workspace
 
 
 def make_graph_space(
     layers: Sequence[AttentionLayer], dtype: torch.dtype, device: torch.device, *, max_context: int, num_bytes: int
 ) -> GraphSpace:
-    """Room for as many pieces as `num_bytes` hold. dtype: of the queries; max_context: tokens of the longest context"""
+    """The space for as many partial results as `num_bytes` hold.
+
+    dtype: of the queries; max_context: tokens of the longest context
+    """
     configs = [_config(layer, dtype, device) for layer in layers]
     num_sums = max(layer.num_heads for layer in layers)
     num_values = max(layer.num_heads * layer.head_dim for layer in layers)
@@ -56,9 +64,10 @@ def make_graph_space(
 class TritonAttention:
     """Attention by the kernels of `kernels.triton`. A sequence's result does not depend on what else is in the batch.
 
-    workspace: memory for partial results, which grows as needed where none is given. graph_space: needed where steps
-    are captured into CUDA graphs. one_path: prompt chunks go the way of decoding rows too, so that a row's result does
-    not depend on how many the step has of its sequence.
+    All kernels are launched in the current stream by the thread that runs the model. workspace: memory for partial
+    results, which grows as needed where none is given. graph_space: needed where steps are captured into CUDA graphs.
+    one_path: the split kernel computes prompt chunks too, so that a row's result does not depend on how many rows of
+    its sequence the step has.
     """
 
     def __init__(
@@ -76,17 +85,17 @@ class TritonAttention:
         self._prepared: dict[_Geometry, Prepared] = {}
         self._tree_words: Tensor | None = None
         self._rows_per_seq: int | None = None  # of the graph that the step is for
-        self._open_plans: dict[tuple[_Geometry, int, int], OpenPlan] = {}  # kept: graphs read their tensors
+        self._open_plans: dict[tuple[_Geometry, int, int], GraphSafePartition] = {}  # graphs read their tensors
 
     def plan(self, batch: ForwardBatch) -> None:
-        """Forgets the last step; a plan is made by the first layer of each geometry, since a model has few."""
+        """Forgets the last step. Of the layers of one geometry, the first partitions this step's work for all."""
         self._prepared.clear()
         self._tree_words = None if batch.tree_mask is None else pack_tree(batch.tree_mask)
         self._rows_per_seq = None
 
     def plan_any_lengths(self, batch: ForwardBatch, rows_per_seq: int) -> None:
-        """As `plan`, by operations that a graph can repeat when the lengths are others."""
-        assert self.graph_space is not None, "graphs need a place for partial results that does not move"
+        """As `plan`, for CUDA graphs: the partition is computed on the device, so a replay has its own lengths."""
+        assert self.graph_space is not None, "graphs need memory for partial results that is never reallocated"
         self._prepared.clear()
         self._tree_words = None
         self._rows_per_seq = rows_per_seq
@@ -148,14 +157,14 @@ class TritonAttention:
             if self.one_path:
                 config = replace(config, max_split_queries=batch.positions.shape[0])
             if self._rows_per_seq is None or self.graph_space is None:
-                plan = plan_attention(
+                plan = partition_attention(
                     np.diff(np.array(batch.query_starts_list, dtype=np.int64)).astype(np.int64, copy=False),
                     np.array(batch.seq_lens_list, dtype=np.int64),
                     group=layer.num_heads // layer.num_kv_heads,
                     num_kv_heads=layer.num_kv_heads,
                     config=config,
                     device=q.device,
-                    max_items=ITEM_BYTES // (4 * layer.num_heads * (layer.head_dim + 1)),
+                    max_partials=ITEM_BYTES // (4 * layer.num_heads * (layer.head_dim + 1)),
                 )
                 prepared = Prepared(plan, config, self.workspace, self._tree_words)
             else:
@@ -166,15 +175,15 @@ class TritonAttention:
 
     def _open_plan(
         self, layer: AttentionLayer, num_seqs: int, rows_per_seq: int, config: AttentionConfig, space: GraphSpace
-    ) -> OpenPlan:
+    ) -> GraphSafePartition:
         key = (layer.num_heads, layer.num_kv_heads, layer.head_dim), num_seqs, rows_per_seq
         open_plan = self._open_plans.get(key)
         if open_plan is None:
-            open_plan = self._open_plans[key] = plan_any_lengths(
+            open_plan = self._open_plans[key] = partition_any_lengths(
                 num_seqs,
                 rows_per_seq,
                 max_context=space.max_context,
-                num_items=space.num_items,
+                num_partials=space.num_items,
                 group=layer.num_heads // layer.num_kv_heads,
                 num_kv_heads=layer.num_kv_heads,
                 config=config,

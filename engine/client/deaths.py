@@ -93,7 +93,7 @@ class Deaths:
         return sum(now - death.at <= self._config.window for death in self.recent)
 
     def describe_excess(self) -> str | None:
-        """Why the server should give up; None if it should start another process."""
+        """The reason for which the server should give up; None if it should start another process."""
         max_deaths, window = self._config.max_deaths, self._config.window
         if self.num_counted >= max_deaths:
             return f"the engine process died {self.num_counted} times within {window:g} s (supervision.max_deaths)"

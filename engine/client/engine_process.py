@@ -1,4 +1,4 @@
-"""The server's handle of one engine process: its socket, its output, its end."""
+"""The server's handle of one engine process: its socket, its output, its end. Used in the server's event loop."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Ending:
     exit_code: int  # negative: the signal that ended it
     batch: list[InflightRequest]
     output_tail: list[str]
-    failed: Failed | None  # its own last word
+    failed: Failed | None  # the last message of the process, if it sent this
     was_out_of_memory: bool  # the kernel's out-of-memory killer ran while it lived
     broken_frame: str | None
     recorded_step: Path | None = None  # the inputs of the step that it ended in, if it was asked to keep them
 
     def describe(self) -> str:
-        """The reason in one line, without anything that a client sent."""
+        """The reason of the end in one line, without anything that a client sent."""
         if self.failed is not None:
             return self.failed.message
         if self.broken_frame is not None:
@@ -125,7 +125,7 @@ class EngineChild:
         self._on_message(message)
 
     def send(self, message: ToEngine) -> int:
-        """Returns the frame's number, counted from 1. Never blocks."""
+        """Sends a message without blocking. Returns the frame's number, counted from 1."""
         self.connection.send(message)
         self.num_sent += 1
         return self.num_sent
@@ -156,7 +156,7 @@ class EngineChild:
         return self._release()
 
     async def _exits_within(self, seconds: float) -> bool:
-        """Polls: the loop's own ways of waiting for a child differ between loops and want signals or threads."""
+        """Whether the process ends in time. Polls, since the event loops' own ways to wait need signals or threads."""
         deadline = time.monotonic() + seconds
         while self._process.poll() is None:
             if time.monotonic() > deadline:
@@ -193,10 +193,10 @@ class LaunchedChild:
     inflight: InflightRecord
     output_file: io.RawIOBase
     socket: socket.socket
-    owned: contextlib.ExitStack  # all of these, until `attach` passes them on
+    owned: contextlib.ExitStack  # closes all of the above, until `attach` takes it over
 
     async def attach(self, on_message: Callable[[FromEngine], None]) -> EngineChild:
-        """Within the event loop of the server, once. What the process has said by now is heard first."""
+        """Attaches the process to the server's event loop, once. Messages that it has sent by now are handled first."""
         loop = asyncio.get_running_loop()
         with self.owned:
             output, tail = await loop.connect_read_pipe(OutputTail, self.output_file)
@@ -207,7 +207,7 @@ class LaunchedChild:
         return child
 
     def discard(self) -> None:
-        """Ends a process that is not wanted after all; nothing happens if it was attached."""
+        """Ends the process, unless it was attached."""
         self.owned.close()
 
 

@@ -63,7 +63,7 @@ class EngineObserver(Protocol):
     def on_step(self, stats: StepStats) -> None: ...
 
     def on_started(self, request_id: str, waited_seconds: float) -> None:
-        """The request ran for the first time; not called again when it is replayed."""
+        """Called when a request runs for the first time; not again when it is replayed."""
         ...
 
     def on_death(self, reason: str) -> None: ...
@@ -75,17 +75,17 @@ class Listener(Protocol):
     """The interface of the owner of the requests, the dispatcher."""
 
     def engine_ready(self, send: Callable[[ToEngine], int], model: ModelInfo) -> None:
-        """A new process is ready, without requests; `send` returns the number of the frame."""
+        """Called when a new process is ready, without requests. `send` returns the number of the frame."""
         ...
 
     def engine_stepped(self, step: Step) -> None: ...
 
     def engine_died(self, batch_ids: list[str]) -> Verdict:
-        """Its requests are gone; another process follows, unless `engine_gone` does. `batch_ids` were in its step."""
+        """Called when the process has died; another starts unless `engine_gone` follows. `batch_ids`: of its step."""
         ...
 
     def engine_gone(self, kind: str, message: str) -> None:
-        """No process follows."""
+        """Called when no process will follow."""
         ...
 
 
@@ -129,7 +129,7 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process, if one runs."""
+        """The process id of the engine process, if one runs."""
         return None if self._child is None else self._child.pid
 
     def start(self) -> None:

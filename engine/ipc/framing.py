@@ -35,7 +35,7 @@ def from_engine_decoder() -> msgspec.msgpack.Decoder[FromEngine]:
 
 
 def encode_frame(message: ToEngine | FromEngine) -> bytearray:
-    """Raises ValueError if the message is longer than a frame may be."""
+    """The message as a frame. Raises ValueError if it is longer than a frame may be."""
     frame = bytearray(HEADER.size)
     _encoder.encode_into(message, frame, HEADER.size)
     num_bytes = len(frame) - HEADER.size
@@ -86,7 +86,7 @@ class FrameSocket(Generic[Message]):
         self._send_lock = threading.Lock()
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Blocks while the other end does not read. Raises OSError if it is gone."""
+        """Sends a message, on any thread. Blocks while the other end does not read; raises OSError if it is gone."""
         frame = encode_frame(message)
         with self._send_lock:  # two threads' frames must not interleave
             self._socket.sendall(frame)
@@ -108,7 +108,7 @@ class FrameSocket(Generic[Message]):
         return messages
 
     def _read(self, flags: int) -> bytes | None:
-        """None if nothing is there, no bytes at the end of the stream."""
+        """The next bytes; None if nothing has arrived, no bytes at the end of the stream."""
         try:
             return self._socket.recv(READ_BYTES, flags)
         except BlockingIOError:
@@ -151,7 +151,7 @@ class FrameProtocol(asyncio.Protocol, Generic[Message]):
             self.closed.set_result(self._error)
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Never blocks; what is sent after the end of the stream is dropped."""
+        """Sends a message without blocking; after the end of the stream it is dropped."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode_frame(message))
 

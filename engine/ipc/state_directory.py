@@ -1,4 +1,4 @@
-"""Files that outlive the program: where crash reports and recorded steps lie."""
+"""The directory of files that outlive the program: crash reports and recorded steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def state_directory() -> Path:
-    """Where files go that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state.
+    """The directory of files that outlive the program: $XDG_STATE_HOME/peregrine, by default under ~/.local/state.
 
     Raises FileNotFoundError for a user without a home directory, as some clusters make them.
     """

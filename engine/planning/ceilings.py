@@ -168,7 +168,7 @@ def best_rate(ends: list[float], num_threads: int) -> float:
 
 
 def _block_bytes() -> int:
-    """Bytes of the memory that is read: several times the last-level cache."""
+    """The size of the memory that is read, in bytes: several times the last-level cache."""
     least, most = _BLOCK_BYTES
     try:
         cached = int(_CACHE_LEVEL_3.read_text().strip().removesuffix("K")) << 10

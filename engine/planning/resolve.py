@@ -82,7 +82,7 @@ def resolve_dtype(config: EngineConfig, machine: Machine, device: str, kernels: 
 
 
 def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not_compiled: str) -> Resolved[str]:
-    """Which kernels run. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for.
+    """Resolves `device.kernels`. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for.
 
     why_not_compiled: of the model
     """

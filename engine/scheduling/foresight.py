@@ -1,7 +1,7 @@
-"""The plan of the next step, made while this one is still running.
+"""The batch of the next step, foreseen while this one is still running (async scheduling).
 
-It holds if nobody ends, comes or is aborted in between, so the scheduler plans the step again when its time has come,
-and what was foreseen is then looked up: a wrong guess costs the time of its rows, never correctness.
+It is right if no request ends, arrives or is aborted in between. The scheduler therefore makes the batch again when its
+time has come, and only results of items that are in both count: a wrong guess costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from engine.types import Scheduled, Sequence
 
 
 class _Outlook(NamedTuple):
-    """Where a sequence will be when this step is over. num_lacking: tokens that will not be computed then"""
+    """The progress of a sequence when this step is over. num_lacking: tokens that will not be computed then"""
 
     seq: Sequence
     num_ahead: int  # tokens that this step computes
@@ -22,9 +22,9 @@ class _Outlook(NamedTuple):
 
 
 def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | None:
-    """What the scheduler will plan when `batch` has run; its blocks are allocated. None where that cannot be told:
+    """The batch that the scheduler will make when `batch` has run, with its blocks allocated. None if that is unknown.
 
-    new sequences may be admitted, blocks are short, drafts are verified or prompts are scored.
+    It is where new sequences may be admitted, blocks are short, drafts are verified or prompts are scored.
     """
     caught_up: list[_Outlook] = []
     behind: list[_Outlook] = []
@@ -45,16 +45,16 @@ def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | N
         plan.append(
             Scheduled(one.seq, num_new_tokens, 0, num_new_tokens == one.num_lacking, 0, one.num_ahead, one.source)
         )
-    found_no_room = not behind and all(item.num_new_tokens == 1 for item in batch)  # just now, for those who wait
+    found_no_room = not behind and all(item.num_new_tokens == 1 for item in batch)  # for waiting ones, in this step
     is_full = budget <= 0 or len(scheduler.running) >= limits.max_num_seqs
     if not plan or (len(scheduler.waiting) and not (found_no_room or is_full)):
         return None
     ends = ((item.seq, item.num_computed_tokens + item.num_new_tokens) for item in plan)
-    return plan if scheduler.kv.allocate_all(ends) else None  # nobody is preempted for a guess
+    return plan if scheduler.kv.allocate_all(ends) else None  # a guess preempts no sequence
 
 
 def _outlooks(scheduler: Scheduler, batch: list[Scheduled]) -> list[_Outlook | None]:
-    """Of the running sequences that go on after the step, in their order; None where it cannot be told."""
+    """The outlooks of the running sequences that go on after the step, in their order; [None] if one is unknown."""
     running = {item.seq: item for item in batch}
     sources: dict[Sequence, int] = {}
     for item in batch:

@@ -1,4 +1,4 @@
-"""Smaller steps, for when a step ran out of memory."""
+"""The retry of a step that ran out of memory with a smaller batch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from engine.types import Scheduled
 
 
 def halve_chunks(batch: list[Scheduled]) -> bool:
-    """Leaves out half of the prompt tokens of a step, in place. False where only tokens are left that cannot wait.
+    """Removes half of the prompt tokens from a batch, in place. False if it has no prompt chunks to shorten.
 
-    What is left out is not computed yet, as far as anybody knows, so that a later step takes it up. The chunks that
-    come first keep theirs; a chunk of which nothing is left leaves the batch.
+    The removed tokens stay uncomputed, so that a later step computes them. The first chunks keep theirs; a chunk
+    without tokens leaves the batch.
     """
     chunks = [item for item in batch if _num_verified(item) > 1]
     budget = sum(map(_num_verified, chunks)) // 2
@@ -28,7 +28,7 @@ def _num_verified(item: Scheduled) -> int:
 
 
 def _cut(item: Scheduled, num_tokens: int) -> None:
-    """Keeps the first rows; those that score prompt tokens come before the one that samples."""
+    """Shortens an item to its first rows: rows that score prompt tokens come before the one that samples."""
     item.samples = item.samples and num_tokens == _num_verified(item)
     item.num_new_tokens, item.num_drafts = num_tokens, 0
     item.num_scored = min(item.num_scored, num_tokens)

@@ -23,7 +23,7 @@ class PromptsInProgress:
             self._by_first_block.setdefault(self._kv.hashes(seq, 1)[0], []).append(seq)
 
     def have_next_block(self, seq: Sequence, prefix: Prefix) -> bool:
-        """Whether one of them is about to compute the block of `seq` that follows the prefix that was found of it."""
+        """Whether one of them will compute the block of `seq` that follows its cached prefix."""
         kv, block = self._kv, len(prefix[0])
         if not self._by_first_block or not kv.can_share_prefix(seq) or block >= (seq.num_tokens - 1) // kv.block_size:
             return False

@@ -8,7 +8,8 @@ from engine.types import Sequence
 
 
 class WaitingQueue:
-    """Priority, then arrival. All operations cost O(log n): removed entries stay in the heap until they surface."""
+    """The waiting sequences by priority, then arrival. Operations cost O(log n): removed entries stay in the heap until
+    they are its first."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Sequence]] = []
@@ -23,21 +24,21 @@ class WaitingQueue:
 
     @property
     def first(self) -> Sequence:
-        """The one that is served next. There must be one."""
+        """The sequence that is served next. There must be one."""
         assert self._members, "nobody waits"
         while self._heap[0][1] not in self._members:
             heapq.heappop(self._heap)
         return self._heap[0][2]
 
     def pop(self) -> Sequence:
-        """Takes the first one out. There must be one."""
+        """Removes and returns the first sequence. There must be one."""
         seq = self.first
         heapq.heappop(self._heap)
         self._members.remove(seq.arrival)
         return seq
 
     def remove(self, seq: Sequence) -> bool:
-        """Takes a sequence out, wherever it stands; False if it is not here."""
+        """Removes a sequence at any place in the queue; False if it is not in it."""
         if seq.arrival not in self._members:
             return False
         self._members.remove(seq.arrival)

@@ -61,7 +61,7 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class _Plan:
-    """A step in the making."""
+    """The batch of a step while it is made, and what is left of the step's budgets."""
 
     budget: int  # tokens that are left
     num_logits: int  # rows of logits that are left
@@ -84,7 +84,7 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """The sequence for which there was no room when it was last looked at, and what is known of it since."""
+    """A waiting sequence that had no room, and the counts then: it is looked at again when they change."""
 
     seq: Sequence
     num_needed: int  # free blocks
@@ -147,7 +147,7 @@ class Scheduler:
         return seq
 
     def schedule(self) -> list[Scheduled]:
-        """Plans the next step.
+        """Makes the batch of the next step.
 
         Sequences that lack a single token come first: theirs are the streams that somebody is reading. What is left
         of the budget, or as much of it as these streams can wait for, goes to those further behind, in order of
@@ -183,7 +183,7 @@ class Scheduler:
                 seq.num_computed_tokens += len(result.accepted) - item.num_drafts
                 seq.num_drafts += item.num_drafts
                 seq.num_accepted_drafts += len(result.accepted)
-            if seq.draft_token_ids:  # those too that had no place in the step: they follow another token
+            if seq.draft_token_ids:  # also those left out of the step: they do not follow the newest token
                 seq.draft_token_ids, seq.draft_parents = [], []
             seq.num_scored_tokens += item.num_scored
             token_ids = self._append(seq, result.token_ids)
@@ -220,7 +220,7 @@ class Scheduler:
             )
 
     def note_quiet_step(self) -> None:
-        """Call it after a step that had memory enough: after many of them, the budget is whole again."""
+        """Notes a step that had enough memory. After many of them, `lower_budget` is undone."""
         if self._budget_breaker.step():
             self.limits = replace(self.limits, max_num_batched_tokens=self._full_budget)
             logger.info("steps have up to %d tokens again", self._full_budget)
@@ -260,7 +260,7 @@ class Scheduler:
         return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
 
     def _continue_streams(self, caught_up: list[Sequence], plan: _Plan) -> None:
-        """A token each, or one and its drafts. Most have a place for them already."""
+        """Schedules the newest token of each sequence that lacks no other, and its drafts."""
         num_after, size, num_lookahead = len(caught_up), self.kv.block_size, self.limits.num_lookahead_tokens
         items, budget = plan.items, plan.budget
         for seq in caught_up:
@@ -283,7 +283,7 @@ class Scheduler:
         plan.budget = budget
 
     def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
-        if plan.budget == 0 or not seq.block_tables:  # no block: an older sequence has preempted this one just now
+        if plan.budget == 0 or not seq.block_tables:  # without blocks, an older sequence has just preempted it
             return
         item = self._fit(seq, budget, plan)
         num_tokens = seq.num_computed_tokens + item.num_new_tokens + self.limits.num_lookahead_tokens
@@ -373,7 +373,7 @@ class Scheduler:
         insort(self.running, seq, key=_service_order)
 
     def _num_reserved_blocks(self, seq: Sequence) -> int:
-        """Free blocks that are kept for a running sequence."""
+        """Free blocks that are reserved for a running sequence."""
         return self.kv.num_blocks_to_grow(seq, self._num_reserved_tokens(seq), self._span)
 
     def _num_reserved_tokens(self, seq: Sequence) -> int:
@@ -478,7 +478,7 @@ def _service_order(seq: Sequence) -> tuple[int, int]:
 
 
 def _num_verified_drafts(seq: Sequence, budget: int) -> int:
-    """So many of its drafts may still count, where the budget has so many tokens for them."""
+    """The number of a sequence's drafts to verify: limited by the budget and by the tokens that it may still get."""
     return min(len(seq.draft_token_ids), budget, seq.max_num_tokens - seq.num_tokens - 1)
 
 
@@ -487,5 +487,5 @@ def _is_caught_up(seq: Sequence) -> bool:
 
 
 def _num_computed_prompt_tokens(seq: Sequence) -> int:
-    """None of a sequence that another process had begun: its first token is an old one."""
+    """Prompt tokens computed, for a first token; 0 for a replayed sequence, whose first token is an old one."""
     return 0 if seq.request.output_token_ids else seq.num_prompt_tokens - seq.num_cached_tokens

@@ -1,4 +1,4 @@
-"""What a step says of a request."""
+"""The output of a step for one request."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from engine.types import RequestTiming, Sampled, Sequence, StepOutput
 
 
 def one_more_token(seq: Sequence, result: Sampled) -> StepOutput:
-    """A token in the middle of an answer, with no more than must be said of it."""
+    """The output for one token in the middle of an answer, without what other outputs of the request tell."""
     return StepOutput(request_id=seq.request.request_id, token_ids=result.token_ids, logprobs=result.logprobs)
 
 
 def output_of(seq: Sequence, token_ids: list[int], result: Sampled, now: float) -> StepOutput:
-    """All that there is to say. token_ids: of the step, those that count; now: time.monotonic()"""
+    """The complete output. token_ids: those of the step that count; now: time.monotonic()"""
     return StepOutput(
         request_id=seq.request.request_id,
         token_ids=token_ids,

@@ -50,7 +50,7 @@ class StepPatience:
         self._seconds[key] = max(seconds, before + FORGETTING * (seconds - before))
 
     def limit(self, size: StepSize) -> float:
-        """Seconds; 0 if nothing is known. Any thread may ask."""
+        """Seconds after which such a step is held to be hung; 0 if unknown. Any thread may call it."""
         seen = list(self._seconds.items())
         if not seen:
             weight = size.num_tokens + size.num_pairs / PAIRS_PER_TOKEN

@@ -41,7 +41,7 @@ class StepWork(NamedTuple):
 
 
 def count_work(batch: list[Scheduled]) -> StepWork:
-    """What the step computes; to be asked before it changes the sequences."""
+    """Counts what a step will compute. To be called before the step changes the sequences."""
     num_tokens = num_logits = num_kv_tokens = num_pairs = 0
     drafts: list[int] = []
     for item in batch:
@@ -116,7 +116,7 @@ class StepRecorder:
         self._before = _counters(scheduler)
 
     def plan(self, batch: list[Scheduled]) -> StepWork:
-        """Notes what the step is going to do; the sequences' progress changes afterwards."""
+        """Notes the work of the step's batch, before the sequences' progress changes."""
         self._work, self._num_seqs = count_work(batch), len(batch)
         return self._work
 

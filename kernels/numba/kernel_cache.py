@@ -1,4 +1,7 @@
-"""Compiled kernels on disk. A damaged file is made again, and a folder that cannot be written costs time only."""
+"""The cache of compiled kernels on disk.
+
+A kernel whose file is missing or damaged is compiled again; where the folder cannot be written, every start compiles.
+"""
 
 from __future__ import annotations
 
@@ -49,14 +52,17 @@ def _root() -> Path | None:
 
 
 class KernelFolder:
-    """Files that begin with a digest of the rest: unpickling half of one, or linking it, could end the process."""
+    """A folder of files that begin with a digest of the rest.
+
+    A damaged file is thereby found before it is unpickled and linked, which could end the process.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._warned: set[str] = set()
 
     def read(self, name: str) -> bytes | None:
-        """None if there is no such file, or none that is whole."""
+        """The content of a file. None if there is no such file, or it is damaged."""
         if self.path is None:
             return None
         try:
@@ -70,7 +76,7 @@ class KernelFolder:
         return None
 
     def write(self, name: str, payload: bytes) -> None:
-        """Atomically. Where it cannot be written, the next start has to compile again."""
+        """Writes a file atomically. Where the folder cannot be written, the next start compiles again."""
         if self.path is None:
             self._warn("compiled kernels stay in memory, since there is no home directory; set XDG_CACHE_HOME")
             return
@@ -90,7 +96,7 @@ class KernelFolder:
             self._warn(f"{reason}: every start compiles for some fifteen seconds; set XDG_CACHE_HOME to another folder")
 
     def _warn(self, message: str) -> None:
-        """Once, not for each of a dozen kernels."""
+        """Logs a message once, not for each of a dozen kernels."""
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
@@ -100,9 +106,9 @@ FOLDER = KernelFolder(cache_directory())
 
 
 class KernelCache(NullCache):  # type: ignore[misc]  # numba has no types
-    """What Numba asks for a function's compiled code before it compiles, and gives it to after.
+    """The cache of one function, in Numba's interface: asked for compiled code before a compilation, given it after.
 
-    Numba's own has an index that it cannot do without and cannot tell to be damaged, and raises where it cannot write.
+    Numba's own cache needs an index file, does not detect that it is damaged, and raises where it cannot write.
     """
 
     def __init__(self, function: Callable[..., object], folder: KernelFolder) -> None:
@@ -124,7 +130,7 @@ class KernelCache(NullCache):  # type: ignore[misc]  # numba has no types
         self._folder.write(self._name(sig, cres.codegen), dumps(cres._reduce()))
 
     def _name(self, sig, codegen) -> str:
-        """Of the file: the function, and a digest of what else its code depends on beside the sources."""
+        """The file's name: the function, and a digest of all else that its code depends on, beside the sources."""
         arguments, returned = normalize_signature(sig)
         key = repr((self._function.__module__, arguments, returned, codegen.magic_tuple()))
         name = self._function.__name__.strip("_")

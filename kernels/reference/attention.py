@@ -1,4 +1,4 @@
-"""Paged attention, defined in plain torch: what every faster implementation must agree with.
+"""Paged attention and the KV write, defined in plain torch: what every faster implementation must agree with.
 
 Sizes: num_heads = num_kv_heads * group; a cache has num_blocks * block_size slots.
 """

@@ -1,4 +1,4 @@
-"""Mixtures of experts, defined in plain torch: every token goes through the few experts that its router likes best."""
+"""Mixtures of experts, defined in plain torch: each token is computed by the top_k experts of its router."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mix_experts(
     counts: list[int] = chosen.bincount(minlength=num_experts).tolist()
     parts = x.new_empty(num_tokens * top_k, x.shape[1])
     for expert, pairs in enumerate(chosen.argsort(stable=True).split(counts)):  # type: ignore[no-untyped-call]
-        if len(pairs):  # an expert that nobody asks for is not read
+        if len(pairs):  # the weights of an expert without tokens are not read
             rows = F.pad(x[pairs // top_k], (0, 0, 0, max(min_rows - len(pairs), 0)))
             hidden = silu_and_mul(F.linear(rows, gate_up[expert]))
             parts[pairs] = F.linear(hidden, down[expert])[: len(pairs)]

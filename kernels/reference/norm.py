@@ -31,5 +31,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 @lru_cache(maxsize=64)
 def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # made in the mode, it could not be used where gradients are recorded
+    with torch.inference_mode(False):  # a tensor made in inference mode cannot be used where gradients are recorded
         return torch.tensor(value, dtype=dtype, device=device)

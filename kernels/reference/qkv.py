@@ -1,4 +1,4 @@
-"""Head norms, rotation and KV write as one operation: all between the merged projection and attention."""
+"""Head norms, rotation and KV write as one operation: all that lies between the merged projection and attention."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rotate_and_store(
     """Normalises queries and keys where there are weights, rotates them, writes keys and values.
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first
-    cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim; None: nothing turns (a layer without positions)
+    cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim; None: no rotation (a layer without positions)
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset
     q_weight, k_weight: [head_dim], a norm of each head (Qwen3), or [heads * head_dim], of all as one (OLMoE)

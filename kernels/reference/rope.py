@@ -5,7 +5,7 @@ Pair i of a head is (x[i], x[i + R/2]), and is turned by the angle a_i of its po
     x'[i]       = x[i]       * cos a_i - x[i + R/2] * sin a_i
     x'[i + R/2] = x[i + R/2] * cos a_i + x[i]       * sin a_i
 
-R, the rotated width, may be smaller than the head (partial rotary); the rest passes through.
+R, the rotated width, may be smaller than the head (partial rotary); the other elements are left as they are.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A row's *gaps* say how far each logit lies below the row's largest, in units of 
 (gap, token id). Of that order, min-p keeps the tokens whose gap is at most `max_gap`, top-k the first k of these, top-p
 a token while those before it weigh less than p of what is left; weights are integers, exp(-gap) in units of 2^-40, so
 that their sums have no rounding. Among what is kept, the largest of Gumbel noise - gap is a sample (Gumbel-max;
-Maddison et al. 2014, "A* sampling", section 2). The noise is a hash of a key per row and the token id: 31 bits v, and
--log(-log(1 - (v + 1/2) / 2^31)) in float64, rounded to float32.
+Maddison et al. 2014, "A* sampling", section 2). The noise is counter based, a hash of a key per row and the token id:
+31 bits v, and -log(-log(1 - (v + 1/2) / 2^31)) in float64, rounded to float32.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def sample_tokens(
     logits: [num_rows, vocab_size] float32; keys: [num_rows, 2] int32
     temperatures: [num_rows] float32; max_gaps: [num_rows] float32, infinity is off
     top_ks: [num_rows] int64, the vocabulary's size is off; top_ps: [num_rows] float64, 1 is off
-    is_random: False where no row has a temperature, is_truncated: where none that has one has top-k or top-p, either:
-    nothing is spared here
+    is_random: whether any row has a temperature; is_truncated: whether any of these has top-k or top-p. Where they are
+        False, an implementation may skip work; here they change nothing
     """
     assert is_random or not bool((temperatures >= GREEDY_BELOW).any()), "a row has a temperature"
-    peaks = logits.amax(-1, keepdim=True)
-    gaps = (peaks + 0.0 - logits) / temperatures.clamp_min(GREEDY_BELOW)[:, None]
+    row_maxima = logits.amax(-1, keepdim=True)
+    gaps = (row_maxima + 0.0 - logits) / temperatures.clamp_min(GREEDY_BELOW)[:, None]
     scores = token_noise(keys, logits.shape[1]) - gaps
     scores = scores.masked_fill(~is_kept(gaps, max_gaps, top_ks, top_ps), -torch.inf)
     tokens = torch.where(temperatures < GREEDY_BELOW, logits.argmax(-1), scores.argmax(-1))
-    return tokens.masked_fill(~peaks[:, 0].isfinite(), none)
+    return tokens.masked_fill(~row_maxima[:, 0].isfinite(), none)
 
 
 def is_kept(gaps: Tensor, max_gaps: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:

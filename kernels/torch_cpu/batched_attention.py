@@ -1,6 +1,7 @@
 """Attention on a CPU as a few large matrix products over gathered keys and values.
 
-The indices and biases are made once per step (`engine.attention.torch_plan`); what is here runs once per layer.
+Together these functions compute `kernels.reference.attention.paged_attention`. They run once per layer; the indices and
+biases that they take are made once per step (`engine.attention.torch_plan`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MAX_SCORES = 1 << 23  # scores held at once where a prompt chunk cannot use the 
 def gather_context(
     cache: Tensor, parts: Tensor, blank_rows: Tensor | None, num_contexts: int, head_dim: int, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Copies the blocks' parts of a group of contexts (one per sequence and KV head) next to each other.
+    """Copies the keys and values of a group of contexts (one per sequence and KV head) out of their blocks.
 
     cache: [..., block_size * head_dim], a layer's keys and values, one row for those of a head and block
     parts: [2 * num_contexts * blocks per context] rows of it, first of the keys and then of the values
@@ -33,7 +34,7 @@ def gather_context(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """softmax(cap(q @ k.T * scale) + bias) @ v for many small problems at once.
+    """softmax(cap(q @ k.T * scale) + bias) @ v for many contexts, as batched products.
 
     q: [num_contexts, num_rows, head_dim]; k, v: [num_contexts, num_tokens, head_dim]
     bias: [num_contexts or 1, num_rows or 1, num_tokens], 0 where a row sees the token and -inf where not

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCRATCH_ELEMENTS = 1 << 21  # dequantised at a time: stays in a last-level cache, and few pieces keep calls few
+SCRATCH_ELEMENTS = 1 << 21  # dequantised at a time: they fit into a last-level cache, and take few calls
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def dequantize_int8(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def int8_linear(x: Tensor, values: Tensor, scales: Tensor, scratch: Tensor) -> Tensor:
-    """x @ dequantize_int8(values, scales).T, piece by piece through `scratch`: right for every dtype and size.
+    """x @ dequantize_int8(values, scales).T for every dtype and size; some rows of the matrix at a time fill `scratch`.
 
     x: [num_rows, in_features]; values: [out_features, in_features] int8; scales: [out_features] in x's dtype
     scratch: [>= in_features] in x's dtype, overwritten; its size is what is dequantised at a time
@@ -48,7 +48,7 @@ def int8_linear(x: Tensor, values: Tensor, scales: Tensor, scratch: Tensor) -> T
 
 
 def int8_linear_few_rows(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """The same for a few rows of bfloat16, reading the integers once and writing no floats: torch's own kernel.
+    """As `int8_linear`, for a few rows of bfloat16, by torch's own kernel, which never writes the dequantised matrix.
 
     x: [num_rows, in_features] bfloat16; scales: [out_features] bfloat16
     """

@@ -1,4 +1,4 @@
-"""Tile shapes of the kernels, by chip. Nothing is tuned while serving: a table is read once.
+"""Tile shapes of the kernels, by chip. They are read from a table once per process; nothing is tuned while serving.
 
 `kernels/configs/default.json` holds values chosen by reasoning and by what compiles without spills; a file named for a
 chip ("sm_90.json") wins over it; `python -m loadtest.gpu tune` measures and writes it.
@@ -21,11 +21,11 @@ _FOLDER = Path(__file__).parent.parent / "configs"
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """How paged attention cuts its work. The first two also decide in which order scores are summed."""
+    """Tile shapes of paged attention. The first two also decide in which order scores are summed."""
 
-    split_size: int = 256  # tokens of context per piece, a multiple of decode_keys
-    max_split_queries: int = 16  # a sequence with more new tokens than this goes the prompt way
-    decode_rows: int = 16  # (query, head) pairs per tile
+    split_size: int = 256  # tokens of context per split, a multiple of decode_keys
+    max_split_queries: int = 16  # a sequence with more new tokens is computed by the prompt kernel
+    decode_rows: int = 16  # (query, head) pairs per tile of the split kernel
     decode_keys: int = 64  # tokens of context per step of the loop
     decode_warps: int = 4
     decode_stages: int = 5
@@ -37,7 +37,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, slots=True)
 class MoeConfig:
-    """Tiles of the grouped product."""
+    """Tile shapes of the grouped products of a mixture of experts."""
 
     rows: int = 64  # pairs of a token and an expert
     columns: int = 64
@@ -49,7 +49,8 @@ class MoeConfig:
 def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
     """The measured config of this chip, or the default one. A tile must hold a group of query heads.
 
-    What was measured with smaller tiles than the group needs might not fit into the chip with larger ones.
+    Where the group needs larger tiles than the table has, the defaults replace what was measured with the smaller ones,
+    which might not fit into shared memory.
     """
     config, plain = (
         AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), name))
@@ -66,7 +67,10 @@ def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str
 
 
 def moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeConfig:
-    """pairs_per_expert: on average; few of them make small tiles, which read the weights just as fast."""
+    """The measured config of this chip, or the default one. With few pairs, small tiles read the weights just as fast.
+
+    pairs_per_expert: of a token and an expert, on average
+    """
     bucket = "few" if pairs_per_expert < 32 else "many"
     return MoeConfig(**_lookup("moe", bucket, f"{dtype}".removeprefix("torch."), chip))
 

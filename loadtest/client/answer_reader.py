@@ -30,7 +30,7 @@ class _Usage(msgspec.Struct, gc=False):
 
 
 class _Event(msgspec.Struct):
-    """What a measurement needs of a completion chunk; msgspec passes over the rest without building it."""
+    """The fields of a completion chunk that a measurement needs; msgspec skips the rest."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -77,7 +77,7 @@ class EventSplitter:
 
 
 class AnswerReader:
-    """`feed` takes the pieces of the body at their arrival; `outcome` judges after the last.
+    """Reads the body of one streamed answer: `feed` takes its pieces at their arrival, `outcome` judges the whole.
 
     num_output_tokens: exactly so many must come (ignore_eos); None: as many as the model likes
     has_done_marker: the stream must end with `data: [DONE]`; False for servers that never send it
@@ -135,7 +135,7 @@ class AnswerReader:
         self._failure = self._failure or (kind, detail)
 
     def outcome(self, *, started_at: float, sent_at: float) -> Outcome:
-        """To be asked once, when the body has ended in the way HTTP says."""
+        """The outcome of the request. To be called once, when the body is complete by the rules of HTTP."""
         self._count_tokens_without_text()
         self._judge()
         if self._failure is not None:
@@ -159,7 +159,7 @@ class AnswerReader:
         )
 
     def _count_tokens_without_text(self) -> None:
-        """The last tokens may have no text (special tokens): then the finish reason tells when they were there."""
+        """Counts last tokens without text, such as special tokens, at the arrival of the finish reason."""
         num_chunks = len(self._gaps) + (self._first_token_at is not None)
         if self._finish_at > self._last_token_at and self._num_output_tokens() > num_chunks:
             self._token_came(self._finish_at)

@@ -86,7 +86,7 @@ class Client:
         await self._connections.close()
 
     def body(self, exchange: Exchange) -> bytes:
-        """The JSON that is sent."""
+        """The JSON of a request."""
         target = self.target
         body: dict[str, JsonValue | Prompt] = {
             "model": target.model,
@@ -110,7 +110,7 @@ class Client:
         return {"messages": messages}
 
     async def send(self, exchange: Exchange, *, intended_at: float | None = None) -> Outcome:
-        """Sends, reads to the end and judges. Latencies count from `intended_at`, or from the sending without it."""
+        """Sends one request and reads its answer. Latencies count from `intended_at`, else from the sending."""
         body = self.body(exchange)
         request = self._head + b"content-length: %d\r\n\r\n" % len(body) + body
         asked = None if self.target.ignore_eos is IgnoreEos.NO else exchange.num_output_tokens
@@ -162,7 +162,7 @@ class _Refusal:
 
 
 def run_in_loop(work: Coroutine[None, None, Result]) -> Result:
-    """Runs on uvloop where it is installed: half the cost per event."""
+    """Runs a coroutine on uvloop where that is installed, at half the cost per event of asyncio's loop."""
     try:
         import uvloop
     except ImportError:

@@ -49,7 +49,7 @@ class Answer:
 
     @property
     def end_to_end(self) -> float:
-        """Until the end marker of the stream has arrived."""
+        """Seconds until the end marker of the stream arrived."""
         return self.finished_at - self.started_at
 
     @property

@@ -122,7 +122,7 @@ class Connections:
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[Connection]:
-        """A connection for one exchange. Raises OSError if there is none to be had."""
+        """A connection for one exchange. Raises OSError if none can be made."""
         connection = self._take_idle() or await self._connect()
         try:
             yield connection

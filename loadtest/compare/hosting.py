@@ -11,7 +11,7 @@ from loadtest.workload.prompts import Exchange
 
 
 class RunningHost:
-    """A server that somebody else started and will end."""
+    """A server of a comparison that is already running, and is not ended by it."""
 
     def __init__(self, peer: Peer, *, seed: int) -> None:
         self.peer = peer
@@ -29,20 +29,20 @@ class RunningHost:
         return self.peer.pid
 
     async def begin(self) -> None:
-        """Before the first turn of any server. Raises ValueError or RuntimeError if the server cannot be used."""
+        """Called once, before all turns. Raises ValueError or RuntimeError if the server cannot be used."""
         self._ready = await prepare(self.peer, seed=self._seed)
 
     async def open(self) -> None:
-        """Before each turn: makes the server one that answers."""
+        """Called before each turn: returns when the server can answer."""
 
     async def close(self) -> None:
-        """After each turn."""
+        """Called after each turn."""
 
     async def end(self) -> None:
-        """After the last turn, or an error."""
+        """Called after the last turn, or an error."""
 
     def record(self) -> Server:
-        """What is kept of the server in the result file."""
+        """The server's entry in the result file."""
         return self.ready.server
 
 
@@ -97,7 +97,7 @@ class RestartingHost(LaunchingHost):
     """A server that runs during its own turns only: others have all the memory meanwhile."""
 
     async def begin(self) -> None:
-        """Nothing: it must not be there in the others' turns."""
+        """Does nothing: the server must not run in the others' turns."""
 
     async def open(self) -> None:
         await self._start()

@@ -22,7 +22,7 @@ class Memory:
 
 
 def tree_of(pid: int) -> list[psutil.Process]:
-    """The process first, parents before their children; empty if it is gone."""
+    """A process and its descendants, parents before their children; empty if the process has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -31,7 +31,7 @@ def tree_of(pid: int) -> list[psutil.Process]:
 
 
 def memory_of(pid: int) -> Memory | None:
-    """Of a process and its descendants. None if it is gone or may not be looked at."""
+    """The memory of a process and its descendants. None if the process has ended or may not be read."""
     files: dict[tuple[str, str], int] = {}
     num_own = num_resident = 0
     try:
@@ -79,7 +79,7 @@ def resume(pid: int) -> None:
 
 
 def send(processes: list[psutil.Process], number: signal.Signals) -> None:
-    """To each that is still there, in order."""
+    """Sends a signal to each process that still runs, in order."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)

@@ -16,9 +16,10 @@ from loadtest.workload.prompts import Workload
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run goes. It ends after `num_requests`, or when no more are to be sent after `duration` seconds.
+    """The arrivals, length and warm-up of a run.
 
-    At least one of the two is given. num_warmup_requests: sent before, `concurrency` (or 8) at once, not counted
+    It ends after `num_requests`, or when no more are to be sent after `duration` seconds. At least
+    one of the two is given. num_warmup_requests: sent before, `concurrency` (or 8) at once, and not counted
     """
 
     arrivals: Arrivals

@@ -82,7 +82,7 @@ def _attend(
 
 
 def _attend_any_lengths(context: Context, name: str, heads: Heads, lens: Lens, dtype: torch.dtype) -> Iterator[Record]:
-    """The same bits as where the lengths were known when the work was cut."""
+    """Checks that a graph-safe partition gives the same bits as a partition for the known lengths."""
     case = make_case(heads, lens, dtype, context.generator(name))
     expected = case.run(case.prepare())
     with poisoned_memory():
@@ -91,7 +91,7 @@ def _attend_any_lengths(context: Context, name: str, heads: Heads, lens: Lens, d
 
 
 def _compare_bits(context: Context, name: str, heads: Heads, lens: Lens, dtype: torch.dtype) -> Iterator[Record]:
-    """What a request says must not depend on who is in the batch with it."""
+    """Checks that a sequence's result has the same bits alone and in a batch."""
     case = make_case(heads, lens, dtype, context.generator(name))
     together = case.run(case.prepare())
     num_different = 0
@@ -134,7 +134,7 @@ def timings(context: Context) -> list[Job]:
 
 
 def _cases(decodes: list[tuple[int, int]], prompts: list[tuple[int, int]]) -> dict[str, Lens]:
-    """By name. Pairs are sequences, and tokens of each."""
+    """The cases by name. Pairs: number of sequences, tokens of each."""
     found: dict[str, Lens] = {}
     for batch, length in decodes:
         found[f"decode attention, {batch} x {length}"] = [(1, length)] * batch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels.reference.attention
 from kernels.triton.attention.paged_attention import Prepared, paged_attention
-from kernels.triton.attention.work_plan import Workspace, plan_any_lengths, plan_attention
+from kernels.triton.attention.work_partition import Workspace, partition_any_lengths, partition_attention
 from kernels.triton.configs import AttentionConfig, attention_config, chip_of
 
 BLOCK_SIZE = 16
@@ -76,11 +76,11 @@ class AttentionCase:
         return 4 * num_pairs * self.heads.num_heads * self.heads.head_dim
 
     def prepare(self, config: AttentionConfig | None = None) -> Prepared:
-        """As the engine does once per step. Without a config: the one of this chip's table."""
+        """Prepares the calls, as the engine does once per step. config: by default that of this chip's table."""
         device, dtype = self.q.device, self.q.dtype
         if config is None:
             config = attention_config(self.heads.head_dim, self.heads.group, dtype, chip=chip_of(device))
-        plan = plan_attention(
+        partition = partition_attention(
             self.query_starts.diff().cpu().numpy(),
             self.seq_lens.cpu().numpy(),
             group=self.heads.group,
@@ -88,30 +88,30 @@ class AttentionCase:
             config=config,
             device=device,
         )
-        return Prepared(plan, config, Workspace(0, 0, device))
+        return Prepared(partition, config, Workspace(0, 0, device))
 
     def prepare_any_lengths(self) -> Prepared:
-        """As in a CUDA graph that is captured once and replayed for all lengths. All sequences have as many rows."""
+        """As `prepare`, with the partition of a CUDA graph (graph-safe). All sequences have as many rows."""
         ((num_rows, _), *_), longest = self.lens, max(length for _, length in self.lens)
         prepared = self.prepare()
-        pieces = sum(-(-length // prepared.config.split_size) for _, length in self.lens)
-        open_plan = plan_any_lengths(
+        num_splits = sum(-(-length // prepared.config.split_size) for _, length in self.lens)
+        partition = partition_any_lengths(
             len(self.lens),
             num_rows,
             max_context=2 * longest,
-            num_items=num_rows * pieces,
+            num_partials=num_rows * num_splits,
             group=self.heads.group,
             num_kv_heads=self.heads.num_kv_heads,
             config=prepared.config,
             device=self.q.device,
         )
-        return Prepared(open_plan.at(self.seq_lens), prepared.config, prepared.workspace)
+        return Prepared(partition.at(self.seq_lens), prepared.config, prepared.workspace)
 
     def run(self, prepared: Prepared) -> Tensor:
         return paged_attention(*self.tensors, self.scale, **self.options, prepared=prepared)
 
     def expected(self) -> Tensor:
-        """In float64."""
+        """The result by the definition, in float64."""
         options = self.options.copy()
         if "sinks" in options:
             options["sinks"] = options["sinks"].double()
@@ -124,7 +124,7 @@ class AttentionCase:
 def make_case(
     heads: Heads, lens: Lens, dtype: torch.dtype, generator: torch.Generator, **options: Unpack[Options]
 ) -> AttentionCase:
-    """Blocks lie in random order; what no sequence has a token in is NaN."""
+    """A case of random values. Blocks are in random order, and slots without a token hold NaN."""
     device = generator.device
     num_each = [-(-length // BLOCK_SIZE) for _, length in lens]
     num_blocks = sum(num_each) + 1

@@ -1,4 +1,4 @@
-"""Others' attention over the same keys and values, each in the layout that suits it best."""
+"""Other implementations of attention over the same keys and values, each in the layout that suits it best."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PEERS = {"SDPA": sdpa, "FlashAttention-3": flash}
 
 
 def _contiguous(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """[batch, heads, length, head_dim] each. All sequences decode one token, or all are prompts, of one length."""
+    """Contiguous queries, keys and values, [batch, heads, length, head_dim] each. Sequences must have equal lengths."""
     (new, length), *others = set(case.lens)
     assert not others, f"sequences of different lengths: {case.lens}"
     assert new in (1, length), f"{new} new of {length} tokens"

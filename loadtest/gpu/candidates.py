@@ -1,4 +1,4 @@
-"""What the tuner chooses from: kernels, the cases that they are timed on, and tile shapes to try."""
+"""The candidates of the tuner: kernels, the cases that they are timed on, and the tile shapes to try."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Tunable(Generic[Config]):
         return f"{self.kernel} {self.keys[0]}, {', '.join(self.axes)}"
 
     def configs(self) -> list[Config]:
-        """The base first, then those that differ from it in few fields."""
+        """The configs to try: the base first, then those that differ from it in few fields."""
         values = itertools.product(*self.axes.values())
         fields: Iterator[dict[str, Any]] = (dict(zip(self.axes, value, strict=True)) for value in values)
         found = {replace(self.base, **changes) for changes in fields} - {self.base}
@@ -87,7 +87,7 @@ class Tunable(Generic[Config]):
 
 
 def tunables(context: Context) -> Iterator[Tunable[Any]]:
-    """In the order of their weight for what people run."""
+    """The kernels to tune, the most important first."""
     if context.is_rehearsal:
         yield _attention(context, Heads(2, 1, 16), {"decode_warps": (2, 4)}, [[(1, 20)]])
         return

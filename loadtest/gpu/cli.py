@@ -71,7 +71,7 @@ def _add_run(parser: argparse.ArgumentParser, *, tuning: bool = False) -> None:
 
 
 def _sections(text: str) -> list[str]:
-    """In the order in which they build on each other, whatever order they are named in."""
+    """The chosen sections, in the order in which they build on each other."""
     asked = text.split(",")
     unknown = set(asked) - set(SECTIONS)
     if unknown:

@@ -35,7 +35,7 @@ class Context(msgspec.Struct, frozen=True):
         return self.deadline - time.time()
 
     def generator(self, job: str) -> torch.Generator:
-        """The same numbers for the same run and job, whichever process it is in."""
+        """A random generator that gives the same numbers for the same run and job, in whichever process."""
         import torch
 
         number = int.from_bytes(job.encode(), "big") % 1_000_003

@@ -15,7 +15,7 @@ _SLOWEST = 3.0  # times the floor: a case that would not fit into the time at th
 
 @dataclass(frozen=True)
 class Case:
-    """So many prompts at once, of so many tokens each."""
+    """A batch of prompts, of equal length in tokens."""
 
     batch: int
     length: int
@@ -25,7 +25,7 @@ class Case:
 
 
 def decode_floor(context: Context, shape: Shape, case: Case, mean_outputs: float) -> float | None:
-    """Of a step of the whole batch, with so many tokens behind each prompt."""
+    """The floor, in seconds, of a decoding step of the whole batch, with so many tokens behind each prompt."""
     length = case.length + int(mean_outputs)
     return context.floor(
         num_bytes=shape.decode_bytes(case.batch, length), num_flops=shape.decode_flops(case.batch, length)
@@ -37,12 +37,12 @@ def prefill_floor(context: Context, shape: Shape, case: Case) -> float | None:
 
 
 def num_prefill_steps(case: Case) -> int:
-    """In which those that were first already decode: outputs that are not timed."""
+    """Steps until all prompts are computed. In them the first sequences decode already: these outputs are not timed."""
     return 2 + -(-case.batch * case.length // TOKENS_PER_STEP)
 
 
 def cases_of(load: Load) -> list[Case]:
-    """From the quickest to the slowest."""
+    """The cases of a load, from the quickest to the slowest."""
     cases = [Case(batch, length) for batch in load.batches for length in load.contexts]
     return sorted(cases, key=lambda case: case.batch * case.length)
 
@@ -67,14 +67,14 @@ def allow(context: Context, *, num_jobs_left: int, overhead: float) -> Allowance
 
 
 def _pessimistic(context: Context, shape: Shape, case: Case, num_outputs: int) -> float:
-    """Seconds that nothing should need."""
+    """Seconds that a case should never exceed."""
     prefill = prefill_floor(context, shape, case) or 0.0
     decode = decode_floor(context, shape, case, num_outputs) or 0.0
     return _SLOWEST * (prefill + (num_outputs + num_prefill_steps(case)) * decode)
 
 
 def random_prompts(context: Context, shape: Shape, case: Case) -> list[list[int]]:
-    """Different ones, so that no prefix is shared."""
+    """Random prompts, all different, so that no prefix is shared."""
     generator = np.random.default_rng([context.seed, case.batch, case.length])
     prompts: list[list[int]] = generator.integers(0, shape.vocab_size, (case.batch, case.length)).tolist()
     return prompts

@@ -1,4 +1,4 @@
-"""How far a result is from what it should be."""
+"""The relative error of a result, and memory that shows elements that were never written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """In float64, over all elements. NaN where one is NaN, such as an output that was never written."""
+    """|found - expected| / |expected| in float64, over all elements; NaN if one is NaN, such as one never written."""
     expected = expected.double().to(found.device)
     assert found.shape == expected.shape, f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
     return float((found.double() - expected).norm() / expected.norm())

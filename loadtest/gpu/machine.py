@@ -35,5 +35,5 @@ def _flops_per_second(context: Context) -> float:
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Of the second-level cache."""
+    """Bytes of the device's second-level cache."""
     return 1 << 10 if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size

@@ -58,7 +58,7 @@ class Timing(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def fraction(self) -> float | None:
-        """Of the floor: 1.0 cannot be beaten."""
+        """The floor divided by the time: 1.0 is the most that is possible."""
         return None if self.floor is None or not self.seconds else self.floor / self.seconds
 
 

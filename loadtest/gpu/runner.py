@@ -38,7 +38,7 @@ class Settings:
 
 
 def run_sections(settings: Settings, keep: Keep, done: Keep) -> None:
-    """Nothing that a section does ends the run.
+    """Runs the sections in order; a failure in one does not end the run.
 
     keep: gets what a running section has found so far, again and again; done: gets all of it, as soon as it is over
     """
@@ -68,7 +68,7 @@ def run_section(
     ceilings: Ceilings | None,
     tell: Callable[[list[Record]], None] = lambda found: None,
 ) -> list[Record]:
-    """What its jobs found in at most so many seconds, and what went wrong with those that found nothing.
+    """Runs a section for at most so many seconds. Returns the records of its jobs, and a problem for each without any.
 
     tell: gets what there is so far, when something has come
     """
@@ -157,7 +157,7 @@ class _Worker:
         return lines[-1][:300] if lines else "it said nothing"
 
     def stop(self) -> None:
-        """The deadline has come, or all is done."""
+        """Ends the worker: the deadline has come, or all jobs are done."""
         if self._process.is_alive():
             self._end()
             self._read()
@@ -165,7 +165,7 @@ class _Worker:
             self.records.append(Problem(jobs[-1] if jobs else "start", "stopped: the section's time was over"))
 
     def _end(self) -> None:
-        """With all that it started."""
+        """Ends the worker with all processes that it started."""
         assert self._process.pid is not None
         send(tree_of(self._process.pid), signal.SIGKILL)
         self._process.join()

@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def num_linear_parameters(self) -> int:
-        """Of all matrices that a token is multiplied by, but the output's."""
+        """Parameters of all matrices that a token is multiplied by, without the output layer's."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         return self.num_layers * self.hidden_size * (heads + 3 * self.intermediate_size)
 
@@ -40,20 +40,20 @@ class Shape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * value_size * num_tokens
 
     def decode_bytes(self, batch: int, context: int) -> int:
-        """Read by a step in bfloat16: each weight once, each sequence's keys and values once."""
+        """Bytes that a decoding step reads, in bfloat16: each weight once, each sequence's keys and values once."""
         return 2 * (self.num_linear_parameters + self.num_output_parameters) + self.kv_bytes(batch * context)
 
     def decode_flops(self, batch: int, context: int) -> int:
         return batch * (2 * (self.num_linear_parameters + self.num_output_parameters) + self._pair_flops * context)
 
     def prefill_flops(self, length: int) -> int:
-        """Of one prompt; every token sees on average half of it, and only the last one's logits are wanted."""
+        """Operations for one prompt: a token sees half of it on average, and only the last one has logits."""
         attention = self._pair_flops * length * (length + 1) // 2
         return 2 * self.num_linear_parameters * length + 2 * self.num_output_parameters + attention
 
     @property
     def _pair_flops(self) -> int:
-        """Of a token that sees another one: a product with its key and one with its value, in all layers."""
+        """Operations per pair of a token and one that it sees: products with its key and its value, in all layers."""
         return 4 * self.num_layers * self.num_heads * self.head_dim
 
     @contextmanager

@@ -125,7 +125,7 @@ def _rate(timing: Timing) -> str:
 
 
 def _speeds(ours: float, peers: dict[str, float]) -> str:
-    """Above 1: we are faster."""
+    """The ratios of others' times to ours: above 1, ours is faster."""
     return ", ".join(f"{f'{theirs / ours:.2f}x' if ours else '-'} {name}" for name, theirs in peers.items())
 
 

@@ -95,16 +95,16 @@ def _rank(
 
 
 def _complaint(tunable: Tunable[Config], config: Config) -> str:
-    """What is wrong with a config that was fast, or nothing."""
+    """The reason why a config may not be used though it was fast; empty if there is none."""
     try:
         error = tunable.check(config)
-    except IMPOSSIBLE as failure:  # it fits for what was timed and not for all that it would be used for
+    except IMPOSSIBLE as failure:  # it fits the cases that were timed, but not all that it would be used for
         return f"a fast config is impossible elsewhere ({type(failure).__name__})"
     return "" if error <= tunable.bound else f"a fast config is wrong by {error:.2g}"
 
 
 def _mean(values: list[float]) -> float:
-    """Geometric: a case counts by how much it changes, not by how long it takes."""
+    """The geometric mean: a case counts by its relative change, not by its duration."""
     return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values))
 
 

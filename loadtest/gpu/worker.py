@@ -28,7 +28,7 @@ class Share(msgspec.Struct, frozen=True):
 
 
 def work(section: Section, context: Context, share: Share, watcher: Connection, log: Path) -> None:
-    """The whole life of the process. What it prints goes into the log."""
+    """The main function of the process. What it prints goes into the section's log."""
     with log.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -72,7 +72,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _is_usable(context: Context) -> bool:
-    """An illegal access leaves every later call failing."""
+    """Whether the device still works: after an illegal access, every later call fails."""
     if context.is_rehearsal:
         return True
     import torch

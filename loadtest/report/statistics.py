@@ -25,7 +25,7 @@ class Distribution:
 
     @staticmethod
     def of(values: Sequence[float]) -> Distribution | None:
-        """None if there are no values: a figure without a measurement behind it is not zero."""
+        """The distribution of these values; None if there are none, since zero would be a measurement."""
         if not values:
             return None
         p50, p90, p99 = (float(p) for p in np.percentile(values, [50, 90, 99]))
@@ -63,7 +63,7 @@ class Figures:
 
 
 def summarize(outcomes: Sequence[Outcome], service_level: ServiceLevel | None = None) -> Figures:
-    """Raises ValueError if there are no outcomes."""
+    """The figures of a run. Raises ValueError if there are no outcomes."""
     if not outcomes:
         raise ValueError("nothing was sent; ask for at least one request")
     answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]

@@ -30,7 +30,7 @@ START = Metric("start, s", lambda measurement: None, 1, more_is_better=False)  #
 
 
 def run_table(measurement: Measurement) -> str:
-    """Everything about one run."""
+    """The table of all figures of one run."""
     figures = measurement.figures
     counted = " (counted in chunks: the server gives no usage)" if figures.num_output_tokens_are_counted else ""
     facts = [
@@ -154,7 +154,7 @@ def _column(session: Session, scenario: Scenario, title: str, *metrics: Metric) 
 
 
 def _own_columns(session: Session) -> list[Column]:
-    """Of the servers, not of a scenario: the start, and the most that each was seen to hold after any run."""
+    """The columns of a server as a whole: the time of its start, and the most memory that it held after any run."""
     starts = {s.name: median(s.start_seconds) if s.start_seconds else None for s in session.servers}
     memory: dict[str, float | None] = dict.fromkeys(starts)
     for measurement in session.measurements:
@@ -176,7 +176,7 @@ def _markdown_table(session: Session, columns: Sequence[Column]) -> str:
 
 
 def _sides(session: Session) -> list[tuple[str, list[str], list[str]]]:
-    """What is compared: all of ours with all others, and those of equal precision where both sides have it."""
+    """The sides to compare: all of ours with all others, then those of equal precision, if both sides have some."""
     names = session.ours or [server.name for server in session.servers[:1]]
     ours = [server for server in session.servers if server.name in names]
     others = [server for server in session.servers if server.name not in names]
@@ -191,7 +191,7 @@ def _sides(session: Session) -> list[tuple[str, list[str], list[str]]]:
 
 
 def _caption(session: Session) -> str:
-    """Where, when, with what, and what the words mean."""
+    """The caption of the tables: machine, date, commit, and what the columns mean."""
     where = session.environment
     versions = ", ".join(f"{server.name} {server.version or 'of unknown version'}" for server in session.servers)
     known = [name for name in ("torch", "transformers") if name in where.packages]

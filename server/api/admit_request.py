@@ -1,4 +1,4 @@
-"""Admission of a generation request: all that completions and chat do alike between body and generation."""
+"""Admission of a generation request: the steps between body and generation that completions and chat share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_TIMEOUT = 86400.0  # seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """A request that may be served: by whom, and what its answer says of itself."""
+    """An accepted request: the model and tenant that it is for, its ids and deadline, and the headers of its answer."""
 
     state: ServerState
     model: ModelInfo
@@ -158,14 +158,14 @@ def _text_options(body: RequestFields, params: SamplingParams) -> TextOptions:
 
 
 def _salt(tenant: str, cache_salt: str | None) -> str:
-    """One salt of the two, such that no client can name another's."""
+    """The salt of the prefix cache: made of tenant and `cache_salt`, such that no client can name another tenant's."""
     if cache_salt is None:
         return tenant
     return hashlib.blake2b(f"{len(tenant)}:{tenant}{cache_salt}".encode(), digest_size=16).hexdigest()
 
 
 def _deadline(request: HttpRequest, body: RequestFields, state: ServerState, arrived_at: float) -> float | None:
-    """The earliest of the body's, the header's and the server's own."""
+    """The deadline, in the event loop's time: the earlier of the body's and the header's, else the server's own."""
     seconds = [value for value in (body.timeout, _header_timeout(request)) if value is not None]
     if not seconds and state.config.limits.request_timeout is not None:
         seconds = [state.config.limits.request_timeout]

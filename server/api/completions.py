@@ -77,7 +77,7 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
 
 
 async def _read_echoes(body: CompletionBody, generation: Generation, serving: Serving) -> list[Echo]:
-    """Of each prompt; none where none was asked for."""
+    """The echo of each prompt; an empty list where the body asks for none."""
     if not body.echo:
         return []
     prompts = [choice.prompt for choice in generation.job.choices[:: generation.job.choices_per_prompt]]

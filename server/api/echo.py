@@ -15,14 +15,17 @@ MANY_TOKENS = 512  # of all prompts of a request; placing more than this leaves 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """offsets: in characters of `text`, one per prompt token. A token in the middle of a character begins at it."""
+    """The text of a prompt and where in it each token begins.
+
+    offsets: in characters, one per prompt token; a token in the middle of a character begins at that character
+    """
 
     text: str
     offsets: list[int]
 
 
 async def read_echoes(prompts: Sequence[Prompt], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[Echo]:
-    """A text as the client wrote it; ids as what they spell, special tokens included, as a text would show them."""
+    """The echo of each prompt: a text as the client wrote it, ids as their decoded text, special tokens included."""
 
     def place() -> list[Echo]:
         return [_place(prompt, tokenizer, add_special_tokens) for prompt in prompts]

@@ -130,7 +130,7 @@ def make_parser() -> Parser:
 
 
 def flagged_settings() -> Iterator[Setting]:
-    """One setting for each flag."""
+    """The settings that have a flag; of several that share one, the first."""
     seen: set[str] = set()
     for setting in all_settings().values():
         if setting.flag is not None and setting.flag.name not in seen:
@@ -145,7 +145,7 @@ def option_names(setting: Setting) -> list[str]:
 
 
 def add_flag(command: argparse.ArgumentParser, setting: Setting) -> None:
-    """Flags that are not given leave no trace, so that files and defaults keep their say."""
+    """Adds the flag of a setting. A flag that is not given sets nothing, so that files and defaults apply."""
     flag = setting.flag
     assert flag is not None
     text = f"{setting.description} [{setting.name}]".replace("%", "%%")
@@ -167,7 +167,7 @@ def add_flag(command: argparse.ArgumentParser, setting: Setting) -> None:
 
 
 def layers(parsed: argparse.Namespace) -> Iterator[Layer]:
-    """From the weakest to the strongest. Raises ConfigError."""
+    """The layers of the config, from the weakest to the strongest. Raises ConfigError."""
     values: dict[str, JsonValue] = vars(parsed)
     if parsed.config is not None:
         yield read_file(parsed.config)
@@ -185,7 +185,7 @@ def layers(parsed: argparse.Namespace) -> Iterator[Layer]:
 
 
 def read_json_flag(name: str, text: str) -> Layer:
-    """Several settings in one JSON object. Raises ConfigError."""
+    """The layer of a flag whose value is a JSON object of several settings. Raises ConfigError."""
     settings = {s.flag.key: s.name for s in all_settings().values() if s.flag is not None and s.flag.name == name}
     known = [key for key in settings if key is not None]
     try:

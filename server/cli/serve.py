@@ -97,7 +97,7 @@ def make_http_server(app: FastAPI, config: Config, *, lifespan: Literal["on", "o
 
 
 def _usable_connections(max_connections: int) -> int:
-    """As many as the process may have open, beside its own files; that limit is raised as far as it may be."""
+    """The number of connections that the process may have open, beside its own files. Raises `ulimit -n` if it may."""
     wanted = max_connections + OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -147,7 +147,7 @@ async def _finish_requests(state: ServerState, server: HttpServer, console: Cons
 
 
 def _catch_signals(console: Console) -> asyncio.Event:
-    """Set by SIGTERM or SIGINT. A second SIGINT ends the process on the spot; the engine notices and goes too."""
+    """An event that SIGTERM or SIGINT sets. A second SIGINT ends the process at once, and the engine's with it."""
     stop = asyncio.Event()
 
     def on_interrupt() -> None:
@@ -163,7 +163,7 @@ def _catch_signals(console: Console) -> asyncio.Event:
 
 
 async def _first_of(*waits: Coroutine[None, None, bool] | asyncio.Future[None]) -> None:
-    """Until one of them is over; the others are cancelled."""
+    """Waits until one of them is done, and cancels the others."""
     tasks = {asyncio.ensure_future(wait) for wait in waits}
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -202,7 +202,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _connectable(host: str) -> str:
-    """The address for a browser on this machine: 0.0.0.0 is one to listen on, not to connect to."""
+    """The address for a browser on this machine, also where the server listens on all addresses (0.0.0.0, ::)."""
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         return "127.0.0.1" if address.version == 4 else "[::1]"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_RETRY_AFTER = 60.0  # seconds; the OpenAI SDKs ignore longer ones
 MIN_FAR_RETRY_AFTER = 10.0  # seconds, of those whose place would come later than that; spread, so that few collide
-SLACK = 1.25  # places are so much further apart than the queue drains: who comes a little early must not find it full
+SLACK = 1.25  # places are this much further apart than the queue drains, for clients that come a little early
 GUESSED_RATE = 2.0  # requests per second, before anything was measured
 GUESS_SECONDS = 0.5  # how much measured time the guess counts for
 STARTING_RETRY_AFTER = 2.0
@@ -36,13 +36,13 @@ class DrainRate:
     def __init__(self, *, window: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._window = window
         self._clock = clock
-        self._num_ends = 0.0  # both fade
+        self._num_ends = 0.0  # exponentially fading, as `_seconds`
         self._seconds = 0.0
         self._seen_at = 0.0
         self._did_wait = False
 
     def watch(self, *, waited: bool, waits: bool) -> None:
-        """Something happened: whether requests waited until now, and whether some wait after it."""
+        """Adds the time since the last call, if requests waited in it. `waits`: whether some wait from now on."""
         now = self._clock()
         if self._did_wait and waited:
             fade = math.exp(-(now - self._seen_at) / self._window)
@@ -51,7 +51,7 @@ class DrainRate:
         self._seen_at, self._did_wait = now, waits
 
     def count(self) -> None:
-        """A request left the engine while others waited."""
+        """Counts a request that left the engine while others waited."""
         self._num_ends += 1.0
 
     def per_second(self) -> float:
@@ -77,11 +77,11 @@ class Place:
         self._release(self._num_requests, self._num_tokens)
 
     def hand_over(self, num_tokens: int) -> None:
-        """The engine gets a choice now, in the same moment, and counts it from here on."""
+        """Notes that the engine gets a choice in this iteration of the event loop, and counts it itself."""
         self._release(1, num_tokens)
 
     def end(self) -> None:
-        """A choice that was handed over has left the engine."""
+        """Notes that a choice that was handed over has left the engine."""
         self._admission.note_end()
 
     def _release(self, num_requests: int, num_tokens: int) -> None:
@@ -93,8 +93,8 @@ class Place:
 class Admission:
     """Refuses what the queue has no room for, and everything while the server cannot generate.
 
-    Admitting is counting: what was let in fills the queue before the engine hears of it. Who is refused is told the
-    time of a place of its own, behind those that were refused before: places lie as far apart as the queue drains.
+    An admitted request counts as waiting from its admission on, before the engine hears of it. A refused one gets a
+    Retry-After of its own, behind those that were refused before: they are as far apart as the queue drains.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Admission:
         self._clock = clock
         self._num_reserved = 0  # admitted, and not with the engine yet
         self._num_reserved_tokens = 0
-        self._places: list[tuple[float, int]] = []  # a heap: when who was refused comes again, and how many they are
+        self._places: list[tuple[float, int]] = []  # a heap: when a refused request may come again, and its choices
         self._num_placed = 0  # of all of them
         self._is_closed = False
 
@@ -149,7 +149,7 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Choices that wait for the engine, those that it has not been told of included."""
+        """Choices that wait in the engine, and those that were admitted but not handed over yet."""
         return self._engine.num_waiting + self._num_reserved
 
     @property
@@ -204,24 +204,23 @@ class Admission:
         return Place(self, num_requests, num_tokens)
 
     def release(self, num_requests: int, num_tokens: int) -> None:
-        """For places: so much of what was admitted is with the engine, or will never be."""
+        """Called by `Place`: so much of what was admitted was handed to the engine, or never will be."""
         self._num_reserved -= num_requests
         self._num_reserved_tokens -= num_tokens
 
     def note_end(self) -> None:
-        """For places: a choice has left the engine, and what it had there is free."""
+        """Called by `Place`: a choice has left the engine."""
         waits = self.num_waiting > 0
         self._drain_rate.watch(waited=waits, waits=waits)
         if waits:
             self._drain_rate.count()
 
     def _seconds_to_place(self, num_requests: int, num_excess: float) -> float:
-        """Gives one that was refused the place behind all who were refused before and have yet to come; tells when.
+        """Seconds until a refused request may come again: behind all that were refused before it and have yet to come.
 
-        num_excess: requests that must leave the queue before there is room. Whole seconds are all that some clients
-        read of it, so no more places come within one than the queue can take at once. Places that come later than
-        clients are ready to wait are given to nobody: who would have had them comes again at some time before it, to
-        be placed when the line is shorter.
+        num_excess: requests that must leave the queue before there is room. Some clients read whole seconds only, so no
+        more requests are told the same second than the queue can take at once. One whose turn lies beyond
+        MAX_RETRY_AFTER gets a random time before that instead, and is placed when it comes again.
         """
         now = self._clock()
         while self._places and self._places[0][0] <= now:

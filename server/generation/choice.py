@@ -18,7 +18,7 @@ from server.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What to generate."""
+    """One choice of a request: what the engine is asked for, and how its tokens become text."""
 
     index: int
     prompt: Prompt
@@ -51,7 +51,7 @@ class DeltaCollector:
         self._rest = Delta(index=index, is_first=True)
 
     def add(self, delta: Delta) -> None:
-        """In the order in which they came."""
+        """Adds a delta; they must be added in the order in which they came."""
         self._text.write(delta.text)
         self._rest.token_ids += delta.token_ids
         self._rest.offsets += delta.offsets

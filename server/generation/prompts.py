@@ -98,7 +98,7 @@ def _check_length(text: str, options: PromptOptions, tokenizer: Tokenizer, model
 
 
 def check_vocabulary(token_ids: list[int], model: ModelInfo, *, param: str) -> None:
-    """Of ids, and of what a tokenizer made of a text: added tokens may lie beyond what the model was trained with."""
+    """Refuses ids beyond the model's vocabulary: a client's, or a tokenizer's added tokens that the model lacks."""
     highest = max(token_ids, default=0)
     if highest >= model.vocab_size:
         raise bad_request(f"token id {highest} is outside the vocabulary of {model.vocab_size} tokens", param=param)

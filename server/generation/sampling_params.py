@@ -73,7 +73,7 @@ async def read_bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[in
 
 
 def check_parameters(params: SamplingParams, num_choices: int) -> None:
-    """Each choice carries the parameters to the engine and back in every replay. Raises ApiError 400."""
+    """Refuses lists that are too long for all choices: each choice sends them to the engine. Raises ApiError 400."""
     num_values = len(params.allowed_token_ids or ()) + len(params.logit_bias) + len(params.stop_token_ids)
     num_values += sum(map(len, params.bad_words))
     if num_values * num_choices > MAX_PARAMETER_VALUES:
@@ -154,7 +154,7 @@ def _logit_bias(body: RequestFields, vocab_size: int) -> dict[int, float]:
 
 
 def _allowed_token_ids(listed: list[object] | None, vocab_size: int) -> list[int] | None:
-    """Each once, in ascending order. The cost is bounded by the vocabulary, whatever the body holds."""
+    """The allowed ids, each once, ascending. The cost is bounded by the vocabulary, whatever the body holds."""
     if listed is None:
         return None
     param = "allowed_token_ids"

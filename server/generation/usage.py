@@ -14,7 +14,7 @@ class StreamUsage:
     """Counts the tokens of the chunks of one stream, so that what a chunk says is what its reader has had."""
 
     def __init__(self, options: StreamOptions | None, generation: Generation) -> None:
-        """Every chunk has a usage only where the last one has: `continuous_usage_stats` refines `include_usage`."""
+        """`continuous_usage_stats` (a usage in every chunk) has no effect without `include_usage` (one at the end)."""
         self._is_included = bool(options and options.include_usage)
         self._is_continuous = self._is_included and bool(options and options.continuous_usage_stats)
         self._generation = generation
@@ -22,11 +22,11 @@ class StreamUsage:
 
     @property
     def is_continuous(self) -> bool:
-        """Each chunk has its own."""
+        """Whether each chunk has a usage."""
         return self._is_continuous
 
     def count(self, delta: Delta) -> None:
-        """Call it before the chunk that has the delta's tokens is worded."""
+        """Counts a delta's tokens. To be called before the chunk of the delta is made."""
         self._num_tokens += len(delta.token_ids)
 
     def of_chunk(self) -> Usage | UnsetType | None:
@@ -35,5 +35,5 @@ class StreamUsage:
         return None if self._is_included else UNSET
 
     def of_end(self) -> Usage | None:
-        """For the chunk after the last one; None: there is none."""
+        """The usage for a chunk of its own at the end; None where there is no such chunk."""
         return self._generation.usage() if self._is_included else None

@@ -60,7 +60,7 @@ class Authentication:
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:
-        """ "" where no key is needed, None where a needed one is not there."""
+        """The request's tenant: "" where no key is needed, None where a needed key is missing or unknown."""
         if self._keys.is_empty or scope["path"] in self._public_paths:
             return ""
         values = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -17,7 +17,7 @@ ACCEPTED_CODINGS = "gzip, deflate"
 
 
 class BodyBudget:
-    """Bytes that all requests together may hold of their bodies, from the first one read until the whole is parsed."""
+    """The bytes that all bodies together may have in memory, each from its first byte until it is parsed."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -30,7 +30,7 @@ class BodyBudget:
         return self._num_bytes
 
     def take(self, num_bytes: int, *, already: int) -> None:
-        """Raises ApiError 503 where others' bodies leave no room; the only body always has some."""
+        """Takes bytes for a body that has `already` some. Raises ApiError 503 if other bodies leave no room."""
         others = self._num_bytes - already
         if others and self._num_bytes + num_bytes > self._max_bytes:
             message = (
@@ -44,7 +44,7 @@ class BodyBudget:
         self._num_bytes -= num_bytes
 
     def close(self) -> None:
-        """The server ends: nobody waits for the rest of a body any more."""
+        """Makes all reads of bodies time out, and refuses new ones: the server ends."""
         self._is_closed = True
         for read in self._reads:
             if not read.expired():
@@ -52,7 +52,7 @@ class BodyBudget:
 
     @contextmanager
     def reading(self, timeout: asyncio.Timeout) -> Iterator[None]:
-        """Around the reading of one body, which times out at once if the server ends."""
+        """A context around the reading of one body, whose `timeout` expires at once if the server ends."""
         self.refuse_if_closed()
         self._reads.add(timeout)
         try:
@@ -192,7 +192,7 @@ class Decompression:
         self._start = b""  # of a deflate body, until it shows whether it has zlib's header
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """What follows from the next bytes, at most PIECE at a time. Raises ApiError 400."""
+        """Decompresses the next bytes, and yields at most PIECE bytes at a time. Raises ApiError 400."""
         if self._decoder is None:
             data = self._start = self._start + data
             if len(data) < 2:
@@ -212,13 +212,13 @@ class Decompression:
             yield piece
 
     def finish(self) -> None:
-        """Raises ApiError 400 if the end is missing."""
+        """Checks that the compressed stream is complete. Raises ApiError 400."""
         if self._decoder is None or not self._decoder.eof:
             raise bad_request("the compressed body ends in the middle; send all of it")
 
 
 def _decoding(coding: bytes) -> Decompression | None:
-    """Raises ApiError 415."""
+    """The decompression for a Content-Encoding; None for none. Raises ApiError 415."""
     if coding in (b"", b"identity"):
         return None
     if coding not in (b"gzip", b"x-gzip", b"deflate"):

@@ -36,17 +36,17 @@ HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 
 
 class Phase(Enum):
-    """The state of a connection."""
+    """The state of a connection, as that of the request that it reads."""
 
-    IDLE = auto()  # nothing of it has come
-    HEAD = auto()  # its request line and headers come
-    BODY = auto()  # its body comes; it may have been answered already
-    ANSWER = auto()  # it is whole, and is being answered
-    CLOSING = auto()  # the connection is over; whatever comes is dropped
+    IDLE = auto()  # no byte of the next request has arrived
+    HEAD = auto()  # the request line and headers are arriving
+    BODY = auto()  # the body is arriving; the request may have been answered already
+    ANSWER = auto()  # the request is complete, and is being answered
+    CLOSING = auto()  # the connection is closing; what arrives is dropped
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection.
+    """The protocol of one connection, called by the event loop, by the parser and by the task that answers.
 
     Bytes are counted before the parser keeps them, and handed to it in pieces that end where a request may end: while
     a request is answered, the ones behind it stay unread.
@@ -229,7 +229,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._arm(self._operation.head_timeout, self._on_head_timeout)
 
     def _end_of_piece(self, data: bytes, start: int) -> int:
-        """Heads end with a line, bodies with a declared length by it; a chunked body's end is found within a piece."""
+        """Where the next piece for the parser ends: at a line of a head, at the end of a body, or CHUNKED_PIECE on."""
         if self._phase is Phase.HEAD:
             room = self._operation.max_head_bytes + 1 - self._num_head_bytes
             return (data.find(b"\n", start, start + room) + 1) or min(start + room, len(data))
@@ -237,7 +237,7 @@ class HttpProtocol(HttpToolsProtocol):
         return min(start + max(length, 1), len(data))
 
     def _feed(self, piece: bytes) -> int:
-        """How many bytes of the piece were read: all of them, but where a request asked for another protocol."""
+        """Feeds the parser. Returns how many bytes it read: all, unless a request asked for another protocol."""
         if self._phase is Phase.HEAD:
             self._num_head_bytes += len(piece)
             if self._num_head_bytes > self._operation.max_head_bytes:
@@ -290,13 +290,13 @@ class HttpProtocol(HttpToolsProtocol):
             self._stop(bad_request("the only Transfer-Encoding that is read is chunked; send that, or a length"))
 
     def _stop(self, refusal: ApiError) -> None:
-        """Raises out of a callback of the parser, with the error to answer."""
+        """Stops the parser from within one of its callbacks, by an exception. `refusal` is then the answer."""
         self._refusal = refusal
         raise ValueError(refusal.message)
 
     def _leave_unread(self, data: bytes) -> None:
         self._unread = data
-        self.flow.resume_reading()  # it must not know of this pause: the task that answers would end it
+        self.flow.resume_reading()  # else the task that answers would end the pause below
         self.transport.pause_reading()
         self._intake.hold(self, len(data))
 
@@ -324,7 +324,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(ApiError(408, message, code="request_timeout"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Without the application, which never learns of this request, or is told that the client has left."""
+        """Answers without the application and closes. A task that answers already is told that the client has left."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

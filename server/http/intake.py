@@ -17,7 +17,7 @@ class Connection(Protocol):
     """The interface of a connection to the intake."""
 
     def make_room(self) -> None:
-        """Closes, or drops what it holds."""
+        """Called to evict the connection: closes it, or drops what it holds."""
         ...
 
     def read_on(self) -> None:
@@ -65,16 +65,16 @@ class Intake:
         return True
 
     def wait(self, connection: Connection) -> None:
-        """The connection has no request that is being answered."""
+        """Notes that the connection has no request that is being answered, and may be evicted."""
         if connection in self._open:
             self._waiting[connection] = None
 
     def work(self, connection: Connection) -> None:
-        """The connection has one, and keeps its place until it is answered."""
+        """Notes that a request of the connection is being answered; until then it is not evicted for its place."""
         self._waiting.pop(connection, None)
 
     def hold(self, connection: Connection, num_bytes: int) -> None:
-        """How much the connection holds now. May evict any connection, this one included."""
+        """Notes how many bytes the connection holds now. May evict any connection, this one included."""
         self._num_held_bytes += num_bytes - self._held.get(connection, 0)
         if num_bytes:
             self._held[connection] = num_bytes  # keeps its place in the order
@@ -86,14 +86,14 @@ class Intake:
             self._evict(oldest, f"operation.max_total_head_bytes ({self._max_held_bytes})")
 
     def read_later(self, connection: Connection) -> None:
-        """Lets it read on. Of all that have much to parse, one does so in each turn of the event loop."""
+        """Queues the connection to read on. One of the queue does so in each iteration of the event loop."""
         self._backlog.append(connection)
         if not self._is_reading:
             self._is_reading = True
             asyncio.get_running_loop().call_soon(self._read_one)
 
     def leave(self, connection: Connection) -> None:
-        """The connection is closed, or as good as closed."""
+        """Forgets a connection that is closed, or about to be."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
         self._num_held_bytes -= self._held.pop(connection, 0)

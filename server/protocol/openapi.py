@@ -26,13 +26,13 @@ ERRORS = {
 
 
 def request_body(body_type: type[BaseModel]) -> JsonObject:
-    """For `openapi_extra`."""
+    """The description of a request body, for FastAPI's `openapi_extra`."""
     schema = _inlined(body_type.model_json_schema(), {})
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def replies(reply_type: type[msgspec.Struct], *, streams: bool = False) -> dict[int | str, JsonObject]:
-    """For `responses`: the answer, perhaps as a stream of events, and every error."""
+    """The descriptions of the answer, also as a stream of events, and of every error, for FastAPI's `responses`."""
     content: JsonObject = {"application/json": {"schema": _struct_schema(reply_type)}}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}

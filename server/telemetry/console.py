@@ -31,7 +31,7 @@ class Console(NullObserver):
         self._window = StepWindow()
 
     def say(self, text: str) -> None:
-        """Lost where the stream cannot be written: a full disk, or a reader that has left, must not end the server."""
+        """Prints a line, or loses it: a full disk or a closed pipe must not end the server."""
         with contextlib.suppress(OSError):
             print(text, file=self._stream, flush=True)
 
@@ -66,7 +66,7 @@ class StepWindow:
         self._is_idle = True  # since the last step
 
     def add(self, stats: StepStats, now: float) -> str | None:
-        """A line when the second is over."""
+        """Adds a step. Returns the line of the window when its second is over, else None."""
         if self._is_idle:
             self._num_steps, self._num_tokens, self._started_at = 0, 0, now - _seconds(stats)
         self._is_idle = stats.num_running == stats.num_waiting == 0

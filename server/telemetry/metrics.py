@@ -84,16 +84,16 @@ class Metrics:
         self._received.inc()
 
     def request_rejected(self, outcome: str) -> None:
-        """It ended before anything ran."""
+        """Counts a request that ended before anything of it ran."""
         self._outcomes[outcome].inc()
 
     def request_started(self, num_choices: int, max_tokens: int) -> None:
-        """It was let in, and asks for so many choices per prompt, of at most so many tokens each."""
+        """Observes an admitted request: its choices per prompt, and the most output tokens of each."""
         self._request_choices.observe(num_choices)
         self._request_max_tokens.observe(max_tokens)
 
     def request_finished(self, outcome: str, counts: TokenCounts, seconds: float, timing: RequestTiming | None) -> None:
-        """It ran, and ended. `timing`: of its last choice, where the engine got to tell."""
+        """Counts a request that ran and ended. `timing`: of the choice that ended last, if the engine reported one."""
         self._outcomes[outcome].inc()
         self._duration.observe(seconds)
         self._request_prompt_tokens.observe(counts.num_prompt_tokens)
@@ -110,11 +110,11 @@ class Metrics:
             self._time_per_output_token.observe(timing.decode / (counts.num_output_tokens - 1))
 
     def first_token(self, seconds: float) -> None:
-        """The request's first token came so long after its arrival."""
+        """Observes the seconds from a request's arrival to its first token."""
         self._time_to_first_token.observe(seconds)
 
     def tokens_delivered(self, num_tokens: int, seconds_since_last: float | None) -> None:
-        """Call it for every output that has tokens; `seconds_since_last` is None for a choice's first."""
+        """Counts the tokens of one output. `seconds_since_last`: since the choice's last tokens; None for its first."""
         self._tokens.count(num_tokens, seconds_since_last)
 
     # EngineObserver

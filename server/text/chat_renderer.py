@@ -79,7 +79,7 @@ class ChatRenderer:
         return answer or Rendered(None, "the process that renders it was killed, twice; look for what kills it")
 
     def _try(self, request: Render, sent: bytes) -> Rendered | None:
-        """None where somebody else has killed the process. sent: the request, framed"""
+        """Renders in this thread's process; None where that was killed from outside. sent: the request, framed"""
         process = self._process()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -100,7 +100,7 @@ class ChatRenderer:
         return Rendered(None, f"it took more than {request.max_seconds:g} s of processor time, or too much memory")
 
     def _process(self) -> subprocess.Popen[bytes]:
-        """This thread's. A new one where there is none, or where somebody has killed it while it was idle."""
+        """The worker process of the calling thread: a new one where there is none, or it was killed while idle."""
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         if process is not None and process.poll() is None:
             return process
@@ -128,7 +128,7 @@ class ChatRenderer:
 
 
 def _wait(file: int, seconds: float) -> bool:
-    """Until there is something to read, or the end. Unlike `select`, it takes files above the number of 1023."""
+    """Waits until the file can be read or is at its end. Unlike `select`, poll takes descriptors above 1023."""
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return bool(poll.poll(1000 * seconds))

@@ -48,17 +48,20 @@ class Rendered(msgspec.Struct):
 
 
 class TimeIsUp(BaseException):
-    """No Exception, so that no template and no library catches it."""
+    """The processor time of a rendering is used up. Not an Exception, so that no template or library catches it."""
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """Raises OverflowError for numbers of more than 64 bits, UnicodeEncodeError for halves of characters."""
+    """The message in MessagePack, behind its length.
+
+    Raises OverflowError for numbers of more than 64 bits, UnicodeEncodeError for lone surrogates.
+    """
     data = msgspec.msgpack.encode(message)
     return len(data).to_bytes(8, "little") + data
 
 
 def read_frame(stream: IO[bytes]) -> bytes | None:
-    """None at the end of the stream."""
+    """The next frame's message, encoded; None at the end of the stream."""
     head = stream.read(8)
     if len(head) < 8:
         return None
@@ -68,7 +71,7 @@ def read_frame(stream: IO[bytes]) -> bytes | None:
 
 
 def render(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> Rendered:
-    """Within the limits. Exceptions of the template become the reason."""
+    """Renders a conversation within the limits. An exception of the template becomes the reason of the refusal."""
     own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     used = resource.getrusage(resource.RUSAGE_SELF)
     end = int(used.ru_utime + used.ru_stime + request.max_seconds) + 1 + GRACE
@@ -103,12 +106,12 @@ def render(request: Render, render_template: Callable[..., tuple[list[str], obje
 
 
 def _as_unicode(text: str) -> str:
-    """A template may write half of a character, which no tokenizer takes."""
+    """The text with lone surrogates replaced, which a template may write and no tokenizer takes."""
     return text.encode(errors="replace").decode()
 
 
 def _template_errors() -> tuple[type[Exception], ...]:
-    """What a template raises that does not fit a conversation."""
+    """The exceptions by which a template refuses a conversation that it does not fit."""
     from jinja2 import TemplateError
 
     return TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError
@@ -143,7 +146,7 @@ def _wants_parts(request: Render, render_template: Callable[..., tuple[list[str]
 
 
 def _limit(kind: int, value: int) -> None:
-    """As far as the limits allow with which the server itself was started."""
+    """Sets a resource limit of this process, as far as the hard limit that it was started with allows."""
     hard = resource.getrlimit(kind)[1]
     bounds = [bound for bound in (value, hard) if bound != resource.RLIM_INFINITY]
     resource.setrlimit(kind, (min(bounds, default=resource.RLIM_INFINITY), hard))

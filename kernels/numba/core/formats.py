@@ -1,10 +1,10 @@
-"""The formats in which elements are stored, as the numbers that operations have for them."""
+"""Element formats of weights, tables and KV caches, as the integers that stand for them in operations."""
 
 from __future__ import annotations
 
 import torch
 
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)  # of packed matrices; the first three of tables and KV caches too
+FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)  # of packed matrices; tables and KV caches have the first three
 NAMES = {FLOAT32: "float32", BFLOAT16: "bfloat16", FLOAT16: "float16", INT8: "int8", INT4: "int4"}
 SIZES = {FLOAT32: 4.0, BFLOAT16: 2.0, FLOAT16: 2.0, INT8: 1.0625, INT4: 0.625}  # bytes of an element, scales included
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}

@@ -1,4 +1,4 @@
-"""Vectors of 16 lanes in LLVM's own terms, and the loops over vectors that a compiler would not find by itself.
+"""LLVM vectors of 16 lanes, and the loops over them that LLVM would not vectorise by itself.
 
 LLVM splits a vector into two registers of AVX2, four of NEON, or one of AVX-512. Addresses are integers.
 """
@@ -80,7 +80,7 @@ def exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = fma(builder, p, r, constant(coefficient))
     p = builder.fadd(fma(builder, p, builder.fmul(r, r), r), constant(1.0))
-    # a NaN is no number to convert: it is in p already, whatever power of two it meets
+    # converting NaN to an integer is undefined, so 0 takes its place; the product is still NaN, since p is
     whole = builder.select(builder.fcmp_unordered("uno", x, x), constant(0.0), n)
     power = builder.shl(
         builder.add(builder.fptosi(whole, INTS), ir.Constant(INTS, [127] * LANES)), ir.Constant(INTS, [23] * LANES)
@@ -89,7 +89,7 @@ def exponential(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 class Loop:
-    """for index in range(count), with values carried from turn to turn."""
+    """The blocks of `for index in range(count)`, with values carried from one iteration to the next."""
 
     def __init__(self, builder: ir.IRBuilder, count: ir.Value, carried: list[ir.Value]) -> None:
         self.builder, self.count = builder, count
@@ -108,7 +108,7 @@ class Loop:
         builder.position_at_end(self.body)
 
     def close(self, carried: list[ir.Value]) -> list[ir.Value]:
-        """Ends the body with the values of the next turn; returns those after the last turn."""
+        """Ends the body with the carried values of the next iteration; returns those after the last."""
         builder = self.builder
         self.index.add_incoming(builder.add(self.index, I64(1)), builder.block)
         for phi, value in zip(self.values, carried, strict=True):
@@ -131,15 +131,16 @@ def define(module: ir.Module, name: str, num_arguments: int) -> tuple[ir.Functio
 
 @intrinsic
 def exponentiate(typing_context, scores, count, largest):
-    """scores = e^(scores - largest), float32 [16 * count] at an address; returns their sum, in an order of its own."""
+    """scores = e^(scores - largest), float32 [16 * count] at an address; returns their sum: over the vectors
+    in each lane first, then over the lanes."""
 
     def generate(context, builder, signature, arguments):
-        address, num_vectors, peak = arguments
-        peaks = splat(builder, peak)
+        address, num_vectors, row_max = arguments
+        row_maxima = splat(builder, row_max)
         loop = Loop(builder, num_vectors, [constant(0.0)])
-        place = builder.add(address, builder.mul(loop.index, I64(4 * LANES)))
-        weights = exponential(builder, builder.fsub(load_floats(builder, place, "float32"), peaks))
-        store(builder, weights, place)
+        vector = builder.add(address, builder.mul(loop.index, I64(4 * LANES)))
+        weights = exponential(builder, builder.fsub(load_floats(builder, vector, "float32"), row_maxima))
+        store(builder, weights, vector)
         (total,) = loop.close([builder.fadd(loop.values[0], weights)])
         return sum_lanes(builder, total)
 
@@ -148,7 +149,7 @@ def exponentiate(typing_context, scores, count, largest):
 
 @intrinsic
 def largest_of(typing_context, scores, count, floor):
-    """The largest of `floor` and float32 [16 * count] at an address, whatever is no number left out."""
+    """The largest of `floor` and float32 [16 * count] at an address; NaN is ignored."""
 
     def generate(context, builder, signature, arguments):
         address, num_vectors, least = arguments
@@ -204,27 +205,27 @@ def round_groups(typing_context, x, out, scales, count):
         halves = [load_floats(builder, builder.add(start, I64(4 * LANES * half)), "float32") for half in (0, 1)]
         sizes = [call_by_name(builder, f"llvm.fabs.v{LANES}f32", FLOATS, half) for half in halves]
         largest = builder.select(builder.fcmp_ordered(">", sizes[0], sizes[1]), *sizes)
-        peak = call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
-        is_some = builder.fcmp_ordered(">", peak, ir.Constant(FLOAT, 1e-30))
+        absmax = call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
+        is_some = builder.fcmp_ordered(">", absmax, ir.Constant(FLOAT, 1e-30))
         steps = ir.Constant(FLOAT, STEPS)
-        inverse = builder.select(is_some, builder.fdiv(steps, peak), ir.Constant(FLOAT, 0.0))
+        inverse = builder.select(is_some, builder.fdiv(steps, absmax), ir.Constant(FLOAT, 0.0))
         inverses = splat(builder, inverse)
         total = ir.Constant(INTS, [0] * LANES)
         for half, values in enumerate(halves):
             whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
             integers = builder.fptosi(whole, INTS)
             total = builder.add(total, integers)
-            place = builder.add(target, builder.mul(loop.index, I64(2 * GROUP)))
+            address = builder.add(target, builder.mul(loop.index, I64(2 * GROUP)))
             words = builder.trunc(integers, ir.VectorType(I16, LANES))
-            store(builder, words, builder.add(place, I64(2 * LANES * half)), 2)
+            store(builder, words, builder.add(address, I64(2 * LANES * half)), 2)
         summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
         are_numbers = call_by_name(
             builder, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), builder.fcmp_ordered("ord", *halves)
-        )  # neither the peak nor an integer would say that an element is none
-        scale = builder.select(are_numbers, builder.fdiv(peak, steps), ir.Constant(FLOAT, math.nan))
-        place = builder.add(factors, builder.mul(loop.index, I64(8)))
-        store(builder, scale, place)
-        store(builder, builder.fmul(scale, builder.sitofp(summed, FLOAT)), builder.add(place, I64(4)))
+        )  # looked for here, since the reduction by fmax and the conversion to integers drop NaN
+        scale = builder.select(are_numbers, builder.fdiv(absmax, steps), ir.Constant(FLOAT, math.nan))
+        address = builder.add(factors, builder.mul(loop.index, I64(8)))
+        store(builder, scale, address)
+        store(builder, builder.fmul(scale, builder.sitofp(summed, FLOAT)), builder.add(address, I64(4)))
         loop.close([])
         return context.get_dummy_value()
 

@@ -1,4 +1,4 @@
-"""Memory as the compiled code sees it: addresses, atomic counters, half-precision elements."""
+"""Access to memory from compiled code: arrays at addresses, atomic counters, half-precision elements."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _counter(builder, address):
 
 @intrinsic
 def add_to_counter(typing_context, address, amount):
-    """Adds to the int64 at an address, as one operation among all threads; returns what it was before."""
+    """Adds to the int64 at an address atomically, sequentially consistent; returns the value before."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", _counter(builder, arguments[0]), arguments[1], "seq_cst")
@@ -59,7 +59,10 @@ def add_to_counter(typing_context, address, amount):
 
 @intrinsic
 def read_counter(typing_context, address):
-    """The int64 at an address; what the thread that wrote it did before is visible afterwards."""
+    """Loads the int64 at an address atomically, sequentially consistent.
+
+    All that a thread wrote before it changed the counter to this value is visible after the load.
+    """
 
     def generate(context, builder, signature, arguments):
         return builder.load_atomic(_counter(builder, arguments[0]), "seq_cst", 8)
@@ -69,7 +72,7 @@ def read_counter(typing_context, address):
 
 @intrinsic
 def write_counter(typing_context, address, value):
-    """Sets the int64 at an address; what this thread did before is visible to who reads it."""
+    """Stores the int64 at an address atomically, sequentially consistent: see `read_counter`."""
 
     def generate(context, builder, signature, arguments):
         builder.store_atomic(arguments[1], _counter(builder, arguments[0]), "seq_cst", 8)

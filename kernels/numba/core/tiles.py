@@ -41,7 +41,7 @@ from kernels.numba.core.lanes import (
 )
 
 MAX_ROWS_OF_TWO_PANELS = 2
-PARTS_AHEAD = 2  # of 1 to 4 KB each
+PARTS_AHEAD = 2  # parts of a paged matrix that are prefetched, 1 to 4 KB each
 MIN_ROWS_OF_UNPACKED = 4
 MAX_ROWS = 6  # 6 rows of two registers are 12 sums, which leaves AVX2's 16 registers 4 for operands
 
@@ -49,7 +49,7 @@ MAX_ROWS = 6  # 6 rows of two registers are 12 sums, which leaves AVX2's 16 regi
 def _write_sums(
     builder: ir.IRBuilder, sums: list[list[ir.Value]], out: ir.Value, ldo: ir.Value, adds: ir.Value
 ) -> None:
-    """Stores the sums of a tile, or adds them to what is there."""
+    """Stores the sums of a tile at `out`, or adds them to the elements there."""
     is_added = builder.icmp_signed("!=", adds, I64(0))
     for row, row_sums in enumerate(sums):
         for panel, total in enumerate(row_sums):
@@ -115,9 +115,9 @@ def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.
     zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * rows
     step = builder.mul(w_stride, I64(size))
     outer = Loop(builder, num_parts, [] if scores else zeros)
-    place = builder.add(parts, builder.shl(outer.index, I64(3)))
+    entry = builder.add(parts, builder.shl(outer.index, I64(3)))
     part, following = (
-        builder.add(load(builder, builder.add(place, I64(8 * ahead)), I64, 8), offset) for ahead in (0, PARTS_AHEAD)
+        builder.add(load(builder, builder.add(entry, I64(8 * ahead)), I64, 8), offset) for ahead in (0, PARTS_AHEAD)
     )
     if scores:
         first, begin, count = I64(0), I64(0), depth
@@ -228,9 +228,9 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
     totals = inner.close(totals)
     sums = []
     for row in range(rows):
-        place = builder.add(builder.mul(ldg, I64(8 * row)), builder.mul(group, I64(8)))
-        row_scale = splat(builder, load(builder, builder.add(x_scales, place), FLOAT, 4))
-        row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(place, I64(4))), FLOAT, 4))
+        scale_offset = builder.add(builder.mul(ldg, I64(8 * row)), builder.mul(group, I64(8)))
+        row_scale = splat(builder, load(builder, builder.add(x_scales, scale_offset), FLOAT, 4))
+        row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(scale_offset, I64(4))), FLOAT, 4))
         for panel in range(panels):
             first = builder.mul(panel_groups, I64(group_scales * panel))
             address = builder.add(builder.add(scales, first), builder.mul(group, I64(group_scales)))

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache. A unit of work is some queries of one sequence by one KV head.
+"""Attention over a paged KV cache. A unit of work, done by one thread, is some queries of one sequence by one KV head.
 
 Online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1) over spans of keys that begin at multiples
 of SPAN in the sequence: the order of a row's sums depends on the row's position alone.
@@ -132,9 +132,10 @@ def attend_unit(
     block_bytes, head_bytes, first_token, num_tokens, kv_head, context, first_row, num_new, positions, tables,
     tree, tree_width, scratch,
 ):  # fmt: skip
-    """Attends for tokens first_token..+num_tokens (rows of the step) of one sequence, with one KV head.
+    """As `kernels.reference.attention.paged_attention`, for `num_tokens` tokens of one sequence and one KV head.
 
     qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; out: float32 [rows, num_heads * size]
+    first_token: the row of the step that is the first of the tokens
     keys, ..., head_bytes: the paged cache, as of `rotate_and_store_rows`; tables: int64, the blocks of the sequence
     context: tokens of the sequence in the cache, this step's included: num_new of them, from row first_row on
     positions: int64 [rows], of each row in its sequence; tree: uint8 [rows, tree_width], which of the sequence's rows

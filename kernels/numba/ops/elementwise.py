@@ -1,4 +1,4 @@
-"""The operations between two matrix products: normalisation, rotation, activation, rounding to integers.
+"""The operations between two matrix products: normalisation, rotation, KV write, activation, rounding to integers.
 
 Each function computes some rows of one operation, in float32; a row's result does not depend on the other rows.
 """
@@ -38,7 +38,7 @@ def _inverse_norm(x, size, eps):
 
 @njit
 def normalise_rows(x, weight, out, first, last, size, eps):
-    """out = x / sqrt(mean(x^2) + eps) * weight for rows first..last of [rows, size] (Zhang and Sennrich, 2019)."""
+    """As `kernels.reference.norm.rms_norm`, for rows first..last of x and out: float32 [rows, size]."""
     factors = floats(weight, size)
     for row in range(first, last):
         source, target = floats(x + row * size * 4, size), floats(out + row * size * 4, size)
@@ -57,8 +57,7 @@ def _normalise_head(x, weight, size, eps):
 
 @njit(fastmath=_FUSED)
 def _rotate_head(x, cos, sin, half):
-    """Rotates pair (i, i + half) by its angle (Su et al., 2021, in GPT-NeoX's order). cos, sin: [2 * half], sin's first
-    half negated, as in `kernels.reference.rope.rope_factors`."""
+    """As `kernels.reference.rope.apply_rope`, for one head in place. cos, sin: [2 * half], sin's first half negated"""
     low, high = floats(x, half), floats(x + half * 4, half)
     cosines, sines = floats(cos, half), floats(sin + half * 4, half)
     for i in range(half):
@@ -73,7 +72,7 @@ def _store(value, address, kind):
         floats(address, 1)[0] = value
     elif kind == BFLOAT16:
         words(address, 1)[0] = to_bfloat16_bits(value)
-    else:  # held within what the format reaches: an infinity would spoil every sum that it enters
+    else:  # clamped to the range of float16: an infinity would make every sum that it enters infinite or NaN
         words(address, 1)[0] = to_float16_bits(min(max(value, np.float32(-65504.0)), np.float32(65504.0)))
 
 
@@ -99,7 +98,7 @@ def rotate_and_store_rows(
     block_bytes,
     head_bytes,
 ):
-    """Normalises and rotates queries and keys in place, and writes keys and values into the paged cache.
+    """As `kernels.reference.qkv.rotate_and_store`, for rows first..last; queries and keys are changed in place.
 
     qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; q_norm, k_norm: float32 [size], or 0
     cos, sin: float32 [rows, width], width rotated elements of a head, 0 for none; slots: int64 [rows]
@@ -108,7 +107,7 @@ def rotate_and_store_rows(
     """
     element = 4 if kind == FLOAT32 else 2
     row_bytes = (num_heads + 2 * num_kv_heads) * size * 4
-    places = integers(slots, last)
+    row_slots = integers(slots, last)
     for row in range(first, last):
         heads = qkv + row * row_bytes
         for head in range(num_heads + num_kv_heads):
@@ -118,13 +117,13 @@ def rotate_and_store_rows(
                 _normalise_head(address, norm, size, eps)
             if width != 0:
                 _rotate_head(address, cos + row * width * 4, sin + row * width * 4, width // 2)
-        page, offset = places[row] // block, places[row] % block
+        page, offset = row_slots[row] // block, row_slots[row] % block
         for head in range(num_kv_heads):
             new_keys = floats(heads + (num_heads + head) * size * 4, size)
             new_values = floats(heads + (num_heads + num_kv_heads + head) * size * 4, size)
-            place = page * block_bytes + head * head_bytes
-            key_column = keys + place + offset * element
-            value_row = values + place + offset * size * element
+            head_offset = page * block_bytes + head * head_bytes
+            key_column = keys + head_offset + offset * element
+            value_row = values + head_offset + offset * size * element
             for i in range(size):
                 _store(new_keys[i], key_column + i * block * element, kind)
             for i in range(size):
@@ -133,7 +132,7 @@ def rotate_and_store_rows(
 
 @njit
 def silu_and_multiply_rows(x, out, first, last, size):
-    """out = silu(gate) * up for rows of x: [rows, 2 * size], gate and up side by side (Shazeer, 2020, SwiGLU)."""
+    """As `kernels.reference.activation.silu_and_mul`, for rows first..last of x: float32 [rows, 2 * size]."""
     for row in range(first, last):
         gate = x + row * size * 8
         silu_and_multiply(gate, gate + size * 4, out + row * size * 4, size // LANES)

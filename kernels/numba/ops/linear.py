@@ -1,4 +1,4 @@
-"""Matrix products with packed weights. A unit of work is a block of rows by some panels of 16 columns."""
+"""Matrix products with packed weights. A unit of work, done by one thread, is a block of rows by some panels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kernels.numba.core.tiles import (
 from kernels.numba.kernel_cache import kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
-MIN_ROWS_TO_UNPACK = 12  # from which an int4 panel is unpacked once for all tiles, which have 4 to 6 rows each
+MIN_ROWS_TO_UNPACK = 12  # with fewer, each tile of 4 to 6 rows unpacks an int4 panel itself
 BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
 SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2
 

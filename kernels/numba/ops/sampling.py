@@ -1,4 +1,8 @@
-"""Sampling the tokens of rows of logits on a CPU: all passes over a vocabulary, for one thread."""
+"""Sampling of rows of logits on a CPU: the loops over a vocabulary.
+
+Each kernel computes its rows on the thread that calls it, without the interpreter's lock. The tokens are defined by
+`kernels.reference.sampling.sample_tokens`; `engine.sampling.gumbel` says how few of them need a logarithm.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ _LOG2 = math.log(2.0)
 @njit
 def _noise_bits(word, first_key, second_key):
     """The noise bits of one token (`engine.sampling.noise`)."""
-    x = np.uint32(word ^ first_key)  # Numba's integers grow to 64 bits, unless told not to
+    x = np.uint32(word ^ first_key)  # Numba widens integers to 64 bits unless each result is cast
     x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
     x = np.uint32(x * np.uint32(0x7FEB352D))
     x = np.uint32(x ^ np.uint32(x >> np.uint32(15)))
@@ -68,7 +72,10 @@ def _weight(gap):
 
 @kernel(types.void(_FLOATS, _WORDS, uint32, uint32, float32, _WORDS, _FLOATS), nogil=True)
 def draw_noise(gaps, words, first_key, second_key, time_of_gap, bits, times):
-    """Fills the noise bits (`engine.sampling.noise`) and the times (`engine.sampling.gumbel`) of all tokens."""
+    """Fills the noise bits (`engine.sampling.noise.noise_bits`) and the times (`engine.sampling.gumbel`) of all tokens.
+
+    Both are in the order of the token ids, as `words`, of `engine.sampling.noise.token_words`.
+    """
     for i in range(len(gaps)):
         bits[i] = _noise_bits(words[i], first_key, second_key)
         times[i] = _time(bits[i], gaps[i], time_of_gap)
@@ -84,13 +91,15 @@ def sum_weights(gaps):
 
 
 @njit
-def _time_block(logits, words, gaps, times, peak, facts, keys, time_of_gap):
-    """Fills the gaps and times of some tokens; returns the lowest time. (As an integer of the same order: minima of
-    floats do not become vectors.)"""
+def _time_block(logits, words, gaps, times, row_max, facts, keys, time_of_gap):
+    """Fills the gaps and times of some tokens, and returns the lowest time.
+
+    The minimum is taken over integers of the same order as the times, since LLVM does not vectorise that of floats.
+    """
     temperature, max_gap, first_key, second_key = facts[0], facts[1], keys[0], keys[1]
     low = np.int32(0x7FFFFFFF)
     for i in range(len(logits)):
-        gap = np.float32(np.float32(peak - logits[i]) / temperature)
+        gap = np.float32(np.float32(row_max - logits[i]) / temperature)
         gap = gap if gap <= max_gap else np.float32(np.inf)
         gaps[i] = gap
         times[i] = time = np.float32(_time(_noise_bits(words[i], first_key, second_key), gap, time_of_gap))
@@ -100,12 +109,12 @@ def _time_block(logits, words, gaps, times, peak, facts, keys, time_of_gap):
 
 
 @njit
-def _race(logits, words, gaps, times, lows, peak, facts, keys, time_of_gap):
-    """The token with the largest score of a row: `engine.sampling.gumbel.GumbelRace.winner`."""
+def _find_winner(logits, words, gaps, times, lows, row_max, facts, keys, time_of_gap):
+    """The token with the largest score of a row, as `engine.sampling.gumbel.GumbelRace.winner`."""
     size = len(logits)
     for block in range(len(lows)):
         part = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, size))
-        lows[block] = _time_block(logits[part], words[part], gaps[part], times[part], peak, facts, keys, time_of_gap)
+        lows[block] = _time_block(logits[part], words[part], gaps[part], times[part], row_max, facts, keys, time_of_gap)
     start = lows.argmin() * BLOCK_TOKENS
     first = start + times[start : min(start + BLOCK_TOKENS, size)].argmin()
     reached = np.float64(_score(_noise_bits(words[first], keys[0], keys[1]), gaps[first]))
@@ -123,7 +132,7 @@ def _race(logits, words, gaps, times, lows, peak, facts, keys, time_of_gap):
 
 @njit(fastmath=REORDERED)
 def _weights_before(gaps, token):
-    """(what the tokens weigh that come before one in the order (gap, token id), what all weigh): as `sum_weights`"""
+    """(before, total): the weights of the tokens before `token` in the order (gap, token id), and of all tokens."""
     before, total, limit = np.float32(0.0), np.float32(0.0), gaps[token]
     for i in range(len(gaps)):
         weight = _weight(gaps[i])
@@ -133,24 +142,24 @@ def _weights_before(gaps, token):
 
 
 @njit
-def _gap_block(logits, gaps, peak, temperature):
+def _gap_block(logits, gaps, row_max, temperature):
     """Fills the gaps of some tokens; returns the lowest. (Gaps are not negative: their bits have their order.)"""
     low = np.int32(0x7FFFFFFF)
     for i in range(len(logits)):
-        gaps[i] = gap = np.float32(np.float32(peak - logits[i]) / temperature)
+        gaps[i] = gap = np.float32(np.float32(row_max - logits[i]) / temperature)
         low = min(low, np.float32(gap).view(np.int32))
     return np.int32(low).view(np.float32)
 
 
 @njit
-def _list_first(logits, gaps, lows, peak, temperature, top_k, listed):
-    """Lists tokens in ascending order, the first `top_k` in the order (gap, token id) among them. Returns how many, or
-    0 for more than there is room for. No more blocks than top_k can hold one of them, but the bound of this is theirs.
+def _list_first(logits, gaps, lows, row_max, temperature, top_k, listed):
+    """Lists every token whose gap is within the top_k-th lowest gap of a block, in ascending order: the first top_k in
+    the order (gap, token id) are among them. Returns how many, or 0 for more than there is room for.
     """
     size, count = len(logits), 0
     for block in range(len(lows)):
         part = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, size))
-        lows[block] = _gap_block(logits[part], gaps[part], peak, temperature)
+        lows[block] = _gap_block(logits[part], gaps[part], row_max, temperature)
     bound = np.partition(lows, top_k - 1)[top_k - 1]
     for block in range(len(lows)):
         if lows[block] <= bound:
@@ -183,18 +192,18 @@ def sample_rows(
     for row in range(first, last):
         if tokens[row] == NOT_DECIDED:
             continue
-        peak = logits[row, best[row]]
-        if not np.isfinite(peak):
+        row_max = logits[row, best[row]]
+        if not np.isfinite(row_max):
             tokens[row] = NOT_FINITE
         elif facts[row, 0] == 0.0:
             tokens[row] = best[row]
         elif facts[row, 3] != 0.0:
             top_k = int64(facts[row, 3])
-            counts[row] = _list_first(logits[row], scratch[0], lows, peak, facts[row, 0], top_k, lists[row])
+            counts[row] = _list_first(logits[row], scratch[0], lows, row_max, facts[row, 0], top_k, lists[row])
             tokens[row] = LISTED if counts[row] > 0 else NOT_DECIDED
         else:
             gaps, times = scratch[0], scratch[1]
-            winner = _race(logits[row], words, gaps, times, lows, peak, facts[row], keys[row], time_of_gap)
+            winner = _find_winner(logits[row], words, gaps, times, lows, row_max, facts[row], keys[row], time_of_gap)
             if facts[row, 2] != 0.0:
                 weights[row, 0], weights[row, 1] = _weights_before(gaps, winner)
             tokens[row] = winner

@@ -1,4 +1,6 @@
-"""Recovers the integers and scales of a dequantised matrix (of GGUF's Q4_0, Q4_1 or Q8_0), to store it exactly.
+"""Exact recovery of the integers and scales of a dequantised matrix (of GGUF's Q4_0, Q4_1 or Q8_0).
+
+A loader hands matrices over as floats; with their integers back, they are stored as small as in the file, without loss.
 
 A *level* is the integer of a weight. A group of 32 weights is accepted if level * scale + offset, computed in float32,
 gives each of them back bit for bit.

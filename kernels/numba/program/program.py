@@ -1,7 +1,8 @@
 """A model's step as a list of operations that a team of threads works off together, without Python in between.
 
-An operation is cut into units. Threads take units from a shared counter, and go on to the next operation when all units
-of this one are done: a thread that the system has put aside holds nobody up, unless it holds a unit.
+An operation is divided into units. Threads take units from a shared counter, and go on to the next operation when all
+units of this one are done: a thread that the operating system has descheduled delays the others only while it has a
+unit.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ MAX_BLOCK_TABLES = 8  # of a sequence: one for each group of layers
 NUM_STEP_FIELDS = 32
 NUM_TILE_FIELDS = 6  # of a unit of attention, see `Step.TILES`
 NUM_FIELDS = 24  # integers of an operation; the last holds a float's bits or two
-LINE = 64  # bytes that two cores cannot write at the same time without waiting for each other
+LINE = 64  # bytes of a cache line; counters that share one slow each other down (false sharing)
 
 
 class Operation(IntEnum):
-    """Field 0 of an operation; the others follow in `_run_unit`."""
+    """The kinds of operation: field 0 of each. `_run_unit` says what the other fields are."""
 
     GATHER = 0
     NORMALISE = 1
@@ -50,7 +51,7 @@ class Operation(IntEnum):
 
 
 class Step(IntEnum):
-    """Integers that all operations of a step share: numbers, and addresses of what attention wants."""
+    """The integers that all operations of a step share: sizes, and addresses of its inputs."""
 
     ROWS = 0
     INPUT_IDS = 1
@@ -65,11 +66,11 @@ class Step(IntEnum):
 
 
 class Control(IntEnum):
-    """Integers by which the threads know of one another, each on a line of its own."""
+    """The counters by which the threads of a team synchronise, each in a cache line of its own."""
 
-    GENERATION = 0  # counts programs; a change wakes the others
-    OPEN = 1  # whether the program may be joined
-    INSIDE = 2  # threads in it, the caller not counted
+    GENERATION = 0  # programs opened so far; followers wait for a change
+    OPEN = 1  # whether followers may join the program
+    INSIDE = 2  # followers in the program
     COUNTERS = 3  # of each operation: units taken, units done
 
 
@@ -82,7 +83,7 @@ _SPINS_BEFORE_YIELD = 4096
 
 @intrinsic
 def _pause(typing_context):
-    """Tells the core that this is a wait."""
+    """The PAUSE instruction of x86, for spin loops; nothing elsewhere."""
 
     def generate(context, builder, signature, arguments):
         if platform.machine() in ("x86_64", "AMD64"):
@@ -190,21 +191,23 @@ def _work(program, num_ops, step_address, control, scratch, times):
 
 @kernel("void(int64)")
 def open_program(control):
-    """Lets the other threads join what the caller is about to run; they see all that it wrote before."""
+    """Lets followers join the program that the caller, the leader, runs next; they see all that it wrote before."""
     write_counter(control + _OPEN, 1)
     add_to_counter(control + _GENERATION, 1)
 
 
 @kernel("int64(int64,int64,int64,int64,int64,int64)", nogil=True)
 def run(call, control, scratch, times, seen, num_spins):
-    """Runs programs. A thread with `num_spins` 0 leads: it runs one with whoever joins, and returns when it is done and
-    nobody is in it any more. The others follow: they join programs as they come, and return the last generation that
-    they have seen when none came for `num_spins` turns.
+    """Runs programs on the calling thread, without the interpreter's lock.
+
+    The leader calls it with `num_spins` 0: it runs one program together with the followers that join, and returns when
+    the program is done and all followers have left it. A follower joins programs as they are opened, and returns the
+    last generation that it has seen when none was opened during `num_spins` iterations.
 
     call: int64 [3]: the program, int64 [num_ops, NUM_FIELDS]; num_ops; the step, int64 [NUM_STEP_FIELDS], see `Step`
     control: see `Control`; scratch: memory of this thread
     times: int64 [1 + num_ops], where the leader notes the cycle counter before and after each operation, or 0
-    (One function for both, since each compiled function has all of the kernels in it.)
+    One function for both roles, since every compiled function that runs programs contains a copy of all kernels.
     """
     what = integers(call, 3)
     spins = 0

@@ -23,7 +23,7 @@ _MAX_OPERATIONS = 4096
 
 
 def operation(kind: Operation, *fields: int, factors: tuple[float, float] = (0.0, 0.0)) -> list[int]:
-    """The fields of one operation: its integers, in the order of `program._run_unit`, and up to two floats."""
+    """The fields of one operation: integers in the order that `program._run_unit` reads, and up to two floats."""
     bits = int(np.array(factors, np.float32).view(np.int64)[0])
     return [int(kind), *fields, *[0] * (NUM_FIELDS - 2 - len(fields)), bits]
 
@@ -103,7 +103,7 @@ class Team:
 
 
 class _Follower:
-    """A thread that joins programs. Between two, it spins for a while without the interpreter's lock, then sleeps."""
+    """A daemon thread that joins programs. Between two, it first spins, without the interpreter's lock, then sleeps."""
 
     def __init__(self, control: Tensor, call: Tensor, scratch: Tensor) -> None:
         self._keeps = (control, call, scratch)

@@ -1,1 +1,1 @@
-"""Attention over the paged KV cache: the wrapper, the plan of its programs, and the kernels."""
+"""Attention over the paged KV cache: the wrapper, the partition of its work among programs, and the kernels."""

@@ -1,8 +1,8 @@
 """Paged attention for any mix of prompt chunks, decoding and drafts in one call.
 
-Online softmax over tiles of the context (Dao et al. 2022, "FlashAttention"), in powers of two; the query heads that
-share a key head lie beside each other in a tile's rows, so that keys and values are read once for all of them
-(Ainslie et al. 2023, "GQA"). Short queries split their context over programs (Dao et al. 2023, "Flash-Decoding").
+Online softmax over tiles of the context (Dao et al. 2022, "FlashAttention"), in powers of two. A tile's rows are its
+queries times the query heads that share a KV head, so that keys and values are read once for all of these (Ainslie et
+al. 2023, "GQA"). With few new tokens, a context is split over programs (Dao et al. 2023, "Flash-Decoding").
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from kernels.triton.attention.prompt_kernel import prompt_kernel
-from kernels.triton.attention.split_kernel import joint_kernel, split_kernel
-from kernels.triton.attention.work_plan import AttentionPlan, SplitPass, Workspace, plan_attention
+from kernels.triton.attention.split_kernel import combine_kernel, split_kernel
+from kernels.triton.attention.work_partition import SplitChunk, WorkPartition, Workspace, partition_attention
 from kernels.triton.compat import next_power_of_2
 from kernels.triton.configs import AttentionConfig, attention_config, chip_of
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a caller that runs many layers or steps keeps, instead of having it made for every call."""
+    """What calls with the same lengths and geometry share: made once per step instead of in each layer."""
 
-    plan: AttentionPlan
+    partition: WorkPartition
     config: AttentionConfig
     workspace: Workspace
     tree_words: Tensor | None = None  # of `pack_tree`
 
 
 def pack_tree(tree_mask: Tensor) -> Tensor:
-    """A tree mask in bits. [num_tokens, cdiv(width, 32)] int32; bit j % 32 of word j // 32 is column j."""
+    """The tree mask in bits. [num_tokens, cdiv(width, 32)] int32; bit j % 32 of word j // 32 is column j."""
     padded: Tensor = torch.nn.functional.pad(tree_mask, (0, -tree_mask.shape[1] % 32)).unflatten(1, (-1, 32))
-    places = torch.arange(32, dtype=torch.int32, device=tree_mask.device)
-    return (padded.to(torch.int32) << places).sum(-1, dtype=torch.int32)
+    bits = torch.arange(32, dtype=torch.int32, device=tree_mask.device)
+    return (padded.to(torch.int32) << bits).sum(-1, dtype=torch.int32)
 
 
 def paged_attention(
@@ -52,24 +52,12 @@ def paged_attention(
     *,
     prepared: Prepared | None = None,
 ) -> Tensor:
-    """Attention of every sequence's new tokens over its whole context, whose keys are already in the cache.
+    """As `kernels.reference.attention.paged_attention`, with scores and sums in float32.
 
-    Sequence b owns query rows query_starts[b]:query_starts[b + 1]; they are the last tokens of a context of
-    seq_lens[b] tokens. A row sees the tokens of its context that do not come after it, and of its own step's rows
-    those that `tree_mask` names, where there is one. Memory that no row sees may hold anything, NaN included.
-    Scores and sums in float32. A sequence's result has the same bits whatever else is in the batch. A sequence of
-    length 0 (the padding of a CUDA graph) is skipped.
+    A sequence's result has the same bits whatever else is in the batch. A sequence of length 0 (the padding of a CUDA
+    graph) is skipped: its rows of the result are not written.
 
-    q: [num_tokens, num_heads, head_dim]
-    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
-    block_tables: [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; seq_lens: [num_seqs]
-    scale: multiplies q @ k.T
-    window: a row sees itself and the window - 1 positions before it
-    soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2, section 2)
-    tree_mask: [num_tokens, >= longest query], True where the row sees its sequence's j-th row of this step
-    positions: [num_tokens], needed with a window and a tree only: a draft's position is its depth
-    sinks: [num_heads], a score per head that takes part in the softmax and carries no value (gpt-oss)
-    prepared: without it, the lengths are copied to the host and planned for
+    prepared: the step's partition of the work; without it, the lengths are copied to the host, which waits for them
     """
     _check(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
     if prepared is None:
@@ -80,20 +68,20 @@ def paged_attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     inputs = (q, k_cache, v_cache, out, block_tables, query_starts, seq_lens)
     call = _Call(inputs, words, positions, sinks, scale, window, soft_cap)
-    plan = prepared.plan
-    if len(plan.prompt_tiles):
+    partition = prepared.partition
+    if len(partition.prompt_tiles):
         _start_prompts(call, prepared)
-    for part in plan.passes:
-        items = prepared.workspace.items(part.num_items, q.shape[1], q.shape[2])
-        _start_splits(call, prepared.config, part, items)
-        if plan.has_joints:
-            _start_joints(call, prepared.config, part, items)
+    for chunk in partition.split_chunks:
+        partials = prepared.workspace.partials(chunk.num_partials, q.shape[1], q.shape[2])
+        _start_splits(call, prepared.config, chunk, partials)
+        if partition.has_partials:
+            _start_combine(call, prepared.config, chunk, partials)
     return out
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What the three kernels share."""
+    """The arguments of one call that the three kernels share."""
 
     inputs: tuple[Tensor, ...]  # q, k_cache, v_cache, out, block_tables, query_starts, seq_lens
     tree_words: Tensor | None
@@ -105,7 +93,7 @@ class _Call:
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
-        unread = self.inputs[5]  # in place of what is not there
+        unread = self.inputs[5]  # the pointer for an option that is None, which the kernel does not read
         options = (self.tree_words, self.positions, self.sinks)
         return *self.inputs, *(unread if option is None else option for option in options)
 
@@ -133,7 +121,7 @@ class _Call:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Of the two kernels that attend."""
+        """The compile-time constants that the prompt kernel and the split kernel share."""
         q, k_cache = self.inputs[:2]
         has_depths = self.tree_words is not None and self.window is not None and self.positions is not None
         return {
@@ -148,10 +136,10 @@ class _Call:
 
 
 def _start_prompts(call: _Call, prepared: Prepared) -> None:
-    plan, config = prepared.plan, prepared.config
-    prompt_kernel[(len(plan.prompt_tiles), call.inputs[1].shape[1])](
+    tiles, config = prepared.partition.prompt_tiles, prepared.config
+    prompt_kernel[(len(tiles), call.inputs[1].shape[1])](
         *call.pointers,
-        plan.prompt_tiles,
+        tiles,
         *call.numbers,
         *call.strides,
         **call.constants,
@@ -162,12 +150,12 @@ def _start_prompts(call: _Call, prepared: Prepared) -> None:
     )
 
 
-def _start_splits(call: _Call, config: AttentionConfig, part: SplitPass, items: tuple[Tensor, Tensor]) -> None:
-    values, sums = items
-    split_kernel[(len(part.tiles), call.inputs[1].shape[1], part.num_programs)](
+def _start_splits(call: _Call, config: AttentionConfig, chunk: SplitChunk, partials: tuple[Tensor, Tensor]) -> None:
+    values, sums = partials
+    split_kernel[(len(chunk.tiles), call.inputs[1].shape[1], chunk.num_programs)](
         *call.pointers,
-        part.tiles,
-        part.item_starts,
+        chunk.tiles,
+        chunk.partial_starts,
         values,
         sums,
         *call.numbers,
@@ -182,19 +170,19 @@ def _start_splits(call: _Call, config: AttentionConfig, part: SplitPass, items: 
     )
 
 
-def _start_joints(call: _Call, config: AttentionConfig, part: SplitPass, items: tuple[Tensor, Tensor]) -> None:
-    values, sums = items
+def _start_combine(call: _Call, config: AttentionConfig, chunk: SplitChunk, partials: tuple[Tensor, Tensor]) -> None:
+    values, sums = partials
     _, num_heads, head_dim = values.shape
     _, _, _, out, _, query_starts, seq_lens = call.inputs
-    joint_kernel[(len(part.rows), num_heads)](
+    combine_kernel[(len(chunk.queries), num_heads)](
         values,
         sums,
         out,
         query_starts,
         seq_lens,
         call.pointers[-1],
-        part.rows,
-        part.item_starts,
+        chunk.queries,
+        chunk.partial_starts,
         call.window or 0,
         *out.stride()[:2],
         NUM_HEADS=num_heads,
@@ -202,7 +190,7 @@ def _start_joints(call: _Call, config: AttentionConfig, part: SplitPass, items: 
         PADDED_DIM=_padded(head_dim),
         QUERIES_PER_TILE=config.decode_rows // call.group,
         SPLIT_SIZE=config.split_size,
-        PIECES_AT_ONCE=16,
+        SPLITS_AT_ONCE=16,
         **call.features,
         num_warps=4,
     )
@@ -214,7 +202,7 @@ def _check(
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     assert k_cache.shape == v_cache.shape, f"caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
     assert k_cache.shape[3] == q.shape[2], f"heads of {q.shape[2]} over a cache of {k_cache.shape[3]}"
-    assert num_heads % num_kv_heads == 0, f"{num_heads} heads do not share {num_kv_heads} key heads evenly"
+    assert num_heads % num_kv_heads == 0, f"{num_heads} heads do not share {num_kv_heads} KV heads evenly"
     assert query_starts.shape[0] == seq_lens.shape[0] + 1 == block_tables.shape[0] + 1, "one entry per sequence"
     assert q.stride(2) == k_cache.stride(3) == block_tables.stride(1) == 1, "the last dimension is contiguous"
     assert k_cache.stride() == v_cache.stride(), "keys and values lie alike"
@@ -227,7 +215,7 @@ def _padded(head_dim: int) -> int:
 def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, num_kv_heads: int) -> Prepared:
     group = q.shape[1] // num_kv_heads
     config = attention_config(q.shape[2], group, q.dtype, chip=chip_of(q.device))
-    plan = plan_attention(
+    partition = partition_attention(
         query_starts.diff().cpu().numpy(),
         seq_lens.cpu().numpy(),
         group=group,
@@ -235,4 +223,4 @@ def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, num_kv_heads: in
         config=config,
         device=q.device,
     )
-    return Prepared(plan, config, Workspace(0, 0, q.device))
+    return Prepared(partition, config, Workspace(0, 0, q.device))

@@ -1,4 +1,4 @@
-"""Attention of long queries: one program per tile of them reads the whole context."""
+"""The kernel for sequences with many new tokens: one program per tile and KV head reads the whole context."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def prompt_kernel(
     heads = kv_head * GROUP + rows % GROUP
     dims = tl.arange(0, PADDED_DIM)
     is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    places = tokens * stride_q_token + heads * stride_q_head
-    q = tl.load(q_ptr + places[:, None] + dims[None, :], mask=is_element, other=0.0)
+    row_offsets = tokens * stride_q_token + heads * stride_q_head
+    q = tl.load(q_ptr + row_offsets[:, None] + dims[None, :], mask=is_element, other=0.0)
     last_keys = num_computed + queries
     query_depths = last_keys
     if HAS_DEPTHS:
         query_depths = tl.load(depths_ptr + tokens, mask=is_row, other=0).to(tl.int32)
 
-    # context:  | seen by all rows: no masks | seen by some |      with a window:  | hidden | seen by some |
+    # keys:  | seen by all rows: no mask | seen by some: masked |    with a window:  | seen by none: skipped | masked |
     first_seen, end_key = seen_keys(seq_len, num_computed, first_query, window, NUM_ROWS // GROUP, HAS_WINDOW, HAS_TREE)
     first_masked = first_seen if HAS_WINDOW else num_computed
     if not HAS_WINDOW and not HAS_TREE:
@@ -79,16 +79,16 @@ def prompt_kernel(
     first_masked = first_masked // NUM_KEYS * NUM_KEYS
 
     acc = tl.zeros([NUM_ROWS, PADDED_DIM], tl.float32)
-    total = tl.zeros([NUM_ROWS], tl.float32)
-    peak = tl.full([NUM_ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([NUM_ROWS], tl.float32)
+    m_i = tl.full([NUM_ROWS], float("-inf"), tl.float32)
     table_ptr = tables_ptr + seq * stride_table
     k_ptr += kv_head * stride_cache_head
     v_ptr += kv_head * stride_cache_head
     for IS_MASKED in tl.static_range(1 if HAS_WINDOW else 0, 2):
-        acc, total, peak = attend(
+        acc, l_i, m_i = attend(
             acc,
-            total,
-            peak,
+            l_i,
+            m_i,
             q,
             first_masked if IS_MASKED else 0,
             first_seen,
@@ -121,6 +121,6 @@ def prompt_kernel(
             HAS_TREE,
             HAS_DEPTHS,
         )
-    _, _, joined = finish(acc, total, peak, sinks_ptr, heads, is_row, HAS_SINKS)
-    places = tokens * stride_out_token + heads * stride_out_head
-    tl.store(out_ptr + places[:, None] + dims[None, :], joined.to(out_ptr.dtype.element_ty), mask=is_element)
+    _, _, outputs = finish(acc, l_i, m_i, sinks_ptr, heads, is_row, HAS_SINKS)
+    row_offsets = tokens * stride_out_token + heads * stride_out_head
+    tl.store(out_ptr + row_offsets[:, None] + dims[None, :], outputs.to(out_ptr.dtype.element_ty), mask=is_element)

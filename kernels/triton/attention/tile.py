@@ -1,7 +1,8 @@
-"""One tile of queries over a range of keys: what both ways of attention are made of.
+"""Online softmax of one tile of queries over a range of keys, shared by the prompt kernel and the split kernel.
 
-Scores are kept in units of ln 2, so that a softmax is made of powers of two. Names: a *row* is a (query, head) pair of
-a tile; *peak* is a row's largest score so far, *total* the sum of 2^(score - peak), *acc* that of the values.
+Names are those of Dao et al. 2022, "FlashAttention", algorithm 1. Per row, *m_i* is the largest score so far, *l_i* the
+sum of 2^(score - m_i), and *acc* the sum of the values with these weights. A *row* is a (query, head) pair of the tile.
+Scores are in units of ln 2: exp2 is one instruction of a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def seen_keys(
     HAS_WINDOW: tl.constexpr,
     HAS_TREE: tl.constexpr,
 ):
-    """The first key that a row of the tile may see, and one past the last."""
+    """The range of keys that any row of the tile sees: the first, and one past the last."""
     end_key = seq_len
     if not HAS_TREE:
         end_key = tl.minimum(seq_len, num_computed + first_query + QUERIES_PER_TILE)
@@ -36,13 +37,13 @@ def seen_keys(
 @triton.jit
 def attend(
     acc,
-    total,
-    peak,
+    l_i,
+    m_i,
     q,
-    first_key,  # where the tiles begin
+    first_key,  # a multiple of NUM_KEYS
     first_seen,  # keys before this one are hidden from all rows, and may be NaN
     end_key,
-    last_keys,  # [NUM_ROWS] the last key that each row sees, if the new tokens are a chain
+    last_keys,  # [NUM_ROWS] the last key that each row sees without a tree mask
     query_depths,  # [NUM_ROWS]
     query_tokens,  # [NUM_ROWS] rows of q
     num_computed,  # keys before this step's
@@ -79,8 +80,8 @@ def attend(
             block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
         else:
             block = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
-        places = block * stride_cache_block + (keys % BLOCK_SIZE) * stride_cache_slot
-        offsets = places[:, None] + dims[None, :]
+        slots = block * stride_cache_block + (keys % BLOCK_SIZE) * stride_cache_slot
+        offsets = slots[:, None] + dims[None, :]
         if IS_MASKED:
             is_element = is_key[:, None] & (dims < HEAD_DIM)[None, :]
             k = tl.load(k_ptr + offsets, mask=is_element, other=0.0)
@@ -116,24 +117,25 @@ def attend(
                     key_depths = tl.where(is_own, depths.to(tl.int32), keys)
                 sees = sees & (key_depths[None, :] > query_depths[:, None] - window)
             scores = tl.where(sees, scores, float("-inf"))
-        top = tl.maximum(peak, tl.max(scores, 1))
+        top = tl.maximum(m_i, tl.max(scores, 1))
         base = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf is NaN
-        shrink = tl.exp2(peak - base)
+        shrink = tl.exp2(m_i - base)
         weights = tl.exp2(scores - base[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        l_i = l_i * shrink + tl.sum(weights, 1)
         acc = dot(weights, v, acc * shrink[:, None])
-        peak = top
-    return acc, total, peak
+        m_i = top
+    return acc, l_i, m_i
 
 
 @triton.jit
-def finish(acc, total, peak, sinks_ptr, heads, is_row, HAS_SINKS: tl.constexpr):
-    """The tile's values, divided by their weights and those of the sinks, and the logarithms of the sums."""
-    is_empty = total == 0.0
-    values = acc / tl.where(is_empty, 1.0, total)[:, None]
-    sums = tl.where(is_empty, float("-inf"), peak + tl.log2(tl.where(is_empty, 1.0, total)))
-    joined = values
+def finish(acc, l_i, m_i, sinks_ptr, heads, is_row, HAS_SINKS: tl.constexpr):
+    """(values, sums, outputs) of each row: acc / l_i, the log2-sum-exp of its scores, and the values with the weight of
+    the head's sink in the denominator. The first two are a partial; the last is the result if no key is missing."""
+    is_empty = l_i == 0.0
+    values = acc / tl.where(is_empty, 1.0, l_i)[:, None]
+    sums = tl.where(is_empty, float("-inf"), m_i + tl.log2(tl.where(is_empty, 1.0, l_i)))
+    outputs = values
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2E
-        joined = values / (1.0 + tl.exp2(sink - sums))[:, None]
-    return values, sums, joined
+        outputs = values / (1.0 + tl.exp2(sink - sums))[:, None]
+    return values, sums, outputs

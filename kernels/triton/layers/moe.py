@@ -107,7 +107,7 @@ def route_kernel(
     PADDED_K: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    # grid: [num_tokens]; one program: one token, TOP_K times the largest that is left
+    # grid: [num_tokens]; one program routes one token: TOP_K times, the largest share that is left
     token = tl.program_id(0).to(tl.int64)
     numbers = tl.arange(0, PADDED)
     logits = tl.load(logits_ptr + token * stride_token + numbers, mask=numbers < NUM_EXPERTS, other=float("-inf"))
@@ -115,19 +115,19 @@ def route_kernel(
     shares = tl.exp(logits - tl.max(logits, 0))
     shares = shares / tl.sum(shares, 0)
     shares = tl.where(numbers < NUM_EXPERTS, shares, -1.0)
-    places = tl.arange(0, PADDED_K)
+    ranks = tl.arange(0, PADDED_K)
     weights = tl.zeros([PADDED_K], tl.float32)
     experts = tl.zeros([PADDED_K], tl.int32)
-    for place in tl.static_range(TOP_K):
+    for rank in tl.static_range(TOP_K):
         largest = tl.max(shares, 0)
         expert = tl.min(tl.where(shares == largest, numbers, PADDED), 0)
-        weights = tl.where(places == place, largest, weights)
-        experts = tl.where(places == place, expert, experts)
+        weights = tl.where(ranks == rank, largest, weights)
+        experts = tl.where(ranks == rank, expert, experts)
         shares = tl.where(numbers == expert, -1.0, shares)
     if NORMALISE:
         weights = weights / tl.sum(weights, 0)
-    tl.store(weights_ptr + token * TOP_K + places, weights, mask=places < TOP_K)
-    tl.store(experts_ptr + token * TOP_K + places, experts.to(tl.int64), mask=places < TOP_K)
+    tl.store(weights_ptr + token * TOP_K + ranks, weights, mask=ranks < TOP_K)
+    tl.store(experts_ptr + token * TOP_K + ranks, experts.to(tl.int64), mask=ranks < TOP_K)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def grouped_kernel(
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # grid: [num_tiles, cdiv(width, COLUMNS)]; one program: a tile of an expert's pairs by COLUMNS columns
+    # grid: [num_tiles, cdiv(width, COLUMNS)]; one program multiplies a tile of an expert's pairs by COLUMNS columns
     #   gated:  rows of x, by pair      -> silu(gate) * up, in the order of the experts
     #   else:   in the experts' order   -> weighted, by pair
     numbers = tl.arange(0, PADDED_EXPERTS)

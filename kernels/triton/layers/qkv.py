@@ -1,4 +1,4 @@
-"""What happens between the merged projection and attention: head norms, rotation and the KV write, in one pass."""
+"""Head norms, rotation and KV write in one kernel: all that lies between the merged projection and attention."""
 
 from __future__ import annotations
 
@@ -22,14 +22,9 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Normalises queries and keys where there are weights, rotates them, writes keys and values; all in float32.
+    """As `kernels.reference.qkv.rotate_and_store`, in float32.
 
-    qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first
-    cos, sin: [num_tokens, R] of `rope_factors`, R <= head_dim; None: nothing turns (a layer without positions)
-    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
-    slots: [num_tokens], block * block_size + offset; a negative one skips the write (the padding of a CUDA graph)
-    q_weight, k_weight: [head_dim], a norm of each head (Qwen3), or [heads * head_dim], of all as one (OLMoE)
-    Returns the queries, [num_tokens, num_heads, head_dim].
+    slots: a negative one skips the write (the padding of a CUDA graph)
     """
     num_tokens, all_heads, head_dim = qkv.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -74,12 +69,12 @@ def _rotated_width(cos: Tensor, sin: Tensor, num_tokens: int, head_dim: int) -> 
     width = cos.shape[1]
     assert cos.shape == sin.shape == (num_tokens, width), f"factors {tuple(cos.shape)}, {tuple(sin.shape)}"
     assert cos.stride() == sin.stride() == (cos.stride(0), 1), "rows are contiguous, and both lie alike"
-    assert width <= head_dim, f"{width} of {head_dim} dimensions cannot turn"
+    assert width <= head_dim, f"{width} of {head_dim} dimensions cannot be rotated"
     return width
 
 
 def _is_joint(q_weight: Tensor, k_weight: Tensor, qkv: Tensor, num_heads: int) -> bool:
-    """Whether the norm is one of all heads together."""
+    """Whether one norm is over all heads together, instead of one over each head."""
     head_dim, num_kv_heads = qkv.shape[2], (qkv.shape[1] - num_heads) // 2
     if q_weight.shape == k_weight.shape == (head_dim,):
         return False
@@ -117,7 +112,7 @@ def qkv_kernel(
     HAS_NORM: tl.constexpr,
     IS_JOINT: tl.constexpr,
 ):
-    # grid: [num_tokens, num_heads + 2 * num_kv_heads]; one program takes one head of one token to where it goes
+    # grid: [num_tokens, num_heads + 2 * num_kv_heads]; one program normalises, rotates and stores one head of one token
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dims = tl.arange(0, PADDED_DIM)
@@ -131,12 +126,12 @@ def qkv_kernel(
         partner = tl.load(source + partners, mask=is_turned, other=0.0).to(tl.float32)
         if HAS_NORM:
             weight_ptr = q_weight_ptr if head < NUM_HEADS else k_weight_ptr
-            if IS_JOINT:  # each program sums all heads of its kind again, which costs less than to wait for the others
+            if IS_JOINT:  # each program sums the squares of all heads: that costs less than a synchronisation
                 first = 0 if head < NUM_HEADS else NUM_HEADS
                 size = (NUM_HEADS if head < NUM_HEADS else NUM_KV_HEADS) * HEAD_DIM
                 weight_ptr += (head - first) * HEAD_DIM
-                places = tl.arange(0, PADDED_ROW)
-                row = tl.load(source + (first - head) * HEAD_DIM + places, mask=places < size, other=0.0).to(tl.float32)
+                within = tl.arange(0, PADDED_ROW)
+                row = tl.load(source + (first - head) * HEAD_DIM + within, mask=within < size, other=0.0).to(tl.float32)
                 mean = tl.sum(row * row, 0) / size
             else:
                 mean = tl.sum(x * x, 0) / HEAD_DIM
@@ -153,9 +148,9 @@ def qkv_kernel(
         slot = tl.load(slots_ptr + token).to(tl.int64)
         if slot >= 0:
             kv_head = ((head - NUM_HEADS) % NUM_KV_HEADS).to(tl.int64)
-            place = kv_head * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
-            place += (slot % BLOCK_SIZE) * stride_cache_slot
+            offset = kv_head * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
+            offset += (slot % BLOCK_SIZE) * stride_cache_slot
             if head < NUM_HEADS + NUM_KV_HEADS:
-                tl.store(k_cache_ptr + place + dims, x.to(k_cache_ptr.dtype.element_ty), mask=is_dim)
+                tl.store(k_cache_ptr + offset + dims, x.to(k_cache_ptr.dtype.element_ty), mask=is_dim)
             else:
-                tl.store(v_cache_ptr + place + dims, x.to(v_cache_ptr.dtype.element_ty), mask=is_dim)
+                tl.store(v_cache_ptr + offset + dims, x.to(v_cache_ptr.dtype.element_ty), mask=is_dim)

@@ -1,4 +1,4 @@
-"""Writing a step's keys and values into the paged cache."""
+"""The write of a step's keys and values into the paged KV cache."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from kernels.triton.compat import next_power_of_2
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Writes the step's keys and values into their slots.
+    """As `kernels.reference.attention.store_kv`.
 
-    k, v: [num_tokens, num_kv_heads, head_dim], heads contiguous
-    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
-    slots: [num_tokens], block * block_size + offset; a negative one skips the token (the padding of a CUDA graph)
+    slots: a negative one skips the token (the padding of a CUDA graph)
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     assert v.shape == k.shape, f"keys {tuple(k.shape)}, values {tuple(v.shape)}"
@@ -74,9 +72,9 @@ def store_kv_kernel(
     heads = tl.arange(0, PADDED_HEADS).to(tl.int64)[:, None]
     dims = tl.arange(0, PADDED_DIM)[None, :]
     is_element = (heads < NUM_KV_HEADS) & (dims < HEAD_DIM)
-    place = heads * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
-    place += (slot % BLOCK_SIZE) * stride_cache_slot + dims
+    offsets = heads * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
+    offsets += (slot % BLOCK_SIZE) * stride_cache_slot + dims
     k = tl.load(k_ptr + token * stride_k_token + heads * stride_k_head + dims, mask=is_element)
-    tl.store(k_cache_ptr + place, k.to(k_cache_ptr.dtype.element_ty), mask=is_element)
+    tl.store(k_cache_ptr + offsets, k.to(k_cache_ptr.dtype.element_ty), mask=is_element)
     v = tl.load(v_ptr + token * stride_v_token + heads * stride_v_head + dims, mask=is_element)
-    tl.store(v_cache_ptr + place, v.to(v_cache_ptr.dtype.element_ty), mask=is_element)
+    tl.store(v_cache_ptr + offsets, v.to(v_cache_ptr.dtype.element_ty), mask=is_element)

@@ -1,8 +1,9 @@
 """Sampling one token per row on the device: Gumbel-max, without sorting and without a synchronisation.
 
 A row of logits is divided into chunks that fit into the registers of a program, so that many programs read it. One
-kernel finds the maximum of each chunk. For rows with top-k or top-p, one adds the gaps to a histogram, and one collects
-the tokens that may be kept; for other rows, that one finds the best token of each chunk. The last reduces each row.
+kernel finds the maximum of each chunk. For rows with top-k or top-p, a second adds the gaps to a histogram, and a third
+collects the tokens that may be kept; for other rows, the third finds the best token of each chunk. The last kernel
+reduces the chunks of each row to one token. All are launched in the current stream.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def sample_tokens(
 ) -> Tensor:
     """As `kernels.reference.sampling.sample_tokens`, and exactly the same tokens.
 
-    is_random, is_truncated: False spares launches
+    is_random, is_truncated: False skips the kernels that only such rows need
     """
     num_rows, vocab_size = logits.shape
     assert logits.dtype == torch.float32, f"{logits.dtype} logits"
@@ -277,9 +278,9 @@ def chunk_kernel(
         num_wanted = tl.sum(is_wanted, 0)
         if num_wanted > 0:
             first = tl.atomic_add(counts_row + NUM_BINS, num_wanted)
-            places = first + tl.cumsum(is_wanted, 0) - 1
-            fits = (is_wanted > 0) & (places < MAX_COLLECTED)
-            tl.store(collected_ptr + row * MAX_COLLECTED + places, tokens, mask=fits)
+            indices = first + tl.cumsum(is_wanted, 0) - 1
+            fits = (is_wanted > 0) & (indices < MAX_COLLECTED)
+            tl.store(collected_ptr + row * MAX_COLLECTED + indices, tokens, mask=fits)
 
 
 @triton.jit

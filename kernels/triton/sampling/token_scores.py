@@ -1,4 +1,4 @@
-"""What surrounds sampling on the device: penalties before it, log-probabilities beside it."""
+"""Penalties on logits before sampling, and log-probabilities and ranks of the sampled tokens, on the device."""
 
 from __future__ import annotations
 
@@ -99,18 +99,18 @@ def score_kernel(logits_ptr, tokens_ptr, logprobs_ptr, ranks_ptr, vocab_size, st
     # grid: [num_rows]; one program reads its row twice
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
-    peaks = tl.full([TOKENS], float("-inf"), tl.float32)
+    maxima = tl.full([TOKENS], float("-inf"), tl.float32)
     for start in range(0, vocab_size, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
-        peaks = tl.maximum(peaks, tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")))
-    peak = tl.max(peaks, 0)
-    gap = peak - tl.load(row_ptr + tl.load(tokens_ptr + row))
+        maxima = tl.maximum(maxima, tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")))
+    row_max = tl.max(maxima, 0)
+    gap = row_max - tl.load(row_ptr + tl.load(tokens_ptr + row))
     totals = tl.zeros([TOKENS], tl.float64)
-    ahead = tl.zeros([TOKENS], tl.int32)
+    num_above = tl.zeros([TOKENS], tl.int32)
     for start in range(0, vocab_size, TOKENS):
         tokens = start + tl.arange(0, TOKENS)
-        gaps = peak - tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf"))
+        gaps = row_max - tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf"))
         totals += tl.exp(-gaps).to(tl.float64)
-        ahead += (gaps < gap).to(tl.int32)
+        num_above += (gaps < gap).to(tl.int32)
     tl.store(logprobs_ptr + row, -gap.to(tl.float64) - tl.log(tl.sum(totals, 0)))
-    tl.store(ranks_ptr + row, tl.sum(ahead, 0).to(tl.int64) + 1)
+    tl.store(ranks_ptr + row, tl.sum(num_above, 0).to(tl.int64) + 1)

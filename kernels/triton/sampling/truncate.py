@@ -92,10 +92,10 @@ def read_bins(counts_ptr, weights_ptr, top_k, top_p):
 @triton.jit
 def read_tokens(row_ptr, list_ptr, is_list, start, num, row_max, temperature, TOKENS: tl.constexpr):
     """Tokens start..start + TOKENS of a row, or of a list of its tokens, and their gaps. Beyond `num`: token -1."""
-    places = start + tl.arange(0, TOKENS)
-    is_token = places < num
-    listed = tl.load(list_ptr + places, mask=places < tl.where(is_list, num, 0), other=0)
-    tokens = tl.where(is_list, listed, places)
+    indices = start + tl.arange(0, TOKENS)
+    is_token = indices < num
+    listed = tl.load(list_ptr + indices, mask=indices < tl.where(is_list, num, 0), other=0)
+    tokens = tl.where(is_list, listed, indices)
     logits = tl.load(row_ptr + tokens, mask=is_token, other=float("-inf"))
     return tl.where(is_token, tokens, -1), is_token, gap_of(logits, row_max, temperature + tl.zeros_like(logits))
 

@@ -88,7 +88,7 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
     item_bytes = 4 * num_heads * (16 + 1)
     monkeypatch.setattr(
         "engine.attention.triton_backend.ITEM_BYTES", 30 * item_bytes
-    )  # three passes: there are 63 items
+    )  # three chunks: there are 63 partials
     assert torch.equal(attend([CONTEXT], one_path=True), whole)
     usual = attend([CONTEXT], one_path=False)
     np.testing.assert_allclose(usual.cpu(), whole.cpu(), rtol=1e-5, atol=1e-5)

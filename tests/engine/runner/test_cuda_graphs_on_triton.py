@@ -18,7 +18,7 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from kernels.triton.attention.paged_attention import Prepared, paged_attention
-from kernels.triton.attention.work_plan import Workspace, plan_any_lengths, plan_attention
+from kernels.triton.attention.work_partition import Workspace, partition_any_lengths, partition_attention
 from kernels.triton.configs import AttentionConfig
 from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, answer_three, make_model
@@ -72,21 +72,20 @@ def _attend(device: torch.device, lens: list[tuple[int, int]], *, num_seqs: int,
     q = torch.randn(40, 4, 64, generator=generator)[: num_new.sum() + 3].to(device)  # three rows are nobody's
     shape = {"group": 2, "num_kv_heads": 2, "config": SMALL, "device": device}
     if rows_per_seq is None:
-        plan = plan_attention(num_new, seq_lens, **shape)
+        partition = partition_attention(num_new, seq_lens, **shape)
     else:
-        num_items = 100
-        made = plan_any_lengths(num_seqs, rows_per_seq, max_context=192, num_items=num_items, **shape)
-        plan = made.at(torch.from_numpy(seq_lens).to(device))
+        made = partition_any_lengths(num_seqs, rows_per_seq, max_context=192, num_partials=100, **shape)
+        partition = made.at(torch.from_numpy(seq_lens).to(device))
     starts = torch.from_numpy(np.concatenate(([0], num_new.cumsum()))).to(device)
     out = paged_attention(
         q, kv[0], kv[1], tables.to(device), starts, torch.from_numpy(seq_lens).to(device), 0.2,
-        prepared=Prepared(plan, SMALL, Workspace(0, 0, device)),
+        prepared=Prepared(partition, SMALL, Workspace(0, 0, device)),
     )  # fmt: skip
     return out[: num_new.sum()]
 
 
 @pytest.mark.parametrize("lens", [[(1, 1), (1, 130), (1, 64)], [(3, 70), (1, 129), (5, 66)], [(5, 192), (2, 3)]])
-def test_a_plan_for_any_lengths_changes_no_bit(device: torch.device, lens: list[tuple[int, int]]) -> None:
+def test_a_partition_for_any_lengths_changes_no_bit(device: torch.device, lens: list[tuple[int, int]]) -> None:
     expected = _attend(device, lens, num_seqs=len(lens), rows_per_seq=None)
     assert not expected.isnan().any()
     found = _attend(device, lens, num_seqs=5, rows_per_seq=6)

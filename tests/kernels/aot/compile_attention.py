@@ -11,7 +11,7 @@ import torch
 from offline_compiler import Compiled, compile_for
 
 from kernels.triton.attention.paged_attention import Prepared, paged_attention
-from kernels.triton.attention.work_plan import Workspace, plan_attention
+from kernels.triton.attention.work_partition import Workspace, partition_attention
 from kernels.triton.configs import attention_config
 from kernels.triton.layers.store_kv import store_kv
 
@@ -55,7 +55,7 @@ def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) 
     query_lens, seq_lens = np.array([1, 33]), np.array([600, 700])
     group = shape.num_heads // shape.num_kv_heads
     config = attention_config(shape.head_dim, group, shape.dtype, chip=f"sm_{arch}")
-    plan = plan_attention(
+    partition = partition_attention(
         query_lens,
         seq_lens,
         group=group,
@@ -81,7 +81,7 @@ def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) 
             tree_mask=torch.zeros(34, 48, dtype=torch.bool) if shape.has_tree else None,
             positions=integers[:34],
             sinks=torch.zeros(shape.num_heads) if shape.has_sinks else None,
-            prepared=Prepared(plan, config, Workspace(0, 0, q.device)),
+            prepared=Prepared(partition, config, Workspace(0, 0, q.device)),
         )
         k, v = torch.empty(34, 2 * shape.num_kv_heads, shape.head_dim, dtype=shape.dtype).chunk(2, dim=1)
         store_kv(k, v, k_cache, v_cache, integers[:34])

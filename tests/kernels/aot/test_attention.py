@@ -23,7 +23,7 @@ TWO_TILES = {  # bytes of a tile of keys and one of values
 @pytest.mark.parametrize("cases", ["short", pytest.param("long", marks=pytest.mark.slow)])
 def test_attention_uses_tensor_cores_and_spills_nothing(compile_kernels, arch: int, cases: str) -> None:
     compiled = compile_kernels("compile_attention.py", arch, cases)
-    assert {"prompt_kernel", "split_kernel", "joint_kernel", "store_kv_kernel"} == {one.kernel for one in compiled}
+    assert {"prompt_kernel", "split_kernel", "combine_kernel", "store_kv_kernel"} == {one.kernel for one in compiled}
     for one in compiled:
         assert (one.stack, one.local) == (0, 0), f"{one} spills"
         assert one.shared <= MAX_SHARED[arch], one

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.reference.attention import paged_attention as definition
 from kernels.reference.attention import store_kv as define_store
 from kernels.triton.attention.paged_attention import Prepared, paged_attention
-from kernels.triton.attention.work_plan import Workspace, plan_attention
+from kernels.triton.attention.work_partition import Workspace, partition_attention
 from kernels.triton.configs import AttentionConfig
 from kernels.triton.layers.store_kv import store_kv
 
@@ -83,7 +83,7 @@ class Case:
         features = dict(self.features)
         for name in {"tree_mask", "positions"} & features.keys():
             features[name] = features[name][rows]
-        plan = plan_attention(
+        partition = partition_attention(
             num_new.numpy(),
             self.seq_lens[chosen].numpy(),
             group=self.num_heads // self.num_kv_heads,
@@ -93,7 +93,7 @@ class Case:
         )
         tensors = [self.q[rows], self.kv[0], self.kv[1], self.tables[chosen], starts, self.seq_lens[chosen]]
         features = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
-        prepared = Prepared(plan, SMALL, Workspace(0, 0, device))
+        prepared = Prepared(partition, SMALL, Workspace(0, 0, device))
         out = paged_attention(*(x.to(device) for x in tensors), 0.17, **features, prepared=prepared)
         return list(out.cpu().split(num_new.tolist()))
 
@@ -189,40 +189,45 @@ def test_the_number_of_programs_never_changes_a_bit(device: torch.device) -> Non
     arguments = (case.q, case.kv[0], case.kv[1], case.tables, case.starts, case.seq_lens)
     outs = []
     for num_programs in (1, 3, 9):
-        plan = plan_attention(
+        partition = partition_attention(
             case.starts.diff().numpy(), case.seq_lens.numpy(), group=2, num_kv_heads=2, config=SMALL, device=device
         )
-        plan = replace(plan, passes=tuple(replace(one, num_programs=num_programs) for one in plan.passes))
-        prepared = Prepared(plan, SMALL, Workspace(0, 0, device))
+        chunks = tuple(replace(chunk, num_programs=num_programs) for chunk in partition.split_chunks)
+        partition = replace(partition, split_chunks=chunks)
+        prepared = Prepared(partition, SMALL, Workspace(0, 0, device))
         outs.append(paged_attention(*(x.to(device) for x in arguments), 0.2, prepared=prepared))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
 
 
-def test_queries_whose_pieces_do_not_fit_into_memory_together_are_done_in_passes(device: torch.device) -> None:
-    """Where all rows go the split way, a long prompt has more of them than memory: the passes change no bit."""
+def test_queries_whose_partials_do_not_fit_into_memory_together_are_done_in_chunks(device: torch.device) -> None:
+    """Where the split kernel computes all, a long prompt may have more partials than fit: chunks change no bit."""
     case = Case([(1, 250), (20, 20), (8, 130), (7, 200)])
     arguments = (case.q, case.kv[0], case.kv[1], case.tables, case.starts, case.seq_lens)
     config = replace(SMALL, decode_rows=8)  # four queries per tile
-    outs, num_items = [], []
-    for max_items in (1, 30, 56):
-        plan = plan_attention(
+    outs, num_partials = [], []
+    for max_partials in (1, 30, 56):
+        partition = partition_attention(
             case.starts.diff().numpy(), case.seq_lens.numpy(), group=2, num_kv_heads=2, config=config, device=device,
-            max_items=max_items,
+            max_partials=max_partials,
         )  # fmt: skip
-        prepared = Prepared(plan, config, Workspace(0, 0, device))
+        prepared = Prepared(partition, config, Workspace(0, 0, device))
         outs.append(paged_attention(*(x.to(device) for x in arguments), 0.2, prepared=prepared))
-        num_items.append([one.num_items for one in plan.passes])
-    assert num_items == [[4, 12, 12, 16, 12], [28, 28], [56]]
+        num_partials.append([one.num_partials for one in partition.split_chunks])
+    assert num_partials == [[4, 12, 12, 16, 12], [28, 28], [56]]
     assert torch.equal(outs[0], outs[2])
     assert torch.equal(outs[1], outs[2])
 
 
-def test_every_part_of_a_plan_begins_where_triton_need_not_compile_anew(device: torch.device) -> None:
+def test_every_part_of_a_partition_begins_where_triton_need_not_compile_anew(device: torch.device) -> None:
     for lens in ([(1, 9)], [(1, 300), (3, 70), (20, 20)], [(30, 40), (30, 90), (30, 30), (5, 500)]):
         query_lens, seq_lens = np.array(lens).T
-        plan = plan_attention(query_lens, seq_lens, group=2, num_kv_heads=2, config=SMALL, device=device, max_items=20)
-        parts = [plan.prompt_tiles, *(part for one in plan.passes for part in (one.tiles, one.rows, one.item_starts))]
+        partition = partition_attention(
+            query_lens, seq_lens, group=2, num_kv_heads=2, config=SMALL, device=device, max_partials=20
+        )
+        parts = [partition.prompt_tiles]
+        for chunk in partition.split_chunks:
+            parts += [chunk.tiles, chunk.queries, chunk.partial_starts]
         first = min(part.data_ptr() for part in parts)
         assert all((part.data_ptr() - first) % 16 == 0 for part in parts)
 

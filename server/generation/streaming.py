@@ -65,8 +65,9 @@ async def deliver(
 
     async def collect() -> None:
         async with aclosing(generation.deltas()) as deltas:
-            async for delta in deltas:
-                choices[delta.index].add(delta)
+            async for pieces in deltas:
+                for delta in pieces:
+                    choices[delta.index].add(delta)
 
     work = asyncio.ensure_future(collect())
     if not await _finished(request, work):
@@ -88,7 +89,7 @@ async def deliver_stream(
     headers: dict[str, str],
     patience: float = KEEP_ALIVE_SECONDS,
 ) -> Response:
-    """Waits for the first delta, so that what fails early has a status, and then streams.
+    """Waits for the first deltas, so that what fails early has a status, and then streams.
 
     Where nothing comes for `patience` seconds, the stream begins without it: proxies give up on silence.
     """
@@ -141,8 +142,8 @@ class EventSource:
 
     def __init__(
         self,
-        deltas: AsyncGenerator[Delta, None],
-        first: asyncio.Future[Delta],
+        deltas: AsyncGenerator[list[Delta], None],
+        first: asyncio.Future[list[Delta]],
         writer: ReplyWriter,
         job: Job,
     ) -> None:
@@ -154,10 +155,11 @@ class EventSource:
         self._text_frames: dict[int, TextFrame | None] = {}  # by choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
+        """Those of a step in one piece, which is sent at once."""
         try:
-            yield await self._encoded(await self._first)
-            async for delta in self._deltas:
-                yield await self._encoded(delta)
+            yield await self._joined(await self._first)
+            async for deltas in self._deltas:
+                yield await self._joined(deltas)
             if (last := self._writer.last_chunk()) is not None:
                 yield _event(last)
         except ApiError as error:
@@ -171,6 +173,9 @@ class EventSource:
         self._first.cancel()
         await asyncio.gather(self._first, return_exceptions=True)
         await self._deltas.aclose()
+
+    async def _joined(self, deltas: list[Delta]) -> bytes:
+        return b"".join([await self._encoded(delta) for delta in deltas])
 
     async def _encoded(self, delta: Delta) -> bytes:
         if delta.text and not delta.is_first and delta.finish_reason is None:

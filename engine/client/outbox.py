@@ -47,7 +47,11 @@ class Outbox:
                 await self._news
             finally:
                 self._news = None
-        return [self._outputs.popleft() for _ in range(min(max_num, len(self._outputs)))]
+        if len(self._outputs) > max_num:
+            return [self._outputs.popleft() for _ in range(max_num)]
+        taken = list(self._outputs)
+        self._outputs.clear()
+        return taken
 
     def _wake(self) -> None:
         if self._news is not None and not self._news.done():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -41,13 +41,13 @@ class OutputStream(AbstractContextManager["OutputStream"]):
     ) -> None:
         self._leave_all()
 
-    async def take(self, max_num: int) -> list[StepOutput]:
+    def take(self, max_num: int) -> Awaitable[list[StepOutput]]:
         """What has come, of any of the requests in the order in which it came: at least one output, at most `max_num`.
 
         Waits only if nothing is here. Raises EngineError if one of the requests cannot be finished, when all that came
         before was taken; nothing follows then.
         """
-        return await self._outbox.take(max_num)
+        return self._outbox.take(max_num)
 
     def leave(self, request_id: str) -> None:
         """Aborts one of the requests, unless it has ended. What of it came before may still be taken."""

@@ -36,7 +36,7 @@ VOCABULARY = {character: index for index, character in enumerate(sorted(pre_toke
 WORDS = [VOCABULARY[letter] for letter in "tokens"]
 MAX_TOKENS = 100_000  # of an answer, so that none ends
 NUM_ROUNDS, NUM_WARMUP_STEPS = 5, 20
-NUM_STEPS = {1: 500, 64: 30}  # of a round, by streams
+NUM_STEPS = {1: 500, 64: 100}  # of a round, by streams
 STATS = StepStats(
     num_tokens=64, num_seqs=64, num_running=64, num_waiting=0, schedule=1e-4, forward=5e-3, sample=1e-4, update=1e-4,
     propose=1e-6, num_blocks=1000, num_owned_blocks=64, num_cached_blocks=0, num_preemptions=0, num_prefix_queries=0,

@@ -175,15 +175,20 @@ class EventSource:
         await self._deltas.aclose()
 
     async def _joined(self, deltas: list[Delta]) -> bytes:
-        return b"".join([await self._encoded(delta) for delta in deltas])
+        pieces = []
+        for delta in deltas:
+            frame = self._text_frame(delta)
+            pieces.append(await self._worded(delta) if frame is None else frame.encoded(delta.text))
+        return b"".join(pieces)
 
-    async def _encoded(self, delta: Delta) -> bytes:
-        if delta.text and not delta.is_first and delta.finish_reason is None:
-            if delta.index not in self._text_frames:
-                self._text_frames[delta.index] = make_text_frame(self._writer, delta.index)
-            frame = self._text_frames[delta.index]
-            if frame is not None:
-                return frame.encoded(delta.text)
+    def _text_frame(self, delta: Delta) -> TextFrame | None:
+        if not delta.text or delta.is_first or delta.finish_reason is not None:
+            return None
+        if delta.index not in self._text_frames:
+            self._text_frames[delta.index] = make_text_frame(self._writer, delta.index)
+        return self._text_frames[delta.index]
+
+    async def _worded(self, delta: Delta) -> bytes:
         chunks = self._writer.chunks
         if _num_items(delta, self._choices[delta.index]) > LARGE_DELTA:  # the scores of a long prompt, or its text
             return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 
 from engine.client.dispatcher import Dispatcher
 from engine.client.engine_process import LaunchedChild, launch_child
 from engine.client.journal import EngineError
+from engine.client.output_stream import OutputStream
 from engine.client.supervisor import EngineObserver, EngineState, SupervisionLimits, Supervisor
 from engine.config import EngineConfig
 from engine.ipc.messages import Failed, ModelInfo
-from engine.types import Request, StepOutput
+from engine.types import Request
 
-__all__ = ["EngineClient", "EngineError", "EngineObserver", "EngineState", "SupervisionLimits", "launch_engine"]
+__all__ = [
+    "EngineClient",
+    "EngineError",
+    "EngineObserver",
+    "EngineState",
+    "OutputStream",
+    "SupervisionLimits",
+    "launch_engine",
+]
 
 FACTORY = "engine.build:build_engine"
 
@@ -54,23 +63,9 @@ class EngineClient:
         """Ends every request with an EngineError and the engine process with them. No process is left after it."""
         await self._supervisor.stop()
 
-    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """Streams the request's outputs; the last one has a finish reason. Leaving early aborts the request.
-
-        Before the engine is ready, and while it restarts, the stream simply waits. Raises ValueError if the id is in
-        use, EngineError if the request cannot be finished.
-        """
-        entry = self._dispatcher.register(request)
-        try:
-            finish_reason = None
-            while finish_reason is None:
-                output = await entry.outbox.get()
-                if isinstance(output, EngineError):
-                    raise output
-                finish_reason = output.finish_reason
-                yield output
-        finally:
-            self._dispatcher.leave(entry)
+    def generate(self, requests: Sequence[Request]) -> OutputStream:
+        """What the engine will put out for all of the requests: `with client.generate(requests) as outputs`."""
+        return OutputStream(self._dispatcher, requests)
 
     @property
     def state(self) -> EngineState:

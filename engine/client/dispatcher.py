@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from engine.client.deaths import Verdict
 from engine.client.journal import MAX_SOLO_DEATHS, EngineError, Entry, Journal
+from engine.client.outbox import Outbox
 from engine.client.supervisor import EngineObserver
 from engine.ipc.messages import Abort, Add, ModelInfo, Step, ToEngine
 from engine.types import Request, StepOutput
@@ -25,11 +26,11 @@ class Dispatcher:
         self._aborted_ids: list[str] = []
         self._gone: tuple[str, str] | None = None  # kind and message, once no process will follow
 
-    def register(self, request: Request) -> Entry:
+    def register(self, request: Request, outbox: Outbox) -> Entry:
         """Adds a request. Raises ValueError if its id is in use, EngineError if the engine will not come back."""
         if self._gone is not None:
             raise _error(*self._gone)
-        entry = self.journal.add(request, now=time.monotonic())
+        entry = self.journal.add(request, outbox=outbox, now=time.monotonic())
         self._send_due()
         return entry
 
@@ -102,7 +103,7 @@ class Dispatcher:
             self._finish(entry, news)
             self._send_due()
             return
-        entry.outbox.put_nowait(news)
+        entry.outbox.put(news)
         if self.journal.passes_trial(entry):
             if self.journal.has_suspects:  # which must have the process to themselves
                 self.journal.withdraw(entry)
@@ -112,11 +113,11 @@ class Dispatcher:
     def _finish(self, entry: Entry, output: StepOutput) -> None:
         self.journal.remove(entry)
         entry.is_over = True
-        entry.outbox.put_nowait(output)
+        entry.outbox.put(output)
 
     def _end(self, entry: Entry, kind: str, message: str) -> None:
         entry.is_over = True
-        entry.outbox.put_nowait(_error(kind, message))
+        entry.outbox.fail(_error(kind, message))
 
     def _send_due(self) -> None:
         if self._send is None:

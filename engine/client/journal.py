@@ -5,13 +5,13 @@ All of it runs in the server's event loop.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
 from engine.client.deaths import Verdict
+from engine.client.outbox import Outbox
 from engine.types import Request, StepOutput
 
 MAX_SOLO_DEATHS = 2  # deaths alone in the step, after which a suspect is quarantined
@@ -39,7 +39,7 @@ class Entry:
     request: Request
     registered_at: float  # seconds, time.monotonic
     emitted: list[int]
-    outbox: asyncio.Queue[StepOutput | EngineError] = field(default_factory=asyncio.Queue)
+    outbox: Outbox  # shared with the other requests of its reader
     add_number: int = 0  # number of its Add frame to the current process; 0: not sent
     is_running: bool = False  # the current process has started it
     has_run: bool = False  # some process has started it
@@ -112,11 +112,11 @@ class Journal:
     def get(self, request_id: str) -> Entry | None:
         return self._entries.get(request_id)
 
-    def add(self, request: Request, *, now: float) -> Entry:
+    def add(self, request: Request, *, outbox: Outbox, now: float) -> Entry:
         """Raises ValueError if a request of that id has not ended."""
         if request.request_id in self._entries:
             raise ValueError(f"request id {request.request_id} is in use by a request that has not ended")
-        entry = Entry(request=request, registered_at=now, emitted=list(request.output_token_ids))
+        entry = Entry(request=request, registered_at=now, emitted=list(request.output_token_ids), outbox=outbox)
         self._entries[request.request_id] = self._unsent[request.request_id] = entry
         self._count_waiting(entry, 1)
         return entry

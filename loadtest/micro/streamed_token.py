@@ -1,8 +1,8 @@
 """What does the server do for a streamed token? `python -m loadtest.micro.streamed_token [--save]`
 
 Microseconds of CPU time per token, from the bytes of the engine process's frame to those that go to the sockets,
-counters included, by the number of streams that run beside one another. The whole application runs in this process, on
-its event loop, without sockets and without an engine: frames are made up, and what is sent is counted.
+counters and HTTP included, by the number of streams that run beside one another. The whole application runs in this
+process, on its event loop, without sockets and without an engine: frames are made up, and what is written is counted.
 "deadline": each request has one. "4 choices": each stream has four.
 """
 
@@ -16,8 +16,8 @@ import time
 
 import uvloop
 from fastapi import FastAPI
-from starlette.types import Message
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from uvicorn.server import ServerState
 
 from engine.client.client import EngineClient, EngineObserver
 from engine.client.supervisor import EngineState
@@ -27,13 +27,16 @@ from engine.ipc.messages import Add, FromEngine, ModelInfo, Step, ToEngine, Toke
 from engine.types import StepOutput, StepStats
 from loadtest.micro.measure import Row, parse_arguments, report
 from server.app import create_app
+from server.cli.serve import make_http_server
 from server.config import Config
+from server.http.http_protocol import HttpProtocol
+from server.http.intake import Intake
 
 VOCABULARY = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 WORDS = [VOCABULARY[letter] for letter in "tokens"]
 MAX_TOKENS = 100_000  # of an answer, so that none ends
 NUM_ROUNDS, NUM_WARMUP_STEPS = 5, 20
-NUM_STEPS = {1: 500, 64: 30}  # of a round, by streams
+NUM_STEPS = {1: 500, 64: 100}  # of a round, by streams
 STATS = StepStats(
     num_tokens=64, num_seqs=64, num_running=64, num_waiting=0, schedule=1e-4, forward=5e-3, sample=1e-4, update=1e-4,
     propose=1e-6, num_blocks=1000, num_owned_blocks=64, num_cached_blocks=0, num_preemptions=0, num_prefix_queries=0,
@@ -102,65 +105,81 @@ def make_model() -> ModelInfo:
     )  # fmt: skip
 
 
-class Reader:
-    """One request, and a count of the events of its answer."""
+class Wire(asyncio.Transport):
+    """What the connections write to: counts the events of all of them."""
 
-    def __init__(self, app: FastAPI, path: str, body: dict[str, object]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.num_events = 0
-        self._body = json.dumps(body).encode()
-        self._gone = asyncio.Event()
-        headers = [
-            (b"host", b"x"),
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(self._body)),
-        ]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-            "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "scheme": "http",
-            "headers": headers, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "state": {},
-        }  # fmt: skip
-        self._task = asyncio.ensure_future(app(scope, self._receive, self._send))
 
-    async def _receive(self) -> Message:
-        if self._body:
-            body, self._body = self._body, b""
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        data = bytes(data)
+        assert not data.startswith(b"HTTP/1.1 ") or data.startswith(b"HTTP/1.1 200 "), data
+        self.num_events += data.count(b"data: {")
 
-    async def _send(self, message: Message) -> None:
-        assert message.get("status", 200) == 200, message
-        self.num_events += message.get("body", b"").startswith(b"data: {")
+    def is_closing(self) -> bool:
+        return False
 
-    async def leave(self) -> None:
-        self._gone.set()
-        await self._task
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def pause_reading(self) -> None:
+        """Nothing comes."""
+
+    def resume_reading(self) -> None:
+        """Nothing comes."""
 
 
-async def measure(app: FastAPI, engine: TalkingEngine, path: str, body: dict[str, object], num_streams: int) -> float:
+class Server:
+    """The application behind the HTTP protocol, to which connections are made without sockets."""
+
+    def __init__(self, app: FastAPI, config: Config) -> None:
+        self._settings = config
+        self._config = make_http_server(app, config, lifespan="off").config
+        self._config.load()
+        operation = config.operation
+        self._intake = Intake(max_connections=operation.max_connections, max_held_bytes=operation.max_total_head_bytes)
+        self._state = ServerState()
+        self.wire = Wire()
+
+    def connect(self, path: str, body: dict[str, object]) -> asyncio.Protocol:
+        """A connection that has asked."""
+        protocol = HttpProtocol(self._config, self._state, {}, settings=self._settings, intake=self._intake)
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+        protocol.connection_made(self.wire)
+        protocol.data_received(head.encode() + b"\r\n\r\n" + content)
+        return protocol
+
+    async def disconnect(self, protocols: list[asyncio.Protocol]) -> None:
+        for protocol in protocols:
+            protocol.connection_lost(None)
+        await asyncio.gather(*self._state.tasks)
+
+
+async def measure(server: Server, engine: TalkingEngine, path: str, body: dict[str, object], num_streams: int) -> float:
     """Microseconds per token."""
     num_tokens = num_streams * int(str(body.get("n", 1)))  # of a step
-    readers = [Reader(app, path, body) for _ in range(num_streams)]
+    wire = server.wire
+    connections = [server.connect(path, body) for _ in range(num_streams)]
     while engine.num_requests < num_tokens:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     for _ in range(NUM_WARMUP_STEPS):
         engine.take(engine.make_frame())
         await asyncio.sleep(0.002)
-    num_steps = max(num_streams * NUM_STEPS[num_streams] // num_tokens, 1)
     spent = 0.0
-    for _ in range(num_steps):
+    for _ in range(NUM_STEPS[num_streams]):
         frame = engine.make_frame()
-        expected = sum(reader.num_events for reader in readers) + num_tokens
+        expected = wire.num_events + num_tokens
         started_at = time.process_time()
         engine.take(frame)
         await asyncio.sleep(0)
-        while sum(reader.num_events for reader in readers) < expected:  # noqa: ASYNC110
+        while wire.num_events < expected:  # noqa: ASYNC110
             await asyncio.sleep(0)
         spent += time.process_time() - started_at
-    for reader in readers:
-        await reader.leave()
+    await server.disconnect(connections)
     engine.forget_requests()
-    return 1e6 * spent / (num_steps * num_tokens)
+    return 1e6 * spent / (NUM_STEPS[num_streams] * num_tokens)
 
 
 async def measure_all() -> list[Row]:
@@ -181,6 +200,7 @@ async def measure_all() -> list[Row]:
 
     config = Config.model_validate({"model": {"path": "talking"}})
     app = create_app(config, make_engine=make_engine)
+    server = Server(app, config)
     rows: list[Row] = []
     async with app.router.lifespan_context(app):
         while app.state.server.tokenizer is None:  # noqa: ASYNC110
@@ -190,7 +210,7 @@ async def measure_all() -> list[Row]:
         for case, (path, body) in cases.items():
             row: Row = {"stream": case}
             for size in NUM_STEPS:
-                times = [await measure(app, engines[0], path, body, size) for _ in range(NUM_ROUNDS)]
+                times = [await measure(server, engines[0], path, body, size) for _ in range(NUM_ROUNDS)]
                 row[f"us a token, {size} streams"] = statistics.median(times)
             rows.append(row)
     return rows

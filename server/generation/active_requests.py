@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol
 
 from server.errors import ApiError
 
-T = TypeVar("T")
+
+class Interruptible(Protocol):
+    """The interface of what a request waits for."""
+
+    def fail(self, error: Exception) -> None:
+        """Raises the error to whoever waits, now or later, when what has come is taken. The first error counts."""
+        ...
+
+    def cut(self, error: Exception) -> None:
+        """The same, but drops what has come."""
+        ...
 
 
 class ActiveRequest:
     """One HTTP request in flight. Made in the event loop; `close` it when it has ended.
 
-    One timer watches its deadline, however many tokens come before: it interrupts whoever waits in `next` then.
+    One timer watches its deadline, however many tokens come before.
 
     deadline: in the event loop's time, seconds; None: it may take as long as it takes.
     """
 
-    def __init__(self, deadline: float | None) -> None:
-        self._reason: ApiError | None = None
-        self._is_late = False
-        self._waits: dict[asyncio.Task[object], int] = {}  # to how many requests to be cancelled each had before
-        self._interrupted: set[asyncio.Task[object]] = set()
+    def __init__(self, outputs: Interruptible, deadline: float | None) -> None:
+        self._outputs = outputs
         self._timer: asyncio.TimerHandle | None = None
         if deadline is not None:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._pass_deadline)
+            self._timer = asyncio.get_running_loop().call_at(deadline, outputs.fail, TimeoutError())
 
     def close(self) -> None:
         if self._timer is not None:
@@ -35,45 +42,7 @@ class ActiveRequest:
 
     def abort(self, reason: ApiError) -> None:
         """Ends the request: whoever waits for its output gets `reason` raised, now or at the next wait."""
-        if self._reason is None:
-            self._reason = reason
-            self._interrupt()
-
-    async def next(self, items: AsyncGenerator[T, None]) -> T:
-        """The next item. Raises TimeoutError at the deadline, the reason of an abort, and StopAsyncIteration.
-
-        After the first two the generator is closed: they interrupt it where it waits. What is there without a wait is
-        handed out after the deadline too.
-        """
-        if self._reason is not None:
-            raise self._reason
-        if self._is_late:
-            async with asyncio.timeout(0):
-                return await anext(items)
-        task = asyncio.current_task()
-        assert task is not None
-        self._waits[task] = task.cancelling()
-        try:
-            return await anext(items)
-        except asyncio.CancelledError:
-            if task in self._interrupted and task.cancelling() <= self._waits[task] + 1:  # else others cancel it too
-                raise self._reason or TimeoutError from None
-            raise
-        finally:
-            del self._waits[task]
-            if task in self._interrupted:
-                self._interrupted.remove(task)
-                task.uncancel()
-
-    def _pass_deadline(self) -> None:
-        self._is_late = True
-        self._interrupt()
-
-    def _interrupt(self) -> None:
-        for task in self._waits:
-            if task not in self._interrupted:  # else the deadline or an abort came first, in this very moment
-                self._interrupted.add(task)
-                task.cancel()
+        self._outputs.cut(reason)
 
 
 class ActiveRequests:
@@ -89,13 +58,16 @@ class ActiveRequests:
         return len(set().union(*self._by_id.values()))
 
     @contextmanager
-    def register(self, tenant: str, ids: tuple[str, ...], deadline: float | None) -> Iterator[ActiveRequest]:
-        active = ActiveRequest(deadline)
+    def register(
+        self, tenant: str, ids: tuple[str, ...], deadline: float | None, outputs: Interruptible
+    ) -> Iterator[None]:
+        """While it is open, the deadline fails the outputs with TimeoutError, and an abort cuts them."""
+        active = ActiveRequest(outputs, deadline)
         names = [(tenant, request_id) for request_id in ids]
         for name in names:
             self._by_id.setdefault(name, set()).add(active)
         try:
-            yield active
+            yield
         finally:
             active.close()
             for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from io import StringIO
 
 import msgspec
@@ -28,16 +28,15 @@ class Choice:
     scores_only: bool = False  # the prompt's log-probabilities are wanted, and no token
 
 
-@dataclass(slots=True, kw_only=True)
-class Delta:
+class Delta(msgspec.Struct, kw_only=True):
     """A piece of a choice. The last one of a choice has a finish reason."""
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)  # in characters: where each token begins in the choice's text
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    offsets: list[int] = []  # in characters: where each token begins in the choice's text
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
     is_first: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -60,7 +59,7 @@ class DeltaCollector:
         self._rest.finish_reason, self._rest.stop_reason = delta.finish_reason, delta.stop_reason
 
     def collected(self) -> Delta:
-        return replace(self._rest, text=self._text.getvalue())
+        return msgspec.structs.replace(self._rest, text=self._text.getvalue())
 
 
 class ChoiceReader:

@@ -1,17 +1,16 @@
-"""From a validated request to a stream of deltas: runs its choices, merges them, counts, and ends exactly once."""
+"""From a validated request to a stream of deltas: runs its choices, reads them as one, counts, ends exactly once."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from engine.client.client import EngineClient, EngineError
+from engine.client.client import EngineClient, EngineError, OutputStream
 from engine.types import RequestTiming, StepOutput
 from server.errors import ApiError
-from server.generation.active_requests import ActiveRequest, ActiveRequests
+from server.generation.active_requests import ActiveRequests
 from server.generation.admission import Admission, Place
 from server.generation.choice import Choice, ChoiceReader, Delta
 from server.protocol.responses import CompletionDetails, PromptDetails, Timing, Usage
@@ -56,68 +55,93 @@ class Generation:
     ) -> None:
         self.job = job
         self.readers = [ChoiceReader(choice, tokenizer) for choice in job.choices]
+        self._open = {reader.choice.request.request_id: reader for reader in self.readers}  # have not ended
         self._engine = engine
         self._admission = admission
         self._active_requests = active_requests
         self._record = record
         self._num_restarts_before = engine.num_restarts
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The pieces of all choices as they come; each choice ends with exactly one that has a finish reason.
+    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+        """The pieces of all choices as they come, those of a step together; the last of each has a finish reason.
 
-        Raises ApiError if the queue has no room for it, or if it cannot be finished; nothing follows then.
+        Nothing is read ahead of the consumer, so a slow reader holds the engine's numbers, not text. Raises ApiError if
+        the queue has no room for it, or if a choice cannot be finished: that ends all of them, and nothing follows.
         """
         ids = (self.job.response_id, self.job.request_id)
-        num_delivered = num_ended = 0
         num_tokens = sum(len(choice.prompt.token_ids) for choice in self.job.choices)
+        has_begun = False
         with (
             self._admission.admit(len(self.job.choices), num_tokens) as place,
-            self._active_requests.register(self.job.tenant, ids, self.job.deadline) as active,
             self._record.running(self),
+            self._in_engine(place) as outputs,
+            self._active_requests.register(self.job.tenant, ids, self.job.deadline, outputs),
         ):
-            streams = [self._read_choice(reader, active, place) for reader in self.readers]
-            async with aclosing(merge(streams)) as merged:
-                async for delta in merged:
-                    has_expired = self.readers[delta.index].has_expired
-                    if has_expired and num_delivered == 0 and not delta.token_ids:
-                        raise ApiError(408, self._late())
-                    num_delivered += 1
-                    if num_delivered == 1:
-                        self._record.first_token()
-                    num_ended += delta.finish_reason is not None
-                    if num_ended == len(self.readers):  # a client that leaves now has had everything
-                        self._record.outcome = self._outcome()
-                    yield delta
+            while self._open:
+                deltas = await self._next_deltas(outputs, place)
+                if not has_begun:
+                    self._record.first_token()
+                    has_begun = True
+                if not self._open:  # a client that leaves now has had everything
+                    self._record.outcome = self._outcome()
+                yield deltas
 
-    async def _read_choice(
-        self, reader: ChoiceReader, active: ActiveRequest, place: Place
-    ) -> AsyncGenerator[Delta, None]:
+    @contextmanager
+    def _in_engine(self, place: Place) -> Iterator[OutputStream]:
+        """The choices run in the engine, and none of them does after it."""
+        choices = self.job.choices
         try:
-            async with aclosing(self._engine.generate(reader.choice.request)) as outputs:
-                place.hand_over(len(reader.choice.prompt.token_ids))
-                while reader.finish_reason is None:
-                    delta = await self._read_delta(reader, active, outputs)
-                    if delta is not None:
-                        yield delta
-        finally:
-            place.end()
-
-    async def _read_delta(
-        self, reader: ChoiceReader, active: ActiveRequest, outputs: AsyncGenerator[StepOutput, None]
-    ) -> Delta | None:
-        """What the engine's next output completes."""
-        try:
-            output = await active.next(outputs)
-        except TimeoutError:
-            return reader.expire()
+            with ExitStack() as ends, self._engine.generate([choice.request for choice in choices]) as outputs:
+                for choice in choices:
+                    place.hand_over(len(choice.prompt.token_ids))
+                ends.callback(self._end_open, place)
+                yield outputs
         except EngineError as error:
             raise self._failure(str(error), error.kind) from error
-        if output.finish_reason == "error":
-            raise self._failure(output.error or "the engine could not finish the request", "request")
+
+    def _end_open(self, place: Place) -> None:
+        for _ in self._open:
+            place.end()
+
+    async def _next_deltas(self, outputs: OutputStream, place: Place) -> list[Delta]:
+        """What the engine's next outputs complete: at least one delta. At the deadline, the last of every choice."""
+        deltas: list[Delta] = []
+        while not deltas:
+            try:
+                batch = await outputs.take(len(self._open))  # a step's, however many wait behind them
+            except TimeoutError:
+                return self._expire(outputs, place)
+            for output in batch:
+                reader = self._open.get(output.request_id)
+                if reader is None:  # a stop string has ended it before
+                    continue
+                delta = self._read(reader, output)
+                if delta is not None:
+                    deltas.append(delta)
+                if reader.finish_reason is not None:
+                    self._end(reader, outputs, place)
+        return deltas
+
+    def _read(self, reader: ChoiceReader, output: StepOutput) -> Delta | None:
         num_before, last_at = reader.num_tokens, reader.last_tokens_at
         delta = reader.take(output)
         self._record.tokens(reader.num_tokens - num_before, last_at, reader.last_tokens_at)
         return delta
+
+    def _expire(self, outputs: OutputStream, place: Place) -> list[Delta]:
+        if not any(reader.num_tokens or reader.finish_reason for reader in self.readers):
+            raise ApiError(408, self._late())
+        late = list(self._open.values())
+        deltas = [reader.expire() for reader in late]
+        for reader in late:
+            self._end(reader, outputs, place)
+        return deltas
+
+    def _end(self, reader: ChoiceReader, outputs: OutputStream, place: Place) -> None:
+        request_id = reader.choice.request.request_id
+        outputs.leave(request_id)
+        del self._open[request_id]
+        place.end()
 
     def _failure(self, message: str, kind: str) -> ApiError:
         message = f"{message} (request {self.job.request_id})"
@@ -198,40 +222,3 @@ class Generation:
             drafts_accepted=counts.num_accepted_drafts,
             restarts_survived=self._engine.num_restarts - self._num_restarts_before,
         )
-
-
-async def merge(streams: list[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """All items of all streams as they come. A failure of one ends all; so does leaving.
-
-    No stream is read ahead of the consumer by more than an item, so a slow reader holds the engine's numbers, not text.
-    """
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for delta in only:
-                yield delta
-        return
-    pending: dict[asyncio.Future[Delta], AsyncGenerator[Delta, None]] = {
-        asyncio.ensure_future(anext(stream)): stream for stream in streams
-    }
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            ready: list[Delta] = []
-            for future in done:
-                stream = pending.pop(future)
-                if isinstance(future.exception(), StopAsyncIteration):
-                    continue
-                ready.append(future.result())
-                pending[asyncio.ensure_future(anext(stream))] = stream
-            for delta in sorted(ready, key=lambda delta: delta.index):
-                yield delta
-    finally:
-        await _close(pending, streams)
-
-
-async def _close(futures: Iterable[asyncio.Future[Delta]], streams: Iterable[AsyncGenerator[Delta, None]]) -> None:
-    for future in futures:
-        future.cancel()
-    await asyncio.gather(*futures, return_exceptions=True)
-    for stream in streams:
-        await stream.aclose()

@@ -65,8 +65,9 @@ async def deliver(
 
     async def collect() -> None:
         async with aclosing(generation.deltas()) as deltas:
-            async for delta in deltas:
-                choices[delta.index].add(delta)
+            async for pieces in deltas:
+                for delta in pieces:
+                    choices[delta.index].add(delta)
 
     work = asyncio.ensure_future(collect())
     if not await _finished(request, work):
@@ -88,7 +89,7 @@ async def deliver_stream(
     headers: dict[str, str],
     patience: float = KEEP_ALIVE_SECONDS,
 ) -> Response:
-    """Waits for the first delta, so that what fails early has a status, and then streams.
+    """Waits for the first deltas, so that what fails early has a status, and then streams.
 
     Where nothing comes for `patience` seconds, the stream begins without it: proxies give up on silence.
     """
@@ -141,8 +142,8 @@ class EventSource:
 
     def __init__(
         self,
-        deltas: AsyncGenerator[Delta, None],
-        first: asyncio.Future[Delta],
+        deltas: AsyncGenerator[list[Delta], None],
+        first: asyncio.Future[list[Delta]],
         writer: ReplyWriter,
         job: Job,
     ) -> None:
@@ -154,10 +155,11 @@ class EventSource:
         self._text_frames: dict[int, TextFrame | None] = {}  # by choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
+        """Those of a step in one piece, which is sent at once."""
         try:
-            yield await self._encoded(await self._first)
-            async for delta in self._deltas:
-                yield await self._encoded(delta)
+            yield await self._joined(await self._first)
+            async for deltas in self._deltas:
+                yield await self._joined(deltas)
             if (last := self._writer.last_chunk()) is not None:
                 yield _event(last)
         except ApiError as error:
@@ -172,13 +174,21 @@ class EventSource:
         await asyncio.gather(self._first, return_exceptions=True)
         await self._deltas.aclose()
 
-    async def _encoded(self, delta: Delta) -> bytes:
-        if delta.text and not delta.is_first and delta.finish_reason is None:
-            if delta.index not in self._text_frames:
-                self._text_frames[delta.index] = make_text_frame(self._writer, delta.index)
-            frame = self._text_frames[delta.index]
-            if frame is not None:
-                return frame.encoded(delta.text)
+    async def _joined(self, deltas: list[Delta]) -> bytes:
+        pieces = []
+        for delta in deltas:
+            frame = self._text_frame(delta)
+            pieces.append(await self._worded(delta) if frame is None else frame.encoded(delta.text))
+        return b"".join(pieces)
+
+    def _text_frame(self, delta: Delta) -> TextFrame | None:
+        if not delta.text or delta.is_first or delta.finish_reason is not None:
+            return None
+        if delta.index not in self._text_frames:
+            self._text_frames[delta.index] = make_text_frame(self._writer, delta.index)
+        return self._text_frames[delta.index]
+
+    async def _worded(self, delta: Delta) -> bytes:
         chunks = self._writer.chunks
         if _num_items(delta, self._choices[delta.index]) > LARGE_DELTA:  # the scores of a long prompt, or its text
             return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))

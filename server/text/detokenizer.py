@@ -33,7 +33,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._unfinished = b""  # what may be the first bytes of a character
         self._stops = StopSearch(options.stop)
         self._held = ""
         self._after_special = False
@@ -49,13 +49,14 @@ class Detokenizer:
         self.num_tokens += 1
         token = self._bytes(token_id)
         self.begins_at = self._begin(token)
-        return self._release(self._utf8.decode(token))
+        return self._release(self._decode(token))
 
     def flush(self) -> str:
         """The text that was held back, once no more tokens will come. An unfinished character becomes U+FFFD."""
         if self.matched_stop is not None:
             return ""
-        text = self._release(self._utf8.decode(b"", final=True))
+        unfinished, self._unfinished = self._unfinished, b""
+        text = self._release(unfinished.decode(errors="replace"))
         text, held, self._held = text + self._held, self._held, ""
         self.num_released += len(held)
         return text
@@ -69,11 +70,6 @@ class Detokenizer:
     def end(self) -> int:
         """Where the text ends if no more comes."""
         return self.num_characters + len(self._unfinished.decode(errors="replace"))
-
-    @property
-    def _unfinished(self) -> bytes:
-        """What may be the first bytes of a character."""
-        return self._utf8.getstate()[0]
 
     def _begin(self, token: bytes) -> int:
         """Where a token begins: at the character that its first byte is, or helps to complete."""
@@ -91,6 +87,13 @@ class Detokenizer:
             token = token.removeprefix(b" ")
         self._after_special = is_special
         return token
+
+    def _decode(self, token: bytes) -> str:
+        """Keeps the first bytes of a character whose last bytes have not come."""
+        data = self._unfinished + token
+        text, num_read = codecs.utf_8_decode(data, "replace", False)
+        self._unfinished = data[num_read:]
+        return text
 
     def _release(self, piece: str) -> str:
         text = self._certain(piece)

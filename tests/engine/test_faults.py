@@ -24,7 +24,7 @@ from engine.faults import EngineFaultError
 from engine.sampling.token_counts import CountKeeper, TokenCounts
 from engine.types import Request, SamplingParams, Scheduled, Sequence, StepOutput
 from tests.support import faulty_device
-from tests.support.scripted_client import QUICK, Recorder, until
+from tests.support.scripted_client import QUICK, Recorder, read_one, until
 
 BAD = 63  # a prompt token of requests that cannot be computed
 
@@ -190,7 +190,7 @@ async def test_requests_survive_a_lost_device_and_health_says_what_happens(tmp_p
         states: list[EngineState] = []
 
         async def stream(request: Request) -> list[StepOutput]:
-            return [output async for output in client.generate(request)]
+            return [output async for output in read_one(client, request)]
 
         async def watch() -> None:
             while True:

@@ -209,12 +209,12 @@ def test_an_unusable_config_is_a_config_failure(child: Child) -> None:
 def test_kill_9_of_the_parent_leaves_no_engine_process() -> None:
     code = """
 import asyncio
-from tests.support.scripted_client import make_client, make_request
+from tests.support.scripted_client import make_client, make_request, read_one
 
 async def main():
     client = make_client("delay=0.01")
     await client.start()
-    async for output in client.generate(make_request("r", max_tokens=100000)):
+    async for output in read_one(client, make_request("r", max_tokens=100000)):
         print(client.pid, flush=True)
 
 asyncio.run(main())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Self
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.client.client import EngineError
+from engine.client.outbox import Outbox
 from engine.ipc.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, RequestTiming, StepOutput, TokenLogprobs
 from server.text.tokenizer import Tokenizer
@@ -83,7 +86,7 @@ class FakeEngine:
         self.first_delay = self.delay = 0.0  # seconds before the first and before each further output
         self.first_timing: RequestTiming | None = None  # told with the first token
         self.fail_after: int | None = None  # outputs, then the request fails
-        self.failure_kind: str | None = None  # an EngineError of this kind; None: an output that says so
+        self.failure_kind = "request"  # of the EngineError
         self.requests: list[Request] = []
         self.running: set[str] = set()
         self.aborted: list[str] = []
@@ -98,27 +101,17 @@ class FakeEngine:
         digest = hashlib.shake_128(key).digest(request.params.max_tokens)
         return [4 + byte for byte in digest]
 
-    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        self.requests.append(request)
-        self.running.add(request.request_id)
-        finished = False
-        try:
-            await asyncio.sleep(self.first_delay)
-            for number, output in enumerate(self.outputs(request)):
-                if number == self.fail_after:
-                    if self.failure_kind is not None:
-                        raise EngineError("the engine broke", kind=self.failure_kind)
-                    output = StepOutput(request_id=request.request_id, finish_reason="error", error="it failed")
-                if number:
-                    await asyncio.sleep(self.delay)
-                finished = output.finish_reason is not None
-                yield output
-                if finished:
-                    return
-        finally:
-            self.running.discard(request.request_id)
-            if not finished:
-                self.aborted.append(request.request_id)
+    def generate(self, requests: Sequence[Request]) -> FakeStream:
+        return FakeStream(self, requests)
+
+    async def answer(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        await asyncio.sleep(self.first_delay)
+        for number, output in enumerate(self.outputs(request)):
+            if number == self.fail_after:
+                raise EngineError("the engine broke", kind=self.failure_kind)
+            if number:
+                await asyncio.sleep(self.delay)
+            yield output
 
     def outputs(self, request: Request) -> Iterator[StepOutput]:
         params = request.params
@@ -153,6 +146,49 @@ class FakeEngine:
             queued=0.0, prefill=0.0, decode=0.0, num_prefill_chunks=1, num_preemptions=0,
             num_drafts=num_tokens, num_accepted_drafts=num_tokens // 2,
         )  # fmt: skip
+
+
+class FakeStream(AbstractContextManager):
+    """What a FakeEngine puts out for one reader. A request that is left before its last output was taken is aborted."""
+
+    def __init__(self, engine: FakeEngine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # of the requests that have not ended
+        self._outbox = Outbox()
+        self.fail, self.cut = self._outbox.fail, self._outbox.cut
+
+    def __enter__(self) -> Self:
+        for request in self._requests:
+            self._engine.requests.append(request)
+            self._engine.running.add(request.request_id)
+            self._tasks[request.request_id] = asyncio.ensure_future(self._tell(request))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for request_id in list(self._tasks):
+            self.leave(request_id)
+
+    async def take(self, max_num: int) -> list[StepOutput]:
+        outputs = await self._outbox.take(max_num)
+        for output in outputs:
+            if output.finish_reason is not None and self._tasks.pop(output.request_id, None) is not None:
+                self._engine.running.discard(output.request_id)
+        return outputs
+
+    def leave(self, request_id: str) -> None:
+        task = self._tasks.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+            self._engine.running.discard(request_id)
+            self._engine.aborted.append(request_id)
+
+    async def _tell(self, request: Request) -> None:
+        try:
+            async for output in self._engine.answer(request):
+                self._outbox.put(output)
+        except Exception as error:  # the engine's, or a bug that a test has made
+            self._outbox.fail(error)
 
 
 def make_engine(template: str | None = CHAT_TEMPLATE) -> FakeEngine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from engine.client.client import EngineObserver
 from engine.config import EngineConfig
 from engine.ipc.messages import Failed, ModelInfo
-from engine.types import Request, StepOutput
+from engine.types import Request
 from server.app import create_app
 from server.config import Config
 from server.state import ServerState
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, FakeStream
 from tests.support.fake_engine import make_engine as make_fake_engine
 from tests.support.server_world import MODEL_NAME, serve_app, wait_until
 
@@ -46,8 +46,8 @@ class OperatedEngine:
     def say(self, text: str) -> None:
         self._answers.say(text)
 
-    def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        return self._answers.generate(request)
+    def generate(self, requests: Sequence[Request]) -> FakeStream:
+        return self._answers.generate(requests)
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()

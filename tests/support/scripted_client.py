@@ -94,8 +94,18 @@ def make_request(name: str, *, order: int = 1, num_prompt_tokens: int = 12, max_
     return Request(request_id=name, prompt_token_ids=prompt, params=params)
 
 
+async def read_one(client: EngineClient, request: Request) -> AsyncGenerator[StepOutput, None]:
+    """All outputs of one request, one at a time. Leaving it leaves the request."""
+    finish_reason = None
+    with client.generate([request]) as outputs:
+        while finish_reason is None:
+            (output,) = await outputs.take(1)
+            finish_reason = output.finish_reason
+            yield output
+
+
 async def collect(client: EngineClient, request: Request) -> list[StepOutput]:
-    return [output async for output in client.generate(request)]
+    return [output async for output in read_one(client, request)]
 
 
 def tokens_of(outputs: list[StepOutput]) -> list[int]:

@@ -28,6 +28,7 @@ from tests.support.scripted_client import (
     make_config,
     make_request,
     process_state,
+    read_one,
     running,
     tokens_of,
     until,
@@ -118,7 +119,7 @@ async def test_an_id_that_was_left_may_be_used_again_at_once_for_other_tokens() 
     async with running("delay=0.001") as client:
         for i in range(60):
             left = make_request("same", num_prompt_tokens=2, max_tokens=50)
-            async with aclosing(client.generate(left)) as outputs:
+            async with aclosing(read_one(client, left)) as outputs:
                 async for _ in outputs:
                     break
             request = make_request("same", num_prompt_tokens=3 + i % 4, max_tokens=4)
@@ -150,7 +151,7 @@ async def leave_somewhere(client: EngineClient, name: str, chance: random.Random
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         return
-    async with aclosing(client.generate(request)) as outputs:
+    async with aclosing(read_one(client, request)) as outputs:
         received = 0
         async for _ in outputs:
             received += 1
@@ -177,7 +178,7 @@ async def test_a_storm_of_aborts_leaves_the_engine_empty() -> None:
 async def test_a_consumer_that_does_not_read_holds_up_nobody() -> None:
     async with running("delay=0") as client:
         slow = make_request("slow", max_tokens=3000)
-        async with aclosing(client.generate(slow)) as outputs:
+        async with aclosing(read_one(client, slow)) as outputs:
             received = [await anext(outputs)]
             others = [make_request(f"r{i}") for i in range(8)]
             results = await asyncio.gather(*(collect(client, request) for request in others))

@@ -30,6 +30,7 @@ from tests.support.scripted_client import (
     make_client,
     make_request,
     process_state,
+    read_one,
     running,
     tokens_of,
     until,
@@ -52,7 +53,7 @@ async def test_streams_go_on_after_kill_9_with_the_tokens_they_would_have_had(nu
     received: list[list[StepOutput]] = [[] for _ in requests]
 
     async def stream(index: int) -> None:
-        async for output in client.generate(requests[index]):
+        async for output in read_one(client, requests[index]):
             received[index].append(output)
 
     async with running("delay=0.005", observer=observer, supervision=PATIENT) as client:
@@ -395,7 +396,7 @@ async def test_aborts_and_crashes_together_leave_nothing_behind() -> None:
             leaves = chance.random() < 0.5
             await asyncio.sleep(chance.random())
             received: list[int] = []
-            async with aclosing(client.generate(request)) as outputs:
+            async with aclosing(read_one(client, request)) as outputs:
                 async for output in outputs:
                     received += output.token_ids
                     if leaves and chance.random() < 0.2:

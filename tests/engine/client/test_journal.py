@@ -8,6 +8,7 @@ import pytest
 
 from engine.client.deaths import Death, Deaths, Verdict
 from engine.client.journal import TRIAL_TOKENS, Entry, Journal
+from engine.client.outbox import Outbox
 from engine.config import SupervisionConfig
 from engine.ipc.inflight_record import InflightRequest
 from engine.types import Request, SamplingParams, StepOutput, TokenLogprobs
@@ -36,7 +37,7 @@ def test_the_counters_equal_a_recount_after_any_history() -> None:
         action = random_source.choice(["add", "start", "emit", "remove", "die", "send"])
         if action == "add":
             request = make_request(str(i), num_prompt_tokens=random_source.randint(1, 9), max_tokens=10**6)
-            entries.append(journal.add(request, now=0.0))
+            entries.append(journal.add(request, outbox=Outbox(), now=0.0))
         elif action == "send":
             send_due(journal)
         elif action == "die" and random_source.random() < 0.2:
@@ -63,10 +64,10 @@ def test_the_counters_equal_a_recount_after_any_history() -> None:
 def test_every_request_is_due_once_and_again_after_a_death() -> None:
     journal = Journal()
     for name in "abc":
-        journal.add(make_request(name), now=0.0)
+        journal.add(make_request(name), outbox=Outbox(), now=0.0)
     assert send_due(journal) == ["a", "b", "c"]
     assert send_due(journal) == []
-    journal.add(make_request("d"), now=0.0)
+    journal.add(make_request("d"), outbox=Outbox(), now=0.0)
     assert send_due(journal) == ["d"]
     assert journal.forget_process([])[0] == []
     assert send_due(journal) == ["a", "b", "c", "d"]
@@ -80,7 +81,7 @@ def give(journal: Journal, entry: Entry, num_tokens: int) -> bool:
 
 def test_suspects_are_tried_one_at_a_time_before_the_others() -> None:
     journal = Journal()
-    entries = {name: journal.add(make_request(name), now=float(at)) for at, name in enumerate("abcd")}
+    entries = {name: journal.add(make_request(name), outbox=Outbox(), now=float(at)) for at, name in enumerate("abcd")}
     send_due(journal)
     journal.forget_process(["b", "d", "unknown"])
     assert send_due(journal) == ["b"]
@@ -95,7 +96,7 @@ def test_suspects_are_tried_one_at_a_time_before_the_others() -> None:
 
 def test_those_whose_answer_has_begun_are_tried_first_and_those_that_died_alone_last() -> None:
     journal = Journal()
-    entries = {name: journal.add(make_request(name), now=0.0) for name in "abc"}
+    entries = {name: journal.add(make_request(name), outbox=Outbox(), now=0.0) for name in "abc"}
     send_due(journal)
     give(journal, entries["c"], 1)
     journal.forget_process(["a", "b", "c"])
@@ -106,7 +107,7 @@ def test_those_whose_answer_has_begun_are_tried_first_and_those_that_died_alone_
 
 def test_only_a_second_death_in_a_step_of_its_own_quarantines_a_suspect() -> None:
     journal = Journal()
-    entries = {name: journal.add(make_request(name), now=0.0) for name in "ab"}
+    entries = {name: journal.add(make_request(name), outbox=Outbox(), now=0.0) for name in "ab"}
     send_due(journal)
     assert journal.forget_process(["a"]) == ([], Verdict(has_suspect=False, culprit_ids=frozenset()))
     send_due(journal)
@@ -121,7 +122,7 @@ def test_only_a_second_death_in_a_step_of_its_own_quarantines_a_suspect() -> Non
 
 def test_a_suspect_that_leaves_untried_is_at_fault_where_all_others_go_on() -> None:
     journal = Journal()
-    entries = {name: journal.add(make_request(name), now=0.0) for name in "abc"}
+    entries = {name: journal.add(make_request(name), outbox=Outbox(), now=0.0) for name in "abc"}
     send_due(journal)
     journal.leave(entries["b"])  # while the step runs that the process dies in
     journal.forget_process(["a", "b", "c"])
@@ -140,9 +141,8 @@ def test_whoever_kills_the_process_is_quarantined_and_nobody_else(seed: int) -> 
     """Kills from outside come too, but no request is hit twice alone by them."""
     chance = random.Random(seed)
     journal, deaths = Journal(), Deaths(SupervisionConfig(max_deaths=10**6))
-    entries = {
-        str(i): journal.add(make_request(str(i), max_tokens=10**6), now=0.0) for i in range(chance.randint(1, 20))
-    }
+    names = [str(i) for i in range(chance.randint(1, 20))]
+    entries = {name: journal.add(make_request(name, max_tokens=10**6), outbox=Outbox(), now=0.0) for name in names}
     poisoned = {name for name in entries if chance.random() < 0.2}
     running: list[Entry] = []
     quarantined: set[str] = set()
@@ -201,18 +201,18 @@ def test_deaths_without_any_progress_end_it_at_last_whatever_they_are_put_down_t
 
 def test_an_id_in_use_is_refused_and_free_after_the_end() -> None:
     journal = Journal()
-    entry = journal.add(make_request("a"), now=0.0)
+    entry = journal.add(make_request("a"), outbox=Outbox(), now=0.0)
     with pytest.raises(ValueError, match="request id a is in use"):
-        journal.add(make_request("a"), now=0.0)
+        journal.add(make_request("a"), outbox=Outbox(), now=0.0)
     journal.remove(entry)
-    journal.add(make_request("a"), now=0.0)
+    journal.add(make_request("a"), outbox=Outbox(), now=0.0)
 
 
 def test_prompt_logprobs_are_delivered_once_however_often_it_crashes() -> None:
     random_source = random.Random(3)
     for _ in range(200):
         journal = Journal()
-        entry = journal.add(make_request("a", prompt_logprobs=0), now=0.0)
+        entry = journal.add(make_request("a", prompt_logprobs=0), outbox=Outbox(), now=0.0)
         delivered: list[TokenLogprobs] = []
         while len(delivered) < 20:
             position = 0
@@ -241,6 +241,6 @@ def test_prompt_logprobs_are_delivered_once_however_often_it_crashes() -> None:
 def test_a_request_is_complete_when_its_emitted_tokens_say_so(
     emitted: list[int], params: dict, max_model_len: int | None, finish_reason: str | None
 ) -> None:
-    entry = Entry(request=make_request("a", **params), registered_at=0.0, emitted=emitted)
+    entry = Entry(request=make_request("a", **params), registered_at=0.0, emitted=emitted, outbox=Outbox())
     completion = entry.completion(max_model_len)
     assert (None if completion is None else completion.finish_reason) == finish_reason

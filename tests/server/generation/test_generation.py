@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import threading
+from typing import Self
 
 import httpx
 import pytest
 
+from engine.client.client import EngineError
+from engine.client.outbox import Outbox
+from engine.types import StepOutput
 from server.errors import ApiError
 from server.generation.active_requests import ActiveRequests
+from tests.support.fake_engine import FakeStream
 from tests.support.server_world import events, wait_until
 
 COMPLETION = ("/v1/completions", {"model": "tiny", "prompt": "hello", "max_tokens": 100})
@@ -117,35 +123,25 @@ async def test_an_abort_ends_all_requests_of_an_id(world, client) -> None:
 
 
 async def test_an_abort_between_two_waits_is_not_lost() -> None:
-    requests = ActiveRequests()
-
-    async def numbers():
-        yield 1
-        yield 2
-
-    with requests.register("", ("a", "b"), None) as active:
-        items = numbers()
-        assert await active.next(items) == 1
+    requests, outputs = ActiveRequests(), Outbox()
+    with requests.register("", ("a", "b"), None, outputs):
+        put(outputs, 1, 2)
+        assert await take(outputs) == 1
         assert requests.abort("", "b")
         with pytest.raises(ApiError, match="aborted"):
-            await active.next(items)
-        await items.aclose()
+            await take(outputs)
     assert not requests.abort("", "a")
 
 
 async def test_an_abort_at_the_moment_of_the_deadline_raises_one_of_the_two() -> None:
     requests = ActiveRequests()
-
-    async def never():
-        await asyncio.sleep(10)
-        yield 1
-
     loop = asyncio.get_running_loop()
     for lead in (-0.001, 0.0, 0.001):
-        with requests.register("", ("a",), loop.time() + 0.01) as active:
+        outputs = Outbox()
+        with requests.register("", ("a",), loop.time() + 0.01, outputs):
             loop.call_at(loop.time() + 0.01 + lead, requests.abort, "", "a")
             with pytest.raises((ApiError, TimeoutError)):
-                await active.next(never())
+                await take(outputs)
 
 
 @BOTH
@@ -182,7 +178,6 @@ def _send_and_leave(request: httpx.Request, leave: threading.Event) -> None:
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
-        (None, 500),
         ("constraints", 400),
         ("request", 500),
         ("quarantined", 500),
@@ -202,7 +197,7 @@ async def test_a_failure_before_the_first_token_has_a_status(world, client, path
 
 
 @BOTH
-@pytest.mark.parametrize("kind", [None, "stopped"])
+@pytest.mark.parametrize("kind", ["request", "stopped"])
 async def test_a_failure_in_a_stream_is_an_event_and_the_end(world, client, path, body, kind) -> None:
     world.engine.fail_after, world.engine.failure_kind = 3, kind
     response = await client.post(path, json=body | {"stream": True, "stream_options": {"include_usage": True}})
@@ -290,6 +285,94 @@ async def test_the_callers_id_is_used_everywhere(world, client) -> None:
     assert response.json()["id"] == "cmpl-trace-9"
 
 
+class SteppedStream(FakeStream):
+    """Puts out what an engine's step has for all requests at once; counts how often it is read."""
+
+    num_takes = num_steps = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        for task in self._tasks.values():
+            task.cancel()
+        self._answers = {request.request_id: self._engine.outputs(request) for request in self._requests}
+        self._stepping = asyncio.ensure_future(self._step())
+        return self
+
+    async def _step(self) -> None:
+        while self._tasks:
+            await asyncio.sleep(0.002)
+            outputs = [next(self._answers[request_id], None) for request_id in self._tasks]
+            SteppedStream.num_steps += any(outputs)
+            for output in filter(None, outputs):
+                self._outbox.put(output)
+
+    async def take(self, max_num: int) -> list[StepOutput]:
+        SteppedStream.num_takes += 1
+        return await super().take(max_num)
+
+
+@BOTH
+def test_a_step_wakes_a_request_of_many_choices_once(world, path, body, monkeypatch) -> None:
+    monkeypatch.setattr(SteppedStream, "num_takes", 0)
+    monkeypatch.setattr(SteppedStream, "num_steps", 0)
+    world.engine.generate = lambda requests: SteppedStream(world.engine, requests)
+    world.engine.script = lambda request: [5] * 60
+    with world.serve() as url:
+        response = httpx.post(url + path, json=body | {"n": 8, "stream": True})
+    assert finishes(response) == [("length", None)] * 8
+    assert world.metrics.num_tokens == 8 * 60
+    assert SteppedStream.num_steps == 60
+    assert SteppedStream.num_takes <= 60 + 8  # where the machine is slow, two steps wait together
+
+
+@STREAMED
+async def test_a_choice_that_ends_leaves_the_others_as_they_are(world, client, streamed) -> None:
+    """Each ends once, by itself, with what it would have said alone: by a stop string, a stop token or its length."""
+    path, body = COMPLETION
+    chance = random.Random(4)
+    for _ in range(10):
+        texts = ["".join(chance.choices("hello world of tokens", k=chance.randint(1, 40))) for _ in range(6)]
+        scripts = iter([[*world.tokenizer.encode(text, add_special_tokens=False), 1] for text in texts])
+        world.engine.script = lambda request, scripts=scripts: next(scripts)
+        world.engine.step_size = chance.choice([1, 2, 5])
+        world.engine.aborted.clear()
+        response = await client.post(path, json=body | {"n": 6, "stream": streamed, "stop": "lo"})
+        answers = events(response.text) if streamed else [response.json()]
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        for index, text in enumerate(texts):
+            own = [choice for choice in choices if choice["index"] == index]
+            assert "".join(choice["text"] for choice in own) == text.partition("lo")[0]
+            assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
+        assert world.engine.running == set()
+
+
+@BOTH
+async def test_a_choice_that_fails_ends_its_request_once_and_no_other(world, client, path, body) -> None:
+    world.engine.delay = 0.005
+    normal, num_failed = world.engine.outputs, 0
+
+    def outputs(request):
+        nonlocal num_failed
+        for number, output in enumerate(normal(request)):
+            if number == 3 and request is world.engine.requests[1]:
+                num_failed += 1
+                raise EngineError("the engine broke", kind="request")
+            yield output
+
+    world.engine.outputs = outputs
+    asking = asyncio.create_task(client.post(path, json=body | {"n": 3, "stream": True}))
+    await _until(lambda: len(world.engine.requests) == 3)
+    others = await client.post(path, json=body | {"n": 2, "stream": True})
+    mine = await asking
+    assert num_failed == 1
+    *content, last = events(mine.text)
+    assert content
+    assert last["error"]["code"] == "engine_request"
+    assert finishes(others) == [("length", None)] * 2
+    assert len(world.engine.aborted) == 3
+    assert sorted(world.metrics.outcomes) == ["error", "length"]
+
+
 async def test_choices_of_a_merged_stream_do_not_wait_for_each_other(world, client) -> None:
     path, body = COMPLETION
     lengths = iter([1, 30])
@@ -307,76 +390,50 @@ async def _until(condition) -> None:
             await asyncio.sleep(0.002)  # the fake engine has nothing to wait for
 
 
+def put(outputs: Outbox, *numbers: int) -> None:
+    for number in numbers:
+        outputs.put(StepOutput(request_id="a", token_ids=[number]))
+
+
+async def take(outputs: Outbox) -> int:
+    (output,) = await outputs.take(1)
+    return output.token_ids[0]
+
+
 async def test_a_deadline_ends_a_request_whose_engine_is_silent_after_many_tokens() -> None:
     """One timer for all waits: those that came in time neither stop it nor put it off."""
-    requests, loop = ActiveRequests(), asyncio.get_running_loop()
-    silence = asyncio.Event()
-
-    async def items():
-        for number in range(1000):
-            if number % 100 == 0:
-                await asyncio.sleep(0)
-            yield number
-        await silence.wait()
-
+    requests, outputs, loop = ActiveRequests(), Outbox(), asyncio.get_running_loop()
     deadline = loop.time() + 0.2
-    with requests.register("", ("a",), deadline) as active:
-        stream = items()
-        assert [await active.next(stream) for _ in range(1000)] == list(range(1000))
+    with requests.register("", ("a",), deadline, outputs):
+        for number in range(100):
+            loop.call_soon(put, outputs, number)
+            assert await take(outputs) == number
         with pytest.raises(TimeoutError):
-            await active.next(stream)
+            await take(outputs)
         assert loop.time() >= deadline
-        task = asyncio.current_task()
-        assert task is not None
-        assert task.cancelling() == 0
 
 
-async def test_a_deadline_ends_every_choice_that_waits_and_not_who_waits_elsewhere() -> None:
-    requests, loop = ActiveRequests(), asyncio.get_running_loop()
-
-    async def never():
-        await asyncio.Event().wait()
-        yield 1
-
-    with requests.register("", ("a",), loop.time() + 0.05) as active:
-        waits = [asyncio.create_task(active.next(never())) for _ in range(3)]
-        await asyncio.sleep(0.1)  # as a reader that is slow: it is not interrupted
-        assert [type(wait.exception()) for wait in waits] == [TimeoutError] * 3
-
-
-async def test_what_is_there_after_the_deadline_is_still_handed_out() -> None:
-    requests, loop = ActiveRequests(), asyncio.get_running_loop()
-    queue: asyncio.Queue[int] = asyncio.Queue()
-
-    async def items():
-        while True:
-            yield await queue.get()
-
-    with requests.register("", ("a",), loop.time() + 0.01) as active:
-        for number in range(3):
-            queue.put_nowait(number)
-        await asyncio.sleep(0.05)
-        stream = items()
-        assert [await active.next(stream) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(TimeoutError):
-            await active.next(stream)
+async def test_what_came_before_the_deadline_is_still_handed_out_and_nothing_after() -> None:
+    requests, outputs, loop = ActiveRequests(), Outbox(), asyncio.get_running_loop()
+    with requests.register("", ("a",), loop.time() + 0.01, outputs):
+        put(outputs, 0, 1, 2)
+        await asyncio.sleep(0.05)  # as a reader that is slow: it is not interrupted
+        put(outputs, 3)
+        assert [await take(outputs) for _ in range(3)] == [0, 1, 2]
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await take(outputs)
 
 
-async def test_a_task_that_is_cancelled_at_the_moment_of_its_deadline_is_cancelled() -> None:
-    requests, loop = ActiveRequests(), asyncio.get_running_loop()
-
-    async def never():
-        await asyncio.Event().wait()
-        yield 1
-
-    with requests.register("", ("a",), None) as active:
-        waiting = asyncio.create_task(active.next(never()))
+async def test_a_task_that_is_cancelled_at_the_moment_of_its_abort_is_cancelled() -> None:
+    requests, outputs = ActiveRequests(), Outbox()
+    with requests.register("", ("a",), None, outputs):
+        waiting = asyncio.create_task(take(outputs))
         await asyncio.sleep(0)
-        active.abort(ApiError(409, "it was aborted"))
+        requests.abort("", "a")
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert loop.time() > 0
 
 
 async def test_a_request_that_ended_leaves_no_timer(world, client) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from typing import Self
 
 import httpx
 import openai
@@ -13,6 +14,7 @@ import pytest
 from engine.types import Request, StepOutput
 from server.config import Config
 from server.generation.admission import Admission, DrainRate
+from tests.support.fake_engine import FakeStream
 from tests.support.server_world import connect
 
 PATH = "/v1/completions"
@@ -30,25 +32,46 @@ class Queue:
         self.drain_rate = DrainRate()
         self.admission = Admission(self.engine, Config.model_validate({"limits": limits}).limits, self.drain_rate)
         world.state.admission = self.admission
-        self.run = self.engine.generate
-        self.engine.generate = self.generate
+        self.waiting: dict[str, int] = {}  # by request id: the prompt's tokens
+        self.answer = self.engine.answer
+        self.engine.answer = self.answer_in_turn
+        self.engine.generate = lambda requests: QueuedStream(self, requests)
 
-    async def generate(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        num_tokens = len(request.prompt_token_ids)
-        self.engine.num_waiting += 1
-        self.engine.num_waiting_tokens += num_tokens
+    def wait(self, request: Request) -> None:
+        self.waiting[request.request_id] = len(request.prompt_token_ids)
+        self._count()
         self.most_waiting = max(self.most_waiting, self.engine.num_waiting)
         self.most_waiting_tokens = max(self.most_waiting_tokens, self.engine.num_waiting_tokens)
-        try:
-            await self.slots.acquire()
-        finally:
-            self.engine.num_waiting -= 1
-            self.engine.num_waiting_tokens -= num_tokens
-        try:
-            async for output in self.run(request):
+
+    def stop_waiting(self, request_id: str) -> None:
+        self.waiting.pop(request_id, None)
+        self._count()
+
+    def _count(self) -> None:
+        self.engine.num_waiting, self.engine.num_waiting_tokens = len(self.waiting), sum(self.waiting.values())
+
+    async def answer_in_turn(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        async with self.slots:
+            self.stop_waiting(request.request_id)
+            async for output in self.answer(request):
                 yield output
-        finally:
-            self.slots.release()
+
+
+class QueuedStream(FakeStream):
+    """Its requests wait from the moment in which they are sent, as those of the real client do."""
+
+    def __init__(self, queue: Queue, requests: Sequence[Request]) -> None:
+        super().__init__(queue.engine, requests)
+        self._queue = queue
+
+    def __enter__(self) -> Self:
+        for request in self._requests:
+            self._queue.wait(request)
+        return super().__enter__()
+
+    def leave(self, request_id: str) -> None:
+        super().leave(request_id)
+        self._queue.stop_waiting(request_id)
 
 
 async def settle(tasks: list[asyncio.Task[httpx.Response]], num_done: int) -> list[httpx.Response]:

@@ -15,9 +15,12 @@ from server.protocol.responses import Completion, CompletionChoice
 
 
 class Words:
-    """A generation of scripted deltas; an exception among them is raised, a number is a pause in seconds."""
+    """A generation of scripted deltas; an exception among them is raised, a number is a pause in seconds.
 
-    def __init__(self, *script: str | float | Exception) -> None:
+    Those of a list come together.
+    """
+
+    def __init__(self, *script: str | list[str] | float | Exception) -> None:
         self.script = script
         self.is_closed = False
         self.job = SimpleNamespace(request_id="r", choices=[SimpleNamespace(index=0)])
@@ -30,7 +33,7 @@ class Words:
                 if isinstance(item, float):
                     await asyncio.sleep(item)
                 else:
-                    yield Delta(index=0, text=item)
+                    yield [Delta(index=0, text=text) for text in ([item] if isinstance(item, str) else item)]
         finally:
             self.is_closed = True
 
@@ -95,6 +98,15 @@ async def test_events_have_data_lines_only_and_end_in_done() -> None:
     assert headers[b"content-type"] == b"text/event-stream; charset=utf-8"
     assert headers[b"x-a"] == b"b"
     assert client.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+async def test_deltas_that_come_together_are_sent_at_once() -> None:
+    client, words = Client(), Words("a", ["b", "c", "d"], ["e"])
+    await client.run(await start(client, words))
+    events = [message["body"].count(b"data: {") for message in client.sent[1:]]
+    assert events == [1, 3, 1, 0, 0]
+    texts = [json.loads(line[6:])["choices"][0]["text"] for line in client.body.split(b"\n\n") if b"data: {" in line]
+    assert texts == list("abcde")
 
 
 async def test_a_failure_on_the_first_delta_is_raised_before_the_response_is_built() -> None:

@@ -1,6 +1,7 @@
 """What does choosing the tokens of a step cost here? `python -m loadtest.micro.sampling [--threads 2] [--save]`
 
-Microseconds per step, and dispatcher calls, for logits of SmolLM2-135M's vocabulary that look like a language model's.
+Microseconds per step, and dispatcher calls, for logits of SmolLM2's and of Qwen's vocabulary that look like a language
+model's. A step's inputs are built too; numpy's passes run on one thread, compiled ones on all.
 The floor is reading the logits once at the speed that this machine reads memory. It decides how `engine.sampling`
 looks for the largest logit, and that penalties keep what they know of a sequence from step to step.
 """
@@ -19,7 +20,7 @@ from engine.sampling.numba_sampler import NumbaSampler
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from loadtest.micro.measure import Row, fastest, parse_arguments, report
 
-VOCAB_SIZE = 49152
+VOCAB_SIZES = [49152, 151936]
 BATCHES = [1, 32]
 NUM_LOGITS = 8  # sets of them, so that they do not all stay in the cache
 WAYS: dict[str, tuple[int, dict[str, float]]] = {  # context, parameters
@@ -49,18 +50,24 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def main() -> None:
     arguments = parse_arguments(main.__doc__ or __doc__ or "")
     bytes_per_second, _ = measure_ceilings(arguments.threads)
-    rows = [_measure(num_seqs, way, bytes_per_second) for num_seqs in BATCHES for way in WAYS]
+    rows = [
+        _measure(size, num_seqs, way, arguments.threads, bytes_per_second)
+        for size in VOCAB_SIZES
+        for num_seqs in BATCHES
+        for way in WAYS
+    ]
     report("sampling", rows, arguments)
 
 
-def _measure(num_seqs: int, way: str, bytes_per_second: float) -> Row:
+def _measure(vocab_size: int, num_seqs: int, way: str, num_threads: int, bytes_per_second: float) -> Row:
     context, fields = WAYS[way]
     params = SamplingParams(**{"seed": 1, "max_tokens": 9, **fields})  # type: ignore[arg-type]
-    logits = [_logits(num_seqs) for _ in range(NUM_LOGITS)]
-    row: Row = {"batch": num_seqs, "way": way}
-    for name, sampler in (("numpy us", HostSampler(VOCAB_SIZE)), ("numba us", NumbaSampler(VOCAB_SIZE))):
+    logits = [_logits(num_seqs, vocab_size) for _ in range(NUM_LOGITS)]
+    row: Row = {"vocabulary": vocab_size, "batch": num_seqs, "way": way}
+    samplers = {"numpy us": HostSampler(vocab_size), "numba us": NumbaSampler(vocab_size, num_threads=num_threads)}
+    for name, sampler in samplers.items():
         batch = [_item(params, context) for _ in range(num_seqs)]
-        work = partial(_step, sampler, StepBuilder(16, VOCAB_SIZE), logits, batch)
+        work = partial(_step, sampler, StepBuilder(16, vocab_size), logits, batch)
         row[name] = 1e6 * fastest(work, num_calls=NUM_LOGITS)
     row["floor us"] = 1e6 * logits[0].numel() * logits[0].element_size() / bytes_per_second
     with _Calls() as calls:
@@ -80,7 +87,7 @@ def _step(
 
 
 def _item(params: SamplingParams, context: int) -> Scheduled:
-    token_ids = torch.randint(VOCAB_SIZE, (context,)).tolist()
+    token_ids = torch.randint(min(VOCAB_SIZES), (context,)).tolist()
     num_output_tokens = context // 2
     request = Request(request_id="", prompt_token_ids=token_ids[num_output_tokens:], params=params)
     seq = Sequence(request, token_ids)
@@ -89,9 +96,9 @@ def _item(params: SamplingParams, context: int) -> Scheduled:
     return Scheduled(seq, 1, 0, samples=True)
 
 
-def _logits(num_rows: int) -> torch.Tensor:
+def _logits(num_rows: int, vocab_size: int) -> torch.Tensor:
     """Most tokens are about ten below the best few: what a model that knows what comes next says."""
-    logits = 2.5 * torch.randn(num_rows, VOCAB_SIZE)
+    logits = 2.5 * torch.randn(num_rows, vocab_size)
     logits[:, :20] += 8.0
     return logits
 

@@ -60,9 +60,11 @@ class NumbaAttention:
         tables = [table.contiguous() for table in batch.block_tables]
         starts = np.array(batch.query_starts_list, dtype=np.int64)
         num_new = np.diff(starts)
-        num_tiles = -(-num_new // at_once)
-        seqs = np.repeat(np.arange(len(num_new)), num_tiles)  # of each tile
-        index = np.arange(len(seqs)) - (np.cumsum(num_tiles) - num_tiles)[seqs]  # within its sequence
+        seqs, index = np.arange(len(num_new)), np.zeros(len(num_new), dtype=np.int64)
+        if not (num_new == 1).all():  # else a tile each
+            num_tiles = -(-num_new // at_once)
+            seqs = np.repeat(seqs, num_tiles)  # of each tile
+            index = np.arange(len(seqs)) - (np.cumsum(num_tiles) - num_tiles)[seqs]  # within its sequence
         first_rows = starts[seqs]
         tiles = np.empty((len(seqs), NUM_TILE_FIELDS), np.int64)
         tiles[:, 0] = first_tokens = first_rows + index * at_once
@@ -75,8 +77,8 @@ class NumbaAttention:
         self._tiles = tables, tiles
         self._fields[Step.NUM_TILES] = len(tiles)
         self._fields[Step.TILES] = tiles.ctypes.data
-        for index, table in enumerate(tables):
-            self._fields[Step.TABLES + index] = table.data_ptr() - tables[0].data_ptr()
+        for number, table in enumerate(tables):
+            self._fields[Step.TABLES + number] = table.data_ptr() - tables[0].data_ptr()
 
     def set_rotations(self, rotations: list[tuple[Tensor, Tensor]]) -> None:
         """cos and sin of each rotation of the model, [rows, width] (`kernels.reference.rope.rope_factors`)."""

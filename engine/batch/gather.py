@@ -26,6 +26,8 @@ class GatheredStep(NamedTuple):
     tree_mask: Bools | None
     seqs: SequenceInputs
     sources: Ints | None
+    has_scores: bool  # whether any row scores a prompt token, and whether a sequence wants log-probabilities
+    wants_logprobs: bool
 
 
 def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
@@ -33,12 +35,13 @@ def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
     token_ids: list[int] = []
     parents: list[int] = []
     blocks: list[int] = []  # of the new tokens in the first group, sequence after sequence
-    is_tree = is_ahead = False
+    is_tree = is_ahead = has_scores = any_wants = False
     for item in batch:
         seq, num_tokens, num_drafts = item.seq, item.num_new_tokens, item.num_drafts
         first, table = seq.num_computed_tokens + item.num_ahead, seq.block_tables[0]
         first_block, num_sampled = first // block_size, 1 + num_drafts if item.samples else 0
         wants_logprobs = seq.request.params.logprobs is not None
+        any_wants, has_scores = any_wants or wants_logprobs, has_scores or item.num_scored > 0
         base = len(blocks) - first_block  # where the first block of the sequence would be among them
         facts.append((num_tokens, first, base, item.num_scored, num_sampled, wants_logprobs))
         if item.source != KNOWN:
@@ -82,6 +85,8 @@ def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
         tree_mask=tree_mask(batch, starts) if is_tree else None,
         seqs=SequenceInputs(num_scored, num_sampled_rows, wants.astype(np.bool_), np.array(parents, dtype=np.int64)),
         sources=_sources(batch, starts) if is_ahead else None,
+        has_scores=has_scores,
+        wants_logprobs=any_wants,
     )
 
 

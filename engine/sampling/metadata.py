@@ -59,18 +59,20 @@ class SamplingBuilder:
 
     def build(self, batch: list[Scheduled], step: GatheredStep) -> SamplingInputs:
         seqs = step.seqs
-        logits_rows = last_rows((seqs.num_scored + seqs.num_sampled).cumsum(), seqs.num_sampled)
-        positions = step.positions[step.logits_rows[logits_rows]] + 1
+        if len(step.logits_rows) == len(batch) == len(step.input_ids) and not step.has_scores:  # a token each
+            logits_rows, positions = step.logits_rows, step.positions + 1
+        else:
+            logits_rows = last_rows((seqs.num_scored + seqs.num_sampled).cumsum(), seqs.num_sampled)
+            positions = step.positions[step.logits_rows[logits_rows]] + 1
         facts = self._facts_of([item.seq for item in batch if item.samples], seqs.num_sampled[seqs.num_sampled > 0])
         edits, counts = self.edits(batch, positions, facts)
-        asks_logprobs = seqs.num_scored.any() or seqs.wants_logprobs.any()
         return SamplingInputs(
             logits_rows=logits_rows,
             positions=positions,
             facts=facts,
             edits=edits,
             counts=counts,
-            logprobs=logprob_inputs(batch) if asks_logprobs else None,
+            logprobs=logprob_inputs(batch) if step.has_scores or step.wants_logprobs else None,
         )
 
     def advance(self, batch: list[Scheduled], before: SamplingInputs) -> SamplingInputs:

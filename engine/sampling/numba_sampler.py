@@ -57,6 +57,8 @@ class NumbaSampler(HostSampler):
 
     def _sample_rows(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
         facts = self._facts_of(inputs.facts)
+        if not facts.has_random:
+            return super()._sample_rows(logits, inputs, newest)
         tokens = facts.undecided.copy()
         tokens[[edits.row for edits in inputs.edits]] = NOT_DECIDED
         if not (facts.is_random & (tokens != NOT_DECIDED)).any():
@@ -125,6 +127,7 @@ class _CompiledFacts:
     def __init__(self, facts: RowFacts, vocab_size: int) -> None:
         self.facts = facts
         self.is_random = facts.temperatures > 0
+        self.has_random = bool(self.is_random.any())
         has_top_k = self.is_random & (facts.top_ks < vocab_size)
         self.has_list = has_top_k & (facts.top_ks <= -(-vocab_size // BLOCK_TOKENS) // 2)
         self.has_top_p = self.is_random & (facts.top_ps < 1.0) & ~has_top_k

@@ -39,11 +39,13 @@ def read_logprobs(answers: Tensor, queries: LogprobInputs) -> Iterator[TokenLogp
     The rank is 1 plus the number of tokens that are strictly more likely. Of equally likely tokens the lowest ids
     come first among the most likely, and impossible tokens (a logit of minus infinity) are not among them.
     """
+    entries = []
     for num_wanted, (token_id, rank, logprob, *tops) in zip(queries.num_top.tolist(), answers.tolist(), strict=True):
         num_listed = len(tops) // 2
         top_logprobs = [value for value in tops[: min(num_wanted, num_listed)] if value != -torch.inf]
         ids = [int(token) for token in tops[num_listed : num_listed + len(top_logprobs)]]
-        yield TokenLogprobs(int(token_id), logprob, int(rank), ids, top_logprobs)
+        entries.append(TokenLogprobs(int(token_id), logprob, int(rank), ids, top_logprobs))
+    return iter(entries)
 
 
 def _answer(logits: Floats, token_id: int, num_top: int, answer: npt.NDArray[np.float64]) -> None:

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -32,7 +31,6 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
-from engine.runner.step_builder import StepBuilder
 from engine.runner.step_recording import StepRecording
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
@@ -210,14 +208,7 @@ def _assemble(
     )
     overlap = plan.device == "cuda" and plan.num_drafts == 0
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
-    make_builder = partial(
-        StepBuilder,
-        plan.block_size,
-        loaded.vocab_size,
-        num_groups=kv.num_groups,
-        counts_on_device=executor.keeps_token_counts,
-    )
-    recording = None if config.supervision.record_steps == "off" else StepRecording(config, make_builder)
+    recording = None if config.supervision.record_steps == "off" else StepRecording(config)
     return Engine(executor, Scheduler(kv, limits), proposer, cost, pace=pace, overlap=overlap, recording=recording)
 
 

@@ -187,7 +187,7 @@ class Engine:
     def _run_recorded(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
         if self.recording is None:
             return self._run(batch, clock)
-        self.recording.begin(batch)
+        self.recording.begin(batch, self.builder)
         try:
             result = self._run(batch, clock)
         except Exception:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from torch import Tensor
 from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from kernels.reference.qkv import normalise_and_rotate
-
-if TYPE_CHECKING:
-    pass
 
 ATTENTION_BACKENDS = {
     "torch": "engine.attention.torch_backend:TorchAttention",

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.arrays import Ints
 from engine.batch.device_inputs import ForwardBatch
 
 MAX_GROUPED_QUERIES = 16  # rows per sequence up to which batching beats the fused kernel
 MIN_CONTEXT = 64  # tokens; shorter contexts are padded to this
 MAX_GATHERED = 1 << 20  # elements of keys and values in one group: small enough to be multiplied out of the cache
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from engine.attention.backend import AttentionBackend
 from engine.config import EngineConfig
 from engine.kv_cache.block_pool import NULL_BLOCK
 from engine.kv_cache.codec import make_codec
-from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
 from engine.models.model import Model
 from engine.planning.engine_plan import MemoryPlan, plan_memory
@@ -73,7 +72,7 @@ def measure_workspace(
     builder = StepBuilder(
         plan.block_size,
         model.vocab_size,
-        num_groups=len(windows_of(layers)),
+        num_groups=len(plan.windows),
         counts_on_device=executor.keeps_token_counts,
     )
     inputs = builder.build(largest_step(plan))

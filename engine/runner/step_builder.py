@@ -33,9 +33,20 @@ class StepBuilder:
         shows_all_rows: bool = False,
     ) -> None:
         self._shows_all_rows = shows_all_rows
-        self.block_size = block_size
+        self._counts_on_device = counts_on_device
+        self.block_size, self.vocab_size = block_size, vocab_size
         self.tables = BlockTables(num_groups)
         self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None)
+
+    def fresh(self) -> StepBuilder:
+        """One for an executor of the same kind that was told nothing yet."""
+        return StepBuilder(
+            self.block_size,
+            self.vocab_size,
+            num_groups=self.tables.num_groups,
+            counts_on_device=self._counts_on_device,
+            shows_all_rows=self._shows_all_rows,
+        )
 
     def build(self, batch: list[Scheduled]) -> StepInputs:
         """The inputs of a plan, which must not be empty."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from engine.batch.step_file import StepFile, without_contents
@@ -23,17 +22,16 @@ class StepRecording:
     file that cannot be written costs the recording, never a step.
     """
 
-    def __init__(self, config: EngineConfig, make_builder: Callable[[], StepBuilder]) -> None:
-        """make_builder: of inputs for an executor that was told nothing yet"""
+    def __init__(self, config: EngineConfig) -> None:
         self._config_json = config.model_dump_json()
         self._has_contents = config.supervision.record_steps == "contents"
-        self._make_builder = make_builder
         self._path: Path | None = running_step_file()
 
-    def begin(self, batch: list[Scheduled]) -> None:
+    def begin(self, batch: list[Scheduled], builder: StepBuilder) -> None:
+        """builder: the one that the step's own inputs are made by"""
         if self._path is None:
             return
-        inputs = self._make_builder().build(batch)
+        inputs = builder.fresh().build(batch)
         if not self._has_contents:
             inputs = without_contents(inputs)
         try:

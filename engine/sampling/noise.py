@@ -22,6 +22,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from engine.arrays import Floats
+
 NUM_NOISE_BITS = 31
 _LOW_31_BITS = np.uint32((1 << NUM_NOISE_BITS) - 1)
 
@@ -37,7 +39,6 @@ _POSITIONS_AT_ONCE = 64  # evaluating that many costs no more than evaluating on
 Words64 = npt.NDArray[np.uint64]  # 32-bit words, in 64 bits for the products
 FourWords = tuple[Words64, Words64, Words64, Words64]
 Words = npt.NDArray[np.uint32]
-Floats = npt.NDArray[np.float32]
 
 
 def philox4x32(counter: FourWords, key: tuple[Words64, Words64]) -> FourWords:

@@ -109,6 +109,21 @@ def test_a_file_of_shapes_holds_no_token(config: EngineConfig) -> None:
         assert not _holds(without_contents(inputs), SECRET)
 
 
+def test_a_recorded_step_asks_for_what_the_step_itself_asks_for() -> None:
+    """Tables of each group and the hidden states of all rows, told as to an executor that was told nothing."""
+    params = SamplingParams(seed=0, max_tokens=1)
+    seq = Sequence(Request(request_id="a", prompt_token_ids=[1] * 5, params=params), [1] * 5)
+    seq.block_tables, seq.num_released_blocks = [[1], [2]], [0, 0]
+    builder, batch = StepBuilder(16, 64, num_groups=2, shows_all_rows=True), [Scheduled(seq, 5, 0, samples=True)]
+    first = builder.build(batch)
+    builder.launched()
+    assert not len(builder.build(batch).table_changes.entries)
+    recorded = builder.fresh().build(batch)
+    assert recorded.table_changes.entries.tolist() == first.table_changes.entries.tolist()
+    assert recorded.hidden_rows is not None
+    assert recorded.hidden_rows.tolist() == [0, 1, 2, 3, 4]
+
+
 def _holds(value: object, token: int) -> bool:
     """Whether any array of token ids says it. Lengths and slots may be that number by chance: these are named."""
     if is_dataclass(value):
@@ -145,7 +160,7 @@ def test_what_cannot_be_run_again_is_a_sentence(config: EngineConfig, tmp_path: 
 def test_the_file_of_a_process_that_died_is_kept_under_another_name(config: EngineConfig) -> None:
     engine = _engine(config)
     assert engine.recording is not None
-    engine.recording.begin(engine.scheduler.schedule())  # and then the process is no more
+    engine.recording.begin(engine.scheduler.schedule(), engine.builder)  # and then the process is no more
     (left,) = _recorded(config)
     kept = keep_running_step(int(left.stem))
     assert kept is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,9 +12,15 @@ from engine.kv_cache.layer_spec import MAX_GROUPS, AttentionLayer
 from engine.kv_cache.storage import KVCache
 from kernels.numba.core.formats import FORMAT_OF
 from kernels.numba.core.lanes import LANES
-from kernels.numba.ops.attention import SCRATCH_FLOATS, SCRATCH_FLOATS_PER_ROW, TILE_ROWS
+from kernels.numba.ops.attention import (
+    NUM_TILE_FIELDS,
+    SCRATCH_FLOATS,
+    SCRATCH_FLOATS_PER_ROW,
+    TILE_ROWS,
+    cut_tiles,
+)
 from kernels.numba.ops.linear import SCRATCH_BYTES
-from kernels.numba.program.program import MAX_BLOCK_TABLES, NUM_STEP_FIELDS, NUM_TILE_FIELDS, Operation, Step
+from kernels.numba.program.program import MAX_BLOCK_TABLES, NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
 
@@ -33,58 +38,50 @@ class NumbaAttention:
         self.kv_cache, self.team = kv_cache, team
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
         self._fields = self.step.numpy()
-        self._rows: list[Tensor] = []  # what the step's addresses point to
-        self._tiles: tuple[list[Tensor], npt.NDArray[np.int64]] | None = None
-        self._rotations: list[Tensor] = []
+        self._keeps: tuple[object, ...] = ()  # owners of the memory that the step's addresses name
+        self._tiles = np.empty((0, NUM_TILE_FIELDS), dtype=np.int64)
+        self._rotations: list[Rotation] = []
 
     def plan(self, batch: ForwardBatch) -> None:
-        """Writes the step's addresses, which all layers share: of ids, positions, slots and the tree mask."""
-        tree = torch.empty(0) if batch.tree_mask is None else batch.tree_mask.contiguous()
-        self._rows = [batch.input_ids, batch.positions, *batch.slots, tree]
-        fields = self._fields
+        """Writes the addresses that all layers share into the step: of ids, positions, slots, tables, the tree mask."""
+        fields, tables, tree = self._fields, batch.block_tables, batch.tree_mask
+        if tree is not None:
+            tree = tree.contiguous()
+        self._keeps = (batch, tree)
         fields[Step.ROWS] = batch.positions.shape[0]
         fields[Step.INPUT_IDS] = batch.input_ids.data_ptr()
         fields[Step.POSITIONS] = batch.positions.data_ptr()
-        for group, slots in enumerate(batch.slots):
+        fields[Step.NUM_LOGITS] = batch.logits_rows.shape[0]
+        fields[Step.LOGITS_ROWS] = batch.logits_rows.data_ptr()
+        fields[Step.TREE] = 0 if tree is None else tree.data_ptr()
+        fields[Step.TREE_WIDTH] = 0 if tree is None else tree.shape[1]
+        for group, (slots, table) in enumerate(zip(batch.slots, tables, strict=True)):
             assert slots.is_contiguous()
+            assert table.is_contiguous()
             fields[Step.SLOTS + group] = slots.data_ptr()
-        fields[Step.TREE] = 0 if batch.tree_mask is None else tree.data_ptr()
-        fields[Step.TREE_WIDTH] = 0 if batch.tree_mask is None else tree.shape[1]
+            fields[Step.TABLES + group] = table.data_ptr() - tables[0].data_ptr()
 
     def cut_tiles(self, batch: ForwardBatch, *, group: int) -> None:
-        """Cuts the step's rows into tiles of one sequence each. group: query heads per KV head
+        """Cuts the step's rows into the units of attention. group: query heads per KV head"""
+        num_rows, table = batch.positions.shape[0], batch.block_tables[0]
+        if len(self._tiles) < num_rows:
+            self._tiles = np.empty((2 * num_rows, NUM_TILE_FIELDS), dtype=np.int64)
+            self._fields[Step.TILES] = self._tiles.ctypes.data
+        self._fields[Step.NUM_TILES] = cut_tiles(
+            batch.query_starts.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            batch.num_seqs,
+            tokens_of_tile(group),
+            table.data_ptr(),
+            table.shape[1] * table.itemsize,
+            self._fields[Step.TILES],
+        )
 
-        The last tiles come first: prompts follow the decoding rows of a step, and long work should not end it.
-        """
-        at_once = tokens_of_tile(group)
-        tables = [table.contiguous() for table in batch.block_tables]
-        starts = np.array(batch.query_starts_list, dtype=np.int64)
-        num_new = np.diff(starts)
-        seqs, index = np.arange(len(num_new)), np.zeros(len(num_new), dtype=np.int64)
-        if not (num_new == 1).all():  # else a tile each
-            num_tiles = -(-num_new // at_once)
-            seqs = np.repeat(seqs, num_tiles)  # of each tile
-            index = np.arange(len(seqs)) - (np.cumsum(num_tiles) - num_tiles)[seqs]  # within its sequence
-        first_rows = starts[seqs]
-        tiles = np.empty((len(seqs), NUM_TILE_FIELDS), np.int64)
-        tiles[:, 0] = first_tokens = first_rows + index * at_once
-        tiles[:, 1] = np.minimum(at_once, starts[seqs + 1] - first_tokens)
-        tiles[:, 2] = np.array(batch.seq_lens_list, dtype=np.int64)[seqs]
-        tiles[:, 3] = first_rows
-        tiles[:, 4] = num_new[seqs]
-        tiles[:, 5] = tables[0].data_ptr() + seqs * (tables[0].shape[1] * tables[0].itemsize)
-        tiles = np.ascontiguousarray(tiles[::-1])
-        self._tiles = tables, tiles
-        self._fields[Step.NUM_TILES] = len(tiles)
-        self._fields[Step.TILES] = tiles.ctypes.data
-        for number, table in enumerate(tables):
-            self._fields[Step.TABLES + number] = table.data_ptr() - tables[0].data_ptr()
-
-    def set_rotations(self, rotations: list[tuple[Tensor, Tensor]]) -> None:
-        """cos and sin of each rotation of the model, [rows, width] (`kernels.reference.rope.rope_factors`)."""
-        self._rotations = [part.contiguous() for rotation in rotations for part in rotation]
-        for index, part in enumerate(self._rotations):
+    def set_rotations(self, rotations: list[Rotation]) -> None:
+        """cos and sin of each rotation of the model, of all positions in steps to come. [positions, width] each."""
+        for index, part in enumerate(part for rotation in rotations for part in rotation):
             self._fields[Step.ROTATIONS + index] = part.data_ptr()
+        self._rotations = rotations  # last: until then, those that the step names are alive
 
     def store_and_attend(
         self,

@@ -45,10 +45,12 @@ class BlockTables:
         self._used: list[int] = [0] * self.num_rows  # columns of a sequence's rows that may hold a block
         self._entries: list[tuple[int, int, int]] = []
         self._array: Ints | None = NO_ENTRIES  # of the entries, once somebody has asked
+        self._indices: list[int] = []  # of the rows that were read last, and their array
+        self._read: Ints = np.empty((num_groups, 0), dtype=np.int64)
 
     def read(self, batch: list[Scheduled]) -> tuple[Ints, int]:
         """The rows of the batch's sequences, [num_groups, num_seqs], and how many columns the longest takes, rounded up
-        to 16."""
+        to 16. The same array as the last time where the rows are the same."""
         known, indices, width = self._rows, [], 1
         for item in batch:
             seq = item.seq
@@ -62,7 +64,9 @@ class BlockTables:
                 self._release(row, seq.num_released_blocks)
             width = max(width, row.num_blocks)
             indices.append(row.index)
-        return np.array(indices, dtype=np.int64) + self._groups, -(-width // WIDTH_STEP) * WIDTH_STEP
+        if indices != self._indices:
+            self._indices, self._read = indices, np.array(indices, dtype=np.int64) + self._groups
+        return self._read, -(-width // WIDTH_STEP) * WIDTH_STEP
 
     def changes(self) -> TableChanges:
         """All that was not acknowledged yet."""

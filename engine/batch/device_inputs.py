@@ -166,6 +166,7 @@ class BatchBuilder:
         self.tables = DeviceTables(device)
         self._staging = HostStaging(device)
         self._memory = torch.empty(0, dtype=torch.int64, device=device)
+        self._tables_of_groups: tuple[Tensor, tuple[Tensor, ...]] = self._memory, ()
 
     def build(self, inputs: StepInputs, tokens: Tensor | None = None) -> ForwardBatch:
         """tokens: [num_tokens] the input ids, on the device, where the host does not know all of them"""
@@ -181,12 +182,18 @@ class BatchBuilder:
             slots=tuple(slots),
             query_starts=query_starts,
             seq_lens=seq_lens,
-            block_tables=self.tables.read(inputs).unbind(),
+            block_tables=self._by_group(self.tables.read(inputs)),
             logits_rows=logits_rows,
             tree_mask=None if mask is None else torch.from_numpy(mask).to(self.device),
             query_starts_list=inputs.query_starts.tolist(),
             seq_lens_list=inputs.seq_lens.tolist(),
         )
+
+    def _by_group(self, tables: Tensor) -> tuple[Tensor, ...]:
+        """Each group's tables. The same tensors as the last time where `tables` is the same."""
+        if tables is not self._tables_of_groups[0]:
+            self._tables_of_groups = tables, tables.unbind()
+        return self._tables_of_groups[1]
 
     def _on_device(self, parts: tuple[Ints, ...]) -> list[Tensor]:
         if self.device.type == "cpu":

@@ -8,7 +8,8 @@ from torch import Tensor
 from engine.attention.numba_backend import NumbaAttention
 from engine.batch.device_inputs import ForwardBatch
 from engine.models.llama import MLP, Block, Llama
-from engine.models.rope import RotaryEmbedding
+from engine.models.model import Decoder, DecoderOutput
+from engine.models.rope import RotaryEmbedding, RotationTable
 from engine.quantization.linear import Linear
 from kernels.numba.core.formats import FORMAT_OF, INT4, INT8
 from kernels.numba.core.lanes import GROUP, LANES
@@ -18,11 +19,11 @@ from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
 
-class NumbaLlama:
+class NumbaLlama(Decoder):
     """Runs a `Llama` whose matrices are packed. Everything between embedding and logits is float32.
 
     Each operation names the memory that it reads and writes, so a program is written once for a number of rows; more
-    rows than ever before make new buffers and a new program.
+    rows than ever before make new buffers and a new program. A step is one program, from its ids to its logits.
     """
 
     def __init__(self, model: Llama, attention: NumbaAttention, team: Team) -> None:
@@ -30,35 +31,66 @@ class NumbaLlama:
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
         self.hidden_layers = model.hidden_layers
         self._model, self._attention, self._team = model, attention, team
+        self._rotations = [RotationTable(rope) for rope in model.ropes if isinstance(rope, RotaryEmbedding)]
+        self._num_positions = 0  # that they have
         self._layers: _Layers | None = None
         self._head: _Head | None = None
+        self._whole: _Whole | None = None
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
-        """As `Model.forward`, valid until the next call; the attention is the one that the program was made for."""
+        """As `Decoder.forward`, valid until the next call; the attention is the one that the program was made for."""
+        layers = self._layers_for(batch, attention)
+        self._team.run(layers.program)
+        return layers.hidden(batch.positions.shape[0])
+
+    def compute_step(self, batch: ForwardBatch, attention: object) -> DecoderOutput:
+        num_logits = batch.logits_rows.shape[0]
+        layers, head = self._layers_for(batch, attention), self._head_for(num_logits)
+        whole = self._whole
+        if whole is None or whole.layers is not layers or whole.head is not head:
+            whole = self._whole = _Whole(layers, head)
+        self._team.run(whole.program)
+        hidden = layers.hidden(batch.positions.shape[0])
+        if not self.hidden_layers:
+            return DecoderOutput(hidden, head.hidden[:num_logits], self._own_logits(head, num_logits))
+        return DecoderOutput(hidden, hidden.index_select(0, batch.logits_rows), self._own_logits(head, num_logits))
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """As `Decoder.compute_logits`; valid until the next call."""
+        num_rows = hidden.shape[0]
+        head = self._head_for(num_rows)
+        if num_rows:
+            head.hidden[:num_rows] = hidden
+            head.step[Step.NUM_LOGITS] = num_rows
+            self._team.run(head.program)
+        return self._own_logits(head, num_rows)
+
+    def _layers_for(self, batch: ForwardBatch, attention: object) -> _Layers:
+        """The program of the layers, with room for the batch, whose numbers stand in the attention's step."""
         assert attention is self._attention, "a program has one KV cache"
         num_rows = batch.positions.shape[0]
         layers = self._layers
         if layers is None or num_rows > layers.num_rows:
-            layers = _Layers(self._model, attention, -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS, self._team.num_threads)
-            self._layers = layers
+            num_rows = -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
+            layers = self._layers = _Layers(self._model, self._attention, num_rows, self._team.num_threads)
         layer = self.attention_layers[0]
-        attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
-        attention.set_rotations([rope(batch.positions, torch.float32) for rope in self._model.ropes])
-        self._team.run(layers.program)
-        hidden = layers.buffers.normed[:num_rows]
-        inputs = [layers.buffers.inputs[layer][:num_rows] for layer in self.hidden_layers]
-        return torch.cat((hidden, *inputs), dim=1) if inputs else hidden
+        self._attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
+        longest = max(batch.seq_lens_list)
+        if longest > self._num_positions:
+            for table in self._rotations:
+                table.reach(longest)
+            self._attention.set_rotations([(table.cos, table.sin) for table in self._rotations])
+            self._num_positions = min((len(table.cos) for table in self._rotations), default=longest)
+        return layers
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """As `Model.compute_logits`; valid until the next call."""
-        num_rows = hidden.shape[0]
+    def _head_for(self, num_rows: int) -> _Head:
         head = self._head
         if head is None or num_rows > head.num_rows:
             head = self._head = _Head(_packed(self._model.lm_head), num_rows, self._team.num_threads)
-        if num_rows:
-            head.hidden[:num_rows] = hidden
-            head.step[Step.ROWS] = num_rows
-            self._team.run(head.program)
+        return head
+
+    def _own_logits(self, head: _Head, num_rows: int) -> Tensor:
+        """Without the columns that fill the last panel up."""
         logits = head.logits[:num_rows]
         return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
 
@@ -73,13 +105,21 @@ class _Layers:
         self.num_rows, self.buffers = num_rows, _Buffers(model, num_rows)
         self._model, self._attention, self._num_threads = model, attention, num_threads
         self._keeps: list[Tensor] = []
-        self.program = Program(self._operations(), attention.step)
+        self.operations = self._operations()
+        self.program = Program(self.operations, attention.step)
+
+    def hidden(self, num_rows: int) -> Tensor:
+        """What the program leaves, as of `Decoder.forward`."""
+        buffers = self.buffers
+        hidden = buffers.normed[:num_rows]
+        inputs = [buffers.inputs[layer][:num_rows] for layer in self._model.hidden_layers]
+        return torch.cat((hidden, *inputs), dim=1) if inputs else hidden
 
     def _operations(self) -> list[list[int]]:
         model, buffers = self._model, self.buffers
         table = model.embed_tokens.weight
         where = (table.data_ptr(), FORMAT_OF[table.dtype], buffers.residual.data_ptr())
-        operations = [operation(Operation.GATHER, *where, model.hidden_size)]
+        operations = [operation(Operation.GATHER, *where, model.hidden_size, Step.INPUT_IDS)]
         self._keeps.append(table)
         for index, block in enumerate(model.blocks()):
             operations += [*self._keep_input(index), *self._block(block)]
@@ -156,8 +196,21 @@ class _Head:
         self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
         rounded = _memory_for_rounding(num_rows, matrix.depth)
-        operations = _product(self.hidden, matrix, self.logits, rounded, adds=False, num_threads=num_threads)
-        self.program = Program(operations, self.step, keeps=rounded)
+        self.operations = _product(
+            self.hidden, matrix, self.logits, rounded, adds=False, num_threads=num_threads, rows=Step.NUM_LOGITS
+        )
+        self.program = Program(self.operations, self.step, keeps=rounded)
+
+
+class _Whole:
+    """The program of a step: of the layers, then of the output layer, for the rows for which somebody wants logits."""
+
+    def __init__(self, layers: _Layers, head: _Head) -> None:
+        self.layers, self.head = layers, head
+        normed, wanted = layers.buffers.normed, head.hidden
+        where = (normed.data_ptr(), FORMAT_OF[normed.dtype], wanted.data_ptr(), wanted.shape[1])
+        select = operation(Operation.GATHER, *where, Step.LOGITS_ROWS, rows=Step.NUM_LOGITS)
+        self.program = Program([*layers.operations, select, *head.operations], layers.program.step)
 
 
 class _Buffers:
@@ -184,7 +237,14 @@ def _memory_for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def _product(
-    x: Tensor, matrix: PackedMatrix, out: Tensor, rounded: tuple[Tensor, Tensor], *, adds: bool, num_threads: int
+    x: Tensor,
+    matrix: PackedMatrix,
+    out: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    *,
+    adds: bool,
+    num_threads: int,
+    rows: Step = Step.ROWS,
 ) -> list[list[int]]:
     """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
     operations = []
@@ -192,7 +252,7 @@ def _product(
     if matrix.kind in (INT8, INT4):
         integers, factors = rounded
         source, scales = integers.data_ptr(), factors.data_ptr()
-        operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1]))
+        operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1], rows=rows))
     # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
     at_once = max(2, min(16, matrix.num_panels // (6 * num_threads) // 2 * 2))
     where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
@@ -200,7 +260,7 @@ def _product(
         *operations,
         operation(
             Operation.MULTIPLY, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
-            int(adds),
+            int(adds), rows=rows,
         ),
     ]  # fmt: skip
 

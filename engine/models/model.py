@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,47 @@ class ExpertFacts:
     widest: int = 0  # elements that one token has in a layer's experts: their products and their outputs
 
 
-class Decoder(Protocol):
-    """What a step asks of a model, whoever runs it."""
+class DecoderOutput(NamedTuple):
+    """What comes of a step's rows. hidden states: as of `Decoder.forward`; all of it is valid until the next step."""
+
+    hidden: Tensor  # of all rows
+    wanted: Tensor  # of those with logits, in the order of `ForwardBatch.logits_rows`
+    logits: Tensor  # [num_logits, vocab_size] float32
+
+
+class Decoder(ABC):
+    """What a step asks of a model, whoever runs it.
+
+    `hidden_layers`: the layers whose inputs a drafter wants to see.
+    """
 
     attention_layers: list[AttentionLayer]
     vocab_size: int
     hidden_size: int
-    hidden_layers: tuple[int, ...]
+    hidden_layers: tuple[int, ...] = ()
 
-    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor: ...
+    @abstractmethod
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
+        """The normalised hidden states of all rows, and beside them the inputs of `hidden_layers`: the residual stream.
 
-    def compute_logits(self, hidden: Tensor) -> Tensor: ...
+        [num_tokens, (1 + number of hidden_layers) * hidden_size]. Writes the KV cache.
+        """
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, scaled and soft-capped. [n, hidden_size] -> [n, vocab_size] float32."""
+
+    def compute_step(self, batch: ForwardBatch, attention: AttentionBackend) -> DecoderOutput:
+        """`forward`, and the logits of the rows for which somebody wants them."""
+        hidden = self.forward(batch, attention)
+        wanted = hidden
+        if hidden.shape[0] != batch.logits_rows.shape[0]:
+            wanted = hidden.index_select(0, batch.logits_rows)
+        return DecoderOutput(hidden, wanted, self.logits_of(wanted))
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """`compute_logits` of rows as `forward` returns them."""
+        return self.compute_logits(hidden[:, : self.hidden_size] if self.hidden_layers else hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +84,18 @@ class Place:
         self.take(weight)
 
 
-class Model(nn.Module, ABC):
+class Model(Decoder, nn.Module):
     """A decoder that keeps its keys and values in an `AttentionBackend`.
 
     A new model has memory for its parameters and nothing in it, on whatever device it was built; matrices that will be
     packed have a shape alone. `load_weights` fills it, or `fill` one parameter after the other.
     `attention_layers[i].index` is i. `operations` are torch's until they are exchanged for another back end's.
-    `hidden_layers`: the layers whose inputs a drafter wants to see.
     """
 
     def __init__(self, attention_layers: list[AttentionLayer], *, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.attention_layers = attention_layers
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.hidden_layers: tuple[int, ...] = ()
         self.operations = load_operations("torch")
 
     def show_inputs_of(self, layers: Sequence[int]) -> None:
@@ -102,17 +130,6 @@ class Model(nn.Module, ABC):
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that a checkpoint's weights must have, by its names; of some or all of them."""
         return {}
-
-    @abstractmethod
-    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> Tensor:
-        """The normalised hidden states of all rows, and beside them the inputs of `hidden_layers`: the residual stream.
-
-        [num_tokens, (1 + number of hidden_layers) * hidden_size]. Writes the KV cache.
-        """
-
-    @abstractmethod
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, scaled and soft-capped. [n, hidden_size] -> [n, vocab_size] float32."""
 
     @torch.no_grad()
     def fill(self, name: str, values: Tensor) -> None:

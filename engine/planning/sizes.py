@@ -126,7 +126,7 @@ class Sizer:
         # float32: as computed and as laid out; of sampled rows, processed, sorted and noise
         logits = (2 * num_logits + 3 * num_sampled) * facts.vocab_size * 4
         activations = max_num_batched_tokens * (2 * facts.widest + 8 * facts.hidden_size) * 4
-        estimated = logits + activations
+        estimated = logits + activations + self._rotations()
         return Demand(
             linear=linear,
             embedding=embedding,
@@ -185,6 +185,14 @@ class Sizer:
     def _reads_in_place(self) -> bool:
         """Whether attention reads the paged cache in place, without a gather."""
         return self._has_triton or self.kernels == "numba"
+
+    def _rotations(self) -> int:
+        """Bytes of the tables of compiled layers (`RotationTable`), once a text of the longest length was there."""
+        if self.kernels != "numba":
+            return 0
+        layers = self.facts.attention_layers
+        num_rotations = len({layer.window for layer in layers})  # windowed layers may have one of their own
+        return self._wanted_length() * 5 // 4 * num_rotations * 8 * max(layer.head_dim for layer in layers)
 
     def _graphs(self, size: int, max_num_seqs: int) -> GraphDemand:
         """size: bytes of an activation"""

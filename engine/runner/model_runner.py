@@ -80,15 +80,9 @@ class ModelRunner:
         if hidden is None:
             tensors = self.builder.build(inputs, tokens)
             self.attention.plan(tensors)
-            hidden = self.model.forward(tensors, self.attention)
-            if inputs.num_tokens != len(inputs.logits_rows):
-                wanted = hidden.index_select(0, tensors.logits_rows)
-                return self._rows(hidden, inputs.hidden_rows, wanted), self.logits(wanted)
-        return self._rows(hidden, inputs.hidden_rows, hidden), self.logits(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Of rows as `Model.forward` returns them."""
-        return self.model.compute_logits(hidden[:, : self.model.hidden_size] if self.model.hidden_layers else hidden)
+            hidden, wanted, logits = self.model.compute_step(tensors, self.attention)
+            return self._rows(hidden, inputs.hidden_rows, wanted), logits
+        return self._rows(hidden, inputs.hidden_rows, hidden), self.model.logits_of(hidden)
 
     def _rows(self, hidden: Tensor, rows: Ints | None, wanted: Tensor) -> Tensor:
         if rows is None:

@@ -39,7 +39,7 @@ class OneTokenRunner(ModelRunner):
             if row in shown:
                 hidden[row] = one
             if row in wanted:
-                logits.append(self.logits(one))
+                logits.append(self.model.logits_of(one))
         return (
             torch.cat([hidden[row] for row in hidden_rows])
             if hidden

@@ -40,7 +40,8 @@ class HostSampler:
         """As `TokenSampler` says; waits for the logits, where they are computed elsewhere."""
         assert logits.ndim == 2, f"logits are rows of {self.vocab_size} tokens, not {tuple(logits.shape)}"
         assert logits.shape[1] == self.vocab_size, f"{logits.shape[1]} logits for {self.vocab_size} tokens"
-        host: Floats = logits.cpu().numpy()
+        is_here = logits.device.type == "cpu"
+        host: Floats = logits.numpy() if is_here else logits.cpu().numpy()
         before: Ints = NO_INTS if newest is None else newest.cpu().numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # infinities are dealt with where they matter
             tokens = self._sample(host, inputs, before)
@@ -49,7 +50,8 @@ class HostSampler:
                 after = inputs.logprobs.tokens.copy()
                 after[inputs.logits_rows] = tokens.clip(0)
                 answers = ask_logprobs(host, after, inputs.logprobs)
-        return SamplerOutput(torch.from_numpy(tokens).to(logits.device), answers)
+        sampled = torch.from_numpy(tokens)
+        return SamplerOutput(sampled if is_here else sampled.to(logits.device), answers)
 
     def _sample(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
         """One token per sampled row, NO_TOKEN or NOT_FINITE where none can be chosen. [num_sampled]"""

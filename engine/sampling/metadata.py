@@ -56,15 +56,17 @@ class SamplingBuilder:
         self._seqs: list[Sequence] = []  # of the rows of `_facts`, and how many each has
         self._num_rows: Ints = NO_INTS
         self._facts: RowFacts | None = None
+        self._has_edits = False  # whether any of those rows may ever be edited
 
     def build(self, batch: list[Scheduled], step: GatheredStep) -> SamplingInputs:
         seqs = step.seqs
         if len(step.logits_rows) == len(batch) == len(step.input_ids) and not step.has_scores:  # a token each
-            logits_rows, positions = step.logits_rows, step.positions + 1
+            logits_rows, positions, num_rows = step.logits_rows, step.seq_lens, seqs.num_sampled
         else:
             logits_rows = last_rows((seqs.num_scored + seqs.num_sampled).cumsum(), seqs.num_sampled)
             positions = step.positions[step.logits_rows[logits_rows]] + 1
-        facts = self._facts_of([item.seq for item in batch if item.samples], seqs.num_sampled[seqs.num_sampled > 0])
+            num_rows = seqs.num_sampled[seqs.num_sampled > 0]
+        facts = self._facts_of([item.seq for item in batch if item.samples], num_rows)
         edits, counts = self.edits(batch, positions, facts)
         return SamplingInputs(
             logits_rows=logits_rows,
@@ -88,6 +90,8 @@ class SamplingBuilder:
         self, batch: list[Scheduled], positions: Ints, facts: RowFacts
     ) -> tuple[tuple[RowEdits, ...], CountChanges | None]:
         """The fields `edits` and `counts` of `SamplingInputs`. positions: [num_sampled]"""
+        if facts is self._facts and not self._has_edits:
+            return (), None
         is_edited = positions < facts.edits_before
         if not is_edited.any():
             return (), None
@@ -121,7 +125,8 @@ class SamplingBuilder:
 
     def _facts_of(self, seqs: list[Sequence], num_rows: Ints) -> RowFacts:
         """The same object as the last time where the rows are of the same sequences. num_rows: of each sequence"""
-        if self._facts is not None and seqs == self._seqs and np.array_equal(num_rows, self._num_rows):
+        is_alike = num_rows is self._num_rows or np.array_equal(num_rows, self._num_rows)
+        if self._facts is not None and is_alike and seqs == self._seqs:
             return self._facts
         known = [self._sequence_facts(seq) for seq in seqs]
         seq_of_row = np.repeat(np.arange(len(seqs)), num_rows)
@@ -137,6 +142,7 @@ class SamplingBuilder:
             seq_of_row=seq_of_row,
         )
         self._seqs, self._num_rows, self._facts = seqs, num_rows, facts
+        self._has_edits = bool((facts.edits_before > 0).any())
         return facts
 
     def _sequence_facts(self, seq: Sequence) -> _SequenceFacts:

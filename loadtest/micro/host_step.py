@@ -22,6 +22,7 @@ from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
+from engine.models.model import Decoder
 from engine.runner.cuda_graphs import GraphLimits, GraphRunner
 from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
@@ -45,15 +46,13 @@ COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attent
 TOKEN = 1  # what every row samples
 
 
-class NoModel:
+class NoModel(Decoder):
     """Computes nothing. Is its own attention."""
 
-    attention_layers = ()
     vocab_size = VOCAB_SIZE
 
-    hidden_layers: tuple[int, ...] = ()
-
     def __init__(self, max_num_rows: int) -> None:
+        self.attention_layers = []
         self._hidden, self._logits = torch.zeros(max_num_rows, 1), torch.zeros(max_num_rows, VOCAB_SIZE)
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:

@@ -34,6 +34,31 @@ _LOWEST = np.float32(-1e29)  # the running maximum before the first score: e^(_M
 MAX_PARTS = SPAN // LANES  # of a span; a part lies in one block of the cache
 SCRATCH_FLOATS = 4 * (MAX_PARTS + PARTS_AHEAD)  # addresses of parts, keys' and values'
 SCRATCH_FLOATS_PER_ROW = SPAN + 3  # beside two times the head size
+NUM_TILE_FIELDS = 6
+
+
+@kernel(types.int64(*[types.int64] * 7))
+def cut_tiles(query_starts, seq_lens, num_seqs, tokens_at_once, tables, table_bytes, tiles):
+    """Cuts a step's rows into tiles of one sequence each, and returns how many there are: at most one for each row.
+
+    query_starts: int64 [num_seqs + 1], where each sequence's rows begin; seq_lens: int64 [num_seqs], its context
+    tables: address of the first sequence's block table; table_bytes: from one to the next
+    tiles: int64 [>= rows, NUM_TILE_FIELDS]: first row of the tile, its rows, context, first row and rows of the
+    sequence, address of its block table. The last tiles come first: prompts follow the decoding rows of a step, and
+    long work should not end it
+    """
+    starts, lengths = integers(query_starts, num_seqs + 1), integers(seq_lens, num_seqs)
+    num_tiles = 0
+    for seq in range(num_seqs - 1, -1, -1):
+        first, last = starts[seq], starts[seq + 1]
+        for index in range(-(-(last - first) // tokens_at_once) - 1, -1, -1):
+            row = first + index * tokens_at_once
+            tile = integers(tiles + num_tiles * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
+            tile[0], tile[1] = row, min(tokens_at_once, last - row)
+            tile[2], tile[3], tile[4] = lengths[seq], first, last - first
+            tile[5] = tables + seq * table_bytes
+            num_tiles += 1
+    return num_tiles
 
 
 @kernel(types.void(*[types.int64] * 9))

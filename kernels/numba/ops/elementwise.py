@@ -87,6 +87,7 @@ def rotate_and_store_rows(
     q_norm,
     k_norm,
     eps,
+    positions,
     cos,
     sin,
     width,
@@ -101,13 +102,13 @@ def rotate_and_store_rows(
     """As `kernels.reference.qkv.rotate_and_store`, for rows first..last; queries and keys are changed in place.
 
     qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; q_norm, k_norm: float32 [size], or 0
-    cos, sin: float32 [rows, width], width rotated elements of a head, 0 for none; slots: int64 [rows]
+    positions, slots: int64 [rows]; cos, sin: float32 [positions, width], width rotated elements of a head, 0 for none
     keys, values: one layer's cache, addresses of the first head of block 0, elements of `kind`: of a block, each head's
     keys are [size, block] and its values [block, size]; block_bytes, head_bytes: from a block to the next, and a head
     """
     element = 4 if kind == FLOAT32 else 2
     row_bytes = (num_heads + 2 * num_kv_heads) * size * 4
-    row_slots = integers(slots, last)
+    row_slots, row_positions = integers(slots, last), integers(positions, last)
     for row in range(first, last):
         heads = qkv + row * row_bytes
         for head in range(num_heads + num_kv_heads):
@@ -116,7 +117,8 @@ def rotate_and_store_rows(
             if norm != 0:
                 _normalise_head(address, norm, size, eps)
             if width != 0:
-                _rotate_head(address, cos + row * width * 4, sin + row * width * 4, width // 2)
+                angle = row_positions[row] * width * 4
+                _rotate_head(address, cos + angle, sin + angle, width // 2)
         page, offset = row_slots[row] // block, row_slots[row] % block
         for head in range(num_kv_heads):
             new_keys = floats(heads + (num_heads + head) * size * 4, size)

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from kernels.numba.core.lanes import call_by_name
 from kernels.numba.core.memory import add_to_counter, floats, integers, read_counter, write_counter
 from kernels.numba.kernel_cache import kernel
-from kernels.numba.ops.attention import attend_unit
+from kernels.numba.ops.attention import NUM_TILE_FIELDS, attend_unit
 from kernels.numba.ops.elementwise import (
     copy_rows,
     fill_rows,
@@ -30,9 +30,8 @@ from kernels.numba.ops.elementwise import (
 from kernels.numba.ops.linear import BLOCK_ROWS, multiply_unit
 
 MAX_BLOCK_TABLES = 8  # of a sequence: one for each group of layers
-NUM_STEP_FIELDS = 32
-NUM_TILE_FIELDS = 6  # of a unit of attention, see `Step.TILES`
-NUM_FIELDS = 24  # integers of an operation; the last holds a float's bits or two
+NUM_STEP_FIELDS = 40
+NUM_FIELDS = 24  # integers of an operation; the last two: the `Step` field that counts its rows, the bits of two floats
 LINE = 64  # bytes of a cache line; counters that share one slow each other down (false sharing)
 
 
@@ -59,10 +58,12 @@ class Step(IntEnum):
     TREE = 3
     TREE_WIDTH = 4
     NUM_TILES = 5  # of attention
-    TILES = 6  # int64 [num_tiles, 6]: first token, tokens, context, first row, new tokens, address of its block table
-    ROTATIONS = 7  # addresses of cos and sin of each rotation of the model, up to 4
-    SLOTS = 15  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
-    TABLES = 23  # likewise: bytes from a tile's block table to its sequence's in this group
+    TILES = 6  # address of the tiles, see `kernels.numba.ops.attention.cut_tiles`
+    NUM_LOGITS = 7
+    LOGITS_ROWS = 8
+    ROTATIONS = 9  # addresses of cos and sin of each rotation of the model, up to 4, for every position
+    SLOTS = 17  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
+    TABLES = 25  # likewise: bytes from a tile's block table to its sequence's in this group
 
 
 class Control(IntEnum):
@@ -75,7 +76,9 @@ class Control(IntEnum):
 
 
 _GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY = (int(op) for op in Operation)
-_ROWS, _INPUT_IDS, _POSITIONS, _TREE, _TREE_WIDTH, _NUM_TILES, _TILES, _ROTATIONS, _SLOTS, _TABLES = map(int, Step)
+_POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
+_NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
+_ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
 _GENERATION, _OPEN, _INSIDE, _COUNTERS = (int(c) * LINE for c in Control)
 _ROWS_AT_ONCE = 8
 _SPINS_BEFORE_YIELD = 4096
@@ -116,7 +119,7 @@ def _cycles(typing_context):
 
 @njit(inline="always")
 def _count_units(op, step):
-    kind, rows = op[0], step[_ROWS]
+    kind, rows = op[0], step[op[NUM_FIELDS - 2]]
     if kind == _MULTIPLY:
         return -(-rows // BLOCK_ROWS) * -(-op[7] // op[8])
     if kind == _ATTEND:
@@ -127,7 +130,7 @@ def _count_units(op, step):
 @njit(inline="always")
 def _run_unit(unit, op, op_floats, step, scratch):
     kind = op[0]
-    rows = step[_ROWS]
+    rows = step[op[NUM_FIELDS - 2]]
     first = unit * _ROWS_AT_ONCE
     last = min(first + _ROWS_AT_ONCE, rows)
     if kind == _MULTIPLY:
@@ -148,7 +151,7 @@ def _run_unit(unit, op, op_floats, step, scratch):
     elif kind == _STORE:
         cos, sin = (step[_ROTATIONS + 2 * op[7]], step[_ROTATIONS + 2 * op[7] + 1]) if op[8] != 0 else (0, 0)
         rotate_and_store_rows(
-            op[1], first, last, op[2], op[3], op[4], op[5], op[6], op_floats[0], cos, sin, op[8],
+            op[1], first, last, op[2], op[3], op[4], op[5], op[6], op_floats[0], step[_POSITIONS], cos, sin, op[8],
             step[_SLOTS + op[15]],
             op[9], op[10], op[11], op[12], op[13], op[14],
         )  # fmt: skip
@@ -159,7 +162,7 @@ def _run_unit(unit, op, op_floats, step, scratch):
     elif kind == _FILL:
         fill_rows(op[1], op[2], first, last, op[3], op[4])
     elif kind == _GATHER:
-        gather_rows(op[1], op[2], step[_INPUT_IDS], op[3], first, last, op[4])
+        gather_rows(op[1], op[2], step[op[5]], op[3], first, last, op[4])
 
 
 @njit(inline="always")

@@ -16,26 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.numba.program.program import LINE, NUM_FIELDS, Control, Operation, open_program, run
+from kernels.numba.program.program import LINE, NUM_FIELDS, Control, Operation, Step, open_program, run
 
 _NUM_SPINS = 3000  # of some 30 ns: enough to stay awake between the two programs of a step, not between steps
 _MAX_OPERATIONS = 4096
 
 
-def operation(kind: Operation, *fields: int, factors: tuple[float, float] = (0.0, 0.0)) -> list[int]:
-    """The fields of one operation: integers in the order that `program._run_unit` reads, and up to two floats."""
+def operation(
+    kind: Operation, *fields: int, factors: tuple[float, float] = (0.0, 0.0), rows: Step = Step.ROWS
+) -> list[int]:
+    """The fields of one operation: integers in the order that `program._run_unit` reads, and up to two floats.
+
+    rows: what says how many rows it has
+    """
     bits = int(np.array(factors, np.float32).view(np.int64)[0])
-    return [int(kind), *fields, *[0] * (NUM_FIELDS - 2 - len(fields)), bits]
+    return [int(kind), *fields, *[0] * (NUM_FIELDS - 3 - len(fields)), int(rows), bits]
 
 
 class Program:
     """A list of operations in shared memory. operations: [num_ops, NUM_FIELDS] int64; step: int64, see `Step`"""
 
-    def __init__(self, operations: Sequence[Sequence[int]], step: Tensor, *, keeps: Sequence[Tensor] = ()) -> None:
-        self.operations = torch.tensor(operations, dtype=torch.int64)
+    def __init__(self, operations: Sequence[Sequence[int]], step: Tensor, *, keeps: Sequence[object] = ()) -> None:
+        self.operations = np.array(operations, dtype=np.int64).reshape(-1, NUM_FIELDS)
         self.step = step
-        self.call = torch.tensor([self.operations.data_ptr(), len(operations), step.data_ptr()])
-        self._keeps = tuple(keeps)  # tensors whose addresses are in the operations, kept alive
+        self.call = np.array([self.operations.ctypes.data, len(operations), step.data_ptr()], dtype=np.int64)
+        self._keeps = tuple(keeps)  # owners of the memory whose addresses are in the operations, kept alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +67,11 @@ class Team:
         num_control = (Control.COUNTERS + 2 * _MAX_OPERATIONS) * LINE // 8
         self._control = torch.zeros(num_control, dtype=torch.int64)  # aligned by torch to a cache line
         self._counters = self._control.numpy()[Control.COUNTERS * LINE // 8 :]
-        self._call = torch.zeros(3, dtype=torch.int64)
+        call = torch.zeros(3, dtype=torch.int64)
+        self._call = call.numpy()
         self._scratch = [torch.zeros(scratch_bytes // 8 + 1, dtype=torch.int64) for _ in range(num_threads)]
-        self._followers = [_Follower(self._control, self._call, scratch) for scratch in self._scratch[1:]]
+        self._addresses = tuple(part.data_ptr() for part in (call, self._control, self._scratch[0]))
+        self._followers = [_Follower(self._control, call, scratch) for scratch in self._scratch[1:]]
         self._timed: list[ProgramTimes] | None = None
         weakref.finalize(self, _stop, self._followers)
 
@@ -95,11 +102,12 @@ class Team:
         num_ops = len(program.operations)
         assert num_ops <= _MAX_OPERATIONS, f"a program of {num_ops} operations"
         self._counters[: num_ops * 2 * LINE // 8] = 0
-        self._call.copy_(program.call)
-        open_program(self._control.data_ptr())
+        self._call[:] = program.call
+        call, control, scratch = self._addresses
+        open_program(control)
         for follower in self._followers:
             follower.wake()
-        run(self._call.data_ptr(), self._control.data_ptr(), self._scratch[0].data_ptr(), times, 0, 0)
+        run(call, control, scratch, times, 0, 0)
 
 
 class _Follower:

@@ -1,12 +1,16 @@
 """A step's tensors: right for any plan, whatever is kept from the steps before."""
 
 import random
+from dataclasses import fields
 
 import numpy as np
+import pytest
 import torch
 
 from engine.batch.block_tables import WIDTH_STEP
 from engine.batch.device_inputs import BatchBuilder, DeviceTables, HostStaging, places
+from engine.batch.gather import gather_any, gather_step
+from engine.batch.step_inputs import KNOWN, SequenceInputs
 from engine.kv_cache.manager import KVCacheManager
 from engine.runner.executor import input_tokens
 from engine.runner.graph_inputs import NO_SLOT, GraphSize, StaticBatch
@@ -19,8 +23,8 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 
 
-def _sequence(token_ids: list[int]) -> Sequence:
-    params = SamplingParams(seed=0, max_tokens=1)
+def _sequence(token_ids: list[int], *, logprobs: int | None = None) -> Sequence:
+    params = SamplingParams(seed=0, max_tokens=1, logprobs=logprobs)
     return Sequence(Request(request_id="a", prompt_token_ids=token_ids, params=params), token_ids)
 
 
@@ -75,6 +79,31 @@ def _rows(batch: list[Scheduled], num_groups: int) -> list[tuple[int, ...]]:
             blocks = [seq.block_tables[group][position // BLOCK_SIZE] for group in range(num_groups)]
             rows.append((token, position, *(block * BLOCK_SIZE + position % BLOCK_SIZE for block in blocks)))
     return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_that_only_decodes_is_gathered_as_any_other(seed: int) -> None:
+    """By fewer passes, which have to come to the same."""
+    rng, windows = random.Random(seed), [[None], [6, None]][seed % 2]
+    kv = KVCacheManager(400 * len(windows), BLOCK_SIZE, windows=windows)
+    batch = []
+    for _ in range(rng.randrange(1, 9)):
+        tokens = [rng.randrange(1, 99) for _ in range(rng.randrange(2, 60))]
+        seq = _sequence(tokens, logprobs=rng.choice([None, None, 3]))
+        kv.start(seq, kv.find_prefix(seq))
+        assert kv.allocate(seq, seq.num_tokens + 1)
+        num_ahead = rng.randrange(2)
+        seq.num_computed_tokens = seq.num_tokens - 1 - num_ahead
+        source = KNOWN if rng.random() < 0.5 else rng.randrange(5)
+        batch.append(Scheduled(seq, 1, 0, samples=True, num_ahead=num_ahead, source=source))
+    few, many = gather_step(batch, BLOCK_SIZE), gather_any(batch, BLOCK_SIZE)
+    for name, part in few._asdict().items():
+        other = getattr(many, name)
+        if isinstance(part, SequenceInputs):
+            assert all(np.array_equal(getattr(part, one.name), getattr(other, one.name)) for one in fields(part)), name
+        else:
+            assert np.array_equal(part, other), name
+            assert getattr(part, "dtype", None) == getattr(other, "dtype", None), name
 
 
 def test_every_step_of_random_traffic_is_laid_out_right() -> None:

@@ -31,6 +31,7 @@ from engine.kv_cache.storage import KVCache
 from engine.models.llama import Llama
 from engine.models.llama_numba import NumbaLlama
 from engine.models.registry import build_model
+from engine.models.rope import RotaryEmbedding, RotationTable, default_rope
 from engine.quantization.linear import Linear, exchange_linears
 from engine.quantization.method import COMPILED_FORMATS, make_methods
 from engine.runner.model_runner import ModelRunner
@@ -325,6 +326,20 @@ def test_logits_are_of_the_rows_that_are_asked_for() -> None:
     assert logits.is_contiguous()
     assert torch.equal(runner.model.compute_logits(hidden[::2]), logits[::2])
     assert runner.model.compute_logits(hidden[:0]).shape == (0, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("num_positions", [[1, 5, 1024, 1025, 3000], [2000, 2001, 2600]])
+def test_a_rotation_is_the_same_whenever_it_was_computed(num_positions: list[int]) -> None:
+    rope = RotaryEmbedding(default_rope(10_000.0, 16))
+    table = RotationTable(rope)
+    for number in num_positions:
+        table.reach(number)
+        assert len(table.cos) == len(table.sin) >= number
+        for made, expected in zip(
+            (table.cos, table.sin), rope(torch.arange(len(table.cos)), torch.float32), strict=True
+        ):
+            assert torch.equal(made, expected)
+            assert made.is_contiguous()
 
 
 class NoMemoryAt:

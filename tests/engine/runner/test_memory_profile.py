@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from engine.attention.torch_backend import TorchAttention
 from engine.config import EngineConfig
 from engine.loading.loader import read_model_facts
-from engine.models.model import Model
+from engine.models.model import Decoder, Model
 from engine.models.registry import build_model
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.machine import read_machine
@@ -42,10 +42,8 @@ class FakeMeter:
         return 12345
 
 
-class WatchedModel:
+class WatchedModel(Decoder):
     """Passes everything on, and notes how many rows were asked for."""
-
-    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, model: Model, meter: FakeMeter) -> None:
         self.model, self.meter = model, meter

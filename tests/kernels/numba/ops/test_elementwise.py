@@ -136,6 +136,9 @@ def test_gates_beyond_the_exponential_are_open_or_shut(execute, op) -> None:
     assert out[0, 5:].isfinite().all()
 
 
+NUM_POSITIONS = 30  # that the tables of rotations have
+
+
 class Heads:
     """A merged projection, and a cache with its keys as columns, that holds NaN where nothing was stored."""
 
@@ -145,6 +148,7 @@ class Heads:
         self.blocks, self.block = 5, 16
         self.cache = torch.full((self.blocks, num_kv_heads, 2, self.block * size), torch.nan, dtype=DTYPES[kind])
         self.slots = torch.randperm(self.blocks * self.block)[:num_rows]
+        self.positions = torch.randint(NUM_POSITIONS, (num_rows,))
         self.norms = [torch.randn(size), torch.randn(size)]
 
     def store(self, execute, op, *, has_norms: bool, cos: Tensor, sin: Tensor) -> None:
@@ -155,7 +159,8 @@ class Heads:
         where = (keys, values, self.kind, self.block, *(x * keys.itemsize for x in keys.stride()[:2]))
         store = op(Operation.ROTATE_AND_STORE, self.qkv, *shape, *norms, *rotation, *where, factors=(1e-6, 0.0))
         # sin follows cos in the step, as the addresses of further rotations do
-        fields = {Step.ROTATIONS: cos, Step.ROTATIONS + 1: sin, Step.SLOTS: self.slots}
+        rotation = {Step.ROTATIONS: cos, Step.ROTATIONS + 1: sin}
+        fields = {**rotation, Step.SLOTS: self.slots, Step.POSITIONS: self.positions}
         execute([store], num_rows=self.qkv.shape[0], fields=fields)
 
     def stored(self) -> tuple[Tensor, Tensor]:
@@ -178,10 +183,10 @@ def assert_stored(stored: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def test_heads_are_normalised_rotated_and_stored(execute, op, width: int, has_norms: bool, kind: int) -> None:
     for num_rows, num_heads, num_kv_heads in ((1, 4, 2), (9, 3, 3), (20, 5, 1)):
         heads = Heads(kind, num_heads=num_heads, num_kv_heads=num_kv_heads, size=48, num_rows=num_rows)
-        cos, sin = rope_factors(10 * torch.randn(num_rows, width // 2))
+        cos, sin = rope_factors(10 * torch.randn(NUM_POSITIONS, width // 2))
         q, k, v = heads.qkv.double().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         weights = {f"{name}_weight": norm.double() for name, norm in zip("qk", heads.norms, strict=True)}
-        rotation = (cos.double(), sin.double()) if width else (None, None)
+        rotation = (cos[heads.positions].double(), sin[heads.positions].double()) if width else (None, None)
         q, k = normalise_and_rotate(q, k, *rotation, **(weights if has_norms else {}), eps=1e-6)
         expected = torch.full((2, heads.blocks, num_kv_heads, heads.block, 48), torch.nan, dtype=torch.float64)
         store_kv(k, v, *expected, heads.slots)
@@ -208,7 +213,8 @@ def test_embeddings_are_gathered_as_they_are(execute, op, kind: int) -> None:
     for num_rows in ROWS:
         ids, out = torch.randint(50, (num_rows,)), torch.empty(num_rows, 48)
         ids[-1] = 3
-        execute([op(Operation.GATHER, table, kind, out, 48)], num_rows=num_rows, fields={Step.INPUT_IDS: ids})
+        gather = op(Operation.GATHER, table, kind, out, 48, Step.INPUT_IDS)
+        execute([gather], num_rows=num_rows, fields={Step.INPUT_IDS: ids})
         torch.testing.assert_close(out, table[ids].float(), rtol=0, atol=0, equal_nan=True)
 
 

@@ -25,7 +25,7 @@ from engine.planning.ceilings import ceilings_file, release, with_ceilings
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
 from engine.planning.machine import Ceilings, Machine, freeing_at_once, read_machine
-from engine.planning.resolve import resolve_device
+from engine.planning.resolve import limit_instructions, resolve_device
 from engine.planning.sizes import gib
 from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
@@ -70,6 +70,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     ValueError for what the user can mend: its `kind`, if it has one, is "config", "model" or "memory".
     """
     clock = PhaseClock(report)
+    limit_instructions(config.device.cpu_features)
     clock.enter("measure", "the machine's ceilings")
     machine = read_machine()
     machine = with_ceilings(machine, resolve_device(config, machine).value)
@@ -252,9 +253,9 @@ def _processor() -> list[str]:
     """The instructions that compiled code and torch's libraries choose among, by what each of them knows."""
     import llvmlite.binding as llvm  # on a GPU nothing else loads LLVM
 
-    features = llvm.get_host_cpu_features()
-    names = sorted(name for name, is_there in features.items() if is_there)
-    return [platform.machine(), torch.backends.cpu.get_cpu_capability(), llvm.get_host_cpu_name(), *names]
+    from kernels.numba.core.processor import features
+
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability(), llvm.get_host_cpu_name(), *sorted(features())]
 
 
 def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, has_independent_rows: bool) -> str:

@@ -64,6 +64,9 @@ class DeviceConfig(Section):
         default="auto", description="auto: Triton on a GPU; Numba on a CPU, for models of Llama's kind; else torch"
     )
     num_threads: CountOrAuto = Field(default="auto", description="CPU threads of the engine process")
+    cpu_features: Literal["auto", "avx2", "avx512", "avx512-vnni", "avx512-bf16"] = Field(
+        default="auto", description="vector instructions of compiled CPU kernels, at most; auto: all that there are"
+    )
     determinism: Literal["fast", "strict"] = Field(
         default="fast",
         description="strict: not even the last bits of log-probabilities depend on what else runs; slower",

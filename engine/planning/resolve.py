@@ -63,6 +63,21 @@ def resolve_device(config: EngineConfig, machine: Machine) -> Resolved[str]:
     return Resolved(config.device.name, "config")
 
 
+def limit_instructions(level: str) -> None:
+    """Makes compiled kernels of this process use the vector instructions of `device.cpu_features`, and no others.
+
+    SettingError where the processor has fewer, or where kernels are compiled already, for another level.
+    """
+    if level == "auto":
+        return
+    from kernels.numba.core import processor
+
+    try:
+        processor.limit_to(level)
+    except ValueError as error:
+        raise SettingError(f"device.cpu_features is {level}, but {error}; set it to auto") from None
+
+
 def resolve_num_threads(config: EngineConfig, machine: Machine) -> Resolved[int]:
     if config.device.num_threads != "auto":
         return Resolved(config.device.num_threads, "config")

@@ -22,6 +22,8 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
 
+from kernels.numba.core.processor import level
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
@@ -33,7 +35,7 @@ def cache_directory() -> Path | None:
 
     Below it, a folder for what these very sources compile to, in these versions. None: there is no home directory.
     """
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version} {level().name}".encode())
     for source in (*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "layout.py"):
         digest.update(source.read_bytes())
     root = _root()

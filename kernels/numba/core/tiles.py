@@ -3,6 +3,7 @@
 A tile multiplies a few rows by a few panels of 16 columns and keeps every sum in a register from the first element to
 the last (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, section 6.3). Vectors are
 16 lanes wide whatever the machine has: LLVM splits them into two registers of AVX2, four of NEON, or one of AVX-512.
+How many rows and panels fit the registers, and which instructions there are, `kernels.numba.core.processor` says.
 
 The order of a sum depends on its row and its column alone, never on the shape of the tile: a row's result is the same,
 bit for bit, however many rows are multiplied together.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
@@ -39,11 +39,13 @@ from kernels.numba.core.lanes import (
     splat,
     store,
 )
+from kernels.numba.core.processor import features, level
 
-MAX_ROWS_OF_TWO_PANELS = 2
+_LINE = 64  # bytes of a cache line
 PARTS_AHEAD = 2  # parts of a paged matrix that are prefetched, 1 to 4 KB each
 MIN_ROWS_OF_UNPACKED = 4
-MAX_ROWS = 6  # 6 rows of two registers are 12 sums, which leaves AVX2's 16 registers 4 for operands
+MAX_ROWS_OF_TWO_PANELS, MAX_ROWS_OF_ONE = level().tall, level().narrow
+PAIRS_PANELS = MAX_ROWS_OF_TWO_PANELS >= MAX_ROWS_OF_ONE  # whether any rows take two panels at once
 
 
 def _write_sums(
@@ -62,16 +64,35 @@ def _write_sums(
                     store(builder, total, address)
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Prefetches the cache line of an address, which may be invalid.
+
+    A tile asks for the weights of the next one while it computes. The hardware's prefetcher learns a stream anew in
+    each page of 4 KiB, and a panel is hardly longer.
+    """
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
+
+def _prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: ir.Value, num_bytes: int) -> None:
+    """Prefetches so many bytes at a distance from each address."""
+    for address in addresses:
+        first = builder.add(address, distance)
+        for line in range(0, num_bytes, _LINE):
+            _prefetch(builder, builder.add(first, I64(line)))
+
+
 def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
-    """(x, ldx, w, w_stride, panel_stride, depth, out, ldo, adds): the tile of float sums.
+    """(x, ldx, w, w_stride, panel_stride, depth, ahead, out, ldo, adds): the tile of float sums.
 
     x: float32 [rows, depth]; element i of column c of panel p is w[p * panel_stride + i * w_stride + c]
+    ahead: bytes from each panel to the one that is prefetched meanwhile, see `_prefetch`
     """
-    function, is_new = define(module, f"float_tile_{rows}x{panels}_{element}", 9)
+    function, is_new = define(module, f"float_tile_{rows}x{panels}_{element}", 10)
     if not is_new:
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, ldx, w, w_stride, panel_stride, depth, out, ldo, adds = function.args
+    x, ldx, w, w_stride, panel_stride, depth, ahead, out, ldo, adds = function.args
     size = 4 if element == "float32" else 2
     zero = ir.Constant(FLOATS, [0.0] * LANES)
     x_rows = [builder.add(x, builder.mul(ldx, I64(4 * row))) for row in range(rows)]
@@ -79,6 +100,8 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
     step = builder.mul(w_stride, I64(size))
     loop = Loop(builder, depth, [zero] * (rows * panels))
     offset = builder.mul(loop.index, step)
+    for base in w_panels:
+        _prefetch(builder, builder.add(builder.add(base, ahead), offset))
     weights = [load_floats(builder, builder.add(base, offset), element) for base in w_panels]
     sums = []
     for row in range(rows):
@@ -92,10 +115,58 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
     return function
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Prefetches the cache line of an address, which may be invalid."""
-    pointer = builder.inttoptr(address, I8.as_pointer())
-    call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+def _bfloat16_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
+    """As `_float_tile`, of panels whose elements lie in pairs of depths, bfloat16 [depth / 2, 16, 2]; depth is even.
+
+    element: of x: "float32", whose products are exact, or "bfloat16", in pairs too, which some processors multiply and
+    add in one instruction
+    """
+    function, is_new = define(module, f"bfloat16_tile_{rows}x{panels}_{element}", 10)
+    if not is_new:
+        return function
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, ldx, w, _, panel_stride, depth, ahead, out, ldo, adds = function.args
+    size = 4 if element == "float32" else 2
+    zero = ir.Constant(FLOATS, [0.0] * LANES)
+    x_rows = [builder.add(x, builder.mul(ldx, I64(size * row))) for row in range(rows)]
+    w_panels = [builder.add(w, builder.mul(panel_stride, I64(2 * panel))) for panel in range(panels)]
+    loop = Loop(builder, builder.ashr(depth, I64(1)), [zero] * (rows * panels))
+    offset, x_offset = builder.mul(loop.index, I64(4 * LANES)), builder.mul(loop.index, I64(2 * size))
+    for base in w_panels:
+        _prefetch(builder, builder.add(builder.add(base, ahead), offset))
+    words = [load(builder, builder.add(base, offset), INTS, 4) for base in w_panels]
+    pairs = [_widen_pair(builder, word) for word in words] if element == "float32" else []
+    sums = []
+    for row in range(rows):
+        address = builder.add(x_rows[row], x_offset)
+        totals = loop.values[row * panels : (row + 1) * panels]
+        if element == "bfloat16":
+            both = splat(builder, load(builder, address, I32, 2))
+            sums += [_add_bfloat16_products(builder, *terms, both) for terms in zip(totals, words, strict=True)]
+            continue
+        for place in (0, 1):
+            broadcast = splat(builder, load(builder, builder.add(address, I64(4 * place)), FLOAT, 4))
+            totals = [fma(builder, broadcast, pair[place], total) for pair, total in zip(pairs, totals, strict=True)]
+        sums += totals
+    sums = loop.close(sums)
+    _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    builder.ret_void()
+    return function
+
+
+def _widen_pair(builder: ir.IRBuilder, words: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The two bfloat16 in each of 16 words as float32: the lower ones, and the upper ones."""
+    low = builder.shl(words, ir.Constant(INTS, [16] * LANES))
+    high = builder.and_(words, ir.Constant(INTS, [0xFFFF0000] * LANES))
+    return builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)
+
+
+def _add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """total + the products of two bfloat16 in each of 16 words, the upper one first (x86: VDPBF16PS)."""
+    if "avx512bf16" in features():
+        return call_by_name(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, a, b)
+    (a_low, a_high), (b_low, b_high) = _widen_pair(builder, a), _widen_pair(builder, b)
+    return fma(builder, a_low, b_low, fma(builder, a_high, b_high, total))
 
 
 def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.Function:
@@ -153,8 +224,7 @@ def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.
 
 def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     """Products of 32 int16, neighbours added: [16] int32 (x86: PMADDWD)."""
-    features = llvm.get_host_cpu_features()
-    width = 32 if features.get("avx512bw") else 16 if features.get("avx2") else 0
+    width = 32 if "avx512bw" in features() else 16 if "avx2" in features() else 0
     if not width:
         wide = ir.VectorType(I32, 2 * LANES)
         products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
@@ -174,6 +244,14 @@ def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value
     return builder.shuffle_vector(halves[0], halves[1], ir.Constant(INTS, list(range(LANES))))
 
 
+def _add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """total + the products of 32 int16, neighbours added: [16] int32 (x86: VPDPWSSD, or what LLVM finds faster)."""
+    if "avx512vnni" in features():
+        words = (builder.bitcast(part, INTS) for part in (a, b))
+        return call_by_name(builder, "llvm.x86.avx512.vpdpwssd.512", INTS, total, *words)
+    return builder.add(total, _multiply_pairs(builder, a, b))
+
+
 def _load_pairs(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
     """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side."""
     words = ir.VectorType(I16, 2 * LANES)
@@ -188,32 +266,35 @@ def _load_pairs(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Va
 
 
 def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
-    """(x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, out, ldo, adds): exact sums of integer
-    products within a group of `GROUP` elements, then float32 sums of the groups, each times its two scales.
+    """(x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds): exact sums of
+    integer products within a group of `GROUP` elements, then float32 sums of the groups, each times its two scales.
 
     x: int16 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 2], the scale of each group and scale * sum
     w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or uint8 [num_groups, GROUP / 2, 16] with two int4, or the
     same as int16 [num_groups, GROUP / 2, 16, 2]
     scales: float16, each panel is [panel_groups, 16] (int8), or [panel_groups, 2, 16] with the offset too (int4)
-    panel_stride: bytes of a panel of w
+    panel_stride: bytes of a panel of w; ahead: as of `_float_tile`; the scales of those panels are prefetched too
     """
-    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 12)
+    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 13)
     if not is_new:
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, out, ldo, adds = function.args
+    x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds = function.args
     has_offset = element != "int8"
     pair_bytes = {"int4": LANES, "int8": 2 * LANES, "unpacked int4": 4 * LANES}[element]
     group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
     zero = ir.Constant(FLOATS, [0.0] * LANES)
     outer = Loop(builder, num_groups, [zero] * (rows * panels))
     group = outer.index
-    x_groups = [
-        builder.add(builder.add(x, builder.mul(ldx, I64(2 * row))), builder.mul(group, I64(2 * GROUP)))
-        for row in range(rows)
-    ]
+    first_x = builder.mul(group, I64(2 * GROUP))
+    x_groups = [builder.add(builder.add(x, builder.mul(ldx, I64(2 * row))), first_x) for row in range(rows)]
     first_pair = builder.mul(group, I64(pair_bytes * (GROUP // 2)))
     w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_pair) for p in range(panels)]
+    scale_stride, first_scale = builder.mul(panel_groups, I64(group_scales)), builder.mul(group, I64(group_scales))
+    s_groups = [builder.add(builder.add(scales, builder.mul(scale_stride, I64(p))), first_scale) for p in range(panels)]
+    if element != "unpacked int4":
+        _prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
+        _prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
     inner = Loop(builder, I64(GROUP // 2), [ir.Constant(INTS, [0] * LANES)] * (rows * panels))
     weights = [
         _load_pairs(builder, builder.add(base, builder.mul(inner.index, I64(pair_bytes))), element) for base in w_groups
@@ -223,8 +304,7 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
         pair = load(builder, builder.add(x_groups[row], builder.shl(inner.index, I64(2))), I32, 2)
         broadcast = builder.bitcast(splat(builder, pair), ir.VectorType(I16, 2 * LANES))
         for panel in range(panels):
-            product = _multiply_pairs(builder, broadcast, weights[panel])
-            totals.append(builder.add(inner.values[row * panels + panel], product))
+            totals.append(_add_pair_products(builder, inner.values[row * panels + panel], broadcast, weights[panel]))
     totals = inner.close(totals)
     sums = []
     for row in range(rows):
@@ -232,13 +312,11 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
         row_scale = splat(builder, load(builder, builder.add(x_scales, scale_offset), FLOAT, 4))
         row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(scale_offset, I64(4))), FLOAT, 4))
         for panel in range(panels):
-            first = builder.mul(panel_groups, I64(group_scales * panel))
-            address = builder.add(builder.add(scales, first), builder.mul(group, I64(group_scales)))
-            scale = builder.fmul(row_scale, load_floats(builder, address, "float16"))
+            scale = builder.fmul(row_scale, load_floats(builder, s_groups[panel], "float16"))
             total = builder.sitofp(totals[row * panels + panel], FLOATS)
             value = fma(builder, total, scale, outer.values[row * panels + panel])
             if has_offset:
-                offset = load_floats(builder, builder.add(address, I64(2 * LANES)), "float16")
+                offset = load_floats(builder, builder.add(s_groups[panel], I64(2 * LANES)), "float16")
                 value = fma(builder, row_sum, offset, value)
             sums.append(value)
     sums = outer.close(sums)
@@ -251,10 +329,10 @@ _Writer = Callable[[ir.Module, int, int, str], ir.Function]
 
 
 def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: int = 1) -> Callable[..., None]:
-    """An intrinsic (rows, panels, *arguments) that calls the tile of rows in min_rows..MAX_ROWS and panels in 1..2.
+    """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows, `min_rows` or more, and panels.
 
-    One or two rows take two panels, for enough independent sums to hide the latency of an addition; with more rows, two
-    would not fit into the registers.
+    Few rows take two panels, for enough independent sums to hide the latency of an addition; more rows only where two
+    panels of them fit into the registers.
     """
 
     @intrinsic
@@ -265,10 +343,8 @@ def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: 
             end = builder.append_basic_block("tiled")
             case = builder.add(builder.mul(rows, I64(2)), panels)
             switch = builder.switch(case, end)
-            for num_rows in range(min_rows, MAX_ROWS + 1):
-                for num_panels in (1, 2):
-                    if num_panels == 2 and num_rows > MAX_ROWS_OF_TWO_PANELS:
-                        continue
+            for num_panels, most in ((1, MAX_ROWS_OF_ONE), (2, MAX_ROWS_OF_TWO_PANELS)):
+                for num_rows in range(min_rows, most + 1):
                     block = builder.append_basic_block("tile")
                     switch.add_case(I64(2 * num_rows + num_panels), block)
                     builder.position_at_end(block)
@@ -283,7 +359,7 @@ def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: 
 
 
 def _dispatching_rows(element: str, *, scores: bool) -> Callable[..., None]:
-    """An intrinsic (rows, *arguments) that calls the paged tile of so many rows, 1..MAX_ROWS."""
+    """An intrinsic (rows, *arguments) that calls the paged tile of so many rows, 1..MAX_ROWS_OF_ONE."""
 
     @intrinsic
     def tile(typing_context, arguments):
@@ -292,7 +368,7 @@ def _dispatching_rows(element: str, *, scores: bool) -> Callable[..., None]:
             rows, *rest = cgutils.unpack_tuple(builder, packed, 11)
             end = builder.append_basic_block("tiled")
             switch = builder.switch(rows, end)
-            for num_rows in range(1, MAX_ROWS + 1):
+            for num_rows in range(1, MAX_ROWS_OF_ONE + 1):
                 block = builder.append_basic_block("tile")
                 switch.add_case(I64(num_rows), block)
                 builder.position_at_end(block)
@@ -312,18 +388,20 @@ score_float32, score_bfloat16, score_float16 = (
 weigh_float32, weigh_bfloat16, weigh_float16 = (
     _dispatching_rows(element, scores=False) for element in ("float32", "bfloat16", "float16")
 )
-multiply_float32 = _dispatching(_float_tile, "float32", 9)
-multiply_bfloat16 = _dispatching(_float_tile, "bfloat16", 9)
-multiply_float16 = _dispatching(_float_tile, "float16", 9)
-multiply_int8 = _dispatching(_integer_tile, "int8", 12)
-multiply_int4 = _dispatching(_integer_tile, "int4", 12)
-multiply_unpacked_int4 = _dispatching(_integer_tile, "unpacked int4", 12, min_rows=MIN_ROWS_OF_UNPACKED)
+multiply_float32 = _dispatching(_float_tile, "float32", 10)
+multiply_bfloat16 = _dispatching(_bfloat16_tile, "float32", 10)
+multiply_rounded_bfloat16 = _dispatching(_bfloat16_tile, "bfloat16", 10)
+multiply_float16 = _dispatching(_float_tile, "float16", 10)
+multiply_int8 = _dispatching(_integer_tile, "int8", 13)
+multiply_int4 = _dispatching(_integer_tile, "int4", 13)
+multiply_unpacked_int4 = _dispatching(_integer_tile, "unpacked int4", 13, min_rows=MIN_ROWS_OF_UNPACKED)
 
 
 @njit(inline="always")
-def rows_of_next_tile(remaining):
-    """Rows of the next of the tiles that `remaining` rows are divided into, which all have about the same height."""
-    return -(-remaining // -(-remaining // MAX_ROWS))
+def rows_of_next_tile(remaining, most):
+    """Rows of the next of the tiles, of `most` rows or fewer, that `remaining` rows are divided into: all of about the
+    same height."""
+    return -(-remaining // -(-remaining // most))
 
 
 @intrinsic

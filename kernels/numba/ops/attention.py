@@ -15,6 +15,7 @@ from kernels.numba.core.formats import BFLOAT16, FLOAT32
 from kernels.numba.core.lanes import LANES, exponentiate, largest_of
 from kernels.numba.core.memory import flags, floats, integers
 from kernels.numba.core.tiles import (
+    MAX_ROWS_OF_ONE,
     PARTS_AHEAD,
     rows_of_next_tile,
     score_bfloat16,
@@ -66,7 +67,7 @@ def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
     """out = x @ keys, [rows, num_parts * LANES]. parts: addresses of LANES keys each, as columns"""
     row = 0
     while row < rows:
-        tile = rows_of_next_tile(rows - row)
+        tile = rows_of_next_tile(rows - row, MAX_ROWS_OF_ONE)
         source, target = x + row * size * 4, out + row * ldo * 4
         if kind == FLOAT32:
             score_float32((tile, source, size, parts, 0, block, 0, size, num_parts, target, ldo))
@@ -84,7 +85,7 @@ def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
     num_parts = -(-depth // LANES)
     row = 0
     while row < rows:
-        tile = rows_of_next_tile(rows - row)
+        tile = rows_of_next_tile(rows - row, MAX_ROWS_OF_ONE)
         source = x + row * ldx * 4
         for column in range(0, size, LANES):
             target, offset = out + (row * size + column) * 4, column * element

@@ -153,6 +153,15 @@ def quantise_rows(x, out, scales, first, last, size):
 
 
 @njit
+def round_rows(x, out, first, last, size):
+    """out = x, rounded to bfloat16, for rows first..last of x: float32 [rows, size]."""
+    for row in range(first, last):
+        wide, narrow = floats(x + row * size * 4, size), words(out + row * size * 2, size)
+        for i in range(size):
+            narrow[i] = to_bfloat16_bits(wide[i])
+
+
+@njit
 def fill_rows(source, out, first, last, size, adds):
     """Copies the same `size` float32 (a bias) into rows of out, or adds them."""
     values = floats(source, size)

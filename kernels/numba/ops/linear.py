@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
+from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, ROUNDED_BFLOAT16
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.core.tiles import (
+    MAX_ROWS_OF_ONE,
     MAX_ROWS_OF_TWO_PANELS,
+    PAIRS_PANELS,
     multiply_bfloat16,
     multiply_float16,
     multiply_float32,
     multiply_int4,
     multiply_int8,
+    multiply_rounded_bfloat16,
     multiply_unpacked_int4,
     rows_of_next_tile,
     unpack_int4,
@@ -20,9 +23,10 @@ from kernels.numba.core.tiles import (
 from kernels.numba.kernel_cache import kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
-MIN_ROWS_TO_UNPACK = 12  # with fewer, each tile of 4 to 6 rows unpacks an int4 panel itself
+MIN_ROWS_TO_UNPACK = 13 if PAIRS_PANELS else 12  # with fewer, each tile unpacks an int4 panel itself
 BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
-SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2
+_UNPACKED_BYTES = BLOCK_DEPTH * LANES * 2  # of a panel
+SCRATCH_BYTES = 2 * _UNPACKED_BYTES
 
 
 @njit
@@ -45,29 +49,40 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
     """
     stride = panel_bytes(kind, depth)
     skipped = panel_bytes(kind, first)
+    ahead = panels * stride  # the panels of the next tile
     if kind == FLOAT32:
-        multiply_float32((rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 4, count, out, ldo, adds))
+        multiply_float32(
+            (rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 4, count, ahead, out, ldo, adds)
+        )
     elif kind == BFLOAT16:
-        multiply_bfloat16((rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, out, ldo, adds))
+        multiply_bfloat16(
+            (rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, ahead, out, ldo, adds)
+        )
+    elif kind == ROUNDED_BFLOAT16:
+        multiply_rounded_bfloat16(
+            (rows, panels, x + first * 2, depth, w + skipped, LANES, stride // 2, count, ahead, out, ldo, adds)
+        )
     elif kind == FLOAT16:
-        multiply_float16((rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, out, ldo, adds))
+        multiply_float16(
+            (rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, ahead, out, ldo, adds)
+        )
     else:
         groups, group = depth // GROUP, first // GROUP
         x_scales = scales + group * 8
         if unpacked != 0:
             multiply_unpacked_int4(
-                (rows, panels, x + first * 2, depth, x_scales, groups, unpacked, 0,
-                 w_scales + group * LANES * 4, groups, count // GROUP, out, ldo, adds)
+                (rows, panels, x + first * 2, depth, x_scales, groups, unpacked, _UNPACKED_BYTES,
+                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
             )  # fmt: skip
         elif kind == INT8:
             multiply_int8(
                 (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
-                 w_scales + group * LANES * 2, groups, count // GROUP, out, ldo, adds)
+                 w_scales + group * LANES * 2, groups, count // GROUP, ahead, out, ldo, adds)
             )  # fmt: skip
         else:
             multiply_int4(
                 (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
-                 w_scales + group * LANES * 4, groups, count // GROUP, out, ldo, adds)
+                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
             )  # fmt: skip
 
 
@@ -76,20 +91,24 @@ def _multiply_panels(
     kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
 ):
     count = min(BLOCK_DEPTH, depth - start)
-    row_bytes = depth * (2 if kind in (INT8, INT4) else 4)
+    row_bytes = depth * (2 if kind in (INT8, INT4, ROUNDED_BFLOAT16) else 4)
     scale_bytes = depth // GROUP * 8
     panel_scales = depth // GROUP * LANES * (4 if kind == INT4 else 2)
     panel = first_panel
     while panel < last_panel:
-        panels = 2 if rows <= MAX_ROWS_OF_TWO_PANELS and panel + 1 < last_panel else 1
+        panels, most = 1, MAX_ROWS_OF_ONE
+        if panel + 1 < last_panel and (PAIRS_PANELS or rows <= MAX_ROWS_OF_TWO_PANELS):
+            panels, most = 2, MAX_ROWS_OF_TWO_PANELS
         unpacked = 0
         if kind == INT4 and rows >= MIN_ROWS_TO_UNPACK:
             unpacked = scratch
             stride = panel_bytes(kind, depth)
-            unpack_int4(w + panel * stride + panel_bytes(kind, start), scratch, count // 2)
+            for ahead in range(panels):
+                packed = w + (panel + ahead) * stride + panel_bytes(kind, start)
+                unpack_int4(packed, scratch + ahead * _UNPACKED_BYTES, count // 2)
         row = 0
         while row < rows:
-            tile = rows_of_next_tile(rows - row)
+            tile = rows_of_next_tile(rows - row, most)
             _multiply(
                 kind, tile, panels, x + row * row_bytes, scales + row * scale_bytes, depth,
                 w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count, unpacked,
@@ -103,7 +122,8 @@ def _multiply_panels(
 def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch):
     """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
 
-    x: float32 [rows, depth], or int16 with scales as `quantise_rows` leaves them; out: float32, ldo elements a row
+    x: float32 [rows, depth], or for ROUNDED_BFLOAT16 bfloat16, or for integers int16 with scales as `quantise_rows`
+    leaves them; out: float32, ldo elements a row
     scratch: SCRATCH_BYTES of this thread
     """
     groups = -(-num_panels // panels_at_once)
@@ -111,8 +131,7 @@ def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, p
     first_row = block * BLOCK_ROWS
     first_panel = group * panels_at_once
     last_panel = min(first_panel + panels_at_once, num_panels)
-    is_integer = kind in (INT8, INT4)
-    x += first_row * depth * (2 if is_integer else 4)
+    x += first_row * depth * (2 if kind in (INT8, INT4, ROUNDED_BFLOAT16) else 4)
     scales += first_row * (depth // GROUP) * 8
     out += first_row * ldo * 4
     start = 0

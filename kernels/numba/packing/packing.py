@@ -48,7 +48,7 @@ def pack(weight: Tensor, kind: int) -> PackedMatrix:
     float16: within 2^-11 of each element, or 2^-25 where that is more. int8: within 1/254 of the largest element of
     its group of 32, and half the step of a float16 scale. int4: within 1/30 of the span of its group and
     2^-11 of its smallest element, the offset, likewise.
-    The integer formats need a depth that is a multiple of 32.
+    The integer formats need a depth that is a multiple of 32, bfloat16 an even one.
     """
     if kind in DTYPES:
         return _pack_floats(weight, kind)
@@ -71,7 +71,7 @@ def pack_exactly(weight: Tensor, *, among: Sequence[int]) -> PackedMatrix | None
     Matrices that were quantised to GGUF's Q4_0, Q4_1 or Q8_0 get their integers and scales back.
     """
     weight = weight.float().contiguous()
-    is_bfloat16 = BFLOAT16 in among and _is_exact(weight, torch.bfloat16)
+    is_bfloat16 = BFLOAT16 in among and not weight.shape[1] % 2 and _is_exact(weight, torch.bfloat16)
     for kind in among:
         if kind == INT4 and not is_bfloat16 and (packed := _find_int4(weight)):
             return packed
@@ -87,7 +87,8 @@ def pack_exactly(weight: Tensor, *, among: Sequence[int]) -> PackedMatrix | None
 def unpack(packed: PackedMatrix) -> Tensor:
     """The float32 matrix that the products multiply by: [num_rows, depth]."""
     if packed.kind in DTYPES:
-        return packed.values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()
+        values = packed.values.transpose(2, 3).flatten(1, 2) if packed.kind == BFLOAT16 else packed.values
+        return values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()
     groups = packed.depth // GROUP
     if packed.kind == INT8:
         steps = packed.scales.float().transpose(1, 2)  # [panels, 16, groups]
@@ -122,6 +123,9 @@ def _panels(values: Tensor) -> Tensor:
 
 def _pack_floats(weight: Tensor, kind: int) -> PackedMatrix:
     values = _panels(weight.to(DTYPES[kind])).transpose(1, 2).contiguous()
+    if kind == BFLOAT16:  # in pairs of depths: [panels, depth / 2, 16, 2]
+        assert weight.shape[1] % 2 == 0, f"a depth of {weight.shape[1]}"
+        values = values.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
     return PackedMatrix(kind, weight.shape[0], weight.shape[1], values, torch.empty(0, dtype=torch.float16))
 
 

@@ -25,6 +25,7 @@ from kernels.numba.ops.elementwise import (
     normalise_rows,
     quantise_rows,
     rotate_and_store_rows,
+    round_rows,
     silu_and_multiply_rows,
 )
 from kernels.numba.ops.linear import BLOCK_ROWS, multiply_unit
@@ -47,6 +48,7 @@ class Operation(IntEnum):
     ATTEND = 6
     SILU_AND_MULTIPLY = 7
     COPY = 8
+    ROUND = 9
 
 
 class Step(IntEnum):
@@ -75,7 +77,7 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY = (int(op) for op in Operation)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND = map(int, Operation)
 _POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
 _NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
 _ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
@@ -148,6 +150,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
     elif kind == _QUANTISE:
         quantise_rows(op[1], op[2], op[3], first, last, op[4])
+    elif kind == _ROUND:
+        round_rows(op[1], op[2], first, last, op[3])
     elif kind == _STORE:
         cos, sin = (step[_ROTATIONS + 2 * op[7]], step[_ROTATIONS + 2 * op[7] + 1]) if op[8] != 0 else (0, 0)
         rotate_and_store_rows(

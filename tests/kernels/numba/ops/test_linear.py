@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, NAMES
+from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, NAMES, ROUNDED_BFLOAT16
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.ops.linear import BLOCK_DEPTH, BLOCK_ROWS
 from kernels.numba.packing.packing import PackedMatrix, pack, unpack
 from kernels.numba.program.program import Operation
 
-KINDS = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
+PRODUCTS = {**NAMES, ROUNDED_BFLOAT16: "rounded bfloat16"}
+KINDS = pytest.mark.parametrize("kind", PRODUCTS, ids=PRODUCTS.values())
 ROUNDED = (INT8, INT4)
 DEPTHS = (32, 96, 1024, 1056, 2 * BLOCK_DEPTH + 64)
 UNIT = 2.0**-24  # half the distance of two float32 numbers, relative to them
 
 
 class Product:
-    """x @ matrix.T, and what it takes: rows rounded to integers for the integer formats."""
+    """x @ matrix.T, and what it takes: rows rounded to integers for the integer formats.
 
-    def __init__(self, execute, op, matrix: PackedMatrix) -> None:
+    kind: the matrix's, or ROUNDED_BFLOAT16
+    """
+
+    def __init__(self, execute, op, matrix: PackedMatrix, kind: int | None = None) -> None:
         self.execute, self.op, self.matrix = execute, op, matrix
+        self.kind = matrix.kind if kind is None else kind
 
     def __call__(
         self, x: Tensor, *, added_to: Tensor | None = None, num_threads: int = 1, panels_at_once: int = 4
@@ -33,24 +39,32 @@ class Product:
         m, num_rows = self.matrix, x.shape[0]
         out = torch.full((num_rows, m.num_panels * LANES), torch.nan) if added_to is None else added_to.clone()
         source, scales, operations = x.contiguous(), torch.empty(0), []
-        if m.kind in ROUNDED:
-            integers, scales = empty_rounding(num_rows, m.depth)
-            operations.append(self.op(Operation.QUANTISE, source, integers, scales, m.depth))
+        if self.kind in ROUNDED:
+            source, scales = empty_rounding(num_rows, m.depth)
+            operations.append(self.op(Operation.QUANTISE, x.contiguous(), source, scales, m.depth))
+        elif self.kind == ROUNDED_BFLOAT16:
+            source = torch.empty(num_rows, m.depth, dtype=torch.bfloat16)
+            operations.append(self.op(Operation.ROUND, x.contiguous(), source, m.depth))
         where = (m.values, m.scales, m.num_panels, panels_at_once, out, out.shape[1], int(added_to is not None))
-        multiplied = integers if m.kind in ROUNDED else source
-        operations.append(self.op(Operation.MULTIPLY, m.kind, multiplied, scales, m.depth, *where))
+        operations.append(self.op(Operation.MULTIPLY, self.kind, source, scales, m.depth, *where))
         self.execute(operations, num_rows=num_rows, num_threads=num_threads)
         return out
 
     def rounded(self, x: Tensor) -> Tensor:
         """The rows as this format's products take them, in float64."""
-        if self.matrix.kind not in ROUNDED:
+        if self.kind == ROUNDED_BFLOAT16:
+            return x.bfloat16().double()
+        if self.kind not in ROUNDED:
             return x.double()
         integers, scales = empty_rounding(*x.shape)
         quantise = self.op(Operation.QUANTISE, x, integers, scales, x.shape[1])
         self.execute([quantise], num_rows=x.shape[0])
         groups = integers.double().view(x.shape[0], -1, GROUP) * scales[..., :1].double()
         return groups.view(x.shape)
+
+
+def packed(weight: Tensor, kind: int) -> PackedMatrix:
+    return pack(weight, BFLOAT16 if kind == ROUNDED_BFLOAT16 else kind)
 
 
 def empty_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
@@ -84,9 +98,9 @@ def test_a_product_is_with_the_unpacked_matrix(execute, op, kind: int, depth: in
     rng = random.Random(depth)
     for num_panels in (1, 2, 3, 5):
         num_features = num_panels * LANES - rng.randrange(LANES)
-        matrix = pack(torch.randn(num_features, depth), kind)
+        matrix = packed(torch.randn(num_features, depth), kind)
         assert matrix.num_panels == num_panels
-        product = Product(execute, op, matrix)
+        product = Product(execute, op, matrix, kind)
         for num_rows in (1, 2, 3, 7, rng.randrange(8, 60)):
             x = torch.randn(num_rows, depth)
             at_once = rng.choice([2, 4, 16])
@@ -97,8 +111,8 @@ def test_a_product_is_with_the_unpacked_matrix(execute, op, kind: int, depth: in
 
 @KINDS
 def test_every_number_of_rows_gives_the_same_bits(execute, op, kind: int) -> None:
-    matrix = pack(torch.randn(5 * LANES, BLOCK_DEPTH + 96), kind)
-    product = Product(execute, op, matrix)
+    matrix = packed(torch.randn(5 * LANES, BLOCK_DEPTH + 96), kind)
+    product = Product(execute, op, matrix, kind)
     x = torch.randn(200, matrix.depth)
     together = product(x)
     assert_within_rounding(together, product.rounded(x), matrix)
@@ -110,7 +124,7 @@ def test_every_number_of_rows_gives_the_same_bits(execute, op, kind: int) -> Non
 
 @KINDS
 def test_threads_and_the_cut_into_units_do_not_change_a_bit(execute, op, kind: int) -> None:
-    product = Product(execute, op, pack(torch.randn(11 * LANES, 288), kind))
+    product = Product(execute, op, packed(torch.randn(11 * LANES, 288), kind), kind)
     for num_rows in (1, 7, 130):
         x = torch.randn(num_rows, 288)
         alone = product(x)
@@ -122,8 +136,8 @@ def test_threads_and_the_cut_into_units_do_not_change_a_bit(execute, op, kind: i
 @KINDS
 def test_a_product_is_added_to_what_is_there(execute, op, kind: int) -> None:
     for depth in (64, BLOCK_DEPTH, BLOCK_DEPTH + 32):
-        matrix = pack(torch.randn(3 * LANES, depth), kind)
-        product = Product(execute, op, matrix)
+        matrix = packed(torch.randn(3 * LANES, depth), kind)
+        product = Product(execute, op, matrix, kind)
         x, residual = torch.randn(9, depth), torch.randn(9, 3 * LANES)
         total = product(x, added_to=residual)
         assert_within_rounding(total, product.rounded(x), matrix, residual)
@@ -132,9 +146,10 @@ def test_a_product_is_added_to_what_is_there(execute, op, kind: int) -> None:
         assert torch.equal(total[4:5], product(x[4:5], added_to=residual[4:5]))
 
 
-@pytest.mark.parametrize("kind", [FLOAT32, BFLOAT16, FLOAT16])
-@pytest.mark.parametrize("depth", [1, 17, 1030])
-def test_float_formats_take_any_depth(execute, op, kind: int, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "depth"), [*product((FLOAT32, FLOAT16), (1, 17, 1030)), (BFLOAT16, 2), (BFLOAT16, 1030)]
+)
+def test_float_formats_take_any_depth_and_pairs_an_even_one(execute, op, kind: int, depth: int) -> None:
     matrix = pack(torch.randn(2 * LANES, depth), kind)
     x = torch.randn(7, depth)
     assert_within_rounding(Product(execute, op, matrix)(x), x.double(), matrix)

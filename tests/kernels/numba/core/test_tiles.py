@@ -1,0 +1,114 @@
+"""Register tiles compiled for processors that need not be there: which instructions they become, and what fits."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+
+from kernels.numba.core import tiles
+from kernels.numba.core.processor import LEVELS, Level, level_of
+
+AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+TILES = {
+    "float32": (tiles._float_tile, "float32"),
+    "float16": (tiles._float_tile, "float16"),
+    "bfloat16": (tiles._bfloat16_tile, "float32"),
+    "rounded bfloat16": (tiles._bfloat16_tile, "bfloat16"),
+    "int8": (tiles._integer_tile, "int8"),
+    "int4": (tiles._integer_tile, "int4"),
+    "unpacked int4": (tiles._integer_tile, "unpacked int4"),
+}
+
+
+class Processor(NamedTuple):
+    """A processor by LLVM's name, and those of its features that tiles ask for."""
+
+    name: str
+    features: frozenset[str]
+    triple: str = "x86_64-unknown-linux-gnu"
+
+    @property
+    def level(self) -> Level:
+        return level_of(self.features)
+
+
+AVX2 = Processor("znver3", frozenset({"avx2", "fma", "f16c"}))
+SKYLAKE = Processor("skylake-avx512", AVX2.features | AVX512)
+CASCADE_LAKE = Processor("cascadelake", SKYLAKE.features | {"avx512vnni"})
+ZEN4 = Processor("znver4", CASCADE_LAKE.features | {"avx512bf16"})
+NEOVERSE = Processor("neoverse-v1", frozenset({"dotprod", "i8mm", "bf16"}), "aarch64-unknown-linux-gnu")
+PROCESSORS = pytest.mark.parametrize(
+    "processor", [AVX2, SKYLAKE, CASCADE_LAKE, ZEN4, NEOVERSE], ids=lambda processor: processor.name
+)
+
+
+@pytest.fixture
+def assemble(monkeypatch):
+    """The assembly text of a tile for a processor."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+    def make(processor: Processor, tile: str, rows: int, panels: int) -> str:
+        monkeypatch.setattr(tiles, "features", lambda: processor.features)
+        write, element = TILES[tile]
+        module = ir.Module()
+        module.triple = processor.triple
+        write(module, rows, panels, element).linkage = "external"
+        parsed = llvm.parse_assembly(str(module))
+        machine = llvm.Target.from_triple(processor.triple).create_target_machine(cpu=processor.name, opt=3)
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
+        passes.getModulePassManager().run(parsed, passes)
+        return machine.emit_assembly(parsed)
+
+    return make
+
+
+@PROCESSORS
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_compiles_for_every_processor(assemble, processor: Processor, tile: str) -> None:
+    for rows, panels in ((processor.level.narrow, 1), (processor.level.tall, 2), (1, 2), (1, 1)):
+        assert "ret" in assemble(processor, tile, rows, panels)
+
+
+@pytest.mark.parametrize(
+    ("processor", "tile", "instruction"),
+    [
+        (AVX2, "float32", "vfmadd"),
+        (AVX2, "int4", "vpmaddwd"),
+        (SKYLAKE, "int4", "vpmaddwd"),
+        (CASCADE_LAKE, "int8", "vpdpwssd"),  # of int4, LLVM's tables for this one prefer two instructions
+        (CASCADE_LAKE, "rounded bfloat16", "vfmadd"),
+        (ZEN4, "int4", "vpdpwssd"),
+        (ZEN4, "unpacked int4", "vpdpwssd"),
+        (ZEN4, "rounded bfloat16", "vdpbf16ps"),
+        (NEOVERSE, "float16", "fmla"),
+    ],
+)
+def test_a_product_is_the_processor_s_own_instruction(
+    assemble, processor: Processor, tile: str, instruction: str
+) -> None:
+    rows = processor.level.tall
+    num_registers = {"avx2": 2}.get(processor.level.name, 1 if processor is not NEOVERSE else 4)
+    assembly = assemble(processor, tile, rows, 2)
+    assert len(re.findall(rf"\b{instruction}\w*", assembly)) >= rows * 2 * num_registers
+
+
+@pytest.mark.parametrize("processor", [SKYLAKE, CASCADE_LAKE, ZEN4], ids=lambda processor: processor.name)
+@pytest.mark.parametrize("tile", ["float32", "float16", "bfloat16", "rounded bfloat16"])
+def test_the_sums_of_the_tallest_tile_stay_in_registers(assemble, processor: Processor, tile: str) -> None:
+    assembly = assemble(processor, tile, processor.level.tall, 2)
+    assert "%zmm" in assembly
+    assert not re.findall(r"%zmm\d+, -?\d*\(%rsp\)", assembly), "stored on the stack"
+
+
+def test_levels_of_x86_include_those_before_them() -> None:
+    found = [processor.level.name for processor in (AVX2, SKYLAKE, CASCADE_LAKE, ZEN4)]
+    assert found == list(LEVELS)
+    assert level_of(ZEN4.features - {"avx512vnni"}).name == "avx512", (
+        "the instructions of bfloat16 alone are not enough"
+    )
+    assert level_of(NEOVERSE.features).name == "generic"

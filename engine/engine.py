@@ -15,7 +15,7 @@ from engine.runner.executor import Executor, StepResult
 from engine.runner.step_builder import StepBuilder
 from engine.runner.step_recording import StepRecording
 from engine.runner.trial import compute_one_token
-from engine.scheduling.oom_split import halve_chunks
+from engine.scheduling.oom_split import drop_drafts, halve_chunks
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepClock, StepPace, StepRecorder
 from engine.speculation.proposer import Proposer
@@ -132,9 +132,13 @@ class Engine:
             logger.exception("a step of %d requests failed; running each alone", len(batch))
             self._give_up(batch)
             return self._compute_each(batch, clock)
+        return self._compute_smaller(batch, clock)
+
+    def _compute_smaller(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
+        """Once more what ran out of memory, with less: fewer prompt tokens, then no drafts, then fewer requests."""
         self._give_up(batch)
         self.executor.release_memory()
-        if halve_chunks(batch):
+        if halve_chunks(batch) or drop_drafts(batch):
             self.scheduler.lower_budget(_num_tokens(batch))
             return self._compute(batch, clock)
         if len(batch) > 1:
@@ -152,6 +156,9 @@ class Engine:
             self.on_batch([item])  # should the process die now, it is known for whom
             try:
                 parts.append(self._run_recorded([item], clock))
+                continue
+            except torch.OutOfMemoryError:
+                logger.warning("request %s ran out of memory alone", item.seq.request.request_id)
             except Exception as error:
                 check_device(error)
                 num_failures += 1
@@ -160,6 +167,8 @@ class Engine:
                 parts.append(StepResult([_failure(item, type(error).__name__)]))
                 self.on_batch(batch)
                 self._probe(error)
+                continue
+            parts.append(self._compute_smaller([item], clock))
         if num_failures == len(batch) > 1:
             raise EngineFaultError(f"each of {num_failures} requests failed, alone too: it is none of theirs")
         return _join(parts)

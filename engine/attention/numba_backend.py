@@ -65,8 +65,9 @@ class NumbaAttention:
         """Cuts the step's rows into the units of attention. group: query heads per KV head"""
         num_rows, table = batch.positions.shape[0], batch.block_tables[0]
         if len(self._tiles) < num_rows:
-            self._tiles = np.empty((2 * num_rows, NUM_TILE_FIELDS), dtype=np.int64)
-            self._fields[Step.TILES] = self._tiles.ctypes.data
+            tiles = np.empty((2 * num_rows, NUM_TILE_FIELDS), dtype=np.int64)
+            self._fields[Step.TILES] = tiles.ctypes.data
+            self._tiles = tiles  # last: until then, those that the step names are alive
         self._fields[Step.NUM_TILES] = cut_tiles(
             batch.query_starts.data_ptr(),
             batch.seq_lens.data_ptr(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from itertools import chain, count
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,16 @@ def running_step_file(pid: int | None = None) -> Path | None:
 
 
 def keep_running_step(pid: int) -> Path | None:
-    """The inputs of the step that a process ended in, under a name that no other process will take. None: it left
+    """The inputs of the step that a process ended in, under a name that no other step will take. None: it left
     none."""
     path = running_step_file(pid)
     try:
         if path is None or not path.exists():
             return None
-        return path.rename(path.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{path.name}"))
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{path.stem}"
+        names = chain([stem], (f"{stem}-{number}" for number in count(2)))  # steps may fail within a second
+        kept = next(name for name in map(path.with_stem, names) if not name.exists())
+        return path.rename(kept)
     except OSError as error:
         logger.warning("cannot keep the recorded step %s: %s", path, error)
         return None

@@ -20,7 +20,7 @@ from engine.models.model import Model, Place, check_weight_names
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
 from engine.quantization.linear import PLAIN, KeptMatrix, Linear, LinearMethods, LinearSpec, Part
-from kernels.layout import PANEL
+from kernels.layout import MAX_ROTATIONS, PANEL
 
 
 def make_linear(spec: LinearSpec, methods: LinearMethods, *, bias: bool, dtype: torch.dtype) -> Linear:
@@ -147,6 +147,8 @@ class Llama(Model):
         a = self.architecture
         if a.qk_norm == "projection" or not all(isinstance(block.mlp, MLP) for block in self.blocks()):
             return "experts, or norms over all heads together"
+        if len(a.ropes) > MAX_ROTATIONS:
+            return f"{len(a.ropes)} rotations, more than {MAX_ROTATIONS}"
         sizes = {"hidden": a.hidden_size, "intermediate": a.intermediate_size, "head": a.attention_layers[0].head_dim}
         odd = [f"{name} size {size}" for name, size in sizes.items() if size % PANEL]
         return f"a {odd[0]}, which is no multiple of {PANEL}" if odd else ""

@@ -19,7 +19,7 @@ class StepRecording:
     """Writes a file before each step and removes it after: what is left is the step that never ended.
 
     The inputs are complete in themselves: block tables and token counts are told as to an executor that has none. A
-    file that cannot be written costs the recording, never a step.
+    file that cannot be written or removed costs the recording, never a step.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -37,16 +37,23 @@ class StepRecording:
         try:
             StepFile(config_json=self._config_json, has_contents=self._has_contents, inputs=inputs).write(self._path)
         except OSError as error:
-            logger.warning("steps are not recorded any more: %s", error)
-            self._path = None
+            self._stop(error)
 
     def end(self) -> None:
         """The step is over."""
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             self._path.unlink(missing_ok=True)
+        except OSError as error:
+            self._stop(error)
 
     def keep(self) -> None:
         """The step raised an error, but the process goes on."""
         kept = keep_running_step(os.getpid())
         if kept is not None:
             logger.error("the step that failed is recorded: python -m engine.replay %s", kept)
+
+    def _stop(self, error: OSError) -> None:
+        logger.warning("steps are not recorded any more: %s", error)
+        self._path = None

@@ -23,6 +23,14 @@ def halve_chunks(batch: list[Scheduled]) -> bool:
     return bool(chunks)
 
 
+def drop_drafts(batch: list[Scheduled]) -> bool:
+    """Removes all drafts from a batch, in place: a guess must not cost its request. False if it has none."""
+    drafting = [item for item in batch if item.num_drafts]
+    for item in drafting:
+        _cut(item, _num_verified(item))
+    return bool(drafting)
+
+
 def _num_verified(item: Scheduled) -> int:
     return item.num_new_tokens - item.num_drafts
 

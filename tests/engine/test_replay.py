@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ipc.state_directory import keep_running_step
 from engine.runner.step_builder import StepBuilder
+from engine.runner.step_recording import StepRecording
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
@@ -155,6 +156,31 @@ def test_what_cannot_be_run_again_is_a_sentence(config: EngineConfig, tmp_path: 
     errors = capsys.readouterr().err
     assert "is not a recorded step" in errors
     assert "missing.step cannot be run again" in errors
+
+
+def test_every_step_that_fails_has_a_file_of_its_own(config: EngineConfig) -> None:
+    """However fast they fail: a step of several requests, then each of them alone."""
+    engine, recording = _engine(config), StepRecording(config)
+    batch = engine.scheduler.schedule()
+    for items in (batch, batch[:1], batch[1:2]):
+        recording.begin(items, engine.builder)
+        recording.keep()
+    kept = [StepFile.read(path).inputs for path in _recorded(config)]
+    assert sorted(inputs.num_seqs for inputs in kept) == [1, 1, 3]
+
+
+def test_a_file_that_cannot_be_removed_costs_no_step(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise OSError("read-only file system")
+
+    engine = _engine(config)
+    monkeypatch.setattr(Path, "unlink", fail)
+    outputs, _, _ = engine.step()
+    assert [output.error for output in outputs] == [None] * 3
+    (left,) = _recorded(config)  # no later step is recorded
+    written_at = left.stat().st_mtime_ns
+    engine.step()
+    assert left.stat().st_mtime_ns == written_at
 
 
 def test_the_file_of_a_process_that_died_is_kept_under_another_name(config: EngineConfig) -> None:

@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from kernels.layout import MAX_ROTATIONS
 from kernels.numba.core.lanes import call_by_name
 from kernels.numba.core.memory import add_to_counter, floats, integers, read_counter, write_counter
 from kernels.numba.kernel_cache import kernel
@@ -63,8 +64,8 @@ class Step(IntEnum):
     TILES = 6  # address of the tiles, see `kernels.numba.ops.attention.cut_tiles`
     NUM_LOGITS = 7
     LOGITS_ROWS = 8
-    ROTATIONS = 9  # addresses of cos and sin of each rotation of the model, up to 4, for every position
-    SLOTS = 17  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
+    ROTATIONS = 9  # addresses of cos and sin of each rotation of the model, up to MAX_ROTATIONS, for every position
+    SLOTS = ROTATIONS + 2 * MAX_ROTATIONS  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
     TABLES = 25  # likewise: bytes from a tile's block table to its sequence's in this group
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from itertools import count
 from types import FrameType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,9 @@ from engine.quantization.linear import Linear, exchange_linears
 from engine.quantization.method import COMPILED_FORMATS, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
+from kernels.layout import MAX_ROTATIONS
 from kernels.numba.packing.packing import unpack
+from kernels.numba.program.program import Step
 from kernels.numba.program.team import Team
 from tests.support.stepping import forward, inputs_for
 
@@ -328,6 +331,18 @@ def test_logits_are_of_the_rows_that_are_asked_for() -> None:
     assert runner.model.compute_logits(hidden[:0]).shape == (0, VOCAB_SIZE)
 
 
+def test_a_model_of_more_rotations_than_a_step_has_room_for_is_not_compiled() -> None:
+    """Their addresses would stand where those of the slots are."""
+    assert Step.ROTATIONS + 2 * MAX_ROTATIONS <= Step.SLOTS
+    kinds = ["full_attention", *(f"kind {number}" for number in range(MAX_ROTATIONS))]
+    for number in (MAX_ROTATIONS, MAX_ROTATIONS + 1):
+        config = Qwen2Config(**SIZES)
+        config.rope_parameters = {kind: {"rope_type": "default", "rope_theta": 100.0} for kind in kinds[:number]}
+        model = build_model(config, dtype=torch.float32)
+        assert isinstance(model, Llama)
+        assert model.why_not_compiled == ("" if number == MAX_ROTATIONS else "5 rotations, more than 4")
+
+
 @pytest.mark.parametrize("num_positions", [[1, 5, 1024, 1025, 3000], [2000, 2001, 2600]])
 def test_a_rotation_is_the_same_whenever_it_was_computed(num_positions: list[int]) -> None:
     rope = RotaryEmbedding(default_rope(10_000.0, 16))
@@ -374,3 +389,22 @@ def test_a_program_that_was_not_written_to_its_end_is_never_run() -> None:
         if failure.num_calls < number:
             break
     assert number > 100
+
+
+class WithoutAddress(np.ndarray):
+    """An array for which memory runs out when somebody asks where it is."""
+
+    @property
+    def ctypes(self) -> None:
+        raise MemoryError
+
+
+def test_tiles_are_written_where_the_step_says_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Texts(compiled_runner(compiled(make_model(MODELS["llama"]), "none")))
+    texts.run([Scheduled(texts.seqs[1], 9, 0, samples=True)])
+    attention, empty = texts.runner.attention, np.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", lambda *shape, **kind: empty(*shape, **kind).view(WithoutAddress))
+        with pytest.raises(MemoryError):
+            texts.whole()
+    assert attention.step[Step.TILES] == attention._tiles.ctypes.data

@@ -17,7 +17,7 @@ from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.oom_split import halve_chunks
+from engine.scheduling.oom_split import drop_drafts, halve_chunks
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.ngram import NgramProposer
@@ -37,15 +37,18 @@ CONFIG = LlamaConfig(
 )
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
 BIG = 31  # a token that takes all the memory
+BAD = 30  # one that cannot be computed
 
 
 class SmallMemoryRunner(ModelRunner):
-    """Runs out of memory above `max_num_rows` rows, and wherever the token BIG is among them."""
+    """Runs out of memory above `max_num_rows` rows, and wherever the token BIG is among them; fails with token BAD."""
 
     max_num_rows = 1000
     num_releases = 0
 
     def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if BAD in inputs.input_ids:
+            raise RuntimeError("on order")
         if inputs.num_tokens > self.max_num_rows or BIG in inputs.input_ids:
             raise torch.OutOfMemoryError("no memory left")
         return super().forward(inputs, tokens)
@@ -74,7 +77,7 @@ def _run(engine: Engine, prompts: list[list[int]], **fields: object) -> tuple[di
     outputs: dict[str, list[int]] = defaultdict(list)
     errors: dict[str, str] = {}
     for i, prompt in enumerate(prompts):
-        bias = {BIG: -100.0}  # only a prompt has it
+        bias = {BIG: -100.0, BAD: -100.0}  # only a prompt has them
         params = SamplingParams(seed=i, max_tokens=8, temperature=0.8, logit_bias=bias, **fields)
         engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
     while engine.has_work:
@@ -88,11 +91,11 @@ def _run(engine: Engine, prompts: list[list[int]], **fields: object) -> tuple[di
 
 def _prompts(count: int = 6) -> list[list[int]]:
     rng = random.Random(3)
-    return [[rng.randrange(BIG) for _ in range(rng.randrange(5, 60))] for _ in range(count)]
+    return [[rng.randrange(BAD) for _ in range(rng.randrange(5, 60))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("kind", ["plain", "overlap", "drafts"])
-@pytest.mark.parametrize("max_num_rows", [4, 7, 40])  # drafts of one sequence are verified together
+@pytest.mark.parametrize("max_num_rows", [1, 3, 4, 7, 40])
 def test_output_is_the_same_in_a_small_memory(max_num_rows, kind):
     overlap, has_drafts = kind == "overlap", kind == "drafts"
     expected, _ = _run(_make_engine(max_num_rows=1000), _prompts())
@@ -155,6 +158,14 @@ def test_a_request_that_fits_into_no_step_fails_alone_and_says_why():
     assert {key: outputs[key] for key in "012"} == expected
 
 
+def test_beside_one_that_fails_others_are_computed_in_smaller_steps_too():
+    prompts = [[1, 2, BAD], *_prompts()[:3]]
+    expected, _ = _run(_make_engine(max_num_rows=1000), prompts)
+    outputs, errors = _run(_make_engine(max_num_rows=7), prompts)
+    assert list(errors) == ["0"]
+    assert outputs == expected
+
+
 def _scheduled(num_new_tokens: int, *, num_drafts: int = 0, num_scored: int = 0, samples: bool = True) -> Scheduled:
     token_ids = [1] * num_new_tokens
     params = SamplingParams(seed=0, max_tokens=1)
@@ -176,3 +187,15 @@ def test_a_halved_step_keeps_decoding_rows_and_the_chunks_that_came_first():
     assert halve_chunks(lone)
     assert (lone[0].num_new_tokens, lone[0].num_drafts, lone[0].samples) == (1, 0, False)
     assert not halve_chunks(lone)
+
+
+def test_drafts_leave_a_step_before_any_request_does():
+    decoding, drafting, scoring = _scheduled(1), _scheduled(4, num_drafts=3), _scheduled(1, num_scored=1, samples=False)
+    batch = [decoding, drafting, scoring]
+    assert drop_drafts(batch)
+    assert [(item.num_new_tokens, item.num_drafts, item.samples, item.num_scored) for item in batch] == [
+        (1, 0, True, 0),
+        (1, 0, True, 0),
+        (1, 0, False, 1),
+    ]
+    assert not drop_drafts(batch)

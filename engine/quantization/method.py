@@ -169,7 +169,7 @@ class HalfMethod(TorchMethod[torch.ScriptObject]):
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
     values: Tensor  # [num_outputs, num_inputs] int8
-    scales: Tensor  # [num_outputs] in the dtype of the activations to come
+    scales: Tensor  # [num_outputs] in the dtype of the activations to come; float32 for float16
 
 
 class Int8Method(TorchMethod[Int8Weight]):
@@ -188,16 +188,20 @@ class Int8Method(TorchMethod[Int8Weight]):
     def accepts(self, spec: LinearSpec, dtype: torch.dtype, device: torch.device) -> bool:
         return dtype.is_floating_point
 
-    def pack(self, shards: Shards) -> Int8Weight:
+    def pack(self, shards: Shards) -> Int8Weight | None:
+        """None for elements that are infinite or no numbers: they would be lost, and their rows with them."""
         num_outputs, num_inputs = shards.spec.shape
         device = torch.get_default_device()
         values = torch.empty((num_outputs, num_inputs), dtype=torch.int8, device=device)
-        scales = torch.empty(num_outputs, dtype=shards.dtype, device=device)
+        scales = torch.empty(num_outputs, dtype=_dtype_of_scales(shards.dtype), device=device)
         step = max(1, _PIECE // num_inputs)
         for start in range(0, num_outputs, step):  # rows are independent, and few of them leave little to free
             rows = slice(start, min(start + step, num_outputs))
-            found, factors = quantize_int8(shards.rows(rows.start, rows.stop).to(device))
-            values[rows], scales[rows] = found, factors.to(shards.dtype)
+            floats = shards.rows(rows.start, rows.stop).to(device)
+            if not bool(floats.isfinite().all()):
+                return None
+            found, factors = quantize_int8(floats)
+            values[rows], scales[rows] = found, factors.to(scales.dtype)
         return Int8Weight(values, scales)
 
     def dense(self, weight: Int8Weight, rows: slice = ALL_ROWS) -> Tensor:
@@ -205,7 +209,7 @@ class Int8Method(TorchMethod[Int8Weight]):
         return dense
 
     def matmul(self, x: Tensor, weight: Int8Weight) -> Tensor:
-        scales = weight.scales.to(x.dtype)
+        scales = weight.scales.to(_dtype_of_scales(x.dtype))
         out: Tensor
         if x.dtype == torch.bfloat16 and x.shape[0] <= self.max_few_rows and has_fast_bf16():
             out = int8_linear_few_rows(x, weight.values, scales)
@@ -224,6 +228,11 @@ class Int8Method(TorchMethod[Int8Weight]):
             with torch.inference_mode(False):  # made in the mode, it could not be written outside of it
                 scratch = self._scratch_of[x.dtype] = torch.empty(size, dtype=x.dtype, device=x.device)
         return scratch
+
+
+def _dtype_of_scales(dtype: torch.dtype) -> torch.dtype:
+    """Of int8 weights under activations of `dtype`: float16 has no room for small ones."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def can_pack(dtype: torch.dtype) -> bool:

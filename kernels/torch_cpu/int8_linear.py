@@ -34,17 +34,19 @@ def dequantize_int8(values: Tensor, scales: Tensor) -> Tensor:
 def int8_linear(x: Tensor, values: Tensor, scales: Tensor, scratch: Tensor) -> Tensor:
     """x @ dequantize_int8(values, scales).T for every dtype and size; some rows of the matrix at a time fill `scratch`.
 
-    x: [num_rows, in_features]; values: [out_features, in_features] int8; scales: [out_features] in x's dtype
+    x: [num_rows, in_features]; values: [out_features, in_features] int8
+    scales: [out_features] in x's dtype, but in float32 for float16, whose range small ones would leave
     scratch: [>= in_features] in x's dtype, overwritten; its size is what is dequantised at a time
     """
     num_outputs, num_inputs = values.shape
     step = max(1, scratch.numel() // num_inputs)
     if num_outputs <= step:
-        return F.linear(x, _floats(values, scratch)).mul_(scales)
+        return _product(x, values, scales, scratch)
     out = x.new_empty(x.shape[0], num_outputs)
     for start in range(0, num_outputs, step):
-        out[:, start : start + step] = F.linear(x, _floats(values[start : start + step], scratch))
-    return out.mul_(scales)
+        rows = slice(start, start + step)
+        out[:, rows] = _product(x, values[rows], scales[rows], scratch)
+    return out
 
 
 def int8_linear_few_rows(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
@@ -55,5 +57,8 @@ def int8_linear_few_rows(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(x, values, scales)
 
 
-def _floats(values: Tensor, scratch: Tensor) -> Tensor:
-    return scratch[: values.numel()].view(values.shape).copy_(values)
+def _product(x: Tensor, values: Tensor, scales: Tensor, scratch: Tensor) -> Tensor:
+    floats = scratch[: values.numel()].view(values.shape)
+    if x.dtype == torch.float16:  # it has no range for sums that are not scaled yet
+        return F.linear(x, torch.mul(values, scales[:, None], out=floats))
+    return F.linear(x, floats.copy_(values)).mul_(scales)

@@ -81,13 +81,22 @@ def draw_noise(gaps, words, first_key, second_key, time_of_gap, bits, times):
         times[i] = _time(bits[i], gaps[i], time_of_gap)
 
 
-@kernel(types.float32(_FLOATS), nogil=True, fastmath=REORDERED)
-def sum_weights(gaps):
-    """The sum of exp(-gap), to about 1e-6 of it. Infinite gaps weigh 1e-38."""
+@njit(fastmath=REORDERED)
+def _sum_block(gaps):
+    """The weight of a block of tokens: over more, float32 rounds equal gaps to one side, and that adds up."""
     total = np.float32(0.0)
     for i in range(len(gaps)):
         total += _weight(gaps[i])
     return total
+
+
+@kernel(types.float32(_FLOATS), nogil=True)
+def sum_weights(gaps):
+    """The sum of exp(-gap), to about 5e-6 of it. Infinite gaps weigh 1e-38."""
+    total = 0.0
+    for start in range(0, len(gaps), BLOCK_TOKENS):
+        total += _sum_block(gaps[start : start + BLOCK_TOKENS])
+    return np.float32(total)
 
 
 @njit
@@ -131,13 +140,24 @@ def _find_winner(logits, words, gaps, times, lows, row_max, facts, keys, time_of
 
 
 @njit(fastmath=REORDERED)
-def _weights_before(gaps, token):
-    """(before, total): the weights of the tokens before `token` in the order (gap, token id), and of all tokens."""
-    before, total, limit = np.float32(0.0), np.float32(0.0), gaps[token]
+def _block_before(gaps, limit, token):
+    """As `_weights_before`, of a block of tokens. limit: the gap of `token`, which counts from the first of them"""
+    before, total = np.float32(0.0), np.float32(0.0)
     for i in range(len(gaps)):
         weight = _weight(gaps[i])
         total += weight
         before += weight if gaps[i] < limit or (gaps[i] == limit and i < token) else np.float32(0.0)
+    return before, total
+
+
+@njit
+def _weights_before(gaps, token):
+    """(before, total): the weights of the tokens before `token` in the order (gap, token id), and of all tokens."""
+    before, total = 0.0, 0.0
+    for start in range(0, len(gaps), BLOCK_TOKENS):
+        parts = _block_before(gaps[start : start + BLOCK_TOKENS], gaps[token], token - start)
+        before += parts[0]
+        total += parts[1]
     return before, total
 
 

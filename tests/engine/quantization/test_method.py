@@ -109,6 +109,36 @@ def test_an_int8_product_does_not_depend_on_the_size_of_its_pieces() -> None:
         torch.testing.assert_close(int8_linear(x, values, scales, scratch), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("outlier", [float("inf"), float("-inf"), float("nan")])
+def test_a_matrix_that_is_not_finite_is_not_rounded_to_int8(outlier: float) -> None:
+    """Rounded, a weight that is no number would become 0, and a damaged model would seem whole."""
+    weight = torch.randn(8, 8)
+    assert Int8Method().pack(Shards.of(weight)) is not None
+    weight[3, 4] = outlier
+    assert Int8Method().pack(Shards.of(weight)) is None
+    layer = Linear(LinearSpec.of(weight), Int8Method(), bias=False, dtype=torch.float32)
+    layer.load("", weight)
+    assert layer.describe() == "float32"
+    assert torch.equal(layer.dense().nan_to_num(), weight.nan_to_num())
+
+
+def test_int8_under_float16_has_the_range_that_float16_weights_have() -> None:
+    """Neither scales of small rows nor sums before they are scaled may leave it."""
+    method = Int8Method()
+    weight = (torch.randn(20, 576) * torch.logspace(-6, -1, 20)[:, None]).half()
+    x = torch.randn(9, 576).half()
+    x[:, 7] = 3000.0
+    packed = method.pack(Shards.of(weight))
+    half_step = weight.double().abs().amax(dim=1) / 254 * (1 + 2**-8)
+    assert ((method.dense(packed).double() - weight.double()).abs() <= half_step[:, None] * (1 + 1e-5)).all()
+    product = method.apply(x, packed, None)
+    assert product.dtype == torch.float16
+    expected = x.double() @ weight.double().T
+    rounding = half_step + weight.double().abs().amax(dim=1) * 2**-11 + 2**-25  # of an element, the second in float16
+    bound = x.double().abs().sum(dim=1, keepdim=True) * rounding + expected.abs() * 2**-10 + 2**-24
+    assert ((product.double() - expected).abs() <= bound).all()
+
+
 def test_both_int8_kernels_agree_in_bfloat16() -> None:
     values, scales = quantize_int8(torch.randn(64, 128))
     for num_rows in (1, 5, 16):

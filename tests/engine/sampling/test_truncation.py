@@ -137,6 +137,17 @@ def test_the_total_of_a_row_is_close_enough_to_decide_by(kind: str, race_class: 
         assert race_class(len(gaps)).total_weight(gaps) == pytest.approx(exact, rel=5e-6)
 
 
+@pytest.mark.parametrize("race_class", RACES)
+def test_the_rounding_of_equal_gaps_does_not_add_up_in_the_total(race_class: type[GumbelRace]) -> None:
+    """Each is rounded to the same side, and a vocabulary may have many."""
+    race = race_class(1 << 18)
+    for gap in np.linspace(0.01, 20.0, 50, dtype=np.float32):
+        gaps = np.full(1 << 18, gap)
+        gaps[0] = 0.0
+        exact = np.exp(-gaps.astype(np.float64)).sum()
+        assert race.total_weight(gaps) == pytest.approx(exact, rel=5e-6)
+
+
 def test_a_nucleus_keeps_the_token_that_reaches_p_and_none_after_it() -> None:
     gaps = np.zeros(8, dtype=np.float32)
     for num_kept, top_p in ((1, 0.125), (2, 0.1250001), (4, 0.5), (5, 0.500001), (8, 0.9)):

@@ -20,6 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kernels.numba.kernel_cache import cache_directory
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -47,7 +49,7 @@ class Server:
         ]
         return child
 
-    def wait_until_ready(self, seconds: float = 60) -> None:
+    def wait_until_ready(self, seconds: float = 180) -> None:
         self.wait_for(lambda: self.client.get("/readyz").status_code == 200, seconds)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
@@ -129,7 +131,10 @@ def run_server(model: Path, tmp_path: Path, *options: str) -> Iterator[Server]:
     log = tmp_path / f"server-{port}.log"
     command = [sys.executable, "-m", "server.cli", "serve", str(model), "--port", str(port), *options]
     command += ["--served-model-name", "tiny", "--set", "device.num_threads=1"]
+    compiled = cache_directory()  # shared: compiling takes most of a minute on a slow machine
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONUNBUFFERED": "1"}
+    if compiled is not None:
+        environment["NUMBA_CACHE_DIR"] = str(compiled.parent)
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, text=True, env=environment)
     server = Server(process, f"http://127.0.0.1:{port}", log)

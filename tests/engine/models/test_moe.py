@@ -149,6 +149,8 @@ def test_random_weights_need_nothing_but_a_config(name: str, tmp_path: Path) -> 
 
 def test_a_format_of_linear_layers_leaves_gates_and_experts_exact() -> None:
     model = build_model(QWEN2_MOE, dtype=torch.float32)
+    for parameter in model.parameters():  # made of memory as it was, in which any bits may lie
+        parameter.data.normal_()
     num_linears = 3 * 2 + 2 + 2 * 2 + 1  # attention, the plain MLP, the shared experts, the output
     assert len(exchange_linears(model, make_methods(FORMATS, "int8"))) == num_linears
     assert len([module for module in model.modules() if isinstance(module, Gate)]) == 4

@@ -10,6 +10,7 @@ import torch
 
 from engine.faults import EngineFaultError, check_device
 from engine.kv_cache.block_pool import NULL_BLOCK
+from engine.memory_errors import is_out_of_memory
 from engine.runner.async_stepping import AsyncStepper
 from engine.runner.executor import Executor, StepResult
 from engine.runner.step_builder import StepBuilder
@@ -125,14 +126,14 @@ class Engine:
             result = self._run_recorded(batch, clock)
             self.scheduler.note_quiet_step()
             return result
-        except torch.OutOfMemoryError:
-            logger.warning("a step of %d tokens ran out of memory", _num_tokens(batch))
         except Exception as error:
             check_device(error)
-            logger.exception("a step of %d requests failed; running each alone", len(batch))
-            self._give_up(batch)
-            return self._compute_each(batch, clock)
-        return self._compute_smaller(batch, clock)
+            if not is_out_of_memory(error):
+                logger.exception("a step of %d requests failed; running each alone", len(batch))
+                self._give_up(batch)
+                return self._compute_each(batch, clock)
+            logger.warning("a step of %d tokens ran out of memory", _num_tokens(batch))
+        return self._compute_smaller(batch, clock)  # outside of the handler: the error holds what the step allocated
 
     def _compute_smaller(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
         """Once more what ran out of memory, with less: fewer prompt tokens, then no drafts, then fewer requests."""
@@ -157,17 +158,17 @@ class Engine:
             try:
                 parts.append(self._run_recorded([item], clock))
                 continue
-            except torch.OutOfMemoryError:
-                logger.warning("request %s ran out of memory alone", item.seq.request.request_id)
             except Exception as error:
                 check_device(error)
-                num_failures += 1
-                logger.exception("request %s failed alone", item.seq.request.request_id)
-                self.builder.failed([item])
-                parts.append(StepResult([_failure(item, type(error).__name__)]))
-                self.on_batch(batch)
-                self._probe(error)
-                continue
+                if not is_out_of_memory(error):
+                    num_failures += 1
+                    logger.exception("request %s failed alone", item.seq.request.request_id)
+                    self.builder.failed([item])
+                    parts.append(StepResult([_failure(item, type(error).__name__)]))
+                    self.on_batch(batch)
+                    self._probe(error)
+                    continue
+                logger.warning("request %s ran out of memory alone", item.seq.request.request_id)
             parts.append(self._compute_smaller([item], clock))
         if num_failures == len(batch) > 1:
             raise EngineFaultError(f"each of {num_failures} requests failed, alone too: it is none of theirs")

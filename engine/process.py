@@ -41,6 +41,7 @@ from engine.ipc.messages import (
     ToEngine,
 )
 from engine.lazy_import import load_object
+from engine.memory_errors import is_out_of_memory
 from engine.scheduling.step_patience import StepPatience, StepSize, size_of
 from engine.types import Request, Scheduled, StepOutput, StepStats
 
@@ -239,21 +240,12 @@ def load_factory(name: str) -> EngineFactory:
 
 def describe_failure(error: Exception) -> Failed:
     """The message for a failed start, by its kind; the text of a user's error is kept as it is."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failed("memory", f"out of memory: {_root_cause(error)}")
     if isinstance(error, ValueError):
         kind = getattr(error, "kind", "config")  # a subclass may name its kind, as ModelError does
         return Failed(kind if kind in EXIT_CODES else "config", str(error) or _summary(error))
     return Failed("internal", _summary(error))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's errors are told by name and text: this module must load without torch
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -35,7 +35,7 @@ FROM_ENGINE = {
 # Rooms and the modules beside them, from the ground up: each line may import from the lines above it and from itself.
 ROOMS = {
     "engine": (
-        "types config arrays lazy_import circuit_breaker faults",
+        "types config arrays lazy_import circuit_breaker faults memory_errors",
         "ipc",
         "client",
         "kv_cache",

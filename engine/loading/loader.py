@@ -24,6 +24,7 @@ from engine.loading.source import ModelSource, digest_weights, find_source, safe
 from engine.loading.stored_weights import check_shapes
 from engine.loading.text_part import name_in_text_part, text_weights
 from engine.loading.tokenizer_assets import check_token_ids, load_tokenizer_assets
+from engine.memory_errors import is_out_of_memory
 from engine.models.context_length import length_where_rope_changes, read_longest_context, read_trained_context
 from engine.models.model import Model
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
@@ -187,11 +188,13 @@ def _build(
             max_model_len=max_model_len,
             methods=methods,
         )
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except torch.AcceleratorError:
         raise
     except ValueError as error:
         raise ModelError(f"{checkpoint.source.path}: {error}") from error
     except FOREIGN_ERRORS as error:  # sizes that no layer can have, in a field that nobody checks
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{checkpoint.source.path}: no model can be built from its config.json: {reason}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.memory_errors import is_out_of_memory
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
 from engine.runner.executor import Executor
 from engine.runner.step_builder import StepBuilder
@@ -35,9 +36,11 @@ def try_one_token(executor: Executor, builder: StepBuilder, *, path: str, dtype:
     """
     try:
         sampled = compute_one_token(executor, builder, block=_FIRST_BLOCK)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except torch.AcceleratorError:
         raise
     except FOREIGN_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{path} was loaded, but cannot compute a token: {type(error).__name__}: {error}; "
             "try model.implementation transformers or another checkpoint"

@@ -70,6 +70,10 @@ def test_whatever_a_head_raises_is_a_sentence_about_the_model(error: Exception) 
         try_one_token(FailingHead(error), StepBuilder(16, 48), path="some/model", dtype=torch.float32)
 
 
-def test_a_full_device_is_no_fault_of_the_model() -> None:
-    with pytest.raises(torch.OutOfMemoryError):
-        try_one_token(FailingHead(torch.OutOfMemoryError()), StepBuilder(16, 48), path="m", dtype=torch.float32)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_no_fault_of_the_model(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        try_one_token(FailingHead(error), StepBuilder(16, 48), path="m", dtype=torch.float32)
+    assert raised.value is error

@@ -38,19 +38,25 @@ CONFIG = LlamaConfig(
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
 BIG = 31  # a token that takes all the memory
 BAD = 30  # one that cannot be computed
+NO_MEMORY = [  # a GPU's, numpy's and torch's on the host
+    torch.OutOfMemoryError("no memory left"),
+    MemoryError("Unable to allocate 2 PiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"),
+]
 
 
 class SmallMemoryRunner(ModelRunner):
     """Runs out of memory above `max_num_rows` rows, and wherever the token BIG is among them; fails with token BAD."""
 
     max_num_rows = 1000
-    num_releases = 0
+    num_releases = num_failures = 0
 
     def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if BAD in inputs.input_ids:
             raise RuntimeError("on order")
         if inputs.num_tokens > self.max_num_rows or BIG in inputs.input_ids:
-            raise torch.OutOfMemoryError("no memory left")
+            self.num_failures += 1
+            raise NO_MEMORY[self.num_failures % len(NO_MEMORY)]
         return super().forward(inputs, tokens)
 
     def release_memory(self) -> None:

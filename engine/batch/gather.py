@@ -33,7 +33,9 @@ class GatheredStep(NamedTuple):
 
 
 def gather_step(batch: list[Scheduled], block_size: int) -> GatheredStep:
-    decoding = _gather_decoding(batch, block_size)
+    decoding = None
+    if batch[-1].num_new_tokens == 1:  # prompts follow the rows that decode: else these would be looked at in vain
+        decoding = _gather_decoding(batch, block_size)
     return gather_any(batch, block_size) if decoding is None else decoding
 
 
@@ -124,12 +126,8 @@ def gather_any(batch: list[Scheduled], block_size: int) -> GatheredStep:
     num_new, computed, bases, num_scored, num_sampled_rows, wants = columns
     starts = _starts(num_new)
     seq_lens = computed + num_new
-    rows = np.arange(len(token_ids))
-    if len(rows) == len(batch):  # a row each
-        seq_of_row, positions = rows, seq_lens - 1
-    else:
-        seq_of_row = np.repeat(np.arange(len(batch)), num_new)
-        positions = rows + (seq_lens - starts[1:])[seq_of_row]  # where in the context, drafts in order
+    rows, seq_of_row = np.arange(len(token_ids)), np.repeat(np.arange(len(batch)), num_new)
+    positions = rows + (seq_lens - starts[1:])[seq_of_row]  # where in the context, drafts in order
     block_columns, offsets = np.divmod(positions, block_size)
     of_groups = [blocks, *(_new_blocks(batch, group, block_size) for group in range(1, len(seq.block_tables)))]
     of_rows = np.array(of_groups, dtype=np.int64).take(bases[seq_of_row] + block_columns, axis=1)

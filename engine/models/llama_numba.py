@@ -39,16 +39,14 @@ class NumbaLlama(Decoder):
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
         """As `Decoder.forward`, valid until the next call; the attention is the one that the program was made for."""
-        layers = self._layers_for(batch, attention)
-        self._team.run(layers.program)
-        return layers.hidden(batch.positions.shape[0])
+        return self.compute_step(batch, attention).hidden
 
     def compute_step(self, batch: ForwardBatch, attention: object) -> DecoderOutput:
         num_logits = batch.logits_rows.shape[0]
         layers, head = self._layers_for(batch, attention), self._head_for(num_logits)
         whole = self._whole
         if whole is None or whole.layers is not layers or whole.head is not head:
-            whole = self._whole = _Whole(layers, head)
+            whole = self._whole = _Whole(layers, head, self._attention.step)
         self._team.run(whole.program)
         hidden = layers.hidden(batch.positions.shape[0])
         if not self.hidden_layers:
@@ -66,7 +64,7 @@ class NumbaLlama(Decoder):
         return self._own_logits(head, num_rows)
 
     def _layers_for(self, batch: ForwardBatch, attention: object) -> _Layers:
-        """The program of the layers, with room for the batch, whose numbers stand in the attention's step."""
+        """The layers with room for the batch, whose numbers stand in the attention's step."""
         assert attention is self._attention, "a program has one KV cache"
         num_rows = batch.positions.shape[0]
         layers = self._layers
@@ -96,7 +94,7 @@ class NumbaLlama(Decoder):
 
 
 class _Layers:
-    """The program of a model's layers, and the buffers that it names, for up to `num_rows` rows.
+    """The operations of a model's layers, and the buffers that they name, for up to `num_rows` rows.
 
     One object, and complete before anybody has it: a program whose buffers are gone writes into memory of others.
     """
@@ -106,10 +104,9 @@ class _Layers:
         self._model, self._attention, self._num_threads = model, attention, num_threads
         self._keeps: list[Tensor] = []
         self.operations = self._operations()
-        self.program = Program(self.operations, attention.step)
 
     def hidden(self, num_rows: int) -> Tensor:
-        """What the program leaves, as of `Decoder.forward`."""
+        """What they leave, as of `Decoder.forward`."""
         buffers = self.buffers
         hidden = buffers.normed[:num_rows]
         inputs = [buffers.inputs[layer][:num_rows] for layer in self._model.hidden_layers]
@@ -205,12 +202,12 @@ class _Head:
 class _Whole:
     """The program of a step: of the layers, then of the output layer, for the rows for which somebody wants logits."""
 
-    def __init__(self, layers: _Layers, head: _Head) -> None:
+    def __init__(self, layers: _Layers, head: _Head, step: Tensor) -> None:
         self.layers, self.head = layers, head
         normed, wanted = layers.buffers.normed, head.hidden
         where = (normed.data_ptr(), FORMAT_OF[normed.dtype], wanted.data_ptr(), wanted.shape[1])
         select = operation(Operation.GATHER, *where, Step.LOGITS_ROWS, rows=Step.NUM_LOGITS)
-        self.program = Program([*layers.operations, select, *head.operations], layers.program.step)
+        self.program = Program([*layers.operations, select, *head.operations], step)
 
 
 class _Buffers:

@@ -34,10 +34,12 @@ _X86 = (
     Level("avx512-bf16", frozenset({"avx512bf16"}), tall=12, narrow=12),
 )
 _OTHER = Level("generic", frozenset(), tall=2, narrow=6)  # NEON too, which has 32 registers of a quarter of a vector
+LINE = 64  # bytes of a cache line; counters that share one slow each other down (false sharing)
 LEVELS = tuple(level.name for level in _X86)
 TILES_MODULE = "kernels.numba.core.tiles"  # whose shapes are those of the level at the time when it is imported
 
 
+@lru_cache(maxsize=1)
 def features() -> frozenset[str]:
     """LLVM's names of what kernels are compiled for."""
     wanted = config.CPU_FEATURES
@@ -83,4 +85,5 @@ def limit_to(name: str) -> None:
     os.environ["NUMBA_CPU_FEATURES"] = ",".join(f"{sign}{feature}" for feature, sign in signs.items())
     os.environ["NUMBA_CPU_NAME"] = llvm.get_host_cpu_name()
     config.reload_config()
+    features.cache_clear()
     level.cache_clear()

@@ -39,9 +39,8 @@ from kernels.numba.core.lanes import (
     splat,
     store,
 )
-from kernels.numba.core.processor import features, level
+from kernels.numba.core.processor import LINE, features, level
 
-_LINE = 64  # bytes of a cache line
 PARTS_AHEAD = 2  # parts of a paged matrix that are prefetched, 1 to 4 KB each
 MIN_ROWS_OF_UNPACKED = 4
 MAX_ROWS_OF_TWO_PANELS, MAX_ROWS_OF_ONE = level().tall, level().narrow
@@ -49,19 +48,19 @@ PAIRS_PANELS = MAX_ROWS_OF_TWO_PANELS >= MAX_ROWS_OF_ONE  # whether any rows tak
 
 
 def _write_sums(
-    builder: ir.IRBuilder, sums: list[list[ir.Value]], out: ir.Value, ldo: ir.Value, adds: ir.Value
+    builder: ir.IRBuilder, sums: list[ir.Value], panels: int, out: ir.Value, ldo: ir.Value, adds: ir.Value
 ) -> None:
-    """Stores the sums of a tile at `out`, or adds them to the elements there."""
+    """Stores the sums of a tile, row after row, at `out`, or adds them to the elements there."""
     is_added = builder.icmp_signed("!=", adds, I64(0))
-    for row, row_sums in enumerate(sums):
-        for panel, total in enumerate(row_sums):
-            offset = builder.add(builder.mul(ldo, I64(4 * row)), I64(4 * LANES * panel))
-            address = builder.add(out, offset)
-            with builder.if_else(is_added) as (then, otherwise):
-                with then:
-                    store(builder, builder.fadd(load(builder, address, FLOATS, 4), total), address)
-                with otherwise:
-                    store(builder, total, address)
+    for index, total in enumerate(sums):
+        row, panel = divmod(index, panels)
+        offset = builder.add(builder.mul(ldo, I64(4 * row)), I64(4 * LANES * panel))
+        address = builder.add(out, offset)
+        with builder.if_else(is_added) as (then, otherwise):
+            with then:
+                store(builder, builder.fadd(load(builder, address, FLOATS, 4), total), address)
+            with otherwise:
+                store(builder, total, address)
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -78,7 +77,7 @@ def _prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: i
     """Prefetches so many bytes at a distance from each address."""
     for address in addresses:
         first = builder.add(address, distance)
-        for line in range(0, num_bytes, _LINE):
+        for line in range(0, num_bytes, LINE):
             _prefetch(builder, builder.add(first, I64(line)))
 
 
@@ -100,8 +99,7 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
     step = builder.mul(w_stride, I64(size))
     loop = Loop(builder, depth, [zero] * (rows * panels))
     offset = builder.mul(loop.index, step)
-    for base in w_panels:
-        _prefetch(builder, builder.add(builder.add(base, ahead), offset))
+    _prefetch_span(builder, w_panels, builder.add(ahead, offset), LINE)
     weights = [load_floats(builder, builder.add(base, offset), element) for base in w_panels]
     sums = []
     for row in range(rows):
@@ -110,7 +108,7 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
         for panel in range(panels):
             sums.append(fma(builder, broadcast, weights[panel], loop.values[row * panels + panel]))
     sums = loop.close(sums)
-    _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    _write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
 
@@ -132,8 +130,7 @@ def _bfloat16_tile(module: ir.Module, rows: int, panels: int, element: str) -> i
     w_panels = [builder.add(w, builder.mul(panel_stride, I64(2 * panel))) for panel in range(panels)]
     loop = Loop(builder, builder.ashr(depth, I64(1)), [zero] * (rows * panels))
     offset, x_offset = builder.mul(loop.index, I64(4 * LANES)), builder.mul(loop.index, I64(2 * size))
-    for base in w_panels:
-        _prefetch(builder, builder.add(builder.add(base, ahead), offset))
+    _prefetch_span(builder, w_panels, builder.add(ahead, offset), LINE)
     words = [load(builder, builder.add(base, offset), INTS, 4) for base in w_panels]
     pairs = [_widen_pair(builder, word) for word in words] if element == "float32" else []
     sums = []
@@ -149,7 +146,7 @@ def _bfloat16_tile(module: ir.Module, rows: int, panels: int, element: str) -> i
             totals = [fma(builder, broadcast, pair[place], total) for pair, total in zip(pairs, totals, strict=True)]
         sums += totals
     sums = loop.close(sums)
-    _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    _write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
 
@@ -213,11 +210,11 @@ def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.
     sums = inner.close(sums)
     if scores:
         target = builder.add(out, builder.mul(outer.index, I64(4 * LANES)))
-        _write_sums(builder, [[total] for total in sums], target, ldo, I64(0))
+        _write_sums(builder, sums, 1, target, ldo, I64(0))
         outer.close([])
     else:
         sums = outer.close(sums)
-        _write_sums(builder, [[total] for total in sums], out, ldo, I64(1))
+        _write_sums(builder, sums, 1, out, ldo, I64(1))
     builder.ret_void()
     return function
 
@@ -320,7 +317,7 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
                 value = fma(builder, row_sum, offset, value)
             sums.append(value)
     sums = outer.close(sums)
-    _write_sums(builder, [sums[row * panels : (row + 1) * panels] for row in range(rows)], out, ldo, adds)
+    _write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
 

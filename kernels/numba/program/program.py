@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from kernels.layout import MAX_ROTATIONS
 from kernels.numba.core.lanes import call_by_name
 from kernels.numba.core.memory import add_to_counter, floats, integers, read_counter, write_counter
+from kernels.numba.core.processor import LINE
 from kernels.numba.kernel_cache import kernel
 from kernels.numba.ops.attention import NUM_TILE_FIELDS, attend_unit
 from kernels.numba.ops.elementwise import (
@@ -34,7 +35,6 @@ from kernels.numba.ops.linear import BLOCK_ROWS, multiply_unit
 MAX_BLOCK_TABLES = 8  # of a sequence: one for each group of layers
 NUM_STEP_FIELDS = 40
 NUM_FIELDS = 24  # integers of an operation; the last two: the `Step` field that counts its rows, the bits of two floats
-LINE = 64  # bytes of a cache line; counters that share one slow each other down (false sharing)
 
 
 class Operation(IntEnum):
@@ -66,7 +66,7 @@ class Step(IntEnum):
     LOGITS_ROWS = 8
     ROTATIONS = 9  # addresses of cos and sin of each rotation of the model, up to MAX_ROTATIONS, for every position
     SLOTS = ROTATIONS + 2 * MAX_ROTATIONS  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
-    TABLES = 25  # likewise: bytes from a tile's block table to its sequence's in this group
+    TABLES = SLOTS + MAX_BLOCK_TABLES  # likewise: bytes from a tile's block table to its sequence's in this group
 
 
 class Control(IntEnum):

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.numba.program.program import LINE, NUM_FIELDS, Control, Operation, Step, open_program, run
+from kernels.numba.core.processor import LINE
+from kernels.numba.program.program import NUM_FIELDS, Control, Operation, Step, open_program, run
 
 _NUM_SPINS = 3000  # of some 30 ns: enough to stay awake between the two programs of a step, not between steps
 _MAX_OPERATIONS = 4096

@@ -79,7 +79,7 @@ def test_the_fingerprint_changes_with_what_changes_numbers(dummy, monkeypatch):
     }
     assert len(prints) == 8
     assert _build(dummy, device=compiled)[1].fingerprint in prints
-    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda: {"avx2": True})
+    monkeypatch.setattr("kernels.numba.core.processor.features", lambda: frozenset({"avx2"}))
     assert _build(dummy, device=compiled)[1].fingerprint not in prints, "another processor"
 
 

@@ -21,20 +21,17 @@ from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.loading.loader import LoadedModel, load_model, read_model_facts
 from engine.loading.notes import length_notes
-from engine.models.model_error import ModelError
 from engine.planning.ceilings import ceilings_file, release, with_ceilings
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
 from engine.planning.machine import Ceilings, Machine, freeing_at_once, read_machine
 from engine.planning.resolve import limit_instructions, resolve_device
 from engine.planning.sizes import gib
-from engine.runner.draft_executor import DraftExecutor
+from engine.runner.draft_executor import open_draft_model
 from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
-from engine.runner.model_runner import ModelRunner
-from engine.runner.step_builder import StepBuilder
 from engine.runner.step_recording import StepRecording
 from engine.runner.step_timing import time_steps
 from engine.runner.trial import try_one_token
@@ -42,8 +39,8 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
 from engine.speculation.controller import DraftController
 from engine.speculation.proposer import Proposer, ProposerContext, build_proposer, needs_of
+from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
-from engine.speculation.token_map import map_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -205,19 +202,6 @@ def _assemble(
         num_lookahead_tokens=needs_of(config.speculation).num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
-    facts, experts = plan.facts, plan.facts.experts
-    output_size = facts.vocab_size * facts.hidden_size
-    num_in_layers = facts.num_linear_parameters - (0 if facts.ties_output else output_size)
-    cost = ModelCost(
-        weight_bytes=plan.linear_bytes,
-        expert_bytes=experts.num_parameters * plan.dtype.itemsize,
-        expert_share=experts.share,
-        flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
-        is_queued=plan.device == "cuda",
-        flops_per_logits=2 * output_size,
-        kv_bytes_per_token=plan.kv_bytes_per_token - (plan.draft.kv_bytes_per_token if plan.draft else 0),
-        attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
-    )
     overlap = plan.device == "cuda" and plan.num_drafts == 0
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
     recording = None if config.supervision.record_steps == "off" else StepRecording(config)
@@ -227,19 +211,35 @@ def _assemble(
         vocab_size=loaded.vocab_size,
         hidden_size=model.hidden_size,
         output_rows=model.output_rows,
-        open_draft_model=lambda: _open_draft_model(config, plan, loaded, runner),
+        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
         full_group=windows.index(None) if None in windows else 0,
     )
     proposer = build_proposer(config.speculation, context)
     return Engine(
         executor,
         Scheduler(kv, limits),
-        proposer,
-        cost,
+        Speculator(proposer, loaded.vocab_size, _controller(config, plan, proposer)),
+        _cost(plan),
         pace=pace,
         overlap=overlap,
         recording=recording,
-        controller=_controller(config, plan, proposer),
+    )
+
+
+def _cost(plan: MemoryPlan) -> ModelCost:
+    """What steps of the model must read and compute; what speculation adds is not counted."""
+    facts, experts = plan.facts, plan.facts.experts
+    output_size = facts.vocab_size * facts.hidden_size
+    num_in_layers = facts.num_linear_parameters - (0 if facts.ties_output else output_size)
+    return ModelCost(
+        weight_bytes=plan.linear_bytes,
+        expert_bytes=experts.num_parameters * plan.dtype.itemsize,
+        expert_share=experts.share,
+        flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
+        is_queued=plan.device == "cuda",
+        flops_per_logits=2 * output_size,
+        kv_bytes_per_token=plan.kv_bytes_per_token - (plan.draft.kv_bytes_per_token if plan.draft else 0),
+        attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in facts.attention_layers),
     )
 
 
@@ -250,52 +250,6 @@ def _controller(config: EngineConfig, plan: MemoryPlan, proposer: Proposer) -> D
     return DraftController(
         StepCosts(), max_rows=plan.max_num_batched_tokens, depth_costs_time=proposer.needs.depth_costs_time
     )
-
-
-def _open_draft_model(
-    config: EngineConfig, plan: MemoryPlan, target: LoadedModel, runner: ModelRunner
-) -> DraftExecutor:
-    """The draft model that the plan has room for, its cache in the target's blocks. ValueError as `map_tokens`."""
-    draft = plan.draft
-    assert draft is not None
-    back_end = KernelBackend(draft, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
-    if draft.kernels == "numba":
-        back_end.compile()
-        torch.set_num_threads(draft.num_threads)  # which pack
-    with freeing_at_once(), torch.device(draft.device):
-        loaded = load_model(draft.model_config, dtype=draft.dtype, seed=config.seed, methods=back_end.linear_methods)
-    has_independent_rows = back_end.prepare(loaded.model)
-    try:
-        tokens = map_tokens(_vocabulary(target), _vocabulary(loaded), loaded.vocab_size)
-    except ValueError as error:
-        raise ModelError(f"speculation.model is {draft.facts.path}, but {error}") from None
-    cache = KVCache(
-        loaded.model.attention_layers,
-        num_blocks=plan.num_blocks + 1,
-        block_size=plan.block_size,
-        codec=make_codec(draft.kv_codec, keys_as_columns=back_end.has_compiled_attention(loaded.model)),
-        device=draft.device,
-    )
-    own = back_end.make_runner(loaded.model, cache, has_independent_rows=has_independent_rows, beside=runner)
-    sampler = back_end.make_sampler(loaded.vocab_size)
-    builder = StepBuilder(
-        plan.block_size,
-        loaded.vocab_size,
-        num_groups=len(windows_of(loaded.model.attention_layers)),
-        counts_on_device=sampler.keeps_token_counts,
-    )
-    executor = ModelExecutor(own, sampler)
-    return DraftExecutor(
-        executor, builder, tokens, max_model_len=draft.max_model_len, max_num_tokens=draft.max_num_batched_tokens
-    )
-
-
-def _vocabulary(loaded: LoadedModel) -> dict[str, int]:
-    """Each token's text, as the tokeniser has it."""
-    from tokenizers import Tokenizer
-
-    vocabulary: dict[str, int] = Tokenizer.from_str(loaded.tokenizer.tokenizer_json).get_vocab()
-    return vocabulary
 
 
 def _with_measured_workspace(

@@ -19,8 +19,6 @@ from engine.runner.trial import compute_one_token
 from engine.scheduling.oom_split import drop_drafts, halve_chunks
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepClock, StepPace, StepRecorder
-from engine.speculation.controller import DraftController
-from engine.speculation.proposer import Proposer
 from engine.speculation.speculator import Speculator
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
@@ -40,24 +38,23 @@ class Engine:
         self,
         executor: Executor,
         scheduler: Scheduler,
-        proposer: Proposer,
+        speculator: Speculator,
         cost: ModelCost,
         *,
         pace: StepPace | None = None,
         overlap: bool = False,
         recording: StepRecording | None = None,
-        controller: DraftController | None = None,
     ) -> None:
-        """recording: of the step that runs, for `engine.replay`; controller: of the drafts that a step verifies"""
-        assert not (overlap and proposer.needs.num_drafts), "drafts are made of tokens that the host must know"
-        self.executor, self.scheduler = executor, scheduler
-        self.speculator = Speculator(proposer, executor.vocab_size, controller)
+        """recording: of the step that runs, for `engine.replay`"""
+        needs = speculator.proposer.needs
+        assert not (overlap and needs.num_drafts), "drafts are made of tokens that the host must know"
+        self.executor, self.scheduler, self.speculator = executor, scheduler, speculator
         self.builder = StepBuilder(
             scheduler.kv.block_size,
             executor.vocab_size,
             num_groups=scheduler.kv.num_groups,
             counts_on_device=executor.keeps_token_counts,
-            shows_all_rows=proposer.needs.hidden == "all",
+            shows_all_rows=needs.hidden == "all",
         )
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run

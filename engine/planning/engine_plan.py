@@ -138,14 +138,13 @@ def plan_memory(
     chosen = device.value, kernels.value, quantization.value
     steps = step_name(facts, *chosen[1:], num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
-    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     draft, needs = _plan_draft(config, machine)
+    max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     sizer = Sizer(facts, config, machine, *chosen, needs, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
-    num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
-    rounded = num_tokens.value // sizer.block_size * sizer.block_size
-    num_blocks = rounded // sizer.block_size * sizer.num_groups
+    size = sizer.cache_tokens(demand, max_num_seqs.value)
+    num_blocks = size.value // sizer.block_size * sizer.num_groups
     max_model_len = sizer.length(demand, num_blocks)
     resolved = {"max_model_len": max_model_len.value, "dtype": dtype.value, "quantization": quantization.value}
     return MemoryPlan(
@@ -178,7 +177,7 @@ def plan_memory(
         max_num_logits=demand.num_logits,
         settings=_settings(
             device, kernels, num_threads, dtype, quantization, max_model_len, max_num_seqs, max_num_batched_tokens,
-            Resolved(f"{rounded}tokens", num_tokens.source, num_tokens.reason), kv_dtype,
+            Resolved(f"{size.value // sizer.block_size * sizer.block_size}tokens", size.source, size.reason), kv_dtype,
         ),
     )  # fmt: skip
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from engine.speculation.medusa_checkpoint import MedusaCheckpoint
-from engine.speculation.medusa_heads import MedusaHeads
 from torch import Tensor, nn
 from transformers import LlamaConfig, MistralConfig
 
@@ -25,9 +23,12 @@ from engine.scheduling.step_stats import ModelCost
 from engine.speculation.controller import DraftController
 from engine.speculation.draft_model import DraftModelProposer
 from engine.speculation.medusa import MedusaProposer
+from engine.speculation.medusa_checkpoint import MedusaCheckpoint
+from engine.speculation.medusa_heads import MedusaHeads
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.speculation.proposer import Proposer
+from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
 from engine.speculation.suffix import SuffixProposer
 from engine.speculation.token_map import TokenMap
@@ -122,4 +123,4 @@ def make_engine(
     if is_auto:
         costs = StepCosts(FREE_ROWS)
         controller = DraftController(costs, max_rows=budget, depth_costs_time=proposer.needs.depth_costs_time)
-    return Engine(executor, Scheduler(kv, limits), proposer, COST, controller=controller)
+    return Engine(executor, Scheduler(kv, limits), Speculator(proposer, VOCAB_SIZE, controller), COST)

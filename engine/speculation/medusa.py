@@ -25,7 +25,7 @@ from engine.types import Sequence
 
 SHIPPED = Path(__file__).with_name("heads")  # of models that come by name
 NUM_CANDIDATES = 64  # of a node, that compete with noise
-MAX_CHILDREN = 4  # of a node
+MAX_CHILDREN = 8  # of a node
 MAX_OPEN_NODES = 3  # of a depth, that get children
 
 

@@ -21,7 +21,8 @@ from engine.speculation.step_costs import StepCosts
 from engine.types import DraftOutcome, Sequence
 
 MIN_GAIN = 1.02  # of tokens per second, below which drafts are not worth the doubt
-_WATCH_FIRST, _WATCH_LAST = 8, 128  # steps without drafts until guesses are watched again: doubled each time
+_WATCH_SHARE = 0.01  # of the seconds of steps without drafts, that guesses may take which are only watched
+_WATCH_DEPTH = 2  # drafts in a row
 _DRAFTING_PACE = 0.1  # of the running mean of what drafting costs
 _MEAN_PACE = 0.1  # of the running means of chances by depth
 _FREE = 0.01  # of a step's seconds, below which drafting costs nothing that counts
@@ -40,7 +41,8 @@ class DraftController:
         self._records: WeakKeyDictionary[Sequence, SequenceRecord] = WeakKeyDictionary()
         self._mean_chances = np.full(64, 0.5)  # of a draft at each depth, given its parent
         self._drafting: dict[int, float] = {}  # seconds of a pass, by the sequences' number as a power of two
-        self._num_left_out, self._pause = 0, _WATCH_FIRST
+        self._is_watching = False
+        self._seconds_to_watch = self._seconds_of_watching = 0.0  # saved up; of the last time
 
     def judge(self, seqs: list[Sequence]) -> None:
         """Learns from the tokens that came. Call it for sequences that got some, before `depth`."""
@@ -69,17 +71,19 @@ class DraftController:
         rates = num_seqs * (1 + survival.cumsum()) / (table[rows] + passes * seconds)
         best = int(rates.argmax())
         if rates[best] > MIN_GAIN * num_seqs / plain:
-            self._num_left_out, self._pause = 0, _WATCH_FIRST
+            self._seconds_to_watch = 0.0
             return best + 1 if self._depth_costs_time else most
         self.num_chosen, self.outcome = 0, "too_slow"
-        self._num_left_out += 1
-        if self._num_left_out < self._pause:
+        self._seconds_to_watch += _WATCH_SHARE * plain
+        if self._seconds_to_watch < max(self._seconds_of_watching, seconds):
             return 0
-        self._num_left_out, self._pause = 0, min(2 * self._pause, _WATCH_LAST)
-        return min(most, 2)
+        self._is_watching, self._seconds_to_watch = True, 0.0
+        return min(most, _WATCH_DEPTH)
 
-    def note_drafting(self, num_seqs: int, depth: int, seconds: float) -> None:
-        """What drafting took."""
+    def note_drafting(self, num_seqs: int, depth: int, seconds: float, seconds_catching_up: float = 0.0) -> None:
+        """What drafting took, and of what it had not kept up with beside that."""
+        if self._is_watching:
+            self._is_watching, self._seconds_of_watching = False, seconds + seconds_catching_up
         passes = max(depth, 1) if self._depth_costs_time else 1
         bucket = num_seqs.bit_length()
         known = self._drafting.get(bucket)

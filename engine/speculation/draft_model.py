@@ -12,6 +12,7 @@ prefix, as far as the draft model has computed it.
 from __future__ import annotations
 
 import math
+import time
 from itertools import takewhile
 from weakref import WeakKeyDictionary
 
@@ -56,7 +57,11 @@ class DraftModelProposer:
         shadows = {
             seq: self._shadow_of(seq) for seq in step.drafting if draft_budget(seq, depth) > 0 and seq.block_tables
         }
+        start = time.perf_counter()
+        is_far_behind = any(shadow.num_missing > self._num_drafts + 1 for shadow in shadows.values())
         ready = self._catch_up(shadows)
+        if is_far_behind:
+            step.seconds_catching_up = time.perf_counter() - start
         for _ in range(depth - 1):
             ready = [(seq, shadow) for seq, shadow in ready if self._has_room(seq, shadow, depth)]
             if not ready:

@@ -80,7 +80,8 @@ class Speculator:
         start = time.perf_counter()
         self.proposer.propose(step)
         if seqs and step.max_depth:
-            controller.note_drafting(len(seqs), step.max_depth, time.perf_counter() - start)
+            seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
+            controller.note_drafting(len(seqs), step.max_depth, seconds - catching_up, catching_up)
             self._check(seqs)
             controller.choose(seqs, [seq.draft_confidences for seq in seqs], num_prompt_rows)
         if seqs:

@@ -40,6 +40,7 @@ class VerifiedStep:
         brings up to date all the same
         """
         self.max_depth = MAX_DEPTH
+        self.seconds_catching_up = 0.0  # that the proposer took for texts that it had not kept up with
         self._batch, self._sampled, self._hidden = batch, sampled, hidden
 
     @cached_property

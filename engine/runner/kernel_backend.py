@@ -172,7 +172,7 @@ def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan, team: T
     from engine.attention.numba_backend import NumbaAttention, scratch_bytes
     from kernels.numba.program.team import Team
 
-    needed = scratch_bytes(model.attention_layers)
+    needed = scratch_bytes(model.attention_layers, cache.block_size)
     if team is None or team.scratch_bytes < needed:
         team = Team(plan.num_threads, scratch_bytes=needed)
     return NumbaAttention(cache, team)

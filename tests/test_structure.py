@@ -73,6 +73,7 @@ ROOMS = {
         "report",
         "compare",
         "planning",
+        "speculation",
         "arguments",
         "cli",
         "__main__ selfcost",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +200,20 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured(tmp_path, capsys
     (file,) = tmp_path.glob("*.json")
     assert "ended early" in printed.out
     assert [run.server for run in load(file).measurements][:2] == ["none", "dies"]
+
+
+def test_a_signal_ends_the_run_with_what_was_measured(tmp_path) -> None:
+    arguments = ["--server-command", COMMAND, *SMALL, "--pairs", "100000", "--results", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadtest", "spec", "--method", "ngram", *arguments], stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert "pair 1 of 100000: none" in running.stderr.readline()
+        running.send_signal(signal.SIGTERM)
+        _, printed = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "ended by a signal; what was measured before is in the file" in printed
+    (file,) = tmp_path.glob("*.json")
+    assert load(file).measurements
 
 
 def test_a_method_that_the_server_does_not_know_is_said_in_its_words(tmp_path, capsys) -> None:

@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from loadtest.report.session import load
 from loadtest.report.speculation import Point, points_of
@@ -216,6 +217,7 @@ def acceptance(points: Sequence[Point]) -> Figure:
     def draw(ax: Axes, here: list[Point], label: str, color: str) -> None:
         shares = here[0].by_position
         ax.plot(range(1, len(shares) + 1), shares, "o-", color=color, markersize=4, label=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(0, 1)
 
     return by_workload(points, draw, "position in the draft", "accepted")

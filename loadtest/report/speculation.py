@@ -16,8 +16,8 @@ from statistics import median
 import msgspec
 from tabulate import tabulate
 
-from loadtest.report.metrics import OUTPUT_RATE, num_failures
-from loadtest.report.session import Measurement, Scenario, Server, Session
+from loadtest.report.metrics import OUTPUT_RATE, TOKEN_TIME, Metric, num_failures
+from loadtest.report.session import Scenario, Server, Session
 
 CONFIDENCE = 0.9
 MIN_PAIRS = 7  # that a goal is judged by
@@ -48,7 +48,8 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
 class Point:
     """A method at one load. method: of its speculation, as it is configured; empty for a server that is not ours
 
-    rates: output tokens/s of its runs; ratios: to the reference's, of the pairs; by_position: of the draft tokens at
+    rates: output tokens/s of its runs; ratios: to the reference's, of the pairs; decoding: the reference's time per
+    output token, over its own, which leaves out what prompts take; by_position: of the draft tokens at
     a position, the share that was accepted, times the share of drafts that were so long; empty: not known
     """
 
@@ -59,6 +60,7 @@ class Point:
     is_auto: bool
     rates: tuple[float, ...]
     ratios: tuple[float, ...]
+    decoding: tuple[float, ...]
     num_tokens: int
     num_accepted: int
     num_rejected: int
@@ -75,11 +77,7 @@ class Point:
 
     @property
     def speed_up(self) -> str:
-        if not self.ratios:
-            return "-"
-        interval = self.interval
-        failed = f", {self.num_failed} failed" if self.num_failed else ""
-        return f"{median(self.ratios):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "") + failed
+        return _with_interval(self.ratios) + (f", {self.num_failed} failed" if self.num_failed else "")
 
     @property
     def drafts(self) -> str:
@@ -112,7 +110,8 @@ def _point(sessions: Sequence[Session], load: Scenario, of: Server) -> Point:
         method=config.get("method", ""),
         is_auto=config.get("depth", "auto") == "auto",
         rates=tuple(run.figures.output_tokens_per_second for run in runs),
-        ratios=tuple(ratio for session in sessions for ratio in _ratios(session, scenario, server)),
+        ratios=tuple(ratio for session in sessions for ratio in _ratios(session, scenario, server, OUTPUT_RATE)),
+        decoding=tuple(1 / ratio for session in sessions for ratio in _ratios(session, scenario, server, TOKEN_TIME)),
         num_tokens=sum(each.num_output_tokens for each in figures),
         num_accepted=sum(each.num_accepted_drafts for each in figures),
         num_rejected=sum(each.num_rejected_drafts for each in figures),
@@ -121,18 +120,21 @@ def _point(sessions: Sequence[Session], load: Scenario, of: Server) -> Point:
     )
 
 
-def _ratios(session: Session, scenario: str, server: str) -> Iterator[float]:
-    """Of the pairs of a session. A turn that was repeated has the rate of its last run that counts."""
+def _ratios(session: Session, scenario: str, server: str, metric: Metric) -> Iterator[float]:
+    """To the reference, of the pairs of a session. A turn that was repeated counts with its last run that does."""
 
-    def rates(name: str) -> dict[int, float]:
-        return {run.turn: _rate(run) for run in session.of(scenario, name)}
+    def values(name: str) -> dict[int, float]:
+        return {run.turn: metric.read(run) or 0.0 for run in session.of(scenario, name)}
 
-    own, reference = rates(server), rates(session.servers[0].name)
-    yield from (own[turn] / reference[turn] for turn in own if reference.get(turn))
+    own, reference = values(server), values(session.servers[0].name)
+    yield from (own[turn] / reference[turn] for turn in own if own[turn] and reference.get(turn))
 
 
-def _rate(run: Measurement) -> float:
-    return OUTPUT_RATE.read(run) or 0.0
+def _with_interval(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "-"
+    interval = interval_of_median(ratios)
+    return f"{median(ratios):.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,11 @@ def speculation_tables(sessions: Sequence[Session]) -> str:
         first = here[0].server
         speed_up = partial(_rate_or_speed_up, first)
         parts.append(_table(f"{workload}: output tokens/s, as multiples of {first}'s [90%]", here, speed_up))
+        decoding = [point for point in here if point.server != first]
+        title = f"{workload}: time per output token, {first}'s over the method's"
+        parts.append(_table(title, decoding, lambda point: _with_interval(point.decoding)))
         parts.append(_table(f"{workload}: drafts accepted, tokens per step", here, lambda point: point.drafts))
-    return "\n\n".join([*parts, "\n".join(_remarks(sessions, points))])
+    return "\n\n".join([*filter(None, parts), "\n".join(_remarks(sessions, points))])
 
 
 def _rate_or_speed_up(reference: str, point: Point) -> str:
@@ -189,7 +194,7 @@ def _rate_or_speed_up(reference: str, point: Point) -> str:
 
 
 def _table(title: str, points: Sequence[Point], cell: Callable[[Point], str]) -> str:
-    """A row for each server with anything to say, a column for each load."""
+    """A row for each server with anything to say, a column for each load. Empty if none has."""
     loads = sorted({point.concurrency for point in points})
     rows = []
     for server in dict.fromkeys(point.server for point in points):
@@ -197,7 +202,7 @@ def _table(title: str, points: Sequence[Point], cell: Callable[[Point], str]) ->
         if any(text != "-" for text in cells.values()):
             rows.append([server, *(cells.get(load, "-") for load in loads)])
     headers = [title, *(f"concurrency {load}" for load in loads)]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 
 def _remarks(sessions: Sequence[Session], points: Sequence[Point]) -> Iterator[str]:
@@ -207,10 +212,10 @@ def _remarks(sessions: Sequence[Session], points: Sequence[Point]) -> Iterator[s
     yield f"* {num_compared} answers compared between servers, {len(differences)} differ"
     yield from (f"  * {difference}" for difference in differences[:20])
     yield from (f"* ended early: {session.error}" for session in sessions if session.error)
-    where = sessions[0].environment
+    where = "; ".join(dict.fromkeys(session.environment.line for session in sessions))
     num_pairs = sorted({len(point.ratios) for point in points if point.ratios})
     yield ""
     yield (
-        f"{where.line}. Medians of {' to '.join(map(str, [*num_pairs[:1], *num_pairs[1:][-1:]]))} pairs; in brackets "
+        f"{where}. Medians of {' to '.join(map(str, [*num_pairs[:1], *num_pairs[1:][-1:]]))} pairs; in brackets "
         f"90% intervals, from five pairs on. A step is a sequence's: one token, and the drafts that were accepted."
     )

@@ -90,8 +90,8 @@ def session_of(workload: str, ratios: dict[str, list[float]], *, concurrency: in
     none = [100.0 / (1 + turn % 2) for turn in range(max(len(of) for of in ratios.values()))]
     runs = [measurement("none", load_, rate, 0.1, round=turn) for turn, rate in enumerate(none)]
     for name, own in ratios.items():
-        rates = [ratio * rate for ratio, rate in zip(own, none, strict=False)]
-        runs += [measurement(name, load_, rate, 0.1, round=turn) for turn, rate in enumerate(rates)]
+        for turn, (ratio, rate) in enumerate(zip(own, none, strict=False)):
+            runs.append(measurement(name, load_, ratio * rate, 0.1 / ratio**2, round=turn))
     servers = [replace(server(name), speculation=f'{{"method":"{name}"}}') for name in ("none", *ratios)]
     return Session("spec", "", 1, read_environment(), servers, [load_], runs)
 
@@ -99,6 +99,7 @@ def session_of(workload: str, ratios: dict[str, list[float]], *, concurrency: in
 def test_ratios_are_those_of_runs_of_one_turn() -> None:
     _, point = points_of([session_of("chat", {"ngram": [1.1, 1.2, 1.3]})])
     assert point.ratios == pytest.approx((1.1, 1.2, 1.3))
+    assert point.decoding == pytest.approx((1.1**2, 1.2**2, 1.3**2))
     assert (point.ratio, point.method, point.is_auto) == (pytest.approx(1.2), "ngram", True)
 
 

@@ -166,6 +166,13 @@ def load_model(
     )
 
 
+def read_tokenizer(config: ModelConfig, *, report: Report = silent) -> TokenizerAssets:
+    """The model's tokenizer alone: of a model on the hub, no weights are downloaded. ModelError as `load_model`."""
+    source = find_source(config.model_copy(update={"load_format": "dummy"}), report)
+    checkpoint = open_checkpoint(source, config)
+    return _load_tokenizer(checkpoint, config, checkpoint.config.vocab_size)
+
+
 @contextmanager
 def _finishing(methods: LinearMethods | None) -> Iterator[None]:
     """Nothing that only packing needed stays, whether it fails or not."""

@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from engine.client.client import EngineClient, launch_engine
 from engine.ipc.messages import EXIT_CODES
+from server.cli.train_heads import FLAGS, add_arguments, train_heads
 from server.complain import complain, until_the_reader_leaves
 from server.settings import (
     ConfigError,
@@ -34,6 +35,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "plan": "say what fits into this machine's memory, before anything is loaded",
     "doctor": "say what this machine has, and which kernel each part of a model will use",
+    "train-heads": "train Medusa heads for a model, which guess its next tokens",
 }
 
 _MERGE = "merge the adapter into its base model with peft's merge_and_unload, and serve the result as MODEL"
@@ -72,7 +74,8 @@ class Parser(argparse.ArgumentParser):
 
     def _flags(self, command: str) -> list[str]:
         flags = [name for setting in flagged_settings() for name in option_names(setting)]
-        return [*flags, "--config", "--set", "--help"] if command in COMMANDS else ["--version", "--help"]
+        own = FLAGS if command == "train-heads" else ()
+        return [*flags, *own, "--config", "--set", "--help"] if command in COMMANDS else ["--version", "--help"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,6 +98,8 @@ def run(arguments: Sequence[str] | None) -> int:
         from server.cli.doctor import doctor
 
         return doctor(loaded)
+    if parsed.command == "train-heads":
+        return train_heads(loaded, parsed)
     return _serve(loaded)
 
 
@@ -126,6 +131,8 @@ def make_parser() -> Parser:
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, as YAML")
         for setting in flagged_settings():
             add_flag(command, setting)
+        if name == "train-heads":
+            add_arguments(command)
     return parser
 
 

@@ -1,0 +1,126 @@
+"""The stages of training heads: collect what the target says, learn from it, measure, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.build import build_engine
+from engine.models.model import Decoder
+from engine.runner.executor import ModelExecutor
+from engine.speculation.medusa_heads import MedusaHeads
+from engine.training.collector import Collector
+from engine.training.heads_accuracy import HeadsAccuracy, measure_accuracy
+from engine.training.heads_data import HeadsData, frequent_tokens, make_data
+from engine.training.heads_job import HeadsJob
+from engine.training.heads_trainer import HeadsTrainer
+from engine.training.trainable_heads import TrainableHeads
+from engine.training.transcripts import TranscriptFolder
+
+Say = Callable[[str], None]
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is known of the model whose tokens are to be guessed."""
+
+    hidden_size: int
+    vocab_size: int
+    decoder: Decoder
+
+    def output_rows(self, token_ids: Tensor | None) -> Tensor:
+        """Rows of its output matrix: its logits of unit vectors, so whatever keeps the matrix need not be known.
+
+        [n, hidden_size] float32, scaled and soft-capped as the logits are
+        """
+        unit = torch.eye(self.hidden_size, dtype=torch.float32)
+        parts = []
+        for start in range(0, self.hidden_size, _ROWS_AT_ONCE):
+            columns = self.decoder.compute_logits(unit[start : start + _ROWS_AT_ONCE])
+            parts.append((columns if token_ids is None else columns[:, token_ids]).float().clone())
+        return torch.cat(parts).T.contiguous()
+
+
+def run(job: HeadsJob, say: Say) -> HeadsAccuracy:
+    """Writes heads into `job.output`. What an earlier run of the same job has done is not done again.
+
+    ValueError for what the user can mend, as `build_engine` raises it.
+    """
+    target, eos_token_ids, collector = _build(job, say)
+    folder = TranscriptFolder(job.data)
+    with torch.inference_mode():
+        _collect(job, folder, collector, eos_token_ids)
+        transcripts = folder.read()
+        known = frequent_tokens(transcripts, count=job.num_known_tokens, vocab_size=target.vocab_size)
+        output = target.output_rows(known)
+    output = output.clone()  # no tensor of inference
+    data = make_data(transcripts, known.clone(), output, vocab_size=target.vocab_size)
+    if not len(data.learned) or not len(data.held_out):
+        raise ValueError(f"{len(transcripts.lengths)} sequences are too few to learn from; give more text, or prompts")
+    say(f"learning from {len(data.learned):,} tokens of {len(transcripts.lengths):,} sequences")
+    heads = _train(job, data, output)
+    return _write(job, heads, data, target)
+
+
+def _build(job: HeadsJob, say: Say) -> tuple[Target, list[int], Collector]:
+    engine, model = build_engine(job.engine, lambda phase, detail: say(f"{phase}: {detail}" if detail else phase))
+    assert isinstance(engine.executor, ModelExecutor)
+    decoder = engine.executor.runner.model
+    num_at_once = model.settings["scheduler.max_num_seqs"].value
+    assert isinstance(num_at_once, int)
+    target = Target(decoder.hidden_size, decoder.vocab_size, decoder)
+    collector = Collector(
+        engine, hidden_size=decoder.hidden_size, max_model_len=model.max_model_len, num_at_once=num_at_once
+    )
+    return target, model.eos_token_ids, collector
+
+
+def _collect(job: HeadsJob, folder: TranscriptFolder, collector: Collector, eos_token_ids: list[int]) -> None:
+    done, num_tokens = folder.indices(), folder.num_tokens()
+    if num_tokens >= job.num_tokens:
+        return
+    pending = ((index, ids) for index, ids in enumerate(job.sequences) if index not in done)
+    if job.kind == "answers":
+        transcripts = collector.answers(pending, eos_token_ids=eos_token_ids, max_tokens=job.max_tokens)
+    else:
+        transcripts = collector.texts(pending)
+    with tqdm(total=job.num_tokens, initial=num_tokens, desc=job.kind, unit="token", disable=None) as bar:
+        for transcript in transcripts:
+            folder.add(transcript)
+            bar.update(len(transcript.tokens))
+            num_tokens += len(transcript.tokens)
+            if num_tokens >= job.num_tokens:
+                break
+    folder.flush()
+
+
+def _train(job: HeadsJob, data: HeadsData, output: Tensor) -> TrainableHeads:
+    torch.manual_seed(job.seed)
+    heads = TrainableHeads(output, num_heads=job.num_heads, markov_rank=job.markov_rank)
+    trainer = HeadsTrainer(
+        heads,
+        data,
+        batch_size=job.batch_size,
+        num_epochs=job.num_epochs,
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+    )
+    trainer.train(job.state)
+    return heads
+
+
+def _write(job: HeadsJob, heads: TrainableHeads, data: HeadsData, target: Target) -> HeadsAccuracy:
+    """Writes the heads, reads them as a proposer will, and writes how good those are into their config."""
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    fields: dict[str, object] = {"base_model_name_or_path": job.engine.model.path}
+    heads.save(job.output, known=data.known, vocab_size=target.vocab_size, fields=fields)
+    written = MedusaHeads.load(job.output, **sizes, output_rows=target.output_rows)
+    accuracy = measure_accuracy(written, data)
+    fields["peregrine_accuracies"] = accuracy.by_rank
+    heads.save(job.output, known=data.known, vocab_size=target.vocab_size, fields=fields)
+    return accuracy

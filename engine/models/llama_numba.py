@@ -34,7 +34,7 @@ class NumbaLlama(Decoder):
         self._rotations = [RotationTable(rope) for rope in model.ropes if isinstance(rope, RotaryEmbedding)]
         self._num_positions = 0  # that they have
         self._layers: _Layers | None = None
-        self._head: _Head | None = None
+        self._head: OutputProgram | None = None
         self._whole: _Whole | None = None
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
@@ -57,10 +57,7 @@ class NumbaLlama(Decoder):
         """As `Decoder.compute_logits`; valid until the next call."""
         num_rows = hidden.shape[0]
         head = self._head_for(num_rows)
-        if num_rows:
-            head.hidden[:num_rows] = hidden
-            head.step[Step.NUM_LOGITS] = num_rows
-            self._team.run(head.program)
+        head.multiply(hidden, self._team)
         return self._own_logits(head, num_rows)
 
     def _layers_for(self, batch: ForwardBatch, attention: object) -> _Layers:
@@ -81,13 +78,13 @@ class NumbaLlama(Decoder):
             self._num_positions = min((len(table.cos) for table in self._rotations), default=longest)
         return layers
 
-    def _head_for(self, num_rows: int) -> _Head:
+    def _head_for(self, num_rows: int) -> OutputProgram:
         head = self._head
         if head is None or num_rows > head.num_rows:
-            head = self._head = _Head(_packed(self._model.lm_head), num_rows, self._team.num_threads)
+            head = self._head = OutputProgram(_packed(self._model.lm_head), num_rows, self._team.num_threads)
         return head
 
-    def _own_logits(self, head: _Head, num_rows: int) -> Tensor:
+    def _own_logits(self, head: OutputProgram, num_rows: int) -> Tensor:
         """Without the columns that fill the last panel up."""
         logits = head.logits[:num_rows]
         return logits if logits.shape[1] == self.vocab_size else logits[:, : self.vocab_size].contiguous()
@@ -184,7 +181,7 @@ class _Layers:
         return values.data_ptr()
 
 
-class _Head:
+class OutputProgram:
     """The program of the output layer, and what it reads and writes, for up to `num_rows` rows."""
 
     def __init__(self, matrix: PackedMatrix, num_rows: int, num_threads: int) -> None:
@@ -198,11 +195,20 @@ class _Head:
         )
         self.program = Program(self.operations, self.step, keeps=rounded)
 
+    def multiply(self, hidden: Tensor, team: Team) -> Tensor:
+        """The logits of these rows, with the columns that fill the last panel up; valid until the next call."""
+        num_rows = hidden.shape[0]
+        if num_rows:
+            self.hidden[:num_rows] = hidden
+            self.step[Step.NUM_LOGITS] = num_rows
+            team.run(self.program)
+        return self.logits[:num_rows]
+
 
 class _Whole:
     """The program of a step: of the layers, then of the output layer, for the rows for which somebody wants logits."""
 
-    def __init__(self, layers: _Layers, head: _Head, step: Tensor) -> None:
+    def __init__(self, layers: _Layers, head: OutputProgram, step: Tensor) -> None:
         self.layers, self.head = layers, head
         normed, wanted = layers.buffers.normed, head.hidden
         where = (normed.data_ptr(), FORMAT_OF[normed.dtype], wanted.data_ptr(), wanted.shape[1])

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.speculation.draft_matrix import DraftMatrix, make_draft_matrix
 from engine.speculation.medusa_checkpoint import Accuracies, MedusaCheckpoint, read_medusa_checkpoint
-from engine.speculation.output_matrix import OutputMatrix
 
 OutputRows = Callable[[Tensor | None], Tensor]
 
@@ -33,12 +33,11 @@ class MedusaHeads:
         self.num_heads = len(checkpoint.blocks)
         self.accuracies: Accuracies = checkpoint.accuracies
         self._logit_scale = checkpoint.logit_scale
-        self._layers = _stack_layers(checkpoint, device)
+        self._blocks = _Blocks(checkpoint, device)
         matrices = checkpoint.outputs or [output_rows(checkpoint.token_map)]
-        self._outputs = [OutputMatrix.of(matrix.to(device)) for matrix in matrices]
+        self._outputs = [make_draft_matrix(matrix.to(device)) for matrix in matrices]
         self._token_map = None if checkpoint.token_map is None else checkpoint.token_map.to(device)
         self._markov = _Markov.of(checkpoint, vocab_size, device)
-        self._newest = torch.cat(checkpoint.newest).to(device, torch.float32) if checkpoint.newest else None
 
     @classmethod
     def load(cls, path: Path, *, hidden_size: int, vocab_size: int, output_rows: OutputRows) -> MedusaHeads:
@@ -48,10 +47,9 @@ class MedusaHeads:
 
     @property
     def num_bytes(self) -> int:
-        layers = [tensor for layer in self._layers for tensor in layer]
-        kept = [*layers, self._token_map, self._newest]
-        own = sum(tensor.nbytes for tensor in kept if tensor is not None)
-        return own + sum(matrix.num_bytes for matrix in self._outputs) + (self._markov.num_bytes if self._markov else 0)
+        token_map = 0 if self._token_map is None else self._token_map.nbytes
+        outputs = sum(matrix.num_bytes for matrix in self._outputs)
+        return self._blocks.num_bytes + outputs + token_map + (self._markov.num_bytes if self._markov else 0)
 
     @property
     def num_known_tokens(self) -> int:
@@ -69,15 +67,8 @@ class MedusaHeads:
         hidden: [n, hidden_size] float32, each the state that a newest token was sampled from. newest: [n] int64
         Returns [n, num_heads, C] float32.
         """
-        weight, bias = self._layers[0]
-        inner = F.linear(hidden, weight, bias)
-        if self._newest is not None and self._markov is not None:
-            inner += F.linear(self._markov.features(newest), self._newest)
-        x = hidden[:, None] + F.silu(inner.view(-1, self.num_heads, hidden.shape[1]))
-        for weight, bias in self._layers[1:]:
-            stacked = weight.view(self.num_heads, -1, weight.shape[1])
-            inner = torch.einsum("nhi,hoi->nho", x, stacked) + bias.view(self.num_heads, -1)
-            x = x + F.silu(inner)
+        features = None if self._markov is None else self._markov.features(newest)
+        x = self._blocks.forward(hidden, features)
         logits = self._product(x)
         return logits if self._logit_scale == 1.0 else logits * self._logit_scale
 
@@ -116,10 +107,47 @@ class MedusaHeads:
         return ids, log_probs
 
 
+class _Blocks:
+    """The residual blocks of all heads. The first layers read the same states, so they are one matrix."""
+
+    def __init__(self, checkpoint: MedusaCheckpoint, device: torch.device) -> None:
+        """Heads with fewer layers than others get some of zeros, which add nothing: SiLU(0) is 0."""
+        size, self._num_heads = checkpoint.hidden_size, len(checkpoint.blocks)
+        none = (torch.zeros(size, size), None)
+        num_layers = max(1, *(len(block) for block in checkpoint.blocks))
+        layers = [
+            [block[index] if index < len(block) else none for block in checkpoint.blocks] for index in range(num_layers)
+        ]
+        self._biases = [
+            torch.stack([torch.zeros(size) if bias is None else bias.float() for _, bias in layer]).to(device)
+            for layer in layers
+        ]
+        self._first = make_draft_matrix(torch.cat([weight.float() for weight, _ in layers[0]]).to(device))
+        self._later = [[make_draft_matrix(weight.float().to(device)) for weight, _ in layer] for layer in layers[1:]]
+        self._newest = torch.cat(checkpoint.newest).to(device, torch.float32) if checkpoint.newest else None
+
+    @property
+    def num_bytes(self) -> int:
+        matrices = [self._first, *(matrix for layer in self._later for matrix in layer)]
+        tensors = [*self._biases, *([] if self._newest is None else [self._newest])]
+        return sum(matrix.num_bytes for matrix in matrices) + sum(tensor.nbytes for tensor in tensors)
+
+    def forward(self, hidden: Tensor, features: Tensor | None) -> Tensor:
+        """[n, hidden_size] -> [n, num_heads, hidden_size]. features: [n, rank] of the newest tokens"""
+        inner = self._first.multiply(hidden)
+        if self._newest is not None and features is not None:
+            inner += F.linear(features, self._newest)
+        x = hidden[:, None] + F.silu(inner.view(-1, self._num_heads, hidden.shape[1]) + self._biases[0])
+        for layer, bias in zip(self._later, self._biases[1:], strict=True):
+            products = [matrix.multiply(x[:, head]) for head, matrix in enumerate(layer)]
+            x = x + F.silu(torch.stack(products, dim=1) + bias)
+        return x
+
+
 class _Markov:
     """W1 [C + 1, rank], whose last row is of tokens that the heads do not know, and W2 [C, rank]."""
 
-    def __init__(self, first: Tensor, second: Tensor, row_of: Tensor) -> None:
+    def __init__(self, first: Tensor, second: DraftMatrix, row_of: Tensor) -> None:
         """row_of: [vocab_size] each token's row of `first`"""
         self._first, self._second, self._row_of = first, second, row_of
 
@@ -134,11 +162,11 @@ class _Markov:
         else:
             row_of = torch.full((vocab_size,), len(first))
             row_of[tokens] = torch.arange(len(tokens))
-        return cls(torch.cat((first, torch.zeros_like(first[:1]))), second, row_of.to(device))
+        return cls(torch.cat((first, torch.zeros_like(first[:1]))), make_draft_matrix(second), row_of.to(device))
 
     @property
     def num_bytes(self) -> int:
-        return self._first.nbytes + self._second.nbytes + self._row_of.nbytes
+        return self._first.nbytes + self._second.num_bytes + self._row_of.nbytes
 
     def features(self, tokens: Tensor) -> Tensor:
         """[m] -> [m, rank]; zero for tokens that the heads do not know"""
@@ -146,20 +174,4 @@ class _Markov:
 
     def bias(self, previous: Tensor) -> Tensor:
         """What is added to the logits behind each token. [m] -> [m, C]"""
-        return F.linear(self.features(previous), self._second)
-
-
-def _stack_layers(checkpoint: MedusaCheckpoint, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer, the heads' matrices and biases one below the other. Heads with fewer layers get some of zeros,
-    which add nothing: SiLU(0) is 0."""
-    num_layers = max(1, *(len(block) for block in checkpoint.blocks))
-    size = checkpoint.hidden_size
-    stacked = []
-    for index in range(num_layers):
-        weights, biases = [], []
-        for block in checkpoint.blocks:
-            weight, bias = block[index] if index < len(block) else (torch.zeros(size, size), None)
-            weights.append(weight.float())
-            biases.append(torch.zeros(size) if bias is None else bias.float())
-        stacked.append((torch.cat(weights).to(device), torch.cat(biases).to(device)))
-    return stacked
+        return self._second.multiply(self.features(previous))

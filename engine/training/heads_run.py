@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.build import build_engine
+from engine.ipc.messages import ModelInfo
 from engine.models.model import Decoder
 from engine.runner.executor import ModelExecutor
 from engine.speculation.medusa_heads import MedusaHeads
@@ -51,14 +52,15 @@ def run(job: HeadsJob, say: Say) -> HeadsAccuracy:
 
     ValueError for what the user can mend, as `build_engine` raises it.
     """
-    target, eos_token_ids, collector = _build(job, say)
+    target, collector, model = _build(job, say)
     folder = TranscriptFolder(job.data)
     with torch.inference_mode():
-        _collect(job, folder, collector, eos_token_ids)
+        _collect(job, folder, collector, model.eos_token_ids)
         transcripts = folder.read()
         known = frequent_tokens(transcripts, count=job.num_known_tokens, vocab_size=target.vocab_size)
         output = target.output_rows(known)
     output = output.clone()  # no tensor of inference
+    torch.set_num_threads(_number(model, "device.num_threads"))  # of which compiled layers had left it one
     data = make_data(transcripts, known.clone(), output, vocab_size=target.vocab_size)
     if not len(data.learned) or not len(data.held_out):
         raise ValueError(f"{len(transcripts.lengths)} sequences are too few to learn from; give more text, or prompts")
@@ -67,17 +69,22 @@ def run(job: HeadsJob, say: Say) -> HeadsAccuracy:
     return _write(job, heads, data, target)
 
 
-def _build(job: HeadsJob, say: Say) -> tuple[Target, list[int], Collector]:
+def _build(job: HeadsJob, say: Say) -> tuple[Target, Collector, ModelInfo]:
     engine, model = build_engine(job.engine, lambda phase, detail: say(f"{phase}: {detail}" if detail else phase))
     assert isinstance(engine.executor, ModelExecutor)
     decoder = engine.executor.runner.model
-    num_at_once = model.settings["scheduler.max_num_seqs"].value
-    assert isinstance(num_at_once, int)
+    num_at_once = _number(model, "scheduler.max_num_seqs")
     target = Target(decoder.hidden_size, decoder.vocab_size, decoder)
     collector = Collector(
         engine, hidden_size=decoder.hidden_size, max_model_len=model.max_model_len, num_at_once=num_at_once
     )
-    return target, model.eos_token_ids, collector
+    return target, collector, model
+
+
+def _number(model: ModelInfo, setting: str) -> int:
+    value = model.settings[setting].value
+    assert isinstance(value, int)
+    return value
 
 
 def _collect(job: HeadsJob, folder: TranscriptFolder, collector: Collector, eos_token_ids: list[int]) -> None:
@@ -90,13 +97,15 @@ def _collect(job: HeadsJob, folder: TranscriptFolder, collector: Collector, eos_
     else:
         transcripts = collector.texts(pending)
     with tqdm(total=job.num_tokens, initial=num_tokens, desc=job.kind, unit="token", disable=None) as bar:
-        for transcript in transcripts:
-            folder.add(transcript)
-            bar.update(len(transcript.tokens))
-            num_tokens += len(transcript.tokens)
-            if num_tokens >= job.num_tokens:
-                break
-    folder.flush()
+        try:
+            for transcript in transcripts:
+                folder.add(transcript)
+                bar.update(len(transcript.tokens))
+                num_tokens += len(transcript.tokens)
+                if num_tokens >= job.num_tokens:
+                    break
+        finally:  # also where it is interrupted
+            folder.flush()
 
 
 def _train(job: HeadsJob, data: HeadsData, output: Tensor) -> TrainableHeads:

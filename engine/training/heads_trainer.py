@@ -72,7 +72,7 @@ class HeadsTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def _schedule(self) -> float:
         warmup = min(1.0, (self._step + 1) / _NUM_WARMUP_STEPS)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HIDDEN, VOCAB, NUM_HEADS = 16, 30, 3
+HIDDEN, VOCAB, NUM_HEADS = 32, 30, 3  # as wide as compiled products need
 
 
 @dataclass(frozen=True)

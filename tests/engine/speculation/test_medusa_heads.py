@@ -38,22 +38,27 @@ def check(heads: MedusaHeads, tiny: TinyHeads) -> None:
     assert heads.num_heads == NUM_HEADS
     assert logits.shape == (5, NUM_HEADS, len(known))
     scale = defined.abs().amax(-1, keepdim=True)
-    assert float(((logits - defined) / scale).abs().max()) < 0.02  # of int8
+    assert float(((logits - defined) / scale).abs().max()) < 0.03  # of int8
     previous = torch.tensor([11, 5, 3, 7, 29])
     ids, log_probs = heads.children(logits[:, 1], previous, 4)
     for row in range(5):
-        scores = logits[row, 1].double() + tiny.bias(int(previous[row]))
-        best = scores.log_softmax(0).topk(4)
-        assert ids[row].tolist() == known[best.indices].tolist()
-        torch.testing.assert_close(log_probs[row].double(), best.values, atol=1e-4, rtol=1e-4)
+        check_best(ids[row], log_probs[row], logits[row, 1].double() + tiny.bias(int(previous[row])), known)
     ids, log_probs = heads.propose(states, newest, 4)
     assert ids.shape == log_probs.shape == (5, NUM_HEADS, 4)
     for row in range(5):
         for head in range(NUM_HEADS):
             scores = logits[row, head].double() + (tiny.bias(int(newest[row])) if head == 0 else 0)
-            best = scores.log_softmax(0).topk(4)
-            assert ids[row, head].tolist() == known[best.indices].tolist()
-            torch.testing.assert_close(log_probs[row, head].double(), best.values, atol=1e-4, rtol=1e-4)
+            check_best(ids[row, head], log_probs[row, head], scores, known)
+
+
+def check_best(ids: Tensor, log_probs: Tensor, scores: Tensor, known: Tensor) -> None:
+    """That these are the four likeliest, within what int8 leaves of the Markov term."""
+    defined = scores.log_softmax(0)
+    rows = [known.tolist().index(token) for token in ids.tolist()]
+    assert len(set(rows)) == 4
+    torch.testing.assert_close(log_probs.double(), defined[rows], atol=0.1, rtol=0.02)
+    torch.testing.assert_close(defined[rows], defined.topk(4).values, atol=0.1, rtol=0.02)
+    assert log_probs.tolist() == sorted(log_probs.tolist(), reverse=True)
 
 
 @pytest.mark.parametrize("prefix", ["", "medusa_heads.", "medusa_head."])
@@ -131,11 +136,14 @@ def test_heads_on_the_target_s_own_output_matrix(tmp_path: Path, tokens: list[in
     check(load(path, tiny), tiny)
 
 
+@pytest.mark.parametrize("rank", [4, 32])  # of which compiled products need a multiple of 32
 @pytest.mark.parametrize("rows", [None, VOCAB])
 @pytest.mark.parametrize("tokens", [None, KNOWN])
-def test_corrections_by_the_tokens_before(tmp_path: Path, tokens: list[int] | None, rows: int | None) -> None:
+def test_corrections_by_the_tokens_before(
+    tmp_path: Path, tokens: list[int] | None, rows: int | None, rank: int
+) -> None:
     tiny = TinyHeads.random().on_target_output()
-    tiny = (tiny if tokens is None else tiny.with_token_map(tokens)).with_corrections(rows=rows)
+    tiny = (tiny if tokens is None else tiny.with_token_map(tokens)).with_corrections(rank, rows=rows)
     heads = load(write(tmp_path, vllm_tensors(tiny), original_lm_head=True), tiny)
     assert heads.has_correction
     check(heads, tiny)
@@ -163,8 +171,8 @@ def test_memory_and_accuracies_are_told(tmp_path: Path) -> None:
     ranks = [[0.5, 0.2], [0.3, 0.1], [0.2, 0.1]]
     heads = load(write(tmp_path, vllm_tensors(tiny), original_lm_head=True, peregrine_accuracies=ranks), tiny)
     assert heads.accuracies == ((0.5, 0.2), (0.3, 0.1), (0.2, 0.1))
-    blocks = NUM_HEADS * (HIDDEN * HIDDEN + HIDDEN) * 4
-    assert heads.num_bytes == blocks + VOCAB * HIDDEN + VOCAB * 4
+    num_weights = NUM_HEADS * HIDDEN * HIDDEN + VOCAB * HIDDEN
+    assert num_weights < heads.num_bytes < 1.5 * num_weights  # of int8, with scales and biases
 
 
 def _edit(change: Callable[[dict[str, Tensor]], object], **config: object) -> Callable[[Path], Path]:
@@ -199,22 +207,22 @@ def _tokens(*tokens: int) -> Tensor:
         (_edit(_drop("token_map")), "truncated_vocab_size 10, and the model has 30 tokens"),
         (_edit(_drop("markov_w1.weight")), "markov_w1.weight is missing"),
         (_edit(_drop("blocks.0.newest.weight")), "newest.weight, but not all"),
-        (_edit(_set("blocks.0.layers.0.weight", torch.randn(16, 8))), r"shape \[16, 8\], but .* \[16, 16\]"),
-        (_edit(_set("blocks.0.layers.0.weight", torch.randn(8, 8))), "states of 8 features, but the model's have 16"),
+        (_edit(_set("blocks.0.layers.0.weight", torch.randn(32, 8))), r"shape \[32, 8\], but .* \[32, 32\]"),
+        (_edit(_set("blocks.0.layers.0.weight", torch.randn(8, 8))), "states of 8 features, but the model's have 32"),
         (_edit(_set("blocks.0.layers.0.bias", torch.randn(4))), r"bias has shape \[4\]"),
-        (_edit(_set("blocks.0.layers.0.weight", torch.full((16, 16), torch.nan))), "holds NaN or infinity"),
-        (_edit(_set("blocks.0.layers.0.weight", torch.ones(16, 16, dtype=torch.int8))), "torch.int8"),
-        (_edit(_set("lm_heads.0.weight", torch.randn(99, 16))), r"\[99, 16\], but the model has a vocabulary of 30"),
-        (_edit(_set("lm_heads.0.weight", torch.randn(10, 8))), r"\[10, 8\], but the model asks for \[10, 16\]"),
+        (_edit(_set("blocks.0.layers.0.weight", torch.full((32, 32), torch.nan))), "holds NaN or infinity"),
+        (_edit(_set("blocks.0.layers.0.weight", torch.ones(32, 32, dtype=torch.int8))), "torch.int8"),
+        (_edit(_set("lm_heads.0.weight", torch.randn(99, 32))), r"\[99, 32\], but the model has a vocabulary of 30"),
+        (_edit(_set("lm_heads.0.weight", torch.randn(10, 8))), r"\[10, 8\], but the model asks for \[10, 32\]"),
         (_edit(_set("markov_w2.weight", torch.randn(9, 4))), "Markov term"),
         (_edit(_set("token_map", _tokens(30))), "tokens 0 to 30, but the model's vocabulary has 30"),
         (_edit(_set("token_map", _tokens(-1))), "tokens -1 to"),
         (_edit(_set("token_map", _tokens(3))), "names a token twice"),
         (_edit(_set("token_map", torch.rand(10))), "float32 where token ids should be"),
         (_edit(_set("token_map", torch.arange(9))), r"token_map has shape \[9\], but must name 10 of 30"),
-        (_edit(_set("blocks.5.layers.0.weight", torch.randn(16, 16))), r"heads \[0, 1, 2, 5\], but they must be 0, 1"),
-        (_edit(_set("blocks.0.layers.4.weight", torch.randn(16, 16))), r"layers \[0, 4\]"),
-        (_edit(_set("blocks.0.gate.weight", torch.randn(16, 16))), "1 tensors are no part .* blocks.0.gate.weight"),
+        (_edit(_set("blocks.5.layers.0.weight", torch.randn(32, 32))), r"heads \[0, 1, 2, 5\], but they must be 0, 1"),
+        (_edit(_set("blocks.0.layers.4.weight", torch.randn(32, 32))), r"layers \[0, 4\]"),
+        (_edit(_set("blocks.0.gate.weight", torch.randn(32, 32))), "1 tensors are no part .* blocks.0.gate.weight"),
         (_edit(lambda tensors: tensors.clear() or tensors.update(a=torch.ones(1))), "no Medusa heads are in it"),
         (_edit(lambda _: None, medusa_fc_bias="yes"), "medusa_fc_bias 'yes'"),
         (_edit(lambda _: None, logit_scale=0), "logit_scale 0"),
@@ -232,9 +240,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
 def test_heads_of_another_model_are_refused(tmp_path: Path) -> None:
     tiny = TinyHeads.random()
     path = write(tmp_path, reference_tensors(tiny), name="medusa_lm_head.safetensors")
-    with pytest.raises(ValueError, match="16 features, but the model's have 24: they belong to another model"):
+    with pytest.raises(ValueError, match="32 features, but the model's have 24: they belong to another model"):
         load(path, tiny, hidden_size=24)
-    with pytest.raises(ValueError, match=r"\[30, 16\], but the model has a vocabulary of 31 tokens"):
+    with pytest.raises(ValueError, match=r"\[30, 32\], but the model has a vocabulary of 31 tokens"):
         load(path, tiny, vocab_size=31)
 
 

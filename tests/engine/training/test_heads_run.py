@@ -122,7 +122,7 @@ def test_rows_of_the_output_matrix_are_found_through_logits(config: EngineConfig
 def make_job(config: EngineConfig, output: Path, **fields: object) -> HeadsJob:
     settings = {
         "engine": config, "output": output, "kind": "answers", "sequences": prompts(60), "max_tokens": 20,
-        "num_tokens": 900, "num_heads": 2, "num_known_tokens": 50, "markov_rank": 4, "num_epochs": 2, "batch_size": 64,
+        "num_tokens": 5000, "num_heads": 2, "num_known_tokens": 50, "markov_rank": 4, "num_epochs": 2, "batch_size": 64,
     }  # fmt: skip
     return HeadsJob.model_validate({**settings, **fields})
 

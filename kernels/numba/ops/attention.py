@@ -115,6 +115,28 @@ def _copy_queries(qkv, target, first_token, num_tokens, group, first_head, row_f
 
 
 @njit
+def _start_rows(sums, states, rows, size):
+    """Nothing was summed yet."""
+    totals = floats(sums, rows * size)
+    for i in range(rows * size):
+        totals[i] = np.float32(0.0)
+    for row in range(rows):
+        state = floats(states + row * 8, 2)
+        state[0], state[1] = _LOWEST, np.float32(0.0)
+
+
+@njit
+def _first_key(positions, first_token, num_tokens, window):
+    """The first key that any of the tokens attends to: the blocks before it may hold NaN, or another sequence."""
+    if window == 0:
+        return 0
+    low = positions[first_token]  # in a tree, positions do not ascend
+    for token in range(first_token, first_token + num_tokens):
+        low = min(low, positions[token])
+    return max(0, low - window + 1)
+
+
+@njit
 def _mask(scores, count, start, low, high):
     """Masks the scores of `count` keys from key `start` on that are outside of low..high - 1."""
     for key in range(count):
@@ -204,15 +226,12 @@ def attend_unit(
     group = num_heads // num_kv_heads
     rows = num_tokens * group
     element = 4 if kind == FLOAT32 else 2
-    keys += kv_head * head_bytes
-    values += kv_head * head_bytes
+    keys, values = keys + kv_head * head_bytes, values + kv_head * head_bytes
     pages = integers(tables, (context + block - 1) // block)
     keys_at, values_at = scratch, scratch + (MAX_PARTS + PARTS_AHEAD) * 8
-    key_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD)
-    value_parts = integers(values_at, MAX_PARTS + PARTS_AHEAD)
+    key_parts, value_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD), integers(values_at, MAX_PARTS + PARTS_AHEAD)
     queries = scratch + SCRATCH_FLOATS * 4
-    sums = queries + rows * size * 4
-    scores = sums + rows * size * 4
+    sums, scores = queries + rows * size * 4, queries + 2 * rows * size * 4
     states = scores + rows * SPAN * 4
     copied_keys = states + rows * 2 * 4
     copied_values = copied_keys + MAX_PARTS * size * block * 4
@@ -227,19 +246,9 @@ def attend_unit(
         size,
         scale,
     )
-    totals = floats(sums, rows * size)
-    for i in range(rows * size):
-        totals[i] = np.float32(0.0)
-    for row in range(rows):
-        state = floats(states + row * 8, 2)
-        state[0], state[1] = _LOWEST, np.float32(0.0)
+    _start_rows(sums, states, rows, size)
     row_positions = integers(positions, first_token + num_tokens)
-    low = 0  # keys before it are outside of every row's window: their blocks may hold NaN, or another sequence
-    if window != 0:
-        low = row_positions[first_token]  # in a tree, positions do not ascend
-        for token in range(first_token, first_token + num_tokens):
-            low = min(low, row_positions[token])
-        low = max(0, low - window + 1)
+    low = _first_key(row_positions, first_token, num_tokens, window)
     first_new = context - num_new
     # Of a tree, all rows see the spans before the step's own keys; what follows is of each row alone: its ancestors.
     for index in range(1 if tree == 0 else 1 + num_tokens):

@@ -152,7 +152,7 @@ class _Reader:
                 kept = layer if f"{head}.{layer}.linear.weight" in self._names else 0
                 layers.append((f"{head}.{kept}.linear.weight", f"{head}.{kept}.linear.bias"))
             blocks.append(layers)
-        known = {name for layers in blocks for pair in layers for name in pair}
+        known = {name for layers in blocks for pair in layers for name in pair if name is not None}
         known |= {f"{head}.{layer}.weight" for head, layer in outputs.items()}
         self._check_unknown(known)
         return blocks

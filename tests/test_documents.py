@@ -9,6 +9,7 @@ import pytest
 from starlette.routing import Route
 
 from server.api import chat, completions, health, models, requests, tokenize
+from server.cli import train_heads
 from server.cli.main import COMMANDS, flagged_settings, option_names
 from server.settings import all_settings
 
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`|^    ([^ ].*)$", re.MULTILINE)
-FLAGS = {"--config", "--set", "--help", "--version"}.union(*(option_names(setting) for setting in flagged_settings()))
+FLAGS = {"--config", "--set", "--help", "--version", *train_heads.FLAGS}.union(
+    *(option_names(setting) for setting in flagged_settings())
+)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -67,7 +70,7 @@ def test_commands_that_are_named_exist(page: Path) -> None:
     for code in codes(page):
         for module in re.findall(r"python -m (\w+(?:\.\w+)*)", code):
             assert importlib.util.find_spec(module) is not None, f"{page.name}: {code}"
-        for command in re.findall(r"(?:^|bin/)peregrine ([a-z]+)", code):
+        for command in re.findall(r"(?:^|bin/)peregrine ([a-z-]+)", code):
             assert command in COMMANDS, f"{page.name}: {code}"
         for target in re.findall(r"^make ([a-z-]+)", code):
             assert target in targets, f"{page.name}: {code}"

@@ -31,7 +31,7 @@ class HeadsJob(BaseModel):
     num_known_tokens: Count = 8192
     markov_rank: Annotated[int, Field(ge=0, le=1024)] = 64
     num_epochs: Count = 4
-    batch_size: Count = 512
+    batch_size: Count = 256
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     seed: int = 0
 

@@ -34,6 +34,7 @@ class Target:
     vocab_size: int
     decoder: Decoder
 
+    @torch.inference_mode()
     def output_rows(self, token_ids: Tensor | None) -> Tensor:
         """Rows of its output matrix: its logits of unit vectors, so whatever keeps the matrix need not be known.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from engine.training.trainable_heads import TrainableHeads
 _HEAD_WEIGHT = 0.8  # of each head's loss against that of the head before it (the paper, section 2.2.1)
 _SAVE_INTERVAL = 60.0  # seconds
 _NUM_WARMUP_STEPS = 50
+_NUM_FREQUENT, _NUM_DRAWN = 1024, 512  # rows that a step looks at beside those of its labels
+_NUM_LABELS = 8  # of each position, that a step learns from
 
 
 class HeadsTrainer:
@@ -68,7 +71,9 @@ class HeadsTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * self._schedule()
         self._optimizer.zero_grad(set_to_none=True)
-        loss = heads_loss(self._heads(batch.states, batch.previous_rows), batch)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 - 1 - self._step)
+        chosen = choose_rows(batch.label_rows[..., :_NUM_LABELS], len(self._data.known), generator)
+        loss = heads_loss(self._heads(batch.states, batch.previous_rows, chosen.rows), batch, chosen)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._step += 1
@@ -108,12 +113,46 @@ class HeadsTrainer:
         self._step, self.loss = kept["step"], kept["loss"]
 
 
-def heads_loss(logits: list[Tensor], batch: Batch) -> Tensor:
-    """Cross entropy of each head with the target's distribution of the token that it guesses, later heads less."""
+@dataclass(frozen=True, slots=True)
+class ChosenRows:
+    """The rows of the vocabulary that a step looks at: products with all of them would take four times as long.
+
+    rows: [n]. weights: [n] log of how many rows each stands for. labels: the step's labels as places in `rows`
+    """
+
+    rows: Tensor
+    weights: Tensor
+    labels: Tensor
+
+
+def choose_rows(labels: Tensor, num_known: int, generator: torch.Generator) -> ChosenRows:
+    """Those of the labels and of frequent tokens, and a sample that stands for all others (sampled softmax, Jean et al.
+    2015, arXiv 1412.2007). Rows are sorted by how frequent their tokens are."""
+    is_certain = torch.zeros(num_known, dtype=torch.bool)
+    is_certain[:_NUM_FREQUENT] = True
+    is_certain[labels.flatten()] = True
+    others = torch.nonzero(~is_certain)[:, 0]
+    drawn = others[torch.randperm(len(others), generator=generator)[:_NUM_DRAWN]]
+    certain = torch.nonzero(is_certain)[:, 0]
+    rows = torch.cat((certain, drawn))
+    weights = torch.zeros(len(rows))
+    weights[len(certain) :] = math.log(len(others) / max(1, len(drawn))) if len(others) else 0.0
+    place_of = torch.zeros(num_known, dtype=torch.int64)
+    place_of[rows] = torch.arange(len(rows))
+    return ChosenRows(rows, weights, place_of[labels])
+
+
+def heads_loss(logits: list[Tensor], batch: Batch, chosen: ChosenRows) -> Tensor:
+    """Cross entropy of each head with the target's distribution of the token that it guesses, later heads less.
+
+    logits: of each head, [B, rows] of the chosen rows
+    """
+    probs = batch.label_probs[..., : chosen.labels.shape[-1]]
+    probs = probs / probs.sum(-1, keepdim=True)
     total = logits[0].new_zeros(())
     for head, scores in enumerate(logits):
-        log_probs = scores.gather(1, batch.label_rows[:, head]) - scores.logsumexp(1, keepdim=True)
-        entropy = -(log_probs * batch.label_probs[:, head]).sum(1)
+        log_probs = scores.gather(1, chosen.labels[:, head]) - (scores + chosen.weights).logsumexp(1, keepdim=True)
+        entropy = -(log_probs * probs[:, head]).sum(1)
         is_there = batch.is_there[:, head]
         total = total + _HEAD_WEIGHT**head * (entropy * is_there).sum() / is_there.sum().clamp_min(1)
     return total

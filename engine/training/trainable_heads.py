@@ -24,22 +24,26 @@ class TrainableHeads(nn.Module):
         super().__init__()
         num_known, size = output.shape
         self.num_heads, self.markov_rank = num_heads, markov_rank
-        self.register_buffer("output", output, persistent=False)
+        self._output = output
         self.weight = nn.Parameter(torch.zeros(num_heads, size, size))
         self.bias = nn.Parameter(torch.zeros(num_heads, size))
         self.newest = nn.Parameter(torch.zeros(num_heads, size, markov_rank))
         self.markov_w1 = nn.Parameter(torch.randn(num_known, markov_rank) * _SPREAD)
         self.markov_w2 = nn.Parameter(torch.zeros(num_known, markov_rank))
 
-    def forward(self, states: Tensor, previous: Tensor) -> list[Tensor]:
-        """The logits of each head, [B, num_known]. previous: [B, num_heads] rows; the first is the newest token"""
+    def forward(self, states: Tensor, previous: Tensor, rows: Tensor) -> list[Tensor]:
+        """The logits of each head for some rows, [B, len(rows)].
+
+        previous: [B, num_heads] rows of the tokens before those that are guessed; the first is the newest token
+        """
         features = F.embedding(previous, torch.cat((self.markov_w1, torch.zeros_like(self.markov_w1[:1]))))
+        matrix = torch.cat((self._output[rows], self.markov_w2[rows]), dim=1)
         logits = []
         for head in range(self.num_heads):
             inner = F.linear(states, self.weight[head], self.bias[head])
             inner = inner + F.linear(features[:, 0], self.newest[head])
             x = states + F.silu(inner)
-            logits.append(F.linear(x, self.output) + F.linear(features[:, head], self.markov_w2))
+            logits.append(F.linear(torch.cat((x, features[:, head]), dim=1), matrix))
         return logits
 
     def save(self, folder: Path, *, known: Tensor, vocab_size: int, fields: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ from engine.speculation.medusa_heads import MedusaHeads
 from engine.training import heads_trainer
 from engine.training.heads_accuracy import HeadsAccuracy, measure_accuracy
 from engine.training.heads_data import HeadsData, frequent_tokens, make_data
-from engine.training.heads_trainer import HeadsTrainer
+from engine.training.heads_trainer import HeadsTrainer, choose_rows
 from engine.training.trainable_heads import TrainableHeads
 from engine.training.transcripts import Transcripts
 
@@ -136,3 +136,20 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
     other, data, _ = make_heads(rank=8)
     with pytest.raises(ValueError, match=r"(?s)state.pt cannot be gone on with: .* delete it"):
         make_trainer(other, data, num_epochs=1).train(tmp_path / "state.pt")
+
+
+def test_the_rows_of_a_step_stand_for_all_of_them() -> None:
+    generator = torch.Generator().manual_seed(5)
+    num_known = 6000
+    labels = torch.randint(0, num_known, (7, 2, 3), generator=generator)
+    scores = torch.randn(num_known, generator=generator)
+    estimates = []
+    for _ in range(20):
+        chosen = choose_rows(labels, num_known, generator)
+        assert len(set(chosen.rows.tolist())) == len(chosen.rows) < num_known
+        assert torch.equal(chosen.rows[chosen.labels], labels)
+        estimates.append((scores[chosen.rows] + chosen.weights).logsumexp(0))
+    assert float(torch.stack(estimates).mean()) == pytest.approx(float(scores.logsumexp(0)), abs=0.02)
+    few = choose_rows(torch.tensor([[[3, 1]]]), 10, generator)
+    assert few.rows.tolist() == list(range(10))
+    assert few.weights.tolist() == [0.0] * 10

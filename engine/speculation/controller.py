@@ -24,7 +24,7 @@ MIN_GAIN = 1.02  # of tokens per second, below which drafts are not worth the do
 _WATCH_SHARE = 0.01  # of the seconds of steps without drafts, that guesses may take which are only watched
 _WATCH_DEPTH = 2  # drafts in a row
 _DRAFTING_PACE = 0.1  # of the running mean of what drafting costs
-_MEAN_PACE = 0.1  # of the running means of chances by depth
+_MEAN_PACE = 0.1  # of the running means of survivals
 _FREE = 0.01  # of a step's seconds, below which drafting costs nothing that counts
 
 
@@ -39,7 +39,7 @@ class DraftController:
         self._max_rows, self._depth_costs_time = max_rows, depth_costs_time
         self._guesses = Guesses()
         self._records: WeakKeyDictionary[Sequence, SequenceRecord] = WeakKeyDictionary()
-        self._mean_chances = np.full(64, 0.5)  # of a draft at each depth, given its parent
+        self._mean_survivals = 0.5 ** np.arange(1, 65)  # of a guess's drafts, from the best to the worst
         self._drafting: dict[int, float] = {}  # seconds of a pass, by the sequences' number as a power of two
         self._is_watching = False
         self._seconds_to_watch = self._seconds_of_watching = 0.0  # saved up; of the last time
@@ -63,12 +63,11 @@ class DraftController:
         plain = self.costs.seconds(base)
         if seconds < _FREE * plain:
             return most
-        survival = np.cumprod(self._mean_chances[:most])
-        depths = np.arange(1, most + 1)
+        numbers = np.arange(1, most + 1)  # of drafts of each sequence
         table = self.costs.table()
-        rows = np.minimum(base + num_seqs * depths, len(table) - 1)
-        passes = depths if self._depth_costs_time else np.ones(most)
-        rates = num_seqs * (1 + survival.cumsum()) / (table[rows] + passes * seconds)
+        rows = np.minimum(base + num_seqs * numbers, len(table) - 1)
+        passes = numbers if self._depth_costs_time else np.ones(most)
+        rates = num_seqs * (1 + self._mean_survivals[:most].cumsum()) / (table[rows] + passes * seconds)
         best = int(rates.argmax())
         if rates[best] > MIN_GAIN * num_seqs / plain:
             self._seconds_to_watch = 0.0
@@ -147,9 +146,8 @@ class DraftController:
         survivals = np.empty(len(parents))
         for index, parent in enumerate(parents):
             survivals[index] = chances[index] * (1.0 if parent < 0 else survivals[parent])
-            if index == 0 or depths[index] > depths[index - 1]:
-                depth = min(depths[index], len(self._mean_chances) - 1)
-                self._mean_chances[depth] += _MEAN_PACE * (chances[index] - self._mean_chances[depth])
+        known = self._mean_survivals[: len(survivals)]
+        known += _MEAN_PACE * (-np.sort(-survivals)[: len(known)] - known)
         return survivals
 
     def _seconds_of_pass(self, num_seqs: int) -> float:

@@ -24,9 +24,9 @@ from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sequence
 
 SHIPPED = Path(__file__).with_name("heads")  # of models that come by name
-NUM_CANDIDATES = 64  # of a node, that compete with noise
 MAX_CHILDREN = 8  # of a node
-MAX_OPEN_NODES = 3  # of a depth, that get children
+NUM_CANDIDATES = 64  # of a node, that compete with noise for being among them
+MAX_OPEN_NODES = 2  # of a depth, that get children
 
 
 class _Node(NamedTuple):
@@ -105,7 +105,9 @@ class MedusaProposer:
         """Gives nodes children; returns those of them that get children next. logits: [sequences, tokens]"""
         previous = torch.tensor([node.token_id for node in nodes], device=logits.device)
         of_nodes = logits[[node.seq for node in nodes]]
-        ids, log_probs = self._heads.children(of_nodes, previous, NUM_CANDIDATES)
+        is_greedy = all(seqs[node.seq].params.temperature < GREEDY_BELOW for node in nodes)
+        num_candidates = self._max_children if is_greedy else NUM_CANDIDATES
+        ids, log_probs = self._heads.children(of_nodes, previous, num_candidates)
         all_ids: Ints = ids.cpu().numpy()
         all_scores: Floats = log_probs.cpu().numpy()
         grown: list[list[_Node]] = [[] for _ in seqs]

@@ -21,7 +21,8 @@ from engine.speculation.step_costs import StepCosts
 from engine.types import DraftOutcome, Sequence
 
 MIN_GAIN = 1.02  # of tokens per second, below which drafts are not worth the doubt
-_WATCH_SHARE = 0.01  # of the seconds of steps without drafts, that guesses may take which are only watched
+_WATCH_SHARE = 0.005  # of the seconds of steps without drafts, that guesses may take which are only watched
+_PAUSE = 16  # steps until it is asked again whether drafting pays
 _WATCH_DEPTH = 2  # drafts in a row
 _DRAFTING_PACE = 0.1  # of the running mean of what drafting costs
 _MEAN_PACE = 0.1  # of the running means of survivals
@@ -42,6 +43,8 @@ class DraftController:
         self._mean_survivals = 0.5 ** np.arange(1, 65)  # of a guess's drafts, from the best to the worst
         self._drafting: dict[int, float] = {}  # seconds of a pass, by the sequences' number as a power of two
         self._is_watching = False
+        self._num_paused, self._paused_for = 0, 0  # steps that are left, and sequences of each
+        self._plain = 0.0  # seconds of a step without drafts
         self._seconds_to_watch = self._seconds_of_watching = 0.0  # saved up; of the last time
 
     def judge(self, seqs: list[Sequence]) -> None:
@@ -58,6 +61,9 @@ class DraftController:
         """
         if num_seqs == 0 or most == 0:
             return 0
+        if self._num_paused and self._paused_for == num_seqs:
+            self._num_paused -= 1
+            return self._watch_depth(most)
         seconds = self._seconds_of_pass(num_seqs)
         base = num_seqs + num_other_rows
         plain = self.costs.seconds(base)
@@ -73,8 +79,13 @@ class DraftController:
             self._seconds_to_watch = 0.0
             return best + 1 if self._depth_costs_time else most
         self.num_chosen, self.outcome = 0, "too_slow"
-        self._seconds_to_watch += _WATCH_SHARE * plain
-        if self._seconds_to_watch < max(self._seconds_of_watching, seconds):
+        self._num_paused, self._paused_for, self._plain = _PAUSE, num_seqs, plain
+        return self._watch_depth(most)
+
+    def _watch_depth(self, most: int) -> int:
+        """How deep to draft in a step where it does not pay: 0, but for a look now and then."""
+        self._seconds_to_watch += _WATCH_SHARE * self._plain
+        if self._seconds_to_watch < max(self._seconds_of_watching, self._seconds_of_pass(self._paused_for)):
             return 0
         self._is_watching, self._seconds_to_watch = True, 0.0
         return min(most, _WATCH_DEPTH)

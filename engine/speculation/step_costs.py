@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 
@@ -29,14 +30,17 @@ class StepCosts:
         known = dict(sorted((measured or {1: 1.0, 2: 2.0}).items()))
         sizes = np.array(list(known), dtype=np.float64)
         seconds = np.maximum.accumulate(np.array(list(known.values()), dtype=np.float64))
-        self._seconds = np.interp(ROWS, sizes, seconds)
-        if len(sizes) > 1:  # beyond the largest, on the line of the last two
-            slope = max((seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]), seconds[-1] / sizes[-1] / 4)
-        else:
-            slope = seconds[-1] / sizes[-1]
-        beyond = np.array(ROWS) > sizes[-1]
-        self._seconds[beyond] = seconds[-1] + (np.array(ROWS)[beyond] - sizes[-1]) * slope
-        self._num_seen = np.zeros(len(ROWS), dtype=np.int64)
+        all_sizes = np.array(ROWS, dtype=np.float64)
+        shape = np.interp(all_sizes, sizes, seconds)
+        slope = seconds[-1] / sizes[-1] / 4  # beyond the largest, on the line of the last two, and never flat
+        if len(sizes) > 1:
+            slope = max((seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]), slope)
+        beyond = all_sizes > sizes[-1]
+        shape[beyond] = seconds[-1] + (all_sizes[beyond] - sizes[-1]) * slope
+        self._scale = 1.0  # the machine's speed now
+        self._shape: list[float] = shape.tolist()  # seconds by size, at scale 1
+        self._rising: list[float] = self._shape  # the same, nowhere falling
+        self._num_seen = [0] * len(ROWS)
         self._last_size, self._num_alike = -1, _LATELY  # steps of one size, until now
         self._table: Doubles | None = None
 
@@ -49,21 +53,27 @@ class StepCosts:
         self._num_alike = 0 if 0 <= self._last_size != index else self._num_alike + 1
         self._last_size = index
         is_slower = seconds > self.seconds(num_rows)
-        self._seconds *= 1 + _PACE_OF_ALL if is_slower else 1 / (1 + _PACE_OF_ALL)
+        self._scale *= 1 + _PACE_OF_ALL if is_slower else 1 / (1 + _PACE_OF_ALL)
         if self._num_alike < _LATELY:
             pace = _FIRST_PACE if self._num_seen[index] <= _NUM_FIRST else _PACE_OF_ONE
-            self._seconds[index] *= 1 + pace if is_slower else 1 / (1 + pace)
-        self._table = None
+            self._shape[index] *= 1 + pace if is_slower else 1 / (1 + pace)
+            self._rising = list(accumulate(self._shape, max))
+            self._table = None
 
     def seconds(self, num_rows: int) -> float:
         """Of a step of so many rows."""
-        table = self.table()
-        if num_rows < len(table):
-            return float(table[num_rows])
-        return float(table[-1] * num_rows / (len(table) - 1))
+        index = bisect_left(ROWS, num_rows)
+        if index == len(ROWS):
+            return self._scale * self._rising[-1] * num_rows / ROWS[-1]
+        high, above = ROWS[index], self._rising[index]
+        if high == num_rows or index == 0:
+            return self._scale * above
+        low, below = ROWS[index - 1], self._rising[index - 1]
+        return self._scale * (below + (above - below) * (num_rows - low) / (high - low))
 
     def table(self) -> Doubles:
         """Of steps of 0, 1, 2, ... rows, up to the largest that is followed. [512 + 1]"""
         if self._table is None:
-            self._table = np.interp(np.arange(ROWS[-1] + 1), ROWS, np.maximum.accumulate(self._seconds))
-        return self._table
+            self._table = np.interp(np.arange(ROWS[-1] + 1), ROWS, self._rising)
+        table: Doubles = self._table * self._scale
+        return table

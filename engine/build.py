@@ -27,15 +27,20 @@ from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, wi
 from engine.planning.machine import Ceilings, Machine, freeing_at_once, read_machine
 from engine.planning.resolve import limit_instructions, resolve_device
 from engine.planning.sizes import gib
+from engine.runner.draft_executor import open_draft_model
 from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
 from engine.runner.step_recording import StepRecording
+from engine.runner.step_timing import time_steps
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
-from engine.speculation.proposer import build_proposer, needs_of
+from engine.speculation.controller import DraftController
+from engine.speculation.proposer import Proposer, ProposerContext, build_proposer, needs_of
+from engine.speculation.speculator import Speculator
+from engine.speculation.step_costs import StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +99,10 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     engine = _assemble(config, plan, loaded, back_end, pace=pace, has_independent_rows=has_independent_rows)
     clock.enter("trial", "one token through the whole model")
     try_one_token(engine.executor, engine.builder, path=loaded.path, dtype=plan.dtype)
+    if engine.speculator.controller is not None:
+        clock.enter("step_costs", "steps with drafts")
+        max_rows = min(plan.max_num_logits, (plan.num_blocks // engine.builder.tables.num_groups) * plan.block_size)
+        engine.speculator.controller.costs = StepCosts(time_steps(engine.executor, engine.builder, max_rows=max_rows))
     clock.end()
     model = ModelInfo(
         path=loaded.path,
@@ -177,7 +186,6 @@ def _assemble(
         codec=codec,
         device=plan.device,
     )
-    proposer = build_proposer(config.speculation)
     kv = KVCacheManager(
         num_blocks,
         plan.block_size,
@@ -191,26 +199,57 @@ def _assemble(
         max_model_len=plan.max_model_len,
         max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
-        num_lookahead_tokens=proposer.needs.num_lookahead_tokens,
+        num_lookahead_tokens=needs_of(config.speculation).num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
+    overlap = plan.device == "cuda" and plan.num_drafts == 0
+    executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
+    recording = None if config.supervision.record_steps == "off" else StepRecording(config)
+    windows = windows_of(layers)
+    context = ProposerContext(
+        path=loaded.path,
+        vocab_size=loaded.vocab_size,
+        hidden_size=model.hidden_size,
+        output_rows=model.output_rows,
+        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
+        full_group=windows.index(None) if None in windows else 0,
+    )
+    proposer = build_proposer(config.speculation, context)
+    return Engine(
+        executor,
+        Scheduler(kv, limits),
+        Speculator(proposer, loaded.vocab_size, _controller(config, plan, proposer)),
+        _cost(plan),
+        pace=pace,
+        overlap=overlap,
+        recording=recording,
+    )
+
+
+def _cost(plan: MemoryPlan) -> ModelCost:
+    """What steps of the model must read and compute; what speculation adds is not counted."""
     facts, experts = plan.facts, plan.facts.experts
     output_size = facts.vocab_size * facts.hidden_size
     num_in_layers = facts.num_linear_parameters - (0 if facts.ties_output else output_size)
-    cost = ModelCost(
+    return ModelCost(
         weight_bytes=plan.linear_bytes,
         expert_bytes=experts.num_parameters * plan.dtype.itemsize,
         expert_share=experts.share,
         flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
         is_queued=plan.device == "cuda",
         flops_per_logits=2 * output_size,
-        kv_bytes_per_token=plan.kv_bytes_per_token,
-        attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in layers),
+        kv_bytes_per_token=plan.kv_bytes_per_token - (plan.draft.kv_bytes_per_token if plan.draft else 0),
+        attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in facts.attention_layers),
     )
-    overlap = plan.device == "cuda" and plan.num_drafts == 0
-    executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
-    recording = None if config.supervision.record_steps == "off" else StepRecording(config)
-    return Engine(executor, Scheduler(kv, limits), proposer, cost, pace=pace, overlap=overlap, recording=recording)
+
+
+def _controller(config: EngineConfig, plan: MemoryPlan, proposer: Proposer) -> DraftController | None:
+    """Who chooses how many drafts a step verifies; None where a number of them is set, or none are made."""
+    if config.speculation.depth != "auto" or not proposer.needs.num_drafts:
+        return None
+    return DraftController(
+        StepCosts(), max_rows=plan.max_num_batched_tokens, depth_costs_time=proposer.needs.depth_costs_time
+    )
 
 
 def _with_measured_workspace(

@@ -102,10 +102,16 @@ class KVCacheConfig(Section):
 
 class SpeculationConfig(Section):
     method: Annotated[str, Flag("--speculative-config", "method")] = Field(
-        default="none", description='"none" or "ngram"'
+        default="none", description="who guesses the next tokens: none, ngram, suffix, medusa, draft_model"
     )
-    num_drafts: Annotated[NumDrafts, Flag("--speculative-config", "num_speculative_tokens")] = Field(
-        default=4, description="drafted tokens per step"
+    model: Annotated[str | None, Flag("--speculative-config", "model")] = Field(
+        default=None, description="the draft model, or the Medusa heads where they are not those that come with a model"
+    )
+    depth: Annotated[NumDrafts | Literal["auto"], Flag("--speculative-config", "depth")] = Field(
+        default="auto", description="drafts of a request that a step verifies; auto: as many as pay, or none"
+    )
+    num_drafts: Annotated[NumDrafts | Literal["auto"], Flag("--speculative-config", "num_speculative_tokens")] = Field(
+        default="auto", description="at most, for which memory is planned"
     )
     ngram_max: Annotated[NgramLength, Flag("--speculative-config", "prompt_lookup_max")] = Field(
         default=4, description="longest n-gram to look up"
@@ -118,6 +124,8 @@ class SpeculationConfig(Section):
     def _check_lengths(self) -> Self:
         if self.ngram_min > self.ngram_max:
             raise ValueError(f"ngram_min ({self.ngram_min}) must not be above ngram_max ({self.ngram_max})")
+        if self.depth != "auto" and self.num_drafts != "auto" and self.depth > self.num_drafts:
+            raise ValueError(f"depth ({self.depth}) must not be above num_drafts ({self.num_drafts})")
         return self
 
 

@@ -19,8 +19,7 @@ from engine.runner.trial import compute_one_token
 from engine.scheduling.oom_split import drop_drafts, halve_chunks
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepClock, StepPace, StepRecorder
-from engine.speculation.proposer import Proposer
-from engine.speculation.verified_step import VerifiedStep
+from engine.speculation.speculator import Speculator
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class Engine:
         self,
         executor: Executor,
         scheduler: Scheduler,
-        proposer: Proposer,
+        speculator: Speculator,
         cost: ModelCost,
         *,
         pace: StepPace | None = None,
@@ -47,14 +46,15 @@ class Engine:
         recording: StepRecording | None = None,
     ) -> None:
         """recording: of the step that runs, for `engine.replay`"""
-        assert not (overlap and proposer.needs.num_drafts), "drafts are made of tokens that the host must know"
-        self.executor, self.scheduler, self.proposer = executor, scheduler, proposer
+        needs = speculator.proposer.needs
+        assert not (overlap and needs.num_drafts), "drafts are made of tokens that the host must know"
+        self.executor, self.scheduler, self.speculator = executor, scheduler, speculator
         self.builder = StepBuilder(
             scheduler.kv.block_size,
             executor.vocab_size,
             num_groups=scheduler.kv.num_groups,
             counts_on_device=executor.keeps_token_counts,
-            shows_all_rows=proposer.needs.hidden == "all",
+            shows_all_rows=needs.hidden == "all",
         )
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
@@ -85,6 +85,7 @@ class Engine:
             "token_budget": self.scheduler.is_budget_lowered,
             "run_ahead": self._stepper is not None and self._stepper.breaker.is_open,
             "cuda_graphs": self.executor.lacks_graphs,
+            "speculation": self.speculator.is_off,
         }
         return [name for name, is_degraded in modes.items() if is_degraded]
 
@@ -108,12 +109,13 @@ class Engine:
         recorder.plan(batch)
         outputs = self.scheduler.update(batch, result.sampled)
         recorder.clock.lap("update")
-        self._propose(batch, result)
+        self.speculator.propose(batch, result.sampled, result.hidden)
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")
-        stats = recorder.stats(result.sampled, outputs, self.degraded_modes)
+        stats = recorder.stats(result.sampled, outputs, self.degraded_modes, self.speculator.outcome)
         self._pace.learn(stats)
+        self.speculator.learn(stats)
         return outputs, started, stats
 
     def _compute(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
@@ -214,19 +216,6 @@ class Engine:
     def _forget_launched(self) -> None:
         if self._stepper is not None:
             self._stepper.forget()
-
-    def _propose(self, batch: list[Scheduled], result: StepResult) -> None:
-        """Shows the proposer the step, prompt chunks and all, if there is what it wants to see of it."""
-        if self.proposer.needs.hidden != "none" and result.hidden is None:
-            return
-        step = VerifiedStep(batch, result.sampled, result.hidden)
-        try:
-            self.proposer.propose(step)
-        except Exception as error:  # a guess that could not be made costs time, never the request
-            check_device(error)
-            logger.exception("the proposer failed; going on without drafts")
-            for seq in step.drafting:
-                seq.draft_token_ids, seq.draft_parents = [], []
 
 
 def _mark_started(batch: list[Scheduled]) -> list[str]:

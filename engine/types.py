@@ -87,7 +87,11 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error_kind: ErrorKind = "request"  # of `error`
 
 
-DEGRADED_MODES = ("token_budget", "run_ahead", "cuda_graphs")
+DEGRADED_MODES = ("token_budget", "run_ahead", "cuda_graphs", "speculation")
+
+
+DraftOutcome = Literal["", "drafted", "no_guess", "unlikely", "too_slow", "failed"]  # of proposing after a step
+DRAFT_OUTCOMES: tuple[DraftOutcome, ...] = ("drafted", "no_guess", "unlikely", "too_slow", "failed")
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +120,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int = 0  # that requests got in this step
     num_first_prompt_tokens: int = 0  # prompt tokens that were computed for those of them whose first token it is
     is_queued: bool = False  # the forward pass only queued its work, and sampling waited for it
+    draft_outcome: DraftOutcome = ""  # what the proposer made for the next step; empty: nobody was to be drafted for
     degraded_modes: list[str] = []  # of DEGRADED_MODES, what steps do without for now, because it has failed
 
     @property
@@ -145,6 +150,7 @@ class Sequence:
     added_at: float = 0.0  # seconds, time.monotonic
     draft_token_ids: list[int] = field(default_factory=list)
     draft_parents: list[int] = field(default_factory=list)
+    draft_confidences: list[float] = field(default_factory=list)  # the proposer's, of each after its parent, or none
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_tables: list[list[int]] = field(default_factory=list)  # of each group of layers; empty: it owns no blocks

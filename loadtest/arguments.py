@@ -11,11 +11,12 @@ from typing import TypeVar
 from loadtest.client.client import Api, IgnoreEos
 from loadtest.planning import parse_extra_body, parse_peer
 from loadtest.report.slo import parse_service_level
+from loadtest.speculation import METHODS, SERVER, WORKLOADS, parse_method, parse_workloads
 from loadtest.workload.lengths import parse_length
 
 Parsed = TypeVar("Parsed")
 
-COMMANDS = ("run", "sweep", "compare", "table")
+COMMANDS = ("run", "sweep", "compare", "spec", "table")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -44,32 +45,68 @@ def _parser() -> argparse.ArgumentParser:
         "compare", parents=[many, target], help="several servers in turns; ratios to the first"
     )
     _add_comparison(compare)
-    for name, command in (("sweep", sweep), ("compare", compare)):
+    speculation = commands.add_parser("spec", help="what each method of speculation gains, in pairs with none")
+    _add_speculation(speculation)
+    for name, command in (("sweep", sweep), ("compare", compare), ("spec", speculation)):
         command.add_argument("--results", type=Path, default=Path("loadtest/results"), help="folder (loadtest/results)")
         command.add_argument("--name", default=name, help=f"in the file's name after the date ({name})")
-    commands.add_parser("table", help="markdown, out of a result file").add_argument("file", type=Path)
+    table = commands.add_parser("table", help="markdown, out of a result file; of spec, out of its parts together")
+    table.add_argument("file", type=Path, nargs="+")
     return parser
+
+
+def _add_speculation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--method",
+        action="append",
+        type=_checked(parse_method),
+        metavar="NAME[=JSON]",
+        help=f"a server of ours with that --speculative-config (one each of {', '.join(METHODS)}), beside one without",
+    )
+    add("--workload", type=_checked(parse_workloads), default=[*WORKLOADS], help=f"of {','.join(WORKLOADS)} (all)")
+    add("--concurrency", type=_list(_positive_int, True), default=[1, 2, 4, 8, 16, 32, 64], help="requests at once")
+    add("--pairs", dest="rounds", type=_positive_int, default=7, help="times each server has its turn (7)")
+    add("--requests", type=_positive_int, help="of a run (4 for each client up to 32, or 2 for each; at least 8)")
+    add("--warmup", type=int, help="requests before, not counted (the concurrency)")
+    add("--output", type=_checked(parse_length), default="128", help="tokens (128)")
+    add("--ignore-eos", choices=["sent", "no"], default="sent", help="no: answers may end early (sent)")
+    add("--seed", type=int, help="of prompts and of sampling (default: a new one, reported)")
+    add("--model", help="what the servers of ours serve (their default)")
+    add("--server-command", default=SERVER, help=f"how they are started ({SERVER})")
+    add("--timeout", type=_positive_float, default=600.0, help="seconds for an answer (600)")
+    _add_peers(parser, is_required=False)
+    parser.set_defaults(freeze_idle=True, starts=1, slo=None, api_key=None, extra_body={}, keep_alive=False, done="yes")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--peer",
-        action="append",
-        required=True,
-        type=_checked(parse_peer),
-        metavar="NAME=URL[,key=value...]",
-        help="a server; keys: model, api, prompts (tokens|text), ignore_eos, extra (JSON), api_key, done (yes|no), "
-        "pid, version, precision (any words)",
-    )
     add("--rounds", type=_positive_int, default=3, help="times each server has its turn (3)")
     add("--prefill", type=_positive_int, metavar="TOKENS", help="also prompts of so many, 1 output")
     add("--prefill-concurrency", type=_positive_int, default=4, help="requests at once in that (4)")
     add("--prefill-requests", type=_positive_int, default=16, help="requests per round of that (16)")
-    add("--quiet", type=float, metavar="CORES", help="wait until fewer are in use, repeat disturbed runs")
     names = "whose best is compared (the first peer)"
     add("--ours", type=lambda text: text.split(","), default=[], metavar="NAME[,NAME...]", help=names)
-    add = parser.add_argument_group("servers that are started here").add_argument
+    add("--starts", type=_positive_int, default=1, help="start each so many times, for the median (1)")
+    paused = "pause servers that are started here, or have a pid, between turns"
+    add("--freeze-idle", action="store_true", help=paused)
+    add("--one-at-a-time", action="store_true", help="start and end each server in every round")
+    _add_peers(parser, is_required=True)
+
+
+def _add_peers(parser: argparse.ArgumentParser, *, is_required: bool) -> None:
+    add = parser.add_argument
+    add(
+        "--peer",
+        action="append",
+        default=None if is_required else [],
+        required=is_required,
+        type=_checked(parse_peer),
+        metavar="NAME=URL[,key=value...]",
+        help="a server; keys: model, api, prompts (tokens|text), ignore_eos, extra (JSON), api_key, done (yes|no), "
+        "pid, version, precision (any words), speculation (JSON, of a server of ours)",
+    )
+    add("--quiet", type=float, metavar="CORES", help="wait until fewer are in use, repeat disturbed runs")
     add(
         "--peer-command",
         action="append",
@@ -78,11 +115,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         metavar="NAME='COMMAND'",
         help="a shell command that starts that peer: the time to its first answer and its memory are measured",
     )
-    add("--starts", type=_positive_int, default=1, help="start each so many times, for the median (1)")
     add("--start-patience", type=_positive_float, default=300.0, help="seconds to its answer (300)")
-    paused = "pause servers that are started here, or have a pid, between turns"
-    add("--freeze-idle", action="store_true", help=paused)
-    add("--one-at-a-time", action="store_true", help="start and end each server in every round")
 
 
 def _load(*, many: bool) -> argparse.ArgumentParser:

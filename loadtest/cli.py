@@ -10,47 +10,97 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 
 from loadtest.arguments import parse
 from loadtest.client.client import run_in_loop
-from loadtest.compare.comparison import Comparison, Quietness
+from loadtest.compare.comparison import Comparison, Quietness, Watch
+from loadtest.compare.hosting import RunningHost
 from loadtest.compare.launch import without_keys
+from loadtest.compare.measure import Case
 from loadtest.extra import check_extra
 from loadtest.planning import cases_of, hosts_of, seed_of
 from loadtest.report.environment import read_environment
 from loadtest.report.result_files import dated_path, save_result
 from loadtest.report.session import Session, load
+from loadtest.speculation import Watcher, options_of, speculation_cases
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. 0: measured; 1: measured, but a server answered no request; 2: nothing could be measured."""
+    """Runs a command. 2: nothing could be measured, or not all; else 0, or 1 where a server answered no request, or
+    `spec` found a text that differs."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    check_extra("tabulate", *(["matplotlib"] if options.command in ("sweep", "compare") else []))
+    check_extra("tabulate", *(["matplotlib"] if options.command in ("sweep", "compare", "spec") else []))
     command = shlex.join(["python", "-m", "loadtest", *_without_keys(arguments)])
     try:
         if options.command == "table":
-            from loadtest.report.tables import markdown
-
-            print(markdown(load(options.file)))
+            _print_tables(options.file)
             return 0
-        session = run_in_loop(_measure(options, command))
+        options.seed = seed_of(options)
+        run = _measure_speculation if options.command == "spec" else _measure_once
+        sessions = run(options, command)
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("loadtest: ended by a signal; nothing was written", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError, OSError) as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
+    if any(session.error for session in sessions):
+        return 2
+    is_good = all(run.figures.num_answers for session in sessions for run in session.measurements)
+    return 0 if is_good and not any(session.differences for session in sessions) else 1
+
+
+def _print_tables(files: list[Path]) -> None:
+    from loadtest.report.speculation import speculation_tables
+    from loadtest.report.tables import markdown
+
+    sessions = [load(file) for file in files]
+    if all(session.kind == "spec" for session in sessions):
+        print(speculation_tables(sessions))
+    else:
+        print("\n\n".join(markdown(session) for session in sessions))
+
+
+def _measure_once(options: argparse.Namespace, command: str) -> list[Session]:
+    hosts, cases = hosts_of(options, seed=options.seed), cases_of(options, seed=options.seed)
+    session = run_in_loop(_measure(options, command, hosts, cases))
     _show(session, options)
-    return 0 if all(measurement.figures.num_answers for measurement in session.measurements) else 1
+    return [session]
 
 
-async def _measure(options: argparse.Namespace, command: str) -> Session:
-    seed = seed_of(options)
-    hosts = hosts_of(options, seed=seed)
-    cases = cases_of(options, seed=seed)
+def _measure_speculation(options: argparse.Namespace, command: str) -> list[Session]:
+    """A session for each workload, written when it ends. One that ends early is the last."""
+    from loadtest.report.speculation import speculation_tables
+
+    sessions: list[Session] = []
+    for workload in options.workload:
+        own = options_of(options, workload)
+        hosts = hosts_of(own, seed=own.seed)
+        watcher = Watcher([host.peer.name for host in hosts if host.peer.speculation], own.rounds)
+        cases = speculation_cases(own, seed=own.seed)
+        session = run_in_loop(_measure(own, command, hosts, cases, watcher))
+        sessions.append(replace(session, num_compared=watcher.num_compared, differences=watcher.differences))
+        _write(sessions[-1], own)
+        if session.error:
+            print(f"loadtest: {session.error}; what was measured before is in the file", file=sys.stderr)
+            break
+    print(speculation_tables(sessions))
+    return sessions
+
+
+async def _measure(
+    options: argparse.Namespace,
+    command: str,
+    hosts: list[RunningHost],
+    cases: list[Case],
+    watch: Watch | None = None,
+) -> Session:
+    """With `watch`, what was measured before an error or a signal is a session too, which says so."""
     comparison = Comparison(
         hosts=hosts,
         cases=cases,
@@ -60,19 +110,26 @@ async def _measure(options: argparse.Namespace, command: str) -> Session:
         freezes_idle=options.freeze_idle,
         takes_one_at_a_time=options.one_at_a_time,
         shows_progress=True,
+        watch=watch,
     )
-    environment = read_environment()
-    with _ended_by_a_signal():
-        measurements = await comparison.run()
+    environment, error = read_environment(), ""
+    try:
+        with _ended_by_a_signal():
+            await comparison.run()
+    except (asyncio.CancelledError, RuntimeError, ValueError, OSError) as reason:
+        if watch is None or not comparison.measurements:
+            raise
+        error = str(reason) or "ended by a signal"
     return Session(
         kind=options.command,
         command=command,
-        seed=seed,
+        seed=options.seed,
         environment=environment,
         servers=[host.record() for host in hosts],
         scenarios=[case.scenario() for case in cases],
-        measurements=measurements,
+        measurements=comparison.measurements,
         ours=options.ours,
+        error=error,
     )
 
 
@@ -99,9 +156,13 @@ def _show(session: Session, options: argparse.Namespace) -> None:
         if options.json is not None:
             save_result(session, options.json)
         return
+    print(comparison_tables(session))
+    _write(session, options)
+
+
+def _write(session: Session, options: argparse.Namespace) -> None:
     from loadtest.report.page import html_page
 
-    print(comparison_tables(session))
     path = dated_path(options.results, options.name, session.environment)
     save_result(session, path)
     path.with_suffix(".html").write_text(html_page(session))

@@ -17,7 +17,9 @@ from loadtest.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
 from loadtest.workload.lengths import FixedLength
 from loadtest.workload.prompts import Exchange, Workload
 
-PEER_KEYS = ("model", "api", "prompts", "ignore_eos", "extra", "api_key", "done", "pid", "version", "precision")
+PEER_KEYS = (
+    "model", "api", "prompts", "ignore_eos", "extra", "api_key", "done", "pid", "version", "precision", "speculation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,13 @@ def named_peer(text: PeerText, options: argparse.Namespace) -> Peer:
         pid=int(own["pid"]) if "pid" in own else None,
         version=own.get("version"),
         precision=own.get("precision", ""),
+        speculation=own.get("speculation", ""),
     )
 
 
 def hosts_of(options: argparse.Namespace, *, seed: int) -> list[RunningHost]:
     """The servers of a command, in its order. Raises ValueError where names or commands do not fit together."""
-    if options.command != "compare":
+    if options.command not in ("compare", "spec"):
         own = {"pid": str(options.pid)} if options.pid is not None else {}
         return [RunningHost(named_peer(PeerText("server", options.url, own), options), seed=seed)]
     peers = [named_peer(text, options) for text in options.peer]

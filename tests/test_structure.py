@@ -75,6 +75,7 @@ ROOMS = {
         "report",
         "compare",
         "planning",
+        "speculation",
         "arguments",
         "cli",
         "__main__ selfcost",

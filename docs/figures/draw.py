@@ -14,12 +14,17 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from loadtest.report.session import load
+from loadtest.report.speculation import Point, points_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "loadtest" / "results"
 COMPARISON = "2026-11-21-161224-cpu.json"
 SCALING = "2026-11-21-172547-scaling.json"
 PROFILE = "2026-11-21-170613-step-profile.json"
+SPECULATION: tuple[str, ...] = ()  # the parts of one measurement by `python -m loadtest spec`; none yet, and no plot
 
 OURS, LLAMA, VLLM, INK, GRID = "#2a78d6", "#eb6834", "#8a8985", "#2b2b29", "#e4e3df"
 PANELS = {  # title -> servers, as the comparison calls them; each beside those that read weights of the same precision
@@ -40,6 +45,16 @@ PARTS = {  # of a step's profile -> color
     "scheduling": "#4a3aa7",
     "update": "#7fb2ec",
     "between the processes and HTTP": "#b9b8b3",
+}
+METHODS = {  # of speculation -> name and color
+    "ngram": ("n-grams", OURS),
+    "suffix": ("suffixes", LLAMA),
+    "medusa": ("Medusa heads", "#1baf7a"),
+}
+WORKLOADS = {  # of a measurement of speculation -> title of its panel
+    "chat": "chat, greedy",
+    "copy": "copying, greedy",
+    "sampled": "chat, temperature 1",
 }
 
 Json = dict  # as it lies in the file; only this script reads it
@@ -68,6 +83,10 @@ def main() -> None:
     save(bars(comparison, "ms between tokens, 99th percentile", wait_p99), "cpu-itl-p99.svg")
     save(scaling(read(SCALING)), "cpu-step-scaling.svg")
     save(profile(read(PROFILE)), "cpu-step-profile.svg")
+    if SPECULATION:
+        points = points_of([load(RESULTS / name) for name in SPECULATION])
+        save(speed_ups(points), "cpu-speculation.svg")
+        save(acceptance(points), "cpu-speculation-acceptance.svg")
 
 
 def output_rate(figures: Json) -> float:
@@ -172,6 +191,54 @@ def profile(result: Json) -> Figure:
             ax.spines[spine].set_visible(False)
     axes[1].set_xlabel("ms")
     axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
+    figure.tight_layout()
+    return figure
+
+
+def speed_ups(points: Sequence[Point]) -> Figure:
+    """Each method's tokens per second over those of the server without, against concurrency; 90% intervals shaded."""
+
+    def draw(ax: Axes, here: list[Point], label: str, color: str) -> None:
+        measured = [point for point in here if point.ratio is not None]
+        xs, ys = [point.concurrency for point in measured], [point.ratio for point in measured]
+        lows, highs = ([(p.interval or (p.ratio, p.ratio))[end] for p in measured] for end in (0, 1))
+        ax.plot(xs, ys, "o-", color=color, markersize=4, label=label)
+        ax.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(*ticks([point.concurrency for point in here]))
+        ax.axhline(1, color=VLLM, linewidth=0.8)
+
+    return by_workload(points, draw, "clients at once", "tokens/s, times those without")
+
+
+def acceptance(points: Sequence[Point]) -> Figure:
+    """The share of drafts whose first, second, ... token was accepted, with the fewest clients."""
+
+    def draw(ax: Axes, here: list[Point], label: str, color: str) -> None:
+        shares = here[0].by_position
+        ax.plot(range(1, len(shares) + 1), shares, "o-", color=color, markersize=4, label=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylim(0, 1)
+
+    return by_workload(points, draw, "position in the draft", "accepted")
+
+
+def by_workload(
+    points: Sequence[Point], draw: Callable[[Axes, list[Point], str, str], None], below: str, beside: str
+) -> Figure:
+    """A panel for each workload, in which every method but the reference is drawn: its points by concurrency."""
+    workloads = list(dict.fromkeys(point.workload for point in points))
+    figure, axes = plt.subplots(1, len(workloads), figsize=(10.5, 3.1), sharey=True, squeeze=False)
+    for ax, workload in zip(axes[0], workloads, strict=True):
+        for server in dict.fromkeys(point.server for point in points if point.server != points[0].server):
+            here = [point for point in points if (point.workload, point.server) == (workload, server)]
+            if here:
+                draw(ax, sorted(here, key=lambda point: point.concurrency), *METHODS.get(server, (server, VLLM)))
+        ax.set_title(WORKLOADS.get(workload, workload), fontsize=10)
+        tidy(ax)
+    axes[0][len(workloads) // 2].set_xlabel(below)
+    axes[0][0].set_ylabel(beside)
+    axes[0][0].legend(frameon=False, fontsize=8.5)
     figure.tight_layout()
     return figure
 

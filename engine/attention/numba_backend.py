@@ -17,6 +17,7 @@ from kernels.numba.ops.attention import (
     SCRATCH_FLOATS,
     SCRATCH_FLOATS_PER_ROW,
     TILE_ROWS,
+    copied_floats,
     cut_tiles,
 )
 from kernels.numba.ops.linear import SCRATCH_BYTES
@@ -150,12 +151,13 @@ def tokens_of_tile(group: int) -> int:
     return max(1, int(TILE_ROWS) // group)
 
 
-def scratch_bytes(layers: list[AttentionLayer]) -> int:
+def scratch_bytes(layers: list[AttentionLayer], block_size: int) -> int:
     """Bytes of private memory that each thread of the team needs."""
 
     def of_layer(layer: AttentionLayer) -> int:
         group = layer.num_heads // layer.num_kv_heads
         num_rows = tokens_of_tile(group) * group
-        return 4 * (int(SCRATCH_FLOATS) + num_rows * (2 * layer.head_dim + int(SCRATCH_FLOATS_PER_ROW)))
+        of_rows = num_rows * (2 * layer.head_dim + int(SCRATCH_FLOATS_PER_ROW))
+        return 4 * (int(SCRATCH_FLOATS) + of_rows + copied_floats(layer.head_dim, block_size))
 
     return max(int(SCRATCH_BYTES), *map(of_layer, layers))

@@ -176,6 +176,10 @@ class Llama(Model):
             return normed
         return torch.cat((normed, *(inputs[layer] for layer in self.hidden_layers)), dim=1)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.lm_head
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden)
         return logits.float()

@@ -84,6 +84,9 @@ class Place:
         self.take(weight)
 
 
+_ROWS_AT_ONCE = 4096  # of the output layer, which are floats while they are looked at
+
+
 class Model(Decoder, nn.Module):
     """A decoder that keeps its keys and values in an `AttentionBackend`.
 
@@ -112,6 +115,33 @@ class Model(Decoder, nn.Module):
     def experts(self) -> ExpertFacts:
         """None by default: every token goes through all of the model, or nothing is known of its experts."""
         return ExpertFacts()
+
+    @property
+    @abstractmethod
+    def output_layer(self) -> nn.Module:
+        """The linear layer that makes logits of hidden states."""
+
+    def output_rows(self, token_ids: Tensor | None) -> Tensor:
+        """Rows of the output layer's matrix, as it is kept, in float32: of some tokens, [n, hidden_size], or of all."""
+        layer = self.output_layer
+        assert isinstance(layer, KeptMatrix | nn.Linear)
+        pieces, places = [], []
+        for start in range(0, self.vocab_size, _ROWS_AT_ONCE):
+            rows = slice(start, min(start + _ROWS_AT_ONCE, self.vocab_size))
+            chosen = None
+            if token_ids is not None:
+                chosen = ((token_ids >= rows.start) & (token_ids < rows.stop)).nonzero().flatten()
+                if not len(chosen):
+                    continue
+                places.append(chosen)
+            dense = layer.dense(rows) if isinstance(layer, KeptMatrix) else layer.weight[rows]
+            found = dense if chosen is None or token_ids is None else dense[token_ids[chosen].to(dense.device) - start]
+            pieces.append(found.detach().float())
+        if token_ids is None or not pieces:
+            return torch.cat(pieces) if pieces else torch.empty(0, self.hidden_size)
+        out = torch.empty(len(token_ids), self.hidden_size, device=pieces[0].device)
+        out[torch.cat(places)] = torch.cat(pieces)
+        return out
 
     @property
     def why_not_compiled(self) -> str:

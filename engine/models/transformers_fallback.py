@@ -192,6 +192,11 @@ class TransformersModel(Model):
             return hidden[0]
         return torch.cat((hidden[0], *(outputs.hidden_states[layer][0] for layer in self.hidden_layers)), dim=1)
 
+    @property
+    def output_layer(self) -> nn.Module:
+        layer: nn.Module = self.head.get_output_embeddings()
+        return layer
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0].float()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig, SpeculationConfig
 from engine.ipc.messages import Setting
 from engine.kv_cache.codec import make_codec
 from engine.kv_cache.layer_spec import windows_of
+from engine.loading.loader import read_model_facts
 from engine.loading.loading_peak import COMPILER_BYTES
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import length_notes
+from engine.models.model_error import ModelError
 from engine.planning.machine import Machine
 from engine.planning.resolve import (
     Resolved,
@@ -27,7 +29,7 @@ from engine.planning.resolve import (
     step_name,
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
-from engine.speculation.proposer import needs_of
+from engine.speculation.proposer import ProposerNeeds, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
 
@@ -62,6 +64,8 @@ class MemoryPlan:
     loading_bytes: int  # at the peak while weights are loaded and packed
     process_bytes: int  # of the process itself, with its libraries
     workspace_bytes: int  # of the largest step, besides weights and cache
+    speculation_bytes: int  # of the proposer: its weights, and the workspace of its own steps
+    draft: MemoryPlan | None  # of the draft model, if there is one; its cache is counted in `kv_bytes_per_token` here
     graphs: GraphDemand
     kv_bytes_per_token: int
     block_size: int  # tokens
@@ -134,14 +138,13 @@ def plan_memory(
     chosen = device.value, kernels.value, quantization.value
     steps = step_name(facts, *chosen[1:], num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
+    draft, needs = _plan_draft(config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
-    needs = needs_of(config.speculation)
     sizer = Sizer(facts, config, machine, *chosen, needs, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
     demand = sizer.demand(dtype.value, kv_dtype.value, **limits)
-    num_tokens = sizer.cache_tokens(demand, max_num_seqs.value)
-    rounded = num_tokens.value // sizer.block_size * sizer.block_size
-    num_blocks = rounded // sizer.block_size * sizer.num_groups
+    size = sizer.cache_tokens(demand, max_num_seqs.value)
+    num_blocks = size.value // sizer.block_size * sizer.num_groups
     max_model_len = sizer.length(demand, num_blocks)
     resolved = {"max_model_len": max_model_len.value, "dtype": dtype.value, "quantization": quantization.value}
     return MemoryPlan(
@@ -158,6 +161,8 @@ def plan_memory(
         loading_bytes=demand.loading,
         process_bytes=machine.process_bytes + (COMPILER_BYTES if kernels.value == "numba" else 0),
         workspace_bytes=demand.workspace,
+        speculation_bytes=demand.speculation,
+        draft=draft,
         graphs=demand.graphs,
         kv_bytes_per_token=demand.kv_per_token,
         block_size=sizer.block_size,
@@ -172,9 +177,27 @@ def plan_memory(
         max_num_logits=demand.num_logits,
         settings=_settings(
             device, kernels, num_threads, dtype, quantization, max_model_len, max_num_seqs, max_num_batched_tokens,
-            Resolved(f"{rounded}tokens", num_tokens.source, num_tokens.reason), kv_dtype,
+            Resolved(f"{size.value // sizer.block_size * sizer.block_size}tokens", size.source, size.reason), kv_dtype,
         ),
     )  # fmt: skip
+
+
+def _plan_draft(config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
+    """The draft model's plan, if there is to be one, and what the proposer needs with it."""
+    needs = needs_of(config.speculation)
+    if config.speculation.method != "draft_model":
+        return None, needs
+    model = ModelConfig(
+        path=str(config.speculation.model),
+        load_format="dummy" if config.model.load_format == "dummy" else "auto",
+    )
+    draft_config = config.model_copy(update={"model": model, "speculation": SpeculationConfig()})
+    try:
+        draft = plan_memory(read_model_facts(model), draft_config, machine)
+    except ModelError as error:
+        raise ModelError(f"speculation.model: {error}") from error
+    used = draft.weight_bytes + draft.workspace_bytes
+    return draft, replace(needs, num_bytes=used, kv_bytes_per_token=draft.kv_bytes_per_token)
 
 
 def _settings(*resolved: Resolved[str] | Resolved[int]) -> dict[str, Setting]:
@@ -185,7 +208,7 @@ def render_plan(plan: MemoryPlan) -> str:
     """The plan as a table for a terminal."""
     facts = plan.facts
     graph_bytes = plan.graphs.total
-    used = plan.weight_bytes + plan.workspace_bytes + graph_bytes + plan.kv_bytes
+    used = plan.weight_bytes + plan.workspace_bytes + plan.speculation_bytes + graph_bytes + plan.kv_bytes
     rows = [
         ("model", f"{facts.path} ({facts.architecture}, {facts.num_parameters / 1e6:,.1f} M parameters)"),
         ("device", f"{plan.device}, {gib(plan.available_bytes)} free of {gib(plan.total_bytes)}"),
@@ -193,6 +216,7 @@ def render_plan(plan: MemoryPlan) -> str:
         ("embedding and norms", gib(plan.embedding_bytes - plan.expert_bytes)),
         *([("experts", gib(plan.expert_bytes))] if plan.expert_bytes else []),
         ("workspace", f"{gib(plan.workspace_bytes)}, {_largest_step(plan)}"),
+        *([("speculation", _speculation(plan))] if plan.speculation_bytes else []),
         *([("CUDA graphs", f"{gib(graph_bytes)}, for up to {MAX_NUM_GRAPHS} sizes of step")] if graph_bytes else []),
         ("KV cache", f"{gib(plan.kv_bytes)}, {plan.kv_bytes_per_token:,} bytes per token"),
         ("total", gib(used)),
@@ -216,6 +240,13 @@ def _loading(plan: MemoryPlan) -> str:
     stays = gib(plan.weight_bytes)
     text = f"{whole}: {stays} of weights that stay, the largest matrix in floats; {gib(plan.process_bytes)} the process"
     return text if plan.can_load else f"{text}; MORE THAN IS FREE"
+
+
+def _speculation(plan: MemoryPlan) -> str:
+    if plan.draft is None:
+        return gib(plan.speculation_bytes)
+    facts = plan.draft.facts
+    return f"{gib(plan.speculation_bytes)}, {facts.path} ({facts.num_parameters / 1e6:,.1f} M parameters)"
 
 
 def _cache(plan: MemoryPlan) -> str:

@@ -60,6 +60,7 @@ class Demand:
     embedding: int
     loading: int  # at the peak while the weights are loaded and packed; nothing of the rest is there then
     workspace: int
+    speculation: int  # weights of the proposer, and the workspace of its own steps
     num_logits: int  # rows of a step, for which the workspace has room
     graphs: GraphDemand
     kv_per_token: int  # with all layers, none of whose windows has passed it
@@ -68,7 +69,7 @@ class Demand:
 
     @property
     def fixed(self) -> int:
-        return self.linear + self.embedding + self.workspace + self.graphs.total
+        return self.linear + self.embedding + self.workspace + self.speculation + self.graphs.total
 
     @property
     def per_token(self) -> int:
@@ -120,7 +121,7 @@ class Sizer:
         facts, size = self.facts, DTYPES[dtype].itemsize
         linear, embedding = self._weights(size)
         kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
-        kv_per_token = -(-kv_per_block * self.num_groups // self.block_size)
+        kv_per_token = -(-kv_per_block * self.num_groups // self.block_size) + self.needs.kv_bytes_per_token
         num_sampled = min(max_num_seqs * (1 + self.needs.num_drafts), max_num_batched_tokens)
         num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
         # float32: as computed and as laid out; of sampled rows, processed, sorted and noise
@@ -132,6 +133,7 @@ class Sizer:
             embedding=embedding,
             loading=self._loading(linear + embedding, size),
             workspace=estimated if self.measured_workspace is None else self.measured_workspace,
+            speculation=self.needs.num_bytes,
             num_logits=num_logits,
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
             kv_per_token=kv_per_token,

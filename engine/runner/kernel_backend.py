@@ -27,6 +27,7 @@ from kernels.layout import PANEL
 if TYPE_CHECKING:
     from engine.attention.numba_backend import NumbaAttention
     from engine.runner.cuda_graphs import GraphDevice
+    from kernels.numba.program.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +94,23 @@ class KernelBackend:
         make = cast(Callable[[KVCache], AttentionBackend], load_object(ATTENTION_BACKENDS[self.plan.kernels]))
         return make(cache)
 
-    def make_runner(self, model: Model, cache: KVCache, *, has_independent_rows: bool) -> ModelRunner:
-        """has_independent_rows: as `prepare` found it; where it is asked for and not so, tokens go one by one."""
+    def make_runner(
+        self, model: Model, cache: KVCache, *, has_independent_rows: bool, beside: ModelRunner | None = None
+    ) -> ModelRunner:
+        """has_independent_rows: as `prepare` found it; where it is asked for and not so, tokens go one by one.
+
+        beside: that of another model, whose threads run this one too
+        """
         plan = self.plan
         if plan.kernels == "numba":  # strict or not: there, a row's result depends on nothing but the row
-            return make_numba_runner(model, cache, plan)
+            return make_numba_runner(model, cache, plan, _team_of(beside))
         goes_one_by_one = self.is_strict and not has_independent_rows
         if plan.graphs.total and not goes_one_by_one:
             from engine.runner.cuda_graphs import CudaGraphDevice
 
             return make_gpu_runner(model, cache, plan, CudaGraphDevice(), one_path=self.is_strict)
         if cache.codec.keys_as_columns:
-            attention: AttentionBackend = make_numba_attention(model, cache, plan)
+            attention: AttentionBackend = make_numba_attention(model, cache, plan, _team_of(beside))
         else:
             attention = self.make_attention(cache)
         runner = OneTokenRunner if goes_one_by_one else ModelRunner
@@ -149,18 +155,28 @@ def make_gpu_runner(
     return ModelRunner(model, cache, attention, builder=builder, graphs=graphs)
 
 
-def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan) -> ModelRunner:
+def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan, team: Team | None = None) -> ModelRunner:
     """A runner of a packed Llama. Leave torch one thread: its others would spin beside ours."""
     from engine.models.llama_numba import NumbaLlama
 
     assert isinstance(model, Llama), "the plan says what can be compiled"
-    attention = make_numba_attention(model, cache, plan)
+    attention = make_numba_attention(model, cache, plan, team)
     return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention)
 
 
-def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan) -> NumbaAttention:
-    """Compiled attention and the team of threads that runs it, under compiled layers or torch's."""
+def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan, team: Team | None = None) -> NumbaAttention:
+    """Compiled attention and the team of threads that runs it, under compiled layers or torch's.
+
+    team: one that is there; a second one would spin beside it. Not if its threads have too little memory.
+    """
     from engine.attention.numba_backend import NumbaAttention, scratch_bytes
     from kernels.numba.program.team import Team
 
-    return NumbaAttention(cache, Team(plan.num_threads, scratch_bytes=scratch_bytes(model.attention_layers)))
+    needed = scratch_bytes(model.attention_layers, cache.block_size)
+    if team is None or team.scratch_bytes < needed:
+        team = Team(plan.num_threads, scratch_bytes=needed)
+    return NumbaAttention(cache, team)
+
+
+def _team_of(runner: ModelRunner | None) -> Team | None:
+    return None if runner is None else getattr(runner.attention, "team", None)

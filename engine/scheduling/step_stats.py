@@ -10,7 +10,7 @@ from heapq import heappushpop
 from typing import NamedTuple
 
 from engine.scheduling.scheduler import Scheduler
-from engine.types import Sampled, Scheduled, StepOutput, StepStats
+from engine.types import DraftOutcome, Sampled, Scheduled, StepOutput, StepStats
 
 MIN_PACE_TOKENS = 32  # of a step from which its pace is learned: fewer are bound by memory, not by arithmetic
 NUM_WITNESSES = 3
@@ -120,7 +120,13 @@ class StepRecorder:
         self._work, self._num_seqs = count_work(batch), len(batch)
         return self._work
 
-    def stats(self, sampled: list[Sampled], outputs: list[StepOutput], degraded_modes: list[str]) -> StepStats:
+    def stats(
+        self,
+        sampled: list[Sampled],
+        outputs: list[StepOutput],
+        degraded_modes: list[str],
+        draft_outcome: DraftOutcome = "",
+    ) -> StepStats:
         pool = self._scheduler.kv.pool
         preemptions, queries, hits, first_prompt_tokens = (
             after - before for after, before in zip(_counters(self._scheduler), self._before, strict=True)
@@ -154,6 +160,7 @@ class StepRecorder:
             num_output_tokens=sum([len(output.token_ids) for output in outputs]),
             num_first_prompt_tokens=first_prompt_tokens,
             is_queued=self._cost.is_queued,
+            draft_outcome=draft_outcome,
             degraded_modes=degraded_modes,
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import ProposerNeeds, draft_budget
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, draft_budget, most_drafts
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sequence
 
@@ -32,18 +32,18 @@ class NgramProposer:
         self._indices: WeakKeyDictionary[Sequence, NgramIndex] = WeakKeyDictionary()
 
     @classmethod
-    def from_config(cls, config: SpeculationConfig) -> NgramProposer:
-        return cls(num_drafts=config.num_drafts, ngram_min=config.ngram_min, ngram_max=config.ngram_max)
+    def from_config(cls, config: SpeculationConfig, context: ProposerContext) -> NgramProposer:
+        return cls(num_drafts=most_drafts(config), ngram_min=config.ngram_min, ngram_max=config.ngram_max)
 
     @classmethod
     def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
-        return ProposerNeeds(num_drafts=config.num_drafts)
+        return ProposerNeeds(num_drafts=most_drafts(config))
 
     def propose(self, step: VerifiedStep) -> None:
         self._index([seq for seq in step.drafting if draft_budget(seq, self._num_drafts)])
         for seq in step.drafting:
-            drafts = self._drafts(seq)
-            seq.draft_token_ids = drafts
+            drafts, length = self._drafts(seq, min(self._num_drafts, step.max_depth))
+            seq.draft_token_ids, seq.draft_confidences = drafts, [length / (length + 1)] * len(drafts)
             seq.draft_parents = list(range(-1, len(drafts) - 1))
 
     def _index(self, seqs: list[Sequence]) -> None:
@@ -59,16 +59,18 @@ class NgramProposer:
             index = self._indices[seq] = NgramIndex(self._lengths)
         return index
 
-    def _drafts(self, seq: Sequence) -> list[int]:
-        budget = draft_budget(seq, self._num_drafts)
-        start = self._indices[seq].find_continuation(seq.token_ids) if budget else None
-        if start is None:
-            return []
+    def _drafts(self, seq: Sequence, num_drafts: int) -> tuple[list[int], int]:
+        """The copy, and the length of the n-gram that it follows."""
+        budget = draft_budget(seq, num_drafts)
+        found = self._indices[seq].find_continuation(seq.token_ids) if budget else None
+        if found is None:
+            return [], 0
+        start, length = found
         copied = seq.token_ids[start : start + budget]
         period = seq.num_tokens - start
         for i in range(len(copied), budget):
             copied.append(copied[i - period])
-        return copied
+        return copied, length
 
 
 class NgramIndex:
@@ -79,12 +81,12 @@ class NgramIndex:
         self._continuations: dict[int, dict[tuple[int, ...], int]] = {length: {} for length in lengths}
         self.num_indexed_tokens = 0
 
-    def find_continuation(self, token_ids: list[int]) -> int | None:
-        """The index of the token that followed the last occurrence of the newest tokens. None: they are new, as far as
-        the text is indexed."""
+    def find_continuation(self, token_ids: list[int]) -> tuple[int, int] | None:
+        """The index of the token that followed the last occurrence of the newest tokens, and how many they are. None:
+        they are new, as far as the text is indexed."""
         for length, continuations in self._continuations.items():
             if (found := continuations.get(tuple(token_ids[-length:]))) is not None:
-                return found
+                return found, length
         return None
 
     def extend(self, token_ids: list[int], max_num_tokens: int) -> int:

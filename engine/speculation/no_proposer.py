@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.proposer import ProposerContext, ProposerNeeds
 from engine.speculation.verified_step import VerifiedStep
 
 
@@ -13,7 +13,7 @@ class NoProposer:
     needs = ProposerNeeds()
 
     @classmethod
-    def from_config(cls, config: SpeculationConfig) -> NoProposer:
+    def from_config(cls, config: SpeculationConfig, context: ProposerContext) -> NoProposer:
         return cls()
 
     @classmethod

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
+from torch import Tensor
+
 from engine.config import SpeculationConfig
 from engine.lazy_import import load_object
+from engine.speculation.token_map import TokenMap
 from engine.speculation.verified_step import VerifiedStep
-from engine.types import Sequence
+from engine.types import Sampled, Scheduled, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +23,54 @@ class ProposerNeeds:
     num_lookahead_tokens: KV slots past a sequence's newest token that proposing itself writes to.
     hidden: the target's hidden states that are shown: those that newest tokens were sampled from, or of all rows.
     hidden_layers: layers whose inputs are shown beside the last hidden states.
+    depth_costs_time: each draft of a run is a pass of its own, so that shallow ones are cheaper.
+    num_bytes: of its weights, and of what its steps take at once; kv_bytes_per_token: of a KV cache of its own.
     """
 
     num_drafts: int = 0
     num_lookahead_tokens: int = 0
     hidden: Literal["none", "newest", "all"] = "none"
     hidden_layers: tuple[int, ...] = ()
+    depth_costs_time: bool = False
+    num_bytes: int = 0
+    kv_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposerContext:
+    """What a proposer may use of the model that it proposes for.
+
+    path: the model's, as configured; output_rows: of the output layer's matrix as float32, those of some tokens
+    [n, hidden_size], or all
+    open_draft_model: the model that `speculation.model` names, with a KV cache of its own
+    full_group: the group of layers whose block tables keep the whole text, if there is one
+    """
+
+    path: str
+    full_group: int
+    vocab_size: int
+    hidden_size: int
+    output_rows: Callable[[Tensor | None], Tensor]
+    open_draft_model: Callable[[], DraftModel]
+
+
+class DraftModel(Protocol):
+    """A second model that runs steps of its own, in the blocks that the target's sequences have.
+
+    tokens: what its token ids are to the target; block_size: tokens of a block; num_groups: of its layers, whose block
+    tables are alike; max_num_tokens: of a step
+    """
+
+    vocab_size: int
+    tokens: TokenMap
+    block_size: int
+    num_groups: int
+    max_model_len: int
+    max_num_tokens: int
+
+    def run(self, batch: list[Scheduled]) -> list[Sampled]:
+        """Computes and samples a batch of its own sequences."""
+        ...
 
 
 class Proposer(Protocol):
@@ -34,10 +80,11 @@ class Proposer(Protocol):
 
     def propose(self, step: VerifiedStep) -> None:
         """Sets the drafts (token ids and parents) of every sequence of `step.drafting`, to empty lists where it has no
-        guess, and of no other.
+        guess, and of no other; and, if it can say, its confidence in each.
 
         Called after the step's tokens were appended, also where none was: prompt chunks are shown as they are computed.
-        Proposes no more than `draft_budget` tokens in a row, and no more than `needs.num_drafts` in all.
+        Proposes no more than `draft_budget` tokens in a row, nor than `step.max_depth`, and no more than
+        `needs.num_drafts` in all.
         """
         ...
 
@@ -52,21 +99,34 @@ def draft_budget(seq: Sequence, configured: int) -> int:
     return max(0, min(asked, seq.params.max_tokens - seq.num_output_tokens - 1))
 
 
+_NUM_DRAFTS = {"ngram": 6, "suffix": 12, "medusa": 12}  # at most, where the config does not say
+
+
+def most_drafts(config: SpeculationConfig) -> int:
+    """Of a sequence that a step verifies, at most. Under a controller that is a bound: it takes fewer."""
+    if config.depth != "auto":
+        return config.depth
+    return config.num_drafts if config.num_drafts != "auto" else _NUM_DRAFTS.get(config.method, 5)
+
+
 PROPOSERS = {  # speculation.method -> "module:Class"
     "none": "engine.speculation.no_proposer:NoProposer",
     "ngram": "engine.speculation.ngram:NgramProposer",
+    "suffix": "engine.speculation.suffix:SuffixProposer",
+    "medusa": "engine.speculation.medusa:MedusaProposer",
+    "draft_model": "engine.speculation.draft_model:DraftModelProposer",
 }
 
 
 class _ProposerClass(Protocol):
-    def from_config(self, config: SpeculationConfig) -> Proposer: ...
+    def from_config(self, config: SpeculationConfig, context: ProposerContext) -> Proposer: ...
 
     def needs_of(self, config: SpeculationConfig) -> ProposerNeeds: ...
 
 
-def build_proposer(config: SpeculationConfig) -> Proposer:
+def build_proposer(config: SpeculationConfig, context: ProposerContext) -> Proposer:
     """The configured proposer. Raises ValueError for a method that is not there or settings that contradict."""
-    return _class_of(config).from_config(config)
+    return _class_of(config).from_config(config, context)
 
 
 def needs_of(config: SpeculationConfig) -> ProposerNeeds:

@@ -12,6 +12,8 @@ from torch import Tensor
 from engine.arrays import Ints
 from engine.types import Sampled, Scheduled, Sequence
 
+MAX_DEPTH = 64  # of drafts, whatever is configured
+
 
 class KeptTokens(NamedTuple):
     """Tokens of a sequence whose keys and values a step computed, and which stay: `seq.token_ids[first : first + n]`.
@@ -32,7 +34,13 @@ class VerifiedStep:
     """
 
     def __init__(self, batch: list[Scheduled], sampled: list[Sampled], hidden: Tensor | None) -> None:
-        """hidden: as the proposer's `needs.hidden` ask for it"""
+        """hidden: as the proposer's `needs.hidden` ask for it
+
+        max_depth: the longest run of drafts that is worth making now, 0 for none; what the proposer keeps of a text it
+        brings up to date all the same
+        """
+        self.max_depth = MAX_DEPTH
+        self.seconds_catching_up = 0.0  # that the proposer took for texts that it had not kept up with
         self._batch, self._sampled, self._hidden = batch, sampled, hidden
 
     @cached_property

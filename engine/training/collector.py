@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.speculation.proposer import Proposer, ProposerNeeds
+from engine.speculation.speculator import Speculator
 from engine.speculation.verified_step import VerifiedStep
 from engine.training.transcripts import Transcript, to_half
 from engine.types import Request, SamplingParams
@@ -50,7 +51,7 @@ class TextStates:
 
 def with_proposer(engine: Engine, proposer: Proposer) -> Engine:
     """An engine of the same parts with another proposer. The first one must not be stepped any more."""
-    return Engine(engine.executor, engine.scheduler, proposer, engine.cost)
+    return Engine(engine.executor, engine.scheduler, Speculator(proposer, engine.executor.vocab_size), engine.cost)
 
 
 class Collector:

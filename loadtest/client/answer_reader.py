@@ -23,10 +23,16 @@ class _PromptDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
+class _CompletionDetails(msgspec.Struct, gc=False):
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
 
 
 class _Event(msgspec.Struct):
@@ -91,6 +97,7 @@ class AnswerReader:
         self._last_token_at = 0.0
         self._last_event_at = 0.0
         self._gaps: list[float] = []
+        self._texts: list[str] = []
         self._usage: _Usage | None = None
         self._finish_reason: str | None = None
         self._finish_at = 0.0
@@ -121,7 +128,9 @@ class AnswerReader:
                 self._finish_reason = choice.finish_reason
                 self._finish_at = received_at
             delta = choice.delta
-            if choice.text or (delta is not None and (delta.content or delta.reasoning_content or delta.reasoning)):
+            text = choice.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning))
+            if text:
+                self._texts.append(text)
                 self._token_came(received_at)
 
     def _token_came(self, received_at: float) -> None:
@@ -144,6 +153,7 @@ class AnswerReader:
         assert self._first_token_at is not None
         usage = self._usage
         details = usage.prompt_tokens_details if usage is not None else None
+        drafts = usage.completion_tokens_details if usage is not None else None
         return Answer(
             started_at=started_at,
             sent_at=sent_at,
@@ -156,6 +166,9 @@ class AnswerReader:
             num_output_tokens=self._num_output_tokens(),
             num_events=self.num_events,
             is_counted=usage is None,
+            text="".join(self._texts),
+            num_accepted_drafts=(drafts.accepted_prediction_tokens or 0) if drafts is not None else 0,
+            num_rejected_drafts=(drafts.rejected_prediction_tokens or 0) if drafts is not None else 0,
         )
 
     def _count_tokens_without_text(self) -> None:

@@ -98,6 +98,8 @@ class Client:
         }
         if target.ignore_eos is IgnoreEos.SENT:
             body["ignore_eos"] = True
+        if exchange.seed is not None:
+            body["seed"] = exchange.seed
         body.update(target.extra_body)
         return msgspec.json.encode({key: value for key, value in body.items() if value is not None})
 

@@ -29,6 +29,7 @@ class Answer:
     started_at: the intended arrival (open loop) or the moment of sending (closed loop); all latencies count from it
     gaps: seconds between one chunk with text and the next
     num_output_tokens: from the server's usage, or the number of chunks with text where it gives none (is_counted)
+    num_accepted_drafts, num_rejected_drafts: of speculative decoding, from the usage; 0 where it says nothing of them
     """
 
     started_at: float
@@ -42,6 +43,9 @@ class Answer:
     num_output_tokens: int
     num_events: int
     is_counted: bool
+    text: str = ""
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
 
     @property
     def time_to_first_token(self) -> float:

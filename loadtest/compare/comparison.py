@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from loadtest.client.outcome import Outcome
 from loadtest.compare.hosting import RunningHost
 from loadtest.compare.measure import Case, measure
 from loadtest.compare.processes import busy_cores, pause, resume, wait_until_quiet
 from loadtest.compare.progress import Progress
-from loadtest.report.session import Measurement
+from loadtest.report.session import REPEAT_STREAMS, Measurement
 from loadtest.report.slo import ServiceLevel
+
+Watch = Callable[[Measurement, Mapping[int, Outcome]], None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Comparison:
     """quietness: None takes every run as it comes
     freezes_idle: servers are paused while it is not their turn, and while the machine is looked at
     takes_one_at_a_time: a server does all cases of a round in one turn, so that it need not run in the others'
+    watch: is shown every run when it has been measured, with its outcomes by the number of their exchange
+    measurements: filled while it runs, in the order in which they were made
     """
 
     hosts: Sequence[RunningHost]
@@ -42,10 +47,11 @@ class Comparison:
     freezes_idle: bool = False
     takes_one_at_a_time: bool = False
     shows_progress: bool = False
+    watch: Watch | None = None
+    measurements: list[Measurement] = field(default_factory=list)
 
     async def run(self) -> list[Measurement]:
         """All cases, all rounds, in the order in which they ran. Servers that were started for it have ended."""
-        measurements: list[Measurement] = []
         try:
             for host in self.hosts:
                 await host.begin()
@@ -54,13 +60,13 @@ class Comparison:
                 await host.open()
                 self._freeze(host)
                 for case, stream in work:
-                    measurements += await self._measure_in_quiet(host, case, stream)
+                    await self._measure_in_quiet(host, case, stream)
                 await host.close()
         finally:
             for host in self.hosts:
                 self._thaw(host)
                 await host.end()
-        return measurements
+        return self.measurements
 
     def _turns(self) -> Iterator[tuple[RunningHost, list[tuple[Case, int]]]]:
         """What each host does in a turn: cases, each with the number of its stream of prompts.
@@ -82,23 +88,27 @@ class Comparison:
         if self.freezes_idle and host.pid is not None:
             resume(host.pid)
 
-    async def _measure_in_quiet(self, host: RunningHost, case: Case, stream: int) -> list[Measurement]:
+    async def _measure_in_quiet(self, host: RunningHost, case: Case, stream: int) -> None:
         """One measurement, and before it those that were disturbed."""
         if self.quietness is None:
-            return [await self._measure(host, case, stream)]
+            self._keep(*await self._measure(host, case, stream))
+            return
         quiet, limit = self.quietness, self.quietness.max_busy_cores
-        tries: list[Measurement] = []
         for repeat in range(quiet.num_repeats + 1):
             before = await wait_until_quiet(limit, patience=quiet.patience, window=quiet.window)
-            measurement = await self._measure(host, case, stream + repeat * _REPEAT_STREAMS)
+            measurement, outcomes = await self._measure(host, case, stream + repeat * REPEAT_STREAMS)
             busy = max(before, await busy_cores(quiet.window))
             is_disturbed = busy >= limit
-            tries.append(replace(measurement, busy_cores=busy, is_disturbed=is_disturbed))
+            self._keep(replace(measurement, busy_cores=busy, is_disturbed=is_disturbed), outcomes)
             if not is_disturbed:
                 break
-        return tries
 
-    async def _measure(self, host: RunningHost, case: Case, stream: int) -> Measurement:
+    def _keep(self, measurement: Measurement, outcomes: Mapping[int, Outcome]) -> None:
+        self.measurements.append(measurement)
+        if self.watch is not None:
+            self.watch(measurement, outcomes)
+
+    async def _measure(self, host: RunningHost, case: Case, stream: int) -> tuple[Measurement, dict[int, Outcome]]:
         progress = Progress(f"{case.name} {host.peer.name}", case.plan.num_requests, is_shown=self.shows_progress)
         self._thaw(host)
         try:
@@ -106,6 +116,3 @@ class Comparison:
         finally:
             self._freeze(host)
             progress.close()
-
-
-_REPEAT_STREAMS = 1 << 16

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -91,6 +92,15 @@ class LaunchedServer:
 def without_keys(command: str) -> str:
     """A server's command as it may be kept in a file: API keys are left out."""
     return _KEY.sub(r"\1...", command)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at now."""
+    with contextlib.ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
 
 
 async def check_nobody_answers(url: str) -> None:

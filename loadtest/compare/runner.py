@@ -11,7 +11,7 @@ from loadtest.client.client import Client
 from loadtest.client.outcome import Failure, Outcome
 from loadtest.compare.progress import Progress
 from loadtest.workload.arrivals import Arrivals, ClosedLoop, OpenLoop, poisson_times
-from loadtest.workload.prompts import Workload
+from loadtest.workload.written import AnyWorkload
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Plan:
             raise ValueError("the run would never end; give the number of requests, the seconds, or both")
 
 
-async def run(client: Client, workload: Workload, plan: Plan, *, progress: Progress) -> list[Outcome]:
-    """Warms up and measures. The outcomes are in the order in which they ended.
+async def run(client: Client, workload: AnyWorkload, plan: Plan, *, progress: Progress) -> dict[int, Outcome]:
+    """Warms up and measures. The outcomes by the number of their exchange, in the order in which they ended.
 
     Raises RuntimeError, with the reason, if all warm-up requests failed: the measurement would be of nothing.
     """
@@ -47,18 +47,18 @@ async def run(client: Client, workload: Workload, plan: Plan, *, progress: Progr
     return runner.outcomes
 
 
-def warmup_workload(workload: Workload) -> Workload:
+def warmup_workload(workload: AnyWorkload) -> AnyWorkload:
     """The same lengths with prompts that the measured part does not have."""
     return replace(workload, stream=workload.stream + _WARMUP_STREAMS)
 
 
-async def _warm_up(client: Client, workload: Workload, plan: Plan) -> None:
+async def _warm_up(client: Client, workload: AnyWorkload, plan: Plan) -> None:
     concurrency = plan.arrivals.concurrency if isinstance(plan.arrivals, ClosedLoop) else 8
     warmup = _Runner(
         client, warmup_workload(workload), Plan(ClosedLoop(concurrency), plan.num_warmup_requests, None, 0), Progress()
     )
     await warmup.run_closed(concurrency)
-    failures = [outcome for outcome in warmup.outcomes if isinstance(outcome, Failure)]
+    failures = [outcome for outcome in warmup.outcomes.values() if isinstance(outcome, Failure)]
     if len(failures) == len(warmup.outcomes):
         raise RuntimeError(
             f"{client.target.base_url}: all {len(failures)} warm-up requests failed; "
@@ -67,8 +67,8 @@ async def _warm_up(client: Client, workload: Workload, plan: Plan) -> None:
 
 
 class _Runner:
-    def __init__(self, client: Client, workload: Workload, plan: Plan, progress: Progress) -> None:
-        self.outcomes: list[Outcome] = []
+    def __init__(self, client: Client, workload: AnyWorkload, plan: Plan, progress: Progress) -> None:
+        self.outcomes: dict[int, Outcome] = {}
         self._client = client
         self._workload = workload
         self._plan = plan
@@ -114,7 +114,7 @@ class _Runner:
     async def _send(self, index: int, intended_at: float | None) -> None:
         self._progress.sent()
         outcome = await self._client.send(self._workload.exchange(index), intended_at=intended_at)
-        self.outcomes.append(outcome)
+        self.outcomes[index] = outcome
         self._progress.ended(outcome)
 
 

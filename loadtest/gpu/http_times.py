@@ -57,7 +57,7 @@ def _time_case(context: Context, shape: Shape, case: Case, ready: ReadyPeer, *, 
     plan = Plan(ClosedLoop(case.batch), _NUM_ROUNDS * case.batch, None, num_warmup_requests=min(2, case.batch))
     load = LoadCase(title, Workload(*lengths, context.seed, token_ids=ids), plan)
     try:
-        result = run_in_loop(measure(ready, load, round=case.batch, service_level=None, progress=Progress()))
+        result, _ = run_in_loop(measure(ready, load, round=case.batch, service_level=None, progress=Progress()))
     except (RuntimeError, ValueError) as error:
         yield Problem(title, str(error))
         return

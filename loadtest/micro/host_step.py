@@ -31,6 +31,7 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.no_proposer import NoProposer
 from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.speculator import Speculator
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Request, SamplingParams
 from loadtest.micro.measure import Row, parse_arguments, report
@@ -120,7 +121,8 @@ def make_engine(num_seqs: int, context: int, *, has_drafts: bool) -> Engine:
             max_model_len=max_model_len,
         ),
     )
-    return Engine(ModelExecutor(runner, TritonSampler(VOCAB_SIZE)), scheduler, proposer, COST, overlap=not has_drafts)
+    executor, speculator = ModelExecutor(runner, TritonSampler(VOCAB_SIZE)), Speculator(proposer, VOCAB_SIZE)
+    return Engine(executor, scheduler, speculator, COST, overlap=not has_drafts)
 
 
 def measure(num_seqs: int, context: int, *, has_drafts: bool) -> Row:

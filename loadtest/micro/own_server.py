@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from loadtest.client.client import Target
-from loadtest.compare.launch import LaunchedServer
+from loadtest.compare.launch import LaunchedServer, free_ports
 from loadtest.workload.prompts import Exchange
 
 PATIENCE = 300.0  # seconds until the first answer
@@ -23,9 +22,7 @@ def own_server(arguments: list[str], *, patience: float = PATIENCE) -> Iterator[
 
     arguments: of `peregrine serve`
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "server.cli", "serve", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     server = LaunchedServer("the server", f"exec {shlex.join(command)}")

@@ -40,7 +40,7 @@ async def _measure(url: str, batches: list[int], context: int) -> dict[int, floa
     seconds: dict[int, float] = {}
     for number, batch in enumerate(batches):
         case = Case(f"{batch} streams", workload, Plan(ClosedLoop(batch), batch, None, batch))
-        result = await measure(ready, case, round=number, service_level=None, progress=Progress())
+        result, _ = await measure(ready, case, round=number, service_level=None, progress=Progress())
         gaps = result.figures.inter_token_latency
         if result.figures.num_failures or gaps is None:
             raise RuntimeError(f"{batch} streams: {result.figures.errors}: {result.failure_examples}")

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loadtest.client.draft_counters import DraftCounters
 from loadtest.report.environment import Environment
 from loadtest.report.result_files import load_result
 from loadtest.report.statistics import Figures
+
+REPEAT_STREAMS = 1 << 16  # between the streams of prompts of a run and of its repetition
 
 
 @dataclass(frozen=True)
 class Server:
     """precision: how its weights are kept, in words, where that was said: servers with equal words are compared too
     command: what started it, if the comparison did; environment variables are as they were written
-    start_seconds: each time from the command to the end of its first answer"""
+    start_seconds: each time from the command to the end of its first answer
+    speculation: how a server of ours speculates, as JSON (`--speculative-config`); empty: nothing is known of it"""
 
     name: str
     url: str
@@ -25,11 +29,15 @@ class Server:
     precision: str = ""
     command: str = ""
     start_seconds: list[float] = field(default_factory=list)
+    speculation: str = ""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One load, the same for every server. Lengths and arrivals as they are written on the command line."""
+    """One load, the same for every server. Lengths and arrivals as they are written on the command line.
+
+    workload: what the prompts say, where they are written for a purpose; they are as long as that makes them
+    """
 
     name: str
     prompt_length: str
@@ -40,6 +48,7 @@ class Scenario:
     duration: float | None
     num_shared_tokens: int = 0
     shared_fraction: float = 0.0
+    workload: str = ""
 
     @property
     def decodes(self) -> bool:
@@ -61,6 +70,7 @@ class Measurement:
     resident_memory: the same with shared pages counted once for each process (resident set size)
     client_seconds_per_event: processor time that this process spent on each event of the streams
     client_load: processor time that this process spent per second
+    drafts: what the server counted of speculative decoding, in the warm-up as well; None where it counts nothing
     """
 
     server: str
@@ -74,11 +84,20 @@ class Measurement:
     client_load: float
     failure_examples: dict[str, str]
     resident_memory: int | None = None
+    drafts: DraftCounters | None = None
+
+    @property
+    def turn(self) -> int:
+        """The number of the round. `round` names the prompts: a run that was disturbed is repeated with others."""
+        return self.round % REPEAT_STREAMS
 
 
 @dataclass(frozen=True)
 class Session:
-    """ours: names of the servers whose best is compared with the best of the others; empty: the first one's"""
+    """ours: names of the servers whose best is compared with the best of the others; empty: the first one's
+    error: what ended the session before all was measured; empty: nothing did
+    num_compared: answers whose text was compared with another server's; differences: where those were not the same
+    """
 
     kind: str
     command: str
@@ -88,6 +107,9 @@ class Session:
     scenarios: list[Scenario]
     measurements: list[Measurement]
     ours: list[str] = field(default_factory=list)
+    error: str = ""
+    num_compared: int = 0
+    differences: list[str] = field(default_factory=list)
 
     def of(self, scenario: str, server: str) -> list[Measurement]:
         """The rounds of one scenario and server; without the disturbed ones unless all were."""

@@ -40,6 +40,7 @@ class Figures:
     num_output_tokens_are_counted: the server gave no usage, so chunks with text were counted instead of tokens
     goodput: answers per second that kept the service level; None without one
     max_lateness: seconds by which this process sent a request after its intended arrival, at worst (open loop)
+    num_accepted_drafts, num_rejected_drafts: tokens of speculative decoding; both 0 where answers say nothing of them
     """
 
     duration: float
@@ -60,6 +61,8 @@ class Figures:
     inter_token_latency: Distribution | None
     end_to_end: Distribution | None
     max_lateness: float
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
 
 
 def summarize(outcomes: Sequence[Outcome], service_level: ServiceLevel | None = None) -> Figures:
@@ -92,6 +95,8 @@ def summarize(outcomes: Sequence[Outcome], service_level: ServiceLevel | None = 
         inter_token_latency=Distribution.of([gap for answer in answers for gap in answer.inter_token_latencies()]),
         end_to_end=Distribution.of([answer.end_to_end for answer in answers]),
         max_lateness=max((answer.sent_at - answer.started_at for answer in answers), default=0.0),
+        num_accepted_drafts=sum(answer.num_accepted_drafts for answer in answers),
+        num_rejected_drafts=sum(answer.num_rejected_drafts for answer in answers),
     )
 
 

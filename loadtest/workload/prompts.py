@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,10 +24,11 @@ WORDS = tuple(_SINGLE_TOKEN_WORDS.split(" "))
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request to be sent: the prompt, and how many tokens to ask for."""
+    """One request to be sent: the prompt, how many tokens to ask for, and the seed of its sampling if it names one."""
 
     prompt: Prompt
     num_output_tokens: int
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Workload:
     shared_fraction: float = 1.0
     token_ids: tuple[int, int] = (1000, 30000)
     text: PromptText | None = None
+
+    name: ClassVar[str] = ""  # random prompts have none
+
+    def of_stream(self, stream: int, text: PromptText | None) -> Workload:
+        """The same with the prompts of another stream, for a server that takes them so."""
+        return replace(self, stream=stream, text=text)
 
     def exchange(self, index: int) -> Exchange:
         random = np.random.default_rng((self.seed, self.stream, index))

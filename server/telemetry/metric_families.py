@@ -287,6 +287,13 @@ ACCEPTED_DRAFT_TOKENS = Family(
         VllmName("spec_decode_num_accepted_tokens_per_pos_total", (("position", "position"),)),
     ),
 )
+DRAFTED_STEPS = Family(
+    "drafted_steps_total",
+    "counter",
+    "Steps by what came of drafting for the next one: drafted; no_guess; unlikely (no draft was worth its row); "
+    "too_slow (drafting costs more than it gains); failed (the proposer is left out for a while).",
+    ("proposer", "outcome"),
+)
 ENGINE_READY = Family("engine_ready", "gauge", "1 while the engine has a model and can run requests.")
 ENGINE_DEATHS = Family("engine_deaths_total", "counter", "Times that the engine process ended without being asked to.")
 ENGINE_RESTARTS = Family("engine_restarts_total", "counter", "Times that the engine process was started again.")

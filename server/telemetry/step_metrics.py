@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.types import DEGRADED_MODES, StepStats
+from engine.types import DEGRADED_MODES, DRAFT_OUTCOMES, StepStats
 from server.telemetry import metric_families as families
 from server.telemetry.distribution import Distribution
 from server.telemetry.metric_families import Family
@@ -87,6 +87,7 @@ class StepMetrics(Collector):
         self._num_drafts = 0
         self._num_draft_tokens = 0
         self._num_accepted: list[int] = []  # by position
+        self._draft_outcomes = dict.fromkeys(DRAFT_OUTCOMES, 0)
         self._bytes = 0
         self._flops = 0
         self._blocks = (0, 0, 0)  # owned, cached, free
@@ -107,6 +108,8 @@ class StepMetrics(Collector):
         self._num_accepted += [0] * (len(stats.accepted_by_position) - len(self._num_accepted))
         for position, num_accepted in enumerate(stats.accepted_by_position):
             self._num_accepted[position] += num_accepted
+        if stats.draft_outcome:
+            self._draft_outcomes[stats.draft_outcome] += 1
         self._bytes += stats.bytes_moved
         self._flops += stats.flops
         num_owned, num_cached = stats.num_owned_blocks, stats.num_cached_blocks
@@ -155,6 +158,8 @@ class StepMetrics(Collector):
         yield self._counter(families.DRAFT_TOKENS, {proposer: self._num_draft_tokens})
         accepted = enumerate(self._num_accepted)
         yield self._counter(families.ACCEPTED_DRAFT_TOKENS, {(*proposer, str(position)): n for position, n in accepted})
+        outcomes = self._draft_outcomes.items() if self._proposer != "none" else ()
+        yield self._counter(families.DRAFTED_STEPS, {(*proposer, outcome): n for outcome, n in outcomes})
         yield self._counter(families.MODEL_BYTES, {(): self._bytes})
         yield self._counter(families.MODEL_FLOPS, {(): self._flops})
 

@@ -124,7 +124,7 @@ async def test_failures_enter_no_figure_but_the_count_of_errors(serve) -> None:
     workload = Workload(FixedLength(3), FixedLength(NUM_TOKENS), seed=3)
     async with Client(Target(server.url, model="scripted", timeout=10)) as client:
         plan = Plan(ClosedLoop(1), 2 * len(replies), None, 0)
-        outcomes = await run(client, workload, plan, progress=Progress())
+        outcomes = [*(await run(client, workload, plan, progress=Progress())).values()]
     figures = summarize(outcomes)
     answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
     # asked for three tokens, an answer of none is first of all one of the wrong length

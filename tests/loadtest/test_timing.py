@@ -23,7 +23,7 @@ def workload(num_output_tokens: int) -> Workload:
 
 async def measure(url: str, plan: Plan, load: Workload, *, keeps_alive: bool = False) -> list[Answer]:
     async with Client(Target(url, model="scripted", timeout=20, keeps_alive=keeps_alive)) as client:
-        outcomes = await run(client, load, plan, progress=Progress())
+        outcomes = [*(await run(client, load, plan, progress=Progress())).values()]
     assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
     return outcomes
 

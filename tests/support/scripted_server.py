@@ -38,10 +38,10 @@ Script = Callable[[int, Served], Reply]
 
 
 class ScriptedServer:
-    """`script(index, request)` gives the reply to the index-th generation request."""
+    """`script(index, request)` gives the reply to the index-th generation request. metrics: what GET /metrics says"""
 
-    def __init__(self, script: Script) -> None:
-        self.script = script
+    def __init__(self, script: Script, *, port: int = 0, metrics: Callable[[], str] | None = None) -> None:
+        self.script, self.port, self.metrics = script, port, metrics
         self.served: list[Served] = []
         self.num_connections = 0
         self._ready = threading.Event()
@@ -61,7 +61,7 @@ class ScriptedServer:
     async def _main(self) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopped.wait()
@@ -105,6 +105,8 @@ class ScriptedServer:
         known = {"/v1/models": {"object": "list", "data": [{"id": "scripted"}]}, "/version": {"version": "7.8.9"}}
         text = json.dumps(known.get(path, {})).encode()
         status = 200 if path in known else 404
+        if path == "/metrics" and self.metrics is not None:
+            text, status = self.metrics().encode(), 200
         writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n" % status)
         writer.write(b"content-length: %d\r\n\r\n%s" % (len(text), text))
         return True

@@ -18,6 +18,7 @@ from engine.sampling.sampler import TokenSampler
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.proposer import Proposer
+from engine.speculation.speculator import Speculator
 from engine.types import Sampled, Scheduled
 
 VOCAB_SIZE = 1 << 20  # of inputs whose sampling nobody looks at
@@ -34,7 +35,8 @@ def engine_of(
     *,
     overlap: bool = False,
 ) -> Engine:
-    return Engine(ModelExecutor(runner, sampler), scheduler, proposer, cost, overlap=overlap)
+    executor = ModelExecutor(runner, sampler)
+    return Engine(executor, scheduler, Speculator(proposer, executor.vocab_size), cost, overlap=overlap)
 
 
 def step_inputs(batch: list[Scheduled], block_size: int) -> StepInputs:

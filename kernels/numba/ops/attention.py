@@ -13,7 +13,7 @@ from numba import njit, types
 
 from kernels.numba.core.formats import BFLOAT16, FLOAT32
 from kernels.numba.core.lanes import LANES, exponentiate, largest_of
-from kernels.numba.core.memory import flags, floats, integers
+from kernels.numba.core.memory import flags, floats, integers, words
 from kernels.numba.core.tiles import (
     MAX_ROWS_OF_ONE,
     PARTS_AHEAD,
@@ -36,6 +36,11 @@ MAX_PARTS = SPAN // LANES  # of a span; a part lies in one block of the cache
 SCRATCH_FLOATS = 4 * (MAX_PARTS + PARTS_AHEAD)  # addresses of parts, keys' and values'
 SCRATCH_FLOATS_PER_ROW = SPAN + 3  # beside two times the head size
 NUM_TILE_FIELDS = 6
+
+
+def copied_floats(size: int, block: int) -> int:
+    """Of a span's keys and values, where those of a tree's row are put in order."""
+    return MAX_PARTS * size * (block + LANES)
 
 
 @kernel(types.int64(*[types.int64] * 7))
@@ -110,6 +115,28 @@ def _copy_queries(qkv, target, first_token, num_tokens, group, first_head, row_f
 
 
 @njit
+def _start_rows(sums, states, rows, size):
+    """Nothing was summed yet."""
+    totals = floats(sums, rows * size)
+    for i in range(rows * size):
+        totals[i] = np.float32(0.0)
+    for row in range(rows):
+        state = floats(states + row * 8, 2)
+        state[0], state[1] = _LOWEST, np.float32(0.0)
+
+
+@njit
+def _first_key(positions, first_token, num_tokens, window):
+    """The first key that any of the tokens attends to: the blocks before it may hold NaN, or another sequence."""
+    if window == 0:
+        return 0
+    low = positions[first_token]  # in a tree, positions do not ascend
+    for token in range(first_token, first_token + num_tokens):
+        low = min(low, positions[token])
+    return max(0, low - window + 1)
+
+
+@njit
 def _mask(scores, count, start, low, high):
     """Masks the scores of `count` keys from key `start` on that are outside of low..high - 1."""
     for key in range(count):
@@ -118,16 +145,42 @@ def _mask(scores, count, start, low, high):
 
 
 @njit
-def _mask_drafts(scores, count, start, low, query_start, num_drafts, tree, positions):
-    """Masks the step's own keys that the row's tree mask excludes, or that are before its window.
+def _copy_path(
+    keys, values, pages, block, block_bytes, size, element, first_key, count, first_new, tree, ancestor, ancestor_at,
+    key_part, value_part,
+):  # fmt: skip
+    """Copies the keys and values of `count` tokens of a row's path, from position `first_key` on, to where a chain of
+    them would have them: a row of a tree is then summed as the same row of a chain is, to the last bit.
 
-    tree: uint8 [num_drafts] of the row; positions: int64 [num_drafts] of the keys
+    The tokens before `first_new` lie in order. After those come the row's ancestors, which `tree` shows among the rows
+    of the step; `ancestor` is the row of the last one that was copied, and `ancestor_at` its position.
+    Returns these two as they are then. The rest of a part is zeros.
     """
-    shown, key_positions = flags(tree, num_drafts), integers(positions, num_drafts)
-    for draft in range(num_drafts):
-        key = query_start + draft - start
-        if 0 <= key < count and (shown[draft] == 0 or key_positions[draft] < low):
-            scores[key] = _MASKED
+    shown = flags(tree, 1 << 30)
+    for lane in range(LANES):
+        source = first_key + lane
+        if lane < count and source >= first_new:
+            while ancestor_at < source:
+                ancestor += 1
+                if shown[ancestor] != 0:
+                    ancestor_at += 1
+            source = first_new + ancestor
+        page, offset = pages[source // block] * block_bytes if lane < count else 0, source % block
+        if element == 4:
+            column, target_column = floats(keys + page, size * block), floats(key_part, size * block)
+            row = floats(values + page + offset * size * 4, size)
+            target_row = floats(value_part + lane * size * 4, size)
+            for i in range(size):
+                target_column[i * block + lane] = column[i * block + offset] if lane < count else np.float32(0.0)
+                target_row[i] = row[i] if lane < count else np.float32(0.0)
+        else:
+            halves, target_halves = words(keys + page, size * block), words(key_part, size * block)
+            half_row = words(values + page + offset * size * 2, size)
+            target_half_row = words(value_part + lane * size * 2, size)
+            for i in range(size):
+                target_halves[i * block + lane] = halves[i * block + offset] if lane < count else np.int16(0)
+                target_half_row[i] = half_row[i] if lane < count else np.int16(0)
+    return ancestor, ancestor_at
 
 
 @njit(fastmath={"contract"})
@@ -167,21 +220,21 @@ def attend_unit(
     positions: int64 [rows], of each row in its sequence; tree: uint8 [rows, tree_width], which of the sequence's rows
     of this step a row attends to, or address 0 where attention is causal
     window: keys that a query attends to, itself included, or 0 for all; soft_cap: of the scores, or 0
-    scratch: float32 [SCRATCH_FLOATS + num_tokens * group * (2 * size + SCRATCH_FLOATS_PER_ROW)] of this thread
+    scratch: float32 [SCRATCH_FLOATS + num_tokens * group * (2 * size + SCRATCH_FLOATS_PER_ROW) + copied_floats(size,
+    block)] of this thread
     """
     group = num_heads // num_kv_heads
     rows = num_tokens * group
     element = 4 if kind == FLOAT32 else 2
-    keys += kv_head * head_bytes
-    values += kv_head * head_bytes
+    keys, values = keys + kv_head * head_bytes, values + kv_head * head_bytes
     pages = integers(tables, (context + block - 1) // block)
     keys_at, values_at = scratch, scratch + (MAX_PARTS + PARTS_AHEAD) * 8
-    key_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD)
-    value_parts = integers(values_at, MAX_PARTS + PARTS_AHEAD)
+    key_parts, value_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD), integers(values_at, MAX_PARTS + PARTS_AHEAD)
     queries = scratch + SCRATCH_FLOATS * 4
-    sums = queries + rows * size * 4
-    scores = sums + rows * size * 4
+    sums, scores = queries + rows * size * 4, queries + 2 * rows * size * 4
     states = scores + rows * SPAN * 4
+    copied_keys = states + rows * 2 * 4
+    copied_values = copied_keys + MAX_PARTS * size * block * 4
     _copy_queries(
         qkv,
         queries,
@@ -193,63 +246,68 @@ def attend_unit(
         size,
         scale,
     )
-    totals = floats(sums, rows * size)
-    for i in range(rows * size):
-        totals[i] = np.float32(0.0)
-    for row in range(rows):
-        state = floats(states + row * 8, 2)
-        state[0], state[1] = _LOWEST, np.float32(0.0)
+    _start_rows(sums, states, rows, size)
     row_positions = integers(positions, first_token + num_tokens)
-    low = 0  # keys before it are outside of every row's window: their blocks may hold NaN, or another sequence
-    if window != 0:
-        low = row_positions[first_token]  # in a tree, positions do not ascend
-        for token in range(first_token, first_token + num_tokens):
-            low = min(low, row_positions[token])
-        low = max(0, low - window + 1)
-    last = (
-        context if tree != 0 else row_positions[first_token + num_tokens - 1] + 1
-    )  # one past the last key that any row attends to
-    start = low // SPAN * SPAN
-    while start < last:
-        count = min(SPAN, last - start)
-        num_vectors = -(-count // LANES)
-        num_scored = num_vectors * LANES
-        num_skipped = max(0, low - start)
-        first = num_skipped // LANES * LANES  # whole parts before `low` are skipped
-        num_parts = num_vectors - first // LANES
-        for part in range(num_parts):
-            key = start + first + part * LANES
-            page, offset = pages[key // block] * block_bytes, key % block
-            key_parts[part] = keys + page + offset * element
-            value_parts[part] = values + page + offset * size * element
-        for ahead in range(PARTS_AHEAD):  # to be prefetched
-            key_parts[num_parts + ahead] = value_parts[min(ahead, num_parts - 1)]
-            key = min(start + SPAN + ahead * LANES, last - 1)
-            value_parts[num_parts + ahead] = (
-                keys + pages[key // block] * block_bytes + key % block // LANES * LANES * element
-            )
-        _score(kind, rows, queries, size, keys_at, block, num_parts, scores + first * 4, SPAN)
-        for row in range(rows):
-            own = row_positions[first_token + row // group]
-            row_scores = floats(scores + row * SPAN * 4, num_scored)
-            if soft_cap != np.float32(0.0):
-                _cap(row_scores, num_scored, soft_cap)
-            row_low = max(0, own - window + 1) if window != 0 else 0
-            high = own + 1 if tree == 0 else context
-            if start < row_low or start + num_scored > high:
-                _mask(row_scores, num_scored, start, row_low, high)
-            if tree != 0:
-                row_tree = tree + (first_token + row // group) * tree_width
-                _mask_drafts(
-                    row_scores, num_scored, start, row_low, context - num_new, num_new, row_tree,
-                    positions + first_row * 8,
-                )  # fmt: skip
-            row_sums, state = floats(sums + row * size * 4, size), floats(states + row * 8, 2)
-            _update_softmax(scores + row * SPAN * 4, num_vectors, row_sums, size, state)
-        _add_values(
-            kind, rows, scores + first * 4, SPAN, values_at, num_skipped - first, count - first, sums, size, element
-        )
-        start += SPAN
+    low = _first_key(row_positions, first_token, num_tokens, window)
+    first_new = context - num_new
+    # Of a tree, all rows see the spans before the step's own keys; what follows is of each row alone: its ancestors.
+    for index in range(1 if tree == 0 else 1 + num_tokens):
+        begin_row, end_row, start = 0, rows, low // SPAN * SPAN
+        if tree == 0:
+            last = row_positions[first_token + num_tokens - 1] + 1  # one past the last key that any row attends to
+        elif index == 0:
+            last = first_new // SPAN * SPAN
+        else:
+            begin_row, end_row = (index - 1) * group, index * group
+            start = max(start, first_new // SPAN * SPAN)
+            last = row_positions[first_token + index - 1] + 1
+        ancestor, ancestor_at = -1, first_new - 1
+        while start < last:
+            count = min(SPAN, last - start)
+            num_vectors = -(-count // LANES)
+            num_scored = num_vectors * LANES
+            num_skipped = max(0, low - start)
+            first = num_skipped // LANES * LANES  # whole parts before `low` are skipped
+            num_parts = num_vectors - first // LANES
+            for part in range(num_parts):
+                key = start + first + part * LANES
+                if index != 0 and key + LANES > first_new:
+                    key_parts[part] = copied_keys + part * size * block * element
+                    value_parts[part] = copied_values + part * LANES * size * element
+                    ancestor, ancestor_at = _copy_path(
+                        keys, values, pages, block, block_bytes, size, element, key, min(LANES, last - key), first_new,
+                        tree + (first_token + index - 1) * tree_width, ancestor, ancestor_at, key_parts[part],
+                        value_parts[part],
+                    )  # fmt: skip
+                    continue
+                page, offset = pages[key // block] * block_bytes, key % block
+                key_parts[part] = keys + page + offset * element
+                value_parts[part] = values + page + offset * size * element
+            for ahead in range(PARTS_AHEAD):  # to be prefetched
+                key_parts[num_parts + ahead] = value_parts[min(ahead, num_parts - 1)]
+                key = min(start + SPAN + ahead * LANES, last - 1)
+                value_parts[num_parts + ahead] = (
+                    keys + pages[key // block] * block_bytes + key % block // LANES * LANES * element
+                )
+            _score(
+                kind, end_row - begin_row, queries + begin_row * size * 4, size, keys_at, block, num_parts,
+                scores + (begin_row * SPAN + first) * 4, SPAN,
+            )  # fmt: skip
+            for row in range(begin_row, end_row):
+                own = row_positions[first_token + row // group]
+                row_scores = floats(scores + row * SPAN * 4, num_scored)
+                if soft_cap != np.float32(0.0):
+                    _cap(row_scores, num_scored, soft_cap)
+                row_low = max(0, own - window + 1) if window != 0 else 0
+                if start < row_low or start + num_scored > own + 1:
+                    _mask(row_scores, num_scored, start, row_low, own + 1)
+                row_sums, state = floats(sums + row * size * 4, size), floats(states + row * 8, 2)
+                _update_softmax(scores + row * SPAN * 4, num_vectors, row_sums, size, state)
+            _add_values(
+                kind, end_row - begin_row, scores + (begin_row * SPAN + first) * 4, SPAN, values_at,
+                num_skipped - first, count - first, sums + begin_row * size * 4, size, element,
+            )  # fmt: skip
+            start += SPAN
     _write_outputs(out, sums, states, first_token, group, kv_head, num_heads, size, rows)
 
 

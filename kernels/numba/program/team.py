@@ -64,7 +64,7 @@ class Team:
     """
 
     def __init__(self, num_threads: int, *, scratch_bytes: int) -> None:
-        self.num_threads = num_threads
+        self.num_threads, self.scratch_bytes = num_threads, scratch_bytes
         num_control = (Control.COUNTERS + 2 * _MAX_OPERATIONS) * LINE // 8
         self._control = torch.zeros(num_control, dtype=torch.int64)  # aligned by torch to a cache line
         self._counters = self._control.numpy()[Control.COUNTERS * LINE // 8 :]

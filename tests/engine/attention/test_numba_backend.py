@@ -22,7 +22,7 @@ LARGEST = AttentionLayer(0, 2 * TILE_ROWS, 1, 128, 1.0)
 
 @once
 def make_team(num_threads: int) -> Team:
-    return Team(num_threads, scratch_bytes=scratch_bytes([LARGEST]))
+    return Team(num_threads, scratch_bytes=scratch_bytes([LARGEST], 256))
 
 
 class TestNumbaAttention(RowIndependence, AttentionConformance):

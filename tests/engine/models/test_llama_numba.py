@@ -130,7 +130,7 @@ def unpacked(packed: Llama) -> Llama:
 def compiled_runner(packed: Llama, *, num_blocks: int = 160, num_threads: int = 1, dtype=torch.float32) -> ModelRunner:
     layers = packed.attention_layers
     cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype, keys_as_columns=True))
-    team = Team(num_threads, scratch_bytes=scratch_bytes(layers))
+    team = Team(num_threads, scratch_bytes=scratch_bytes(layers, cache.block_size))
     attention = NumbaAttention(cache, team)
     return ModelRunner(NumbaLlama(packed, attention, team), cache, attention)
 

@@ -97,6 +97,6 @@ class TestCompiled(ExecutorConformance):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         exchange_linears(model, make_methods(COMPILED_FORMATS, "none"))
         cache = make_cache(model, 16, keys_as_columns=True)
-        team = Team(self.num_threads, scratch_bytes=scratch_bytes(model.attention_layers))
+        team = Team(self.num_threads, scratch_bytes=scratch_bytes(model.attention_layers, cache.block_size))
         attention = NumbaAttention(cache, team)
         return made(ModelRunner(NumbaLlama(model, attention, team), cache, attention))

@@ -89,7 +89,7 @@ def make_runner(model: Model, *, is_compiled: bool = True, num_threads: int = 1)
     )
     if not is_compiled:
         return ModelRunner(model, cache, TorchAttention(cache))
-    attention = NumbaAttention(cache, Team(num_threads, scratch_bytes=scratch_bytes(layers)))
+    attention = NumbaAttention(cache, Team(num_threads, scratch_bytes=scratch_bytes(layers, cache.block_size)))
     return ModelRunner(model, cache, attention)
 
 

@@ -69,7 +69,7 @@ def test_each_token_is_indexed_once() -> None:
     tokens.num_slices = 0
     tokens.append(5)
     assert index.extend(tokens, 10_000) == 1
-    assert index.find_continuation(tokens) == 6
+    assert index.find_continuation(tokens) == (6, 1)
     assert tokens.num_slices <= 6  # three new n-grams, and at most three looked up
 
 

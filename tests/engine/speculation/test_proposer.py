@@ -1,20 +1,57 @@
 """The registry of proposers."""
 
 import pytest
+import torch
+from torch import Tensor
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import PROPOSERS, build_proposer, needs_of
-from tests.support.conformance.proposer import make_sequence, propose
+from engine.speculation.proposer import PROPOSERS, DraftModel, ProposerContext, build_proposer, most_drafts, needs_of
+from tests.support.conformance.proposer import HIDDEN_SIZE, make_sequence, propose
+from tests.support.faulty_device import VOCAB_SIZE
+from tests.support.speculating import make_draft_model
 
 
-@pytest.mark.parametrize("method", PROPOSERS)
+def _context() -> ProposerContext:
+    def output_rows(token_ids: Tensor | None) -> Tensor:
+        rows = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
+        return rows if token_ids is None else rows[token_ids]
+
+    def open_draft_model() -> DraftModel:
+        return make_draft_model(40)
+
+    return ProposerContext(
+        path="tiny",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        output_rows=output_rows,
+        open_draft_model=open_draft_model,
+        full_group=0,
+    )
+
+
+@pytest.mark.parametrize("method", sorted(set(PROPOSERS) - {"medusa"}))
 def test_every_registered_proposer_is_built_from_the_config_and_proposes(method: str) -> None:
-    proposer = build_proposer(SpeculationConfig(method=method))
-    assert proposer.needs == needs_of(SpeculationConfig(method=method))
-    assert proposer.needs.num_lookahead_tokens == 0
-    assert propose(proposer, make_sequence([1, 2, 3, 1, 2])) == [{"none": [], "ngram": [3, 1, 2, 3]}[method]]
+    config = SpeculationConfig(method=method, model="draft" if method == "draft_model" else None, num_drafts=4)
+    proposer = build_proposer(config, _context())
+    assert proposer.needs == needs_of(config)
+    expected = {"ngram": [3, 1, 2, 3], "suffix": [3, 1, 2, 3]}  # a draft model needs blocks to work in
+    assert propose(proposer, make_sequence([1, 2, 3, 1, 2])) == [expected.get(method, [])]
 
 
 def test_an_unknown_method_is_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"'oracle', but must be one of none, ngram"):
-        build_proposer(SpeculationConfig(method="oracle"))
+    with pytest.raises(ValueError, match=r"'oracle', but must be one of none, ngram, suffix"):
+        build_proposer(SpeculationConfig(method="oracle"), _context())
+
+
+def test_what_a_method_lacks_is_said() -> None:
+    with pytest.raises(ValueError, match=r"set speculation\.model"):
+        needs_of(SpeculationConfig(method="draft_model"))
+    with pytest.raises(ValueError, match=r"no heads come with tiny .*set speculation\.model"):
+        build_proposer(SpeculationConfig(method="medusa"), _context())
+
+
+def test_a_depth_that_is_set_is_the_number_of_drafts() -> None:
+    assert most_drafts(SpeculationConfig(method="ngram", depth=3)) == 3
+    assert most_drafts(SpeculationConfig(method="ngram", num_drafts=7)) == 7
+    with pytest.raises(ValueError, match=r"depth \(5\) must not be above num_drafts \(4\)"):
+        SpeculationConfig(method="ngram", depth=5, num_drafts=4)

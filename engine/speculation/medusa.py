@@ -1,0 +1,162 @@
+"""Drafts of Medusa heads: a tree of what may follow, made from the target's last hidden state in one go.
+
+Cai et al. 2024 (arXiv 2401.10774), but for how drafts are verified: as everywhere here, a draft is kept if it is what
+the target samples ("typical acceptance" would change the output). Where the request is sampled, candidates compete with
+the target's own noise at their positions, so that a guess is one of the sample, not of the distribution's peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.arrays import Floats, Ints
+from engine.config import SpeculationConfig
+from engine.sampling.metadata import GREEDY_BELOW
+from engine.sampling.noise import gumbel, noise_bits, noise_key, token_words
+from engine.speculation.medusa_heads import MedusaHeads
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, draft_budget, most_drafts
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Sequence
+
+SHIPPED = Path(__file__).with_name("heads")  # of models that come by name
+MAX_CHILDREN = 8  # of a node
+NUM_CANDIDATES = 64  # of a node, that compete with noise for being among them
+MAX_OPEN_NODES = 2  # of a depth, that get children
+
+
+class _Node(NamedTuple):
+    """A draft of one sequence while its tree grows."""
+
+    seq: int  # among those that are drafted for
+    draft: int  # among the sequence's drafts; -1: the newest token
+    token_id: int
+    survival: float  # by the heads' own numbers
+
+
+class _Draft(NamedTuple):
+    token_id: int
+    parent: int  # -1: the newest token
+    chance: float  # by the heads, after its parent
+    survival: float  # with all that it follows
+
+
+class MedusaProposer:
+    """Grows the tree of each sequence by depth, all sequences together, where its heads are surest."""
+
+    def __init__(
+        self, heads: MedusaHeads, *, num_drafts: int, vocab_size: int, max_children: int = MAX_CHILDREN
+    ) -> None:
+        """max_children: of a draft; with one, drafts are a chain"""
+        self.needs = _needs(num_drafts)
+        self._heads, self._num_drafts, self._max_children = heads, num_drafts, max_children
+        self._words = token_words(vocab_size)
+
+    @classmethod
+    def from_config(cls, config: SpeculationConfig, context: ProposerContext) -> MedusaProposer:
+        heads = MedusaHeads.load(
+            heads_of(config, context.path),
+            hidden_size=context.hidden_size,
+            vocab_size=context.vocab_size,
+            output_rows=context.output_rows,
+        )
+        return cls(heads, num_drafts=most_drafts(config), vocab_size=context.vocab_size)
+
+    @classmethod
+    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+        path = None if config.model is None else Path(config.model)
+        sizes = [] if path is None else [file.stat().st_size for file in path.glob("*") if file.is_file()]
+        return replace(_needs(most_drafts(config)), num_bytes=sum(sizes))
+
+    def propose(self, step: VerifiedStep) -> None:
+        for seq in step.drafting:
+            seq.draft_token_ids, seq.draft_parents, seq.draft_confidences = [], [], []
+        budgets = [draft_budget(seq, self._num_drafts) if step.max_depth else 0 for seq in step.drafting]
+        rows = [row for row, budget in enumerate(budgets) if budget > 0]
+        if not rows:
+            return
+        seqs = [step.drafting[row] for row in rows]
+        hidden = step.newest_hidden()[rows].float()
+        newest = torch.tensor([seq.token_ids[-1] for seq in seqs], device=hidden.device)
+        logits = self._heads.logits(hidden, newest)
+        open_nodes = [_Node(row, -1, seq.token_ids[-1], 1.0) for row, seq in enumerate(seqs)]
+        depths = [min(budgets[row], self._heads.num_heads, step.max_depth) for row in rows]
+        trees: list[list[_Draft]] = [[] for _ in seqs]
+        for depth in range(max(depths)):
+            open_nodes = [node for node in open_nodes if depths[node.seq] > depth]
+            if not open_nodes:
+                break
+            open_nodes = self._grow(seqs, trees, open_nodes, logits[:, depth], depth)
+        for seq, tree in zip(seqs, trees, strict=True):
+            _set_drafts(seq, tree, min(self._num_drafts, seq.params.num_drafts or self._num_drafts))
+
+    def _grow(
+        self,
+        seqs: list[Sequence],
+        trees: list[list[_Draft]],
+        nodes: list[_Node],
+        logits: torch.Tensor,
+        depth: int,
+    ) -> list[_Node]:
+        """Gives nodes children; returns those of them that get children next. logits: [sequences, tokens]"""
+        previous = torch.tensor([node.token_id for node in nodes], device=logits.device)
+        of_nodes = logits[[node.seq for node in nodes]]
+        is_greedy = all(seqs[node.seq].params.temperature < GREEDY_BELOW for node in nodes)
+        num_candidates = self._max_children if is_greedy else NUM_CANDIDATES
+        ids, log_probs = self._heads.children(of_nodes, previous, num_candidates)
+        all_ids: Ints = ids.cpu().numpy()
+        all_scores: Floats = log_probs.cpu().numpy()
+        grown: list[list[_Node]] = [[] for _ in seqs]
+        for node, token_ids, scores in zip(nodes, all_ids, all_scores, strict=True):
+            seq = seqs[node.seq]
+            for token_id, chance in self._children(seq, token_ids, scores, seq.num_tokens + depth):
+                tree = trees[node.seq]
+                survival = node.survival * chance
+                grown[node.seq].append(_Node(node.seq, len(tree), token_id, survival))
+                tree.append(_Draft(token_id, node.draft, chance, survival))
+        best = [sorted(found, key=lambda node: -node.survival)[:MAX_OPEN_NODES] for found in grown]
+        return [node for found in best for node in found]
+
+    def _children(self, seq: Sequence, token_ids: Ints, log_probs: Floats, position: int) -> list[tuple[int, float]]:
+        """The tokens that may stand at a position, and the chance of each, likeliest first."""
+        params = seq.params
+        if params.temperature >= GREEDY_BELOW:
+            noise = gumbel(noise_bits(self._words[token_ids], noise_key(params.seed, position)))
+            scores = log_probs / np.float32(params.temperature) + noise
+            weights = np.exp(scores - scores.max())
+            chances = weights / weights.sum()
+            order = np.argsort(-chances, kind="stable")[: self._max_children]
+        else:
+            chances, order = np.exp(log_probs), np.arange(min(self._max_children, len(log_probs)))
+        return [(int(token_ids[i]), float(chances[i])) for i in order]
+
+
+def heads_of(config: SpeculationConfig, path: str) -> Path:
+    """The heads that the config names, or those that come with a model. ValueError where there are none."""
+    if config.model is not None:
+        return Path(config.model)
+    shipped = SHIPPED / Path(path).name
+    if not shipped.is_dir():
+        names = ", ".join(sorted(folder.name for folder in SHIPPED.glob("*/"))) or "none"
+        raise ValueError(
+            f"speculation.method is medusa, but no heads come with {path} (they do with: {names}); set "
+            "speculation.model to a directory of heads, which `peregrine train-heads` makes"
+        )
+    return shipped
+
+
+def _set_drafts(seq: Sequence, tree: list[_Draft], most: int) -> None:
+    """The best drafts of a tree: of each, all that it follows are at least as good."""
+    kept = sorted(sorted(range(len(tree)), key=lambda index: -tree[index].survival)[:most])
+    places = {-1: -1} | {index: place for place, index in enumerate(kept)}
+    seq.draft_token_ids = [tree[index].token_id for index in kept]
+    seq.draft_parents = [places[tree[index].parent] for index in kept]
+    seq.draft_confidences = [tree[index].chance for index in kept]
+
+
+def _needs(num_drafts: int) -> ProposerNeeds:
+    return ProposerNeeds(num_drafts=num_drafts, hidden="newest")

@@ -1,0 +1,69 @@
+"""What a step costs by its rows: measured at the start, and followed while requests are served.
+
+A row beyond the first is nearly free while the weights are read for it anyway, and then costs what its arithmetic
+costs, in stairs of the height of a kernel's tile. Both are the machine's and the model's own, so they are measured.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+import numpy as np
+
+from engine.arrays import Doubles
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
+_PACE_OF_ALL = 0.02  # by which a step that took longer, or less, moves what is known of all sizes: the machine's speed
+_PACE_OF_ONE = 0.01  # and of its own size beside that, if others were seen lately: two medians that follow
+_FIRST_PACE = 0.05  # of its own size, as long as few were seen
+_NUM_FIRST = 16
+_LATELY = 64  # steps
+
+
+class StepCosts:
+    """Seconds of a step, by the number of its rows. Between sizes that were seen, what is known is interpolated."""
+
+    def __init__(self, measured: Mapping[int, float] | None = None) -> None:
+        """measured: seconds of steps of some sizes, at the start. Without any, a row costs as much as a step."""
+        known = dict(sorted((measured or {1: 1.0, 2: 2.0}).items()))
+        sizes = np.array(list(known), dtype=np.float64)
+        seconds = np.maximum.accumulate(np.array(list(known.values()), dtype=np.float64))
+        self._seconds = np.interp(ROWS, sizes, seconds)
+        if len(sizes) > 1:  # beyond the largest, on the line of the last two
+            slope = max((seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]), seconds[-1] / sizes[-1] / 4)
+        else:
+            slope = seconds[-1] / sizes[-1]
+        beyond = np.array(ROWS) > sizes[-1]
+        self._seconds[beyond] = seconds[-1] + (np.array(ROWS)[beyond] - sizes[-1]) * slope
+        self._num_seen = np.zeros(len(ROWS), dtype=np.int64)
+        self._last_size, self._num_alike = -1, _LATELY  # steps of one size, until now
+        self._table: Doubles | None = None
+
+    def learn(self, num_rows: int, seconds: float) -> None:
+        """Notes a step. One that the machine's other work has held up counts as little as one that it has not."""
+        if num_rows < 1 or num_rows > ROWS[-1] or seconds <= 0:
+            return
+        index = min(bisect_left(ROWS, num_rows), len(ROWS) - 1)
+        self._num_seen[index] += 1
+        self._num_alike = 0 if 0 <= self._last_size != index else self._num_alike + 1
+        self._last_size = index
+        is_slower = seconds > self.seconds(num_rows)
+        self._seconds *= 1 + _PACE_OF_ALL if is_slower else 1 / (1 + _PACE_OF_ALL)
+        if self._num_alike < _LATELY:
+            pace = _FIRST_PACE if self._num_seen[index] <= _NUM_FIRST else _PACE_OF_ONE
+            self._seconds[index] *= 1 + pace if is_slower else 1 / (1 + pace)
+        self._table = None
+
+    def seconds(self, num_rows: int) -> float:
+        """Of a step of so many rows."""
+        table = self.table()
+        if num_rows < len(table):
+            return float(table[num_rows])
+        return float(table[-1] * num_rows / (len(table) - 1))
+
+    def table(self) -> Doubles:
+        """Of steps of 0, 1, 2, ... rows, up to the largest that is followed. [512 + 1]"""
+        if self._table is None:
+            self._table = np.interp(np.arange(ROWS[-1] + 1), ROWS, np.maximum.accumulate(self._seconds))
+        return self._table

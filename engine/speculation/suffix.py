@@ -1,0 +1,186 @@
+"""Drafts copied from all that a tenant's requests have said lately: what mostly followed the longest matching suffix.
+
+SuffixDecoding (Oliaro et al. 2024, arXiv 2411.04975, section 4): texts repeat themselves and each other, most of all
+those of agents and of code that is edited; the longer the match and the more often it went on that way, the longer the
+draft. A suffix is found by its last tokens in an index of texts, which is as good as a suffix tree for suffixes of some
+tokens and up, and takes a tenth of its memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from weakref import WeakKeyDictionary
+
+from engine.config import SpeculationConfig
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, draft_budget, most_drafts
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Sequence
+
+ANCHOR = 2  # tokens by which places are found: of shorter suffixes there is no guess
+NUM_PLACES = 12  # of an anchor that are looked at, the newest
+LONGEST_MATCH = 32  # tokens; longer ones say no more
+MAX_TOKENS = 1 << 17  # of a tenant's texts: some 30 MB
+MAX_TENANTS = 64
+MAX_INDEXED_PER_STEP = 4096  # tokens of all sequences together: about five milliseconds
+LENGTH_OF_MATCH = 2  # drafts for each token that matches
+
+
+class Text:
+    """The tokens of one request, as far as they are indexed; of one that has made room, no more are."""
+
+    __slots__ = ("is_gone", "num_indexed", "token_ids")
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.num_indexed, self.is_gone = 0, False
+
+
+class SuffixIndex:
+    """Where pairs of tokens occur in a tenant's texts, the newest places last. Oldest texts make room for new ones."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._places: dict[tuple[int, int], list[tuple[Text, int]]] = {}
+        self._texts: OrderedDict[int, Text] = OrderedDict()  # by id, the one that grew last at the end
+        self._max_tokens = max_tokens
+        self.num_tokens = 0
+
+    def extend(self, text: Text, token_ids: list[int], max_num_tokens: int) -> int:
+        """Indexes a text as far as it is known now, by at most so many tokens more; returns by how many.
+
+        token_ids: what was given the last time, and any number of tokens more
+        """
+        first, last = len(text.token_ids), min(len(token_ids), len(text.token_ids) + max(max_num_tokens, 0))
+        if first == last or text.is_gone:
+            return 0
+        text.token_ids += token_ids[first:last]
+        for end in range(max(text.num_indexed, ANCHOR), last):
+            places = self._places.setdefault((token_ids[end - 2], token_ids[end - 1]), [])
+            places.append((text, end))
+            if len(places) > 2 * NUM_PLACES:
+                del places[:NUM_PLACES]
+        text.num_indexed = last
+        self._texts[id(text)] = text
+        self._texts.move_to_end(id(text))
+        self.num_tokens += last - first
+        while self.num_tokens > self._max_tokens and len(self._texts) > 1:
+            self._forget(next(iter(self._texts.values())))
+        return last - first
+
+    def forget(self, text: Text) -> None:
+        if id(text) in self._texts:
+            self._forget(text)
+
+    def continuation(self, own: Text, token_ids: list[int], most: int) -> tuple[list[int], list[float]]:
+        """What followed the longest suffix that was seen before, and how often each token did, given those before it.
+
+        token_ids: a text whose newest tokens are the suffix; own: what is indexed of it; most: tokens of what follows
+        """
+        if len(token_ids) < ANCHOR:
+            return [], []
+        longest = 0
+        places: list[tuple[Text, int]] = []
+        for text, end in reversed(self._places.get((token_ids[-2], token_ids[-1]), ())[-NUM_PLACES:]):
+            length = _match(text.token_ids, end, token_ids)
+            if length > longest:
+                longest, places = length, []
+            if length == longest:
+                places.append((text, end))
+        drafts: list[int] = []
+        shares: list[float] = []
+        most = min(most, LENGTH_OF_MATCH * longest)
+        while len(drafts) < most:
+            # where a copy of the text itself reaches its end, it goes on with what it has copied: a period
+            places = [(text, end) for text, end in places if end < len(text.token_ids) or text is own]
+            following = [
+                text.token_ids[end] if end < len(text.token_ids) else drafts[end - len(text.token_ids)]
+                for text, end in places
+            ]
+            if not following:
+                break
+            token_id, count = Counter(following).most_common(1)[0]  # of equals, the newest
+            drafts.append(token_id)
+            shares.append(_share(count, len(places), longest))
+            places = [(t, end + 1) for (t, end), one in zip(places, following, strict=True) if one == token_id]
+        return drafts, shares
+
+    def _forget(self, text: Text) -> None:
+        for end in range(ANCHOR, text.num_indexed):
+            anchor = (text.token_ids[end - 2], text.token_ids[end - 1])
+            places = [place for place in self._places.get(anchor, ()) if place[0] is not text]
+            if places:
+                self._places[anchor] = places
+            else:
+                self._places.pop(anchor, None)
+        del self._texts[id(text)]
+        text.is_gone = True
+        self.num_tokens -= len(text.token_ids)
+
+
+class SuffixProposer:
+    """Looks each sequence's newest tokens up among the texts of its tenant: never among those of another."""
+
+    def __init__(self, *, num_drafts: int, max_tokens: int = MAX_TOKENS) -> None:
+        self.needs = ProposerNeeds(num_drafts=num_drafts)
+        self._num_drafts, self._max_tokens = num_drafts, max_tokens
+        self._tenants: OrderedDict[str, SuffixIndex] = OrderedDict()  # by cache salt, the one asked last at the end
+        self._texts: WeakKeyDictionary[Sequence, Text] = WeakKeyDictionary()
+
+    @classmethod
+    def from_config(cls, config: SpeculationConfig, context: ProposerContext) -> SuffixProposer:
+        return cls(num_drafts=most_drafts(config))
+
+    @classmethod
+    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+        return ProposerNeeds(num_drafts=most_drafts(config))
+
+    def propose(self, step: VerifiedStep) -> None:
+        num_drafts = min(self._num_drafts, step.max_depth)
+        num_left = MAX_INDEXED_PER_STEP
+        for seq in sorted(step.drafting, key=self._num_behind):  # a long prompt keeps nobody waiting
+            if draft_budget(seq, self._num_drafts) > 0:
+                num_left -= self._index_of(seq).extend(self._text_of(seq), seq.token_ids, num_left)
+        for seq in step.drafting:
+            budget = draft_budget(seq, num_drafts)
+            text = self._text_of(seq)
+            drafts, shares = self._index_of(seq).continuation(text, seq.token_ids, budget) if budget > 0 else ([], [])
+            seq.draft_token_ids, seq.draft_confidences = drafts, shares
+            seq.draft_parents = list(range(-1, len(drafts) - 1))
+
+    def _num_behind(self, seq: Sequence) -> int:
+        return seq.num_tokens - len(self._text_of(seq).token_ids)
+
+    def _index_of(self, seq: Sequence) -> SuffixIndex:
+        salt = seq.request.cache_salt
+        index = self._tenants.get(salt)
+        if index is None:
+            index = self._tenants[salt] = SuffixIndex(self._max_tokens)
+            if len(self._tenants) > MAX_TENANTS:
+                self._tenants.popitem(last=False)
+        self._tenants.move_to_end(salt)
+        return index
+
+    def _text_of(self, seq: Sequence) -> Text:
+        text = self._texts.get(seq)
+        if text is not None and len(text.token_ids) > seq.num_tokens:  # tokens were taken back
+            self._index_of(seq).forget(text)
+            text = None
+        if text is None:
+            text = self._texts[seq] = Text()
+        return text
+
+
+def _match(text: list[int], end: int, token_ids: list[int]) -> int:
+    """How many tokens before `end` are the newest ones of `token_ids`."""
+    most = min(LONGEST_MATCH, end, len(token_ids))
+    length = ANCHOR
+    while length < most and text[end - 1 - length] == token_ids[-1 - length]:
+        length += 1
+    return length
+
+
+def _share(count: int, num_places: int, length: int) -> float:
+    """The estimated chance of a continuation that `count` of so many places have, after a match of so many tokens.
+
+    As if, of a match of that length, one place in 1 + length had gone on otherwise.
+    """
+    return count / (num_places + 1.0 / (1.0 + length / 4))

@@ -1,0 +1,69 @@
+"""A proposer that fails costs its drafts, and nobody a request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.speculation.proposer import ProposerNeeds
+from engine.speculation.speculator import Speculator
+from engine.speculation.verified_step import VerifiedStep
+from engine.types import Sampled, Scheduled, Sequence
+from tests.support.conformance.proposer import make_sequence
+
+
+class Scripted:
+    needs = ProposerNeeds(num_drafts=3)
+
+    def __init__(self, tokens: list[int], parents: list[int], confidences: list[float] | None = None) -> None:
+        self.tokens, self.parents, self.confidences = tokens, parents, confidences or []
+        self.num_calls = 0
+
+    def propose(self, step: VerifiedStep) -> None:
+        self.num_calls += 1
+        for seq in step.drafting:
+            seq.draft_token_ids, seq.draft_parents = list(self.tokens), list(self.parents)
+            seq.draft_confidences = list(self.confidences)
+
+
+def _step(speculator: Speculator) -> Sequence:
+    seq = make_sequence([1, 2, 3])
+    speculator.propose([Scheduled(seq, 1, 0, samples=True)], [Sampled([3])], torch.zeros(1, 4))
+    return seq
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents", "confidences"),
+    [
+        ([10], [-1], []),
+        ([-1], [-1], []),
+        ([1, 2], [-1], []),
+        ([1, 2], [-1, 1], []),
+        ([1, 2], [1, -1], []),
+        ([1], [-2], []),
+        ([1, 2, 3, 4], [-1, 0, 1, 2], []),
+        ([1, 2], [-1, 0], [0.5]),
+    ],
+)
+def test_nonsense_is_dropped_and_its_proposer_left_out_for_a_while(
+    tokens: list[int], parents: list[int], confidences: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    proposer = Scripted(tokens, parents, confidences)
+    speculator = Speculator(proposer, 10)
+    seq = _step(speculator)
+    assert (seq.draft_token_ids, seq.draft_parents) == ([], [])
+    assert speculator.is_off
+    assert "the proposer failed" in caplog.text
+    for _ in range(20):
+        assert _step(speculator).draft_token_ids == []
+    assert proposer.num_calls == 1
+    proposer.tokens, proposer.parents, proposer.confidences = [7], [-1], []
+    for _ in range(64):
+        seq = _step(speculator)
+    assert seq.draft_token_ids == [7]
+    assert not speculator.is_off
+
+
+def test_what_is_well_formed_passes() -> None:
+    seq = _step(Speculator(Scripted([1, 2, 3], [-1, -1, 1], [0.5, 0.2, 0.9]), 10))
+    assert (seq.draft_token_ids, seq.draft_parents) == ([1, 2, 3], [-1, -1, 1])

@@ -1,0 +1,135 @@
+"""The law of speculation on compiled layers, where a row's numbers depend on the row alone: equal to the last bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from engine.build import build_engine
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.types import Request, SamplingParams
+from tests.support.answers import Answer, answer_all
+
+VOCAB_SIZE, HIDDEN_SIZE = 50, 32
+METHODS: dict[str, dict[str, object]] = {
+    "ngram": {"method": "ngram", "ngram_min": 1, "depth": 4},
+    "suffix": {"method": "suffix", "depth": 5},
+    "draft_model": {"method": "draft_model", "model": "DRAFT", "depth": 3},
+    "another draft model": {"method": "draft_model", "model": "OTHER", "depth": 3},
+    "medusa": {"method": "medusa", "model": "HEADS", "depth": 8},
+    "auto": {"method": "draft_model", "model": "DRAFT"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target; the same once more, as a draft model; another one, with fewer layers; random heads."""
+    root = tmp_path_factory.mktemp("speculation")
+    for name, num_layers in (("TARGET", 2), ("DRAFT", 2), ("OTHER", 1)):
+        LlamaConfig(
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=64,
+            num_hidden_layers=num_layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=256,
+            architectures=["LlamaForCausalLM"],
+        ).save_pretrained(root / name)
+    generator = torch.Generator().manual_seed(0)
+    heads = {
+        f"blocks.{head}.layers.0.weight": torch.randn(HIDDEN_SIZE, HIDDEN_SIZE, generator=generator) * 0.2
+        for head in range(3)
+    }
+    (root / "HEADS").mkdir()
+    save_file(heads, root / "HEADS" / "model.safetensors")
+    config = {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE, "num_heads": 3, "original_lm_head": True}
+    (root / "HEADS" / "config.json").write_text(json.dumps(config))
+    return root
+
+
+def _build(folder: Path, speculation: dict[str, object], *, tokens: int = 4000) -> Engine:
+    named = dict(speculation)
+    if "model" in named:
+        named["model"] = str(folder / str(named["model"]))
+    settings = {
+        "model": {"path": str(folder / "TARGET"), "load_format": "dummy"},
+        "device": {"num_threads": 2, "kernels": "numba"},
+        "kv_cache": {"memory": f"{tokens}tokens"},
+        "scheduler": {"max_num_seqs": 16, "max_num_batched_tokens": 40},
+        "speculation": named,
+    }
+    return build_engine(EngineConfig.model_validate(settings), lambda phase, detail: None)[0]
+
+
+def _requests(temperature: float) -> list[Request]:
+    rng = random.Random(4)
+    requests = []
+    for i in range(16):
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(2, 30))]
+        prompt = list(range(1, 34)) + own if i % 3 == 0 else own * 2
+        params = SamplingParams(
+            seed=i, max_tokens=5 + 2 * i, temperature=temperature, logprobs=2, prompt_logprobs=1 if i % 5 == 0 else None
+        )
+        requests.append(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    return requests
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.8])
+def expected(request: pytest.FixtureRequest, folder: Path) -> tuple[float, dict[str, Answer]]:
+    """Each request alone, without drafts."""
+    engine = _build(folder, {"method": "none"})
+    found: dict[str, Answer] = {}
+    for one in _requests(request.param):
+        found |= answer_all(engine, [one]).answers
+    return request.param, found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [4000, 256])
+def test_tokens_and_log_probabilities_are_the_same_bits(
+    folder: Path, expected: tuple[float, dict[str, Answer]], method: str, tokens: int
+) -> None:
+    temperature, answers = expected
+    engine = _build(folder, METHODS[method], tokens=tokens)
+    requests = _requests(temperature)
+    for at_once in (3, 16):  # the second time, prefixes are warm
+        found = answer_all(engine, requests, at_once=at_once)
+        assert found.answers == answers
+        if method == "draft_model":
+            assert found.num_accepted_drafts > 100
+    assert not engine.speculator.is_off
+    assert engine.scheduler.kv.pool.num_owned == 0
+
+
+def test_a_draft_model_with_another_vocabulary_or_none_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"speculation\.model.*nowhere"):
+        _build(folder, {"method": "draft_model", "model": "nowhere"})
+    config = LlamaConfig.from_pretrained(folder / "TARGET")
+    config.vocab_size = 300
+    config.save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"another vocabulary"):
+        _build(folder, {"method": "draft_model", "model": str(tmp_path / "wide")})
+
+
+def test_the_plan_counts_the_draft_model_and_its_cache(folder: Path) -> None:
+    from engine.loading.loader import read_model_facts
+    from engine.planning.engine_plan import plan_memory, render_plan
+    from engine.planning.machine import read_machine
+
+    def plan(speculation: dict[str, object]) -> object:
+        model = {"path": str(folder / "TARGET"), "load_format": "dummy"}
+        config = EngineConfig.model_validate({"model": model, "speculation": speculation})
+        return plan_memory(read_model_facts(config.model), config, read_machine())
+
+    alone, both = plan({}), plan({"method": "draft_model", "model": str(folder / "OTHER")})
+    assert both.kv_bytes_per_token == alone.kv_bytes_per_token * 3 // 2  # one layer more than two
+    assert both.speculation_bytes > alone.speculation_bytes == 0
+    assert "OTHER" in render_plan(both)

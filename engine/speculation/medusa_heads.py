@@ -122,21 +122,22 @@ class _Blocks:
             torch.stack([torch.zeros(size) if bias is None else bias.float() for _, bias in layer]).to(device)
             for layer in layers
         ]
-        self._first = make_draft_matrix(torch.cat([weight.float() for weight, _ in layers[0]]).to(device))
+        first = torch.cat([weight.float() for weight, _ in layers[0]])
+        self._reads_newest = bool(checkpoint.newest)
+        if checkpoint.newest:  # as more columns of the same matrix
+            first = torch.cat((first, torch.cat(checkpoint.newest).float()), dim=1)
+        self._first = make_draft_matrix(first.to(device))
         self._later = [[make_draft_matrix(weight.float().to(device)) for weight, _ in layer] for layer in layers[1:]]
-        self._newest = torch.cat(checkpoint.newest).to(device, torch.float32) if checkpoint.newest else None
 
     @property
     def num_bytes(self) -> int:
         matrices = [self._first, *(matrix for layer in self._later for matrix in layer)]
-        tensors = [*self._biases, *([] if self._newest is None else [self._newest])]
-        return sum(matrix.num_bytes for matrix in matrices) + sum(tensor.nbytes for tensor in tensors)
+        return sum(matrix.num_bytes for matrix in matrices) + sum(bias.nbytes for bias in self._biases)
 
     def forward(self, hidden: Tensor, features: Tensor | None) -> Tensor:
         """[n, hidden_size] -> [n, num_heads, hidden_size]. features: [n, rank] of the newest tokens"""
-        inner = self._first.multiply(hidden)
-        if self._newest is not None and features is not None:
-            inner += F.linear(features, self._newest)
+        reads = torch.cat((hidden, features), dim=1) if self._reads_newest and features is not None else hidden
+        inner = self._first.multiply(reads)
         x = hidden[:, None] + F.silu(inner.view(-1, self._num_heads, hidden.shape[1]) + self._biases[0])
         for layer, bias in zip(self._later, self._biases[1:], strict=True):
             products = [matrix.multiply(x[:, head]) for head, matrix in enumerate(layer)]

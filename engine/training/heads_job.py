@@ -28,9 +28,9 @@ class HeadsJob(BaseModel):
     max_tokens: Count = 160
     num_tokens: Count = 200_000
     num_heads: Annotated[int, Field(ge=1, le=16)] = 3
-    num_known_tokens: Count = 8192
+    num_known_tokens: Count = 4096
     markov_rank: Annotated[int, Field(ge=0, le=1024)] = 64
-    num_epochs: Count = 4
+    num_epochs: Count = 3
     batch_size: Count = 256
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     seed: int = 0

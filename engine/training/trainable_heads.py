@@ -78,5 +78,6 @@ class TrainableHeads(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".model.safetensors"
         save_file(kept, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors lets nobody else read it
         partial.replace(folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -15,9 +15,9 @@ from server.settings import LoadedConfig
 
 _NUMBERS = (  # flag, default, least and most, what it is
     ("--tokens", 200_000, (1000, 10**9), "tokens to learn from"),
-    ("--epochs", 4, (1, 1000), "how often each of them is learned from"),
+    ("--epochs", 3, (1, 1000), "how often each of them is learned from"),
     ("--heads", 3, (1, 16), "heads to train: the most tokens that are guessed at once"),
-    ("--known-tokens", 8192, (16, 1 << 20), "tokens that heads guess among: the most frequent of those to learn from"),
+    ("--known-tokens", 4096, (16, 1 << 20), "tokens that heads guess among: the most frequent of those to learn from"),
     ("--markov-rank", 64, (0, 1024), "rank of the correction by the token before; 0: none"),
 )
 FLAGS = ("--text", "--self-generate", "--output", *(name for name, *_ in _NUMBERS))

@@ -126,7 +126,7 @@ def plan_memory(
     cannot be honoured.
     """
     device = resolve_device(config, machine)
-    kernels = resolve_kernels(config, machine, device.value, facts.why_not_compiled)
+    kernels = resolve_kernels(config, device.value, facts.why_not_compiled)
     dtype = resolve_dtype(config, machine, device.value, kernels.value)
     quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
     kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)

@@ -96,16 +96,14 @@ def resolve_dtype(config: EngineConfig, machine: Machine, device: str, kernels: 
     return Resolved("float32", "measured", "this CPU has no instructions for bfloat16")
 
 
-def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not_compiled: str) -> Resolved[str]:
+def resolve_kernels(config: EngineConfig, device: str, why_not_compiled: str) -> Resolved[str]:
     """Resolves `device.kernels`. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for.
 
     why_not_compiled: of the model
     """
     wanted = config.device.kernels
     block_size = config.kv_cache.block_size
-    has_amx = machine.has_amx and config.model.dtype in ("auto", "bfloat16")
-    is_compiled = wanted == "numba" or (wanted == "auto" and not has_amx)
-    if device == "cpu" and block_size % PANEL and not why_not_compiled and is_compiled:
+    if device == "cpu" and block_size % PANEL and not why_not_compiled and wanted in ("auto", "numba"):
         nearest = max(PANEL, round(block_size / PANEL) * PANEL)
         raise SettingError(
             f"kv_cache.block_size is {block_size}, but the compiled layers of a CPU take multiples of {PANEL}; set it "
@@ -114,8 +112,6 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
     if wanted == "auto":
         if device == "cuda":
             return Resolved("triton", "default", "for cuda")
-        if has_amx:
-            return Resolved("torch", "measured", "this CPU multiplies bfloat16 matrices in hardware (AMX)")
         if why_not_compiled:
             return Resolved("torch", "model", f"no compiled layers for {why_not_compiled}")
         return Resolved("numba", "default", "for cpu")

@@ -49,7 +49,6 @@ def make_machine(
     device: str = "cpu",
     has_fast_bf16: bool = False,
     has_float16_weights: bool = False,
-    has_amx: bool = False,
 ) -> Machine:
     return Machine(
         device=device,
@@ -60,7 +59,6 @@ def make_machine(
         available_bytes=available,
         has_fast_bf16=has_fast_bf16,
         has_avx512=False,
-        has_amx=has_amx,
         has_float16_weights=has_float16_weights,
     )
 
@@ -310,14 +308,14 @@ def test_who_names_a_dtype_gets_the_model_s_own_weights_and_a_cache_of_that_dtyp
     assert other.kv_dtype == torch.bfloat16
 
 
-def test_compiled_layers_run_on_cpus_whose_own_matrix_products_are_no_faster() -> None:
-    amx = make_machine(has_fast_bf16=True, has_amx=True)
+def test_compiled_layers_run_on_every_cpu() -> None:
+    fast = make_machine(has_fast_bf16=True)  # AMX or not
     assert plan(make_machine(), facts=COMPILED).kernels == "numba"
     assert plan(make_machine(), facts=COMPILED, device={"kernels": "torch"}).kernels == "torch"
     assert plan(make_machine(2**32, device="cuda"), facts=COMPILED).kernels == "triton"
-    assert plan(amx, facts=COMPILED).kernels == "torch"
-    assert plan(amx, facts=COMPILED, device={"kernels": "numba"}).kernels == "numba"
-    assert plan(amx, facts=COMPILED, model={"dtype": "float32"}).kernels == "numba"
+    for dtype in ("auto", "float32", "bfloat16"):
+        assert plan(fast, facts=COMPILED, model={"dtype": dtype}).kernels == "numba"
+    assert plan(fast).kernels == "torch"
     with pytest.raises(SettingError, match="numba, which cannot run a GPU"):
         plan(make_machine(2**32, device="cuda"), facts=COMPILED, device={"kernels": "numba"})
 
@@ -330,10 +328,6 @@ def test_blocks_that_compiled_layers_cannot_use_are_refused_instead_of_serving_s
             plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": kernels})
     assert plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": "torch"}).kernels == "torch"
     assert plan(make_machine(), kv_cache=cache).kernels == "torch"  # no compiled layers, and nothing to lose
-    amx = make_machine(has_fast_bf16=True, has_amx=True)
-    assert plan(amx, facts=COMPILED, kv_cache=cache).kernels == "torch"  # what it would be with any blocks
-    with pytest.raises(SettingError, match=rf"block_size is {block_size}"):
-        plan(amx, facts=COMPILED, kv_cache=cache, model={"dtype": "float32"})
 
 
 def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:

@@ -127,12 +127,12 @@ def plan_memory(
     """
     device = resolve_device(config, machine)
     kernels = resolve_kernels(config, device.value, facts.why_not_compiled)
-    dtype = resolve_dtype(config, machine, device.value, kernels.value)
+    dtype = resolve_dtype(config, machine, device.value, kernels.value, is_bfloat16=facts.is_bfloat16)
     quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
     kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
     chosen = device.value, kernels.value, quantization.value
-    steps = step_name(facts, *chosen[1:], num_threads.value)
+    steps = step_name(facts, *chosen[1:], dtype.value, num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     needs = needs_of(config.speculation)

@@ -155,7 +155,7 @@ def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan) -> ModelRu
 
     assert isinstance(model, Llama), "the plan says what can be compiled"
     attention = make_numba_attention(model, cache, plan)
-    return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention)
+    return ModelRunner(NumbaLlama(model, attention, attention.team, dtype=plan.dtype), cache, attention)
 
 
 def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan) -> NumbaAttention:

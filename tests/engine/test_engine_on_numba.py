@@ -116,11 +116,17 @@ def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("quantization", ["auto", *COMPILED_FORMATS])
+ARITHMETICS: dict[str, Section] = {
+    **{name: {"quantization": name} for name in ("auto", *COMPILED_FORMATS)},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "mixed windows"])
-def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quantization: str, save) -> None:
+def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, arithmetic: str, save) -> None:
     path = save(MODELS[name])
-    model = {"quantization": quantization}
+    model = ARITHMETICS[arithmetic]
     requests = make_requests()
     engine, _ = build(path, model=model, kv_cache={"prefix_caching": False})
     alone = {}
@@ -186,6 +192,20 @@ def test_the_default_keeps_weights_and_cache_in_half_precision(save) -> None:
     assert settings["model.quantization"] == "fp16"
     assert settings["kv_cache.dtype"] == "float16"
     assert engine.executor.runner.kv_cache.codec.keys_as_columns
+
+
+def test_bfloat16_rounds_what_meets_weights_and_the_cache_keeps_more_bits(save) -> None:
+    path = save(MODELS["llama"])
+    fingerprints = []
+    for dtype in ("float32", "bfloat16"):
+        _, model = build(path, model={"dtype": dtype}, kv_cache={"dtype": "float16"})
+        settings = {key: setting.value for key, setting in model.settings.items()}
+        assert (settings["model.dtype"], settings["model.quantization"]) == (dtype, "none")
+        assert {kept for formats in model.weights.values() for kept in formats} == {dtype}
+        fingerprints.append(model.fingerprint)
+    _, auto = build(path, model={"dtype": "bfloat16"})
+    assert auto.settings["kv_cache.dtype"].value == "float16"
+    assert auto.fingerprint == fingerprints[1] != fingerprints[0]
 
 
 def plan(config: EngineConfig) -> MemoryPlan:

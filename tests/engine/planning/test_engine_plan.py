@@ -275,6 +275,32 @@ def test_compiled_layers_are_planned_for_alike_on_every_cpu(has_fast_bf16: bool,
         assert (made.linear_bytes, made.embedding_bytes) == (int(size * with_output), 4 * 500_000)
 
 
+def test_a_bfloat16_checkpoint_is_computed_in_bfloat16_where_the_cpu_multiplies_that() -> None:
+    facts, fast = replace(COMPILED, is_bfloat16=True), make_machine(has_fast_bf16=True)
+
+    def dtype(machine: Machine = fast, facts: ModelFacts = facts, **sections: Section) -> str:
+        made = plan(machine, facts=facts, **sections)
+        assert made.kernels == "numba"
+        assert made.settings["kv_cache.dtype"].value == "float16"
+        assert made.settings["model.dtype"].value == str(made.dtype).removeprefix("torch.")
+        return made.settings["model.dtype"].value
+
+    assert dtype() == dtype(device={"cpu_features": "avx512-bf16"}) == "bfloat16"
+    assert "perplexity" in plan(fast, facts=facts).settings["model.dtype"].reason
+    assert plan(fast, facts=facts).linear_bytes == plan(fast, facts=COMPILED).linear_bytes
+    assert plan(fast, facts=facts).step_name != plan(fast, facts=COMPILED).step_name
+    assert dtype(make_machine()) == dtype(facts=COMPILED) == "float32"
+    for level in ("avx2", "avx512", "avx512-vnni"):
+        assert dtype(device={"cpu_features": level}) == "float32"
+    for quantization, expected in {
+        "none": "bfloat16",
+        "fp16": "bfloat16",
+        "int8": "float32",
+        "int4": "float32",
+    }.items():
+        assert dtype(model={"quantization": quantization}) == expected
+
+
 def test_an_int4_model_keeps_its_output_layer_in_int8() -> None:
     tied = plan(make_machine(), facts=COMPILED, model={"quantization": "int4"})
     assert tied.linear_bytes == int(0.625 * 1_000_000 + 1.0625 * 499_000)
@@ -301,9 +327,11 @@ def test_a_plan_says_what_loading_takes_and_whether_it_is_free() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_who_names_a_dtype_gets_the_model_s_own_weights_and_a_cache_of_that_dtype(dtype: str) -> None:
+def test_who_names_a_dtype_gets_the_model_s_own_weights_and_a_cache_of_as_many_bits(dtype: str) -> None:
     made = plan(make_machine(), facts=COMPILED, model={"dtype": dtype})
-    assert (made.kernels, made.quantization, made.kv_dtype) == ("numba", "none", getattr(torch, dtype))
+    narrow = torch.float16  # what bfloat16 takes too, in whose place it is eight times as fine
+    assert (made.kernels, made.quantization) == ("numba", "none")
+    assert made.kv_dtype == (torch.float32 if dtype == "float32" else narrow)
     other = plan(make_machine(), facts=COMPILED, model={"dtype": dtype}, kv_cache={"dtype": "bfloat16"})
     assert other.kv_dtype == torch.bfloat16
 

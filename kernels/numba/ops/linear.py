@@ -20,7 +20,7 @@ from kernels.numba.core.tiles import (
     rows_of_next_tile,
     unpack_int4,
 )
-from kernels.numba.kernel_cache import kernel
+from kernels.numba.kernel_cache import by_name, kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
 MIN_ROWS_TO_UNPACK = 13 if PAIRS_PANELS else 12  # with fewer, each tile unpacks an int4 panel itself
@@ -41,7 +41,7 @@ def panel_bytes(kind, depth):
     return depth * LANES * 2
 
 
-@kernel(types.void(*[types.int64] * 14))
+@njit(inline="always")  # as the next one: tiles are compiled where they are called
 def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, unpacked, out, ldo, adds):
     """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel.
 
@@ -86,7 +86,7 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
             )  # fmt: skip
 
 
-@kernel(types.void(*[types.int64] * 14))
+@njit(inline="always")
 def _multiply_panels(
     kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
 ):
@@ -119,7 +119,9 @@ def _multiply_panels(
 
 
 @kernel(types.void(*[types.int64] * 14))
-def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch):
+def _multiply_unit(
+    unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch
+):
     """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
 
     x: float32 [rows, depth], or for ROUNDED_BFLOAT16 bfloat16, or for integers int16 with scales as `quantise_rows`
@@ -141,3 +143,6 @@ def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, p
             out, ldo, 1 if adds != 0 or start > 0 else 0, scratch,
         )  # fmt: skip
         start += BLOCK_DEPTH
+
+
+multiply_unit = by_name(_multiply_unit)

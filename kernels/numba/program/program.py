@@ -138,14 +138,14 @@ def _run_unit(unit, op, op_floats, step, scratch):
     last = min(first + _ROWS_AT_ONCE, rows)
     if kind == _MULTIPLY:
         multiply_unit(
-            unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch,
-        )  # fmt: skip
+            (unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch)
+        )
     elif kind == _ATTEND:
         kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
         attend_unit(
-            op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
-            op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS],
-            tile[5] + step[_TABLES + op[13]], step[_TREE], step[_TREE_WIDTH], scratch,
+            (op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
+             op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS],
+             tile[5] + step[_TABLES + op[13]], step[_TREE], step[_TREE_WIDTH], scratch)
         )  # fmt: skip
     elif kind == _NORMALISE:
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
@@ -215,7 +215,6 @@ def run(call, control, scratch, times, seen, num_spins):
     call: int64 [3]: the program, int64 [num_ops, NUM_FIELDS]; num_ops; the step, int64 [NUM_STEP_FIELDS], see `Step`
     control: see `Control`; scratch: memory of this thread
     times: int64 [1 + num_ops], where the leader notes the cycle counter before and after each operation, or 0
-    One function for both roles, since every compiled function that runs programs contains a copy of all kernels.
     """
     what = integers(call, 3)
     spins = 0

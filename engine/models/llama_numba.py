@@ -13,12 +13,27 @@ from engine.models.llama import MLP, Block, Llama
 from engine.models.model import Decoder, DecoderOutput
 from engine.models.rope import RotaryEmbedding, RotationTable
 from engine.quantization.linear import Linear
-from kernels.numba.core.formats import BFLOAT16, FORMAT_OF, INT4, INT8, ROUNDED_BFLOAT16
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FORMAT_OF,
+    INT4,
+    INT8,
+    QUAD_INT4,
+    QUAD_INT8,
+    ROUNDED_BFLOAT16,
+)
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.ops.linear import BLOCK_ROWS
 from kernels.numba.packing.packing import PackedMatrix
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
+
+_QUANTISE = {
+    INT8: Operation.QUANTISE,
+    INT4: Operation.QUANTISE,
+    QUAD_INT8: Operation.QUANTISE_TO_BYTES,
+    QUAD_INT4: Operation.QUANTISE_TO_BYTES,
+}
 
 
 class NumbaLlama(Decoder):
@@ -235,9 +250,9 @@ class _Buffers:
 
 
 def _memory_for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
-    """For rows as integers of 16 bits, and the scale of each group of them; or for rows of bfloat16."""
+    """For rows as integers of 16 bits or fewer, and the factors of each group of them; or for rows of bfloat16."""
     groups = -(-depth // GROUP)
-    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 2)
+    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +275,10 @@ class _Products:
         """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
         kind, operations = matrix.kind, []
         source, scales = x.data_ptr(), 0
-        if kind in (INT8, INT4):
+        if (quantise := _QUANTISE.get(kind)) is not None:
             integers, factors = rounded
             source, scales = integers.data_ptr(), factors.data_ptr()
-            operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1], rows=rows))
+            operations.append(operation(quantise, x.data_ptr(), source, scales, x.shape[1], rows=rows))
         elif kind == BFLOAT16 and self.rounds_to_bfloat16:
             kind, source = ROUNDED_BFLOAT16, rounded[0].data_ptr()
             operations.append(operation(Operation.ROUND, x.data_ptr(), source, x.shape[1], rows=rows))

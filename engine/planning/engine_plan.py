@@ -12,7 +12,7 @@ from engine.kv_cache.codec import make_codec
 from engine.kv_cache.layer_spec import windows_of
 from engine.loading.loading_peak import COMPILER_BYTES
 from engine.loading.model_facts import ModelFacts
-from engine.loading.notes import length_notes
+from engine.loading.notes import length_notes, rounding_notes
 from engine.planning.machine import Machine
 from engine.planning.resolve import (
     Resolved,
@@ -132,7 +132,7 @@ def plan_memory(
     kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
     chosen = device.value, kernels.value, quantization.value
-    steps = step_name(facts, *chosen[1:], dtype.value, num_threads.value)
+    steps = step_name(facts, *chosen[1:], (dtype.value, config.model.activations), num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     needs = needs_of(config.speculation)
@@ -203,7 +203,11 @@ def render_plan(plan: MemoryPlan) -> str:
     width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
-    notes = [*facts.notes, *length_notes(facts, plan.max_model_len)]
+    notes = [
+        *facts.notes,
+        *length_notes(facts, plan.max_model_len),
+        *rounding_notes(plan.model_config.activations),
+    ]
     lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     return "\n".join(lines)
 

@@ -141,6 +141,11 @@ def resolve_quantization(
     """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved."""
     asked = config.model.quantization
     formats = COMPILED_FORMATS if kernels == "numba" else FORMATS
+    if config.model.activations != "int16" and kernels != "numba":
+        raise SettingError(
+            f"model.activations is {config.model.activations}, which only compiled CPU layers have, but device.kernels "
+            f"is {kernels} here; set it to int16"
+        )
     if asked != "auto":
         if asked not in formats:
             names = ", ".join(formats)
@@ -219,10 +224,14 @@ def resolve_step_rate(machine: Machine, step_name: str, *, num_threads: int) -> 
     return Resolved(rate, "default", "as with AVX2, of which this machine was not asked")
 
 
-def step_name(facts: ModelFacts, kernels: str, quantization: str, dtype: str, num_threads: int) -> str:
-    """The key of a measured step rate: everything that it depends on beside the machine."""
+def step_name(
+    facts: ModelFacts, kernels: str, quantization: str, activations: tuple[str, str], num_threads: int
+) -> str:
+    """The key of a measured step rate: everything that it depends on beside the machine. activations: what floats, and
+    what integers are multiplied by
+    """
     size = f"{facts.num_parameters} {facts.num_linear_parameters}"
-    return f"{facts.architecture} {size} {kernels} {quantization} {dtype} {num_threads}"
+    return f"{facts.architecture} {size} {kernels} {quantization} {' '.join(activations)} {num_threads}"
 
 
 def parse_cache_size(text: str) -> CacheSize:

@@ -61,7 +61,13 @@ class KernelBackend:
         plan = self.plan
         is_compiled = plan.kernels == "numba"
         formats = COMPILED_FORMATS if is_compiled else FORMATS
-        return make_methods(formats, plan.quantization, num_threads=plan.num_threads, keeps_tables=is_compiled)
+        return make_methods(
+            formats,
+            plan.quantization,
+            num_threads=plan.num_threads,
+            keeps_tables=is_compiled,
+            activations=plan.model_config.activations,
+        )
 
     def prepare(self, model: Model) -> bool:
         """Gives a loaded model its operations, in place. Leaves torch the threads that it may use.

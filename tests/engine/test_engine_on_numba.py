@@ -119,6 +119,8 @@ def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
 ARITHMETICS: dict[str, Section] = {
     **{name: {"quantization": name} for name in ("auto", *COMPILED_FORMATS)},
     "bfloat16": {"dtype": "bfloat16"},
+    "int8 by 8 bits": {"quantization": "int8", "activations": "int8"},
+    "int4 by 8 bits": {"quantization": "int4", "activations": "int8"},
 }
 
 
@@ -206,6 +208,20 @@ def test_bfloat16_rounds_what_meets_weights_and_the_cache_keeps_more_bits(save) 
     _, auto = build(path, model={"dtype": "bfloat16"})
     assert auto.settings["kv_cache.dtype"].value == "float16"
     assert auto.fingerprint == fingerprints[1] != fingerprints[0]
+
+
+def test_activations_of_8_bits_are_for_compiled_layers_and_change_the_fingerprint(save) -> None:
+    path = save(MODELS["llama"])
+    notes: list[str] = []
+    config = make_config(path, model={"quantization": "int8", "activations": "int8"})
+    _, narrow = build_engine(config, lambda phase, detail: notes.append(detail) if phase == "note" else None)
+    assert "lossy" in notes[0]
+    found = [build(path, model={"quantization": "int8"})[1], narrow]
+    assert found[0].fingerprint != found[1].fingerprint
+    kept = [{name for formats in model.weights.values() for name in formats} for model in found]
+    assert kept == [{"int8", "float32"}, {"int8, by activations of 8 bits", "float32"}]
+    with pytest.raises(SettingError, match=r"only compiled CPU layers have, but device\.kernels is torch"):
+        build(path, model={"activations": "int8"}, device={"kernels": "torch"})
 
 
 def plan(config: EngineConfig) -> MemoryPlan:

@@ -26,6 +26,7 @@ from kernels.numba.ops.elementwise import (
     gather_rows,
     normalise_rows,
     quantise_rows,
+    quantise_rows_to_bytes,
     rotate_and_store_rows,
     round_rows,
     silu_and_multiply_rows,
@@ -50,6 +51,7 @@ class Operation(IntEnum):
     SILU_AND_MULTIPLY = 7
     COPY = 8
     ROUND = 9
+    QUANTISE_TO_BYTES = 10
 
 
 class Step(IntEnum):
@@ -78,7 +80,7 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND = map(int, Operation)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND, _TO_BYTES = map(int, Operation)
 _POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
 _NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
 _ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
@@ -151,6 +153,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
     elif kind == _QUANTISE:
         quantise_rows(op[1], op[2], op[3], first, last, op[4])
+    elif kind == _TO_BYTES:
+        quantise_rows_to_bytes(op[1], op[2], op[3], first, last, op[4])
     elif kind == _ROUND:
         round_rows(op[1], op[2], first, last, op[3])
     elif kind == _STORE:

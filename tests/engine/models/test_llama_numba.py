@@ -26,6 +26,7 @@ from transformers import (
 
 from engine.attention.numba_backend import NumbaAttention, scratch_bytes
 from engine.attention.torch_backend import TorchAttention
+from engine.config import Activations
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
@@ -107,10 +108,10 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
     return model
 
 
-def compiled(model: Llama, format_name: str) -> Llama:
+def compiled(model: Llama, format_name: str, activations: Activations = "int16") -> Llama:
     """A copy with packed matrices."""
     packed = copy.deepcopy(model)
-    exchange_linears(packed, make_methods(COMPILED_FORMATS, format_name))
+    exchange_linears(packed, make_methods(COMPILED_FORMATS, format_name, activations=activations))
     return packed
 
 
@@ -290,6 +291,16 @@ def test_rows_are_rounded_to_bfloat16_where_they_meet_matrices_of_it_and_nowhere
     wide = compiled(make_model(MODELS[name]), "none")  # matrices of float32
     found = [Texts(compiled_runner(wide, activations=dtype)).whole() for dtype in (torch.float32, torch.bfloat16)]
     assert torch.equal(*map(torch.cat, found))
+
+
+@pytest.mark.parametrize("format_name", ["int8", "int4"])
+def test_activations_of_8_bits_stay_near_those_of_16(format_name: str) -> None:
+    model = make_model(MODELS["llama"])
+    narrow, wide = (
+        torch.cat(Texts(compiled_runner(compiled(model, format_name, activations=activations))).whole())
+        for activations in ("int8", "int16")
+    )
+    assert 1e-3**2 < (narrow - wide).square().mean() / wide.square().mean() <= 5e-2**2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -21,7 +21,7 @@ from engine.loading.loading_peak import Matrix
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import checkpoint_notes
 from engine.loading.source import ModelSource, digest_weights, find_source, safetensors_weights
-from engine.loading.stored_weights import check_shapes
+from engine.loading.stored_weights import StoredTensor, check_shapes
 from engine.loading.text_part import name_in_text_part, text_weights
 from engine.loading.tokenizer_assets import check_token_ids, load_tokenizer_assets
 from engine.memory_errors import is_out_of_memory
@@ -75,6 +75,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         num_linear_parameters=sum(module.in_features * module.out_features for module in inner),
         num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
         embedding_bytes=2 if exact_bytes.get("model.embed_tokens.weight") == 2 else 0,
+        is_bfloat16=config.load_format != "dummy" and _is_bfloat16(checkpoint, model),
         ties_output=len(inner) < len(linears),
         attention_layers=tuple(model.attention_layers),
         vocab_size=model.vocab_size,
@@ -207,13 +208,25 @@ def _build(
 
 
 def _check_shapes(checkpoint: Checkpoint, model: Model) -> None:
-    stored = checkpoint.stored
-    if checkpoint.is_part:
-        stored = {text: tensor for name, tensor in stored.items() if (text := name_in_text_part(name)) is not None}
     try:
-        check_shapes(stored, model.stored_shapes())
+        check_shapes(_stored(checkpoint), model.stored_shapes())
     except ValueError as error:
         raise ModelError(f"{checkpoint.source.path}: {error}") from error
+
+
+def _stored(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
+    """What the files hold, by the names that the model knows."""
+    if not checkpoint.is_part:
+        return checkpoint.stored
+    named = ((name_in_text_part(name), tensor) for name, tensor in checkpoint.stored.items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _is_bfloat16(checkpoint: Checkpoint, model: Model) -> bool:
+    """Whether all that the model reads is bfloat16, vectors too. (Those of a GGUF file are float32.)"""
+    stored = _stored(checkpoint)
+    found = {stored[name].dtype for name in model.stored_shapes() if name in stored}
+    return found == {"BF16"}
 
 
 def _fill(model: Model, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,26 +13,47 @@ from engine.models.llama import MLP, Block, Llama
 from engine.models.model import Decoder, DecoderOutput
 from engine.models.rope import RotaryEmbedding, RotationTable
 from engine.quantization.linear import Linear
-from kernels.numba.core.formats import FORMAT_OF, INT4, INT8
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FORMAT_OF,
+    INT4,
+    INT8,
+    QUAD_INT4,
+    QUAD_INT8,
+    ROUNDED_BFLOAT16,
+)
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.ops.linear import BLOCK_ROWS
 from kernels.numba.packing.packing import PackedMatrix
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
+_QUANTISE = {
+    INT8: Operation.QUANTISE,
+    INT4: Operation.QUANTISE,
+    QUAD_INT8: Operation.QUANTISE_TO_BYTES,
+    QUAD_INT4: Operation.QUANTISE_TO_BYTES,
+}
+
 
 class NumbaLlama(Decoder):
     """Runs a `Llama` whose matrices are packed. Everything between embedding and logits is float32.
+
+    dtype: bfloat16 to round rows to it where they meet matrices of bfloat16, which some processors multiply several
+    times as fast; else those are widened, exactly. Sums are float32.
 
     Each operation names the memory that it reads and writes, so a program is written once for a number of rows; more
     rows than ever before make new buffers and a new program. A step is one program, from its ids to its logits.
     """
 
-    def __init__(self, model: Llama, attention: NumbaAttention, team: Team) -> None:
+    def __init__(
+        self, model: Llama, attention: NumbaAttention, team: Team, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.attention_layers = model.attention_layers
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
         self.hidden_layers = model.hidden_layers
         self._model, self._attention, self._team = model, attention, team
+        self._products = Products(team.num_threads, rounds_to_bfloat16=dtype == torch.bfloat16)
         self._rotations = [RotationTable(rope) for rope in model.ropes if isinstance(rope, RotaryEmbedding)]
         self._num_positions = 0  # that they have
         self._layers: _Layers | None = None
@@ -67,7 +90,7 @@ class NumbaLlama(Decoder):
         layers = self._layers
         if layers is None or num_rows > layers.num_rows:
             num_rows = -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
-            layers = self._layers = _Layers(self._model, self._attention, num_rows, self._team.num_threads)
+            layers = self._layers = _Layers(self._model, self._attention, num_rows, self._products)
         layer = self.attention_layers[0]
         self._attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
         longest = max(batch.seq_lens_list)
@@ -81,7 +104,7 @@ class NumbaLlama(Decoder):
     def _head_for(self, num_rows: int) -> OutputProgram:
         head = self._head
         if head is None or num_rows > head.num_rows:
-            head = self._head = OutputProgram(_packed(self._model.lm_head), num_rows, self._team.num_threads)
+            head = self._head = OutputProgram(_packed(self._model.lm_head), num_rows, self._products)
         return head
 
     def _own_logits(self, head: OutputProgram, num_rows: int) -> Tensor:
@@ -96,9 +119,9 @@ class _Layers:
     One object, and complete before anybody has it: a program whose buffers are gone writes into memory of others.
     """
 
-    def __init__(self, model: Llama, attention: NumbaAttention, num_rows: int, num_threads: int) -> None:
+    def __init__(self, model: Llama, attention: NumbaAttention, num_rows: int, products: Products) -> None:
         self.num_rows, self.buffers = num_rows, _Buffers(model, num_rows)
-        self._model, self._attention, self._num_threads = model, attention, num_threads
+        self._model, self._attention, self._products = model, attention, products
         self._keeps: list[Tensor] = []
         self.operations = self._operations()
 
@@ -171,8 +194,7 @@ class _Layers:
             values = self._floats(bias)
             filled = [operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds))]
             adds = True
-        product = _product(x, matrix, out, self.buffers.rounded, adds=adds, num_threads=self._num_threads)
-        return [*filled, *product]
+        return [*filled, *self._products.operations(x, matrix, out, self.buffers.rounded, adds=adds)]
 
     def _floats(self, parameter: Tensor) -> int:
         """Address of a parameter's values as float32."""
@@ -184,14 +206,14 @@ class _Layers:
 class OutputProgram:
     """The program of the output layer, and what it reads and writes, for up to `num_rows` rows."""
 
-    def __init__(self, matrix: PackedMatrix, num_rows: int, num_threads: int) -> None:
+    def __init__(self, matrix: PackedMatrix, num_rows: int, products: Products) -> None:
         self.num_rows = num_rows
         self.hidden = torch.empty(num_rows, matrix.depth)
         self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
         rounded = _memory_for_rounding(num_rows, matrix.depth)
-        self.operations = _product(
-            self.hidden, matrix, self.logits, rounded, adds=False, num_threads=num_threads, rows=Step.NUM_LOGITS
+        self.operations = products.operations(
+            self.hidden, matrix, self.logits, rounded, adds=False, rows=Step.NUM_LOGITS
         )
         self.program = Program(self.operations, self.step, keeps=rounded)
 
@@ -234,38 +256,46 @@ class _Buffers:
 
 
 def _memory_for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
-    """For rows as integers of 16 bits, and the scale of each group of them."""
+    """For rows as integers of 16 bits or fewer, and the factors of each group of them; or for rows of bfloat16."""
     groups = -(-depth // GROUP)
-    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 2)
+    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 4)
 
 
-def _product(
-    x: Tensor,
-    matrix: PackedMatrix,
-    out: Tensor,
-    rounded: tuple[Tensor, Tensor],
-    *,
-    adds: bool,
-    num_threads: int,
-    rows: Step = Step.ROWS,
-) -> list[list[int]]:
-    """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
-    operations = []
-    source, scales = x.data_ptr(), 0
-    if matrix.kind in (INT8, INT4):
-        integers, factors = rounded
-        source, scales = integers.data_ptr(), factors.data_ptr()
-        operations.append(operation(Operation.QUANTISE, x.data_ptr(), source, scales, x.shape[1], rows=rows))
-    # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
-    at_once = max(2, min(16, matrix.num_panels // (6 * num_threads) // 2 * 2))
-    where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
-    return [
-        *operations,
-        operation(
-            Operation.MULTIPLY, matrix.kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1],
-            int(adds), rows=rows,
-        ),
-    ]  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Writes the operations of matrix products, the rounding of rows to what they are multiplied as included."""
+
+    num_threads: int
+    rounds_to_bfloat16: bool
+
+    def operations(
+        self,
+        x: Tensor,
+        matrix: PackedMatrix,
+        out: Tensor,
+        rounded: tuple[Tensor, Tensor],
+        *,
+        adds: bool,
+        rows: Step = Step.ROWS,
+    ) -> list[list[int]]:
+        """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
+        kind, operations = matrix.kind, []
+        source, scales = x.data_ptr(), 0
+        if (quantise := _QUANTISE.get(kind)) is not None:
+            integers, factors = rounded
+            source, scales = integers.data_ptr(), factors.data_ptr()
+            operations.append(operation(quantise, x.data_ptr(), source, scales, x.shape[1], rows=rows))
+        elif kind == BFLOAT16 and self.rounds_to_bfloat16:
+            kind, source = ROUNDED_BFLOAT16, rounded[0].data_ptr()
+            operations.append(operation(Operation.ROUND, x.data_ptr(), source, x.shape[1], rows=rows))
+        # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
+        at_once = max(2, min(16, matrix.num_panels // (6 * self.num_threads) // 2 * 2))
+        where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
+        multiply = operation(
+            Operation.MULTIPLY, kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1], int(adds),
+            rows=rows,
+        )  # fmt: skip
+        return [*operations, multiply]
 
 
 def _packed(linear: object) -> PackedMatrix:

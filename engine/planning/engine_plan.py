@@ -13,7 +13,7 @@ from engine.kv_cache.layer_spec import windows_of
 from engine.loading.loader import read_model_facts
 from engine.loading.loading_peak import COMPILER_BYTES
 from engine.loading.model_facts import ModelFacts
-from engine.loading.notes import length_notes
+from engine.loading.notes import length_notes, rounding_notes
 from engine.models.model_error import ModelError
 from engine.planning.machine import Machine
 from engine.planning.resolve import (
@@ -130,13 +130,13 @@ def plan_memory(
     cannot be honoured.
     """
     device = resolve_device(config, machine)
-    kernels = resolve_kernels(config, machine, device.value, facts.why_not_compiled)
-    dtype = resolve_dtype(config, machine, device.value, kernels.value)
+    kernels = resolve_kernels(config, device.value, facts.why_not_compiled)
+    dtype = resolve_dtype(config, machine, device.value, kernels.value, is_bfloat16=facts.is_bfloat16)
     quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
     kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
     chosen = device.value, kernels.value, quantization.value
-    steps = step_name(facts, *chosen[1:], num_threads.value)
+    steps = step_name(facts, *chosen[1:], (dtype.value, config.model.activations), num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
     draft, needs = _plan_draft(config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
@@ -227,7 +227,11 @@ def render_plan(plan: MemoryPlan) -> str:
     width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
-    notes = [*facts.notes, *length_notes(facts, plan.max_model_len)]
+    notes = [
+        *facts.notes,
+        *length_notes(facts, plan.max_model_len),
+        *rounding_notes(plan.model_config.activations),
+    ]
     lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     return "\n".join(lines)
 

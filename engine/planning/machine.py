@@ -62,7 +62,6 @@ class Machine:
     available_bytes: int
     has_fast_bf16: bool  # the CPU multiplies bfloat16
     has_avx512: bool
-    has_amx: bool  # the CPU multiplies tiles of bfloat16
     has_float16_weights: bool  # FBGEMM multiplies float32 by float16 weights
     gpu: Gpu | None = None
     process_bytes: int = 0  # that this process takes already
@@ -82,7 +81,6 @@ def read_machine() -> Machine:
         total_bytes=total,
         available_bytes=available,
         has_fast_bf16=has_fast_bf16(),
-        has_amx=torch.cpu._is_amx_tile_supported(),
         has_avx512="AVX512" in torch.backends.cpu.get_cpu_capability(),
         has_float16_weights=has_float16_weights(),
         gpu=gpu,

@@ -26,6 +26,10 @@ _GPU_BATCHED_TOKENS = 8192
 _CPU_BATCHED_TOKENS = (64, 512)  # least and most; fewer would leave too little beside 32 decoding sequences
 _CPU_STEP_SECONDS = 0.125  # of a step that is full of prompt tokens
 _CPU_EFFICIENCY = 0.8  # of the machine's ceiling that a step is assumed to reach until steps were measured
+_BFLOAT16_REASON = (
+    "this CPU multiplies bfloat16 by bfloat16: activations are rounded to it where they meet weights, and summed in "
+    "float32; a perplexity changes by less than 0.1% (docs/performance.md); float32 rounds nothing"
+)
 _CPU_FLOPS = 80e9  # of one thread, with AVX2: where nothing was measured
 
 
@@ -84,10 +88,18 @@ def resolve_num_threads(config: EngineConfig, machine: Machine) -> Resolved[int]
     return Resolved(machine.num_threads, "measured", "cores that this process may use")
 
 
-def resolve_dtype(config: EngineConfig, machine: Machine, device: str, kernels: str) -> Resolved[str]:
+def resolve_dtype(
+    config: EngineConfig, machine: Machine, device: str, kernels: str, *, is_bfloat16: bool = False
+) -> Resolved[str]:
+    """The dtype of activations where they meet weights, and of weights that nothing quantises. is_bfloat16: of the
+    checkpoint's
+    """
     if config.model.dtype != "auto":
         return Resolved(config.model.dtype, "config")
     if kernels == "numba":
+        has_products = machine.has_fast_bf16 and config.device.cpu_features in ("auto", "avx512-bf16")
+        if has_products and is_bfloat16 and config.model.quantization in ("auto", "none", "fp16"):
+            return Resolved("bfloat16", "measured", _BFLOAT16_REASON)
         return Resolved("float32", "default", "compiled layers compute in float32, whatever the weights are kept in")
     if device == "cuda":
         return Resolved("bfloat16", "default", "what the GPU computes fastest")
@@ -96,16 +108,14 @@ def resolve_dtype(config: EngineConfig, machine: Machine, device: str, kernels: 
     return Resolved("float32", "measured", "this CPU has no instructions for bfloat16")
 
 
-def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not_compiled: str) -> Resolved[str]:
+def resolve_kernels(config: EngineConfig, device: str, why_not_compiled: str) -> Resolved[str]:
     """Resolves `device.kernels`. Triton needs a GPU, or the slow interpreter that TRITON_INTERPRET=1 asks for.
 
     why_not_compiled: of the model
     """
     wanted = config.device.kernels
     block_size = config.kv_cache.block_size
-    has_amx = machine.has_amx and config.model.dtype in ("auto", "bfloat16")
-    is_compiled = wanted == "numba" or (wanted == "auto" and not has_amx)
-    if device == "cpu" and block_size % PANEL and not why_not_compiled and is_compiled:
+    if device == "cpu" and block_size % PANEL and not why_not_compiled and wanted in ("auto", "numba"):
         nearest = max(PANEL, round(block_size / PANEL) * PANEL)
         raise SettingError(
             f"kv_cache.block_size is {block_size}, but the compiled layers of a CPU take multiples of {PANEL}; set it "
@@ -114,8 +124,6 @@ def resolve_kernels(config: EngineConfig, machine: Machine, device: str, why_not
     if wanted == "auto":
         if device == "cuda":
             return Resolved("triton", "default", "for cuda")
-        if has_amx:
-            return Resolved("torch", "measured", "this CPU multiplies bfloat16 matrices in hardware (AMX)")
         if why_not_compiled:
             return Resolved("torch", "model", f"no compiled layers for {why_not_compiled}")
         return Resolved("numba", "default", "for cpu")
@@ -133,6 +141,11 @@ def resolve_quantization(
     """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved."""
     asked = config.model.quantization
     formats = COMPILED_FORMATS if kernels == "numba" else FORMATS
+    if config.model.activations != "int16" and kernels != "numba":
+        raise SettingError(
+            f"model.activations is {config.model.activations}, which only compiled CPU layers have, but device.kernels "
+            f"is {kernels} here; set it to int16"
+        )
     if asked != "auto":
         if asked not in formats:
             names = ", ".join(formats)
@@ -155,7 +168,7 @@ def resolve_quantization(
 
 def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resolved[str]:
     if config.kv_cache.dtype == "auto":
-        if kernels == "numba" and config.model.dtype == "auto":
+        if kernels == "numba" and (config.model.dtype == "auto" or dtype == "bfloat16"):
             return Resolved("float16", "default", "half the bytes of float32; keys and values round by 2^-11 or less")
         return Resolved(dtype, "model", "as the weights")
     if config.kv_cache.dtype not in KV_CODECS:
@@ -211,10 +224,14 @@ def resolve_step_rate(machine: Machine, step_name: str, *, num_threads: int) -> 
     return Resolved(rate, "default", "as with AVX2, of which this machine was not asked")
 
 
-def step_name(facts: ModelFacts, kernels: str, quantization: str, num_threads: int) -> str:
-    """The key of a measured step rate: everything that it depends on beside the machine."""
+def step_name(
+    facts: ModelFacts, kernels: str, quantization: str, activations: tuple[str, str], num_threads: int
+) -> str:
+    """The key of a measured step rate: everything that it depends on beside the machine. activations: what floats, and
+    what integers are multiplied by
+    """
     size = f"{facts.num_parameters} {facts.num_linear_parameters}"
-    return f"{facts.architecture} {size} {kernels} {quantization} {num_threads}"
+    return f"{facts.architecture} {size} {kernels} {quantization} {' '.join(activations)} {num_threads}"
 
 
 def parse_cache_size(text: str) -> CacheSize:

@@ -14,6 +14,7 @@ from typing import ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
+from engine.config import Activations
 from engine.lazy_import import load_object
 from engine.quantization.linear import ALL_ROWS, LinearMethod, LinearMethods, LinearSpec, Shards
 from kernels.torch_cpu.int8_linear import (
@@ -67,13 +68,21 @@ COMPILED_FORMATS = {  # whose module is imported only where it runs
 
 
 def make_methods(
-    formats: Mapping[str, WeightFormat], name: str, *, num_threads: int = 1, keeps_tables: bool = False
+    formats: Mapping[str, WeightFormat],
+    name: str,
+    *,
+    num_threads: int = 1,
+    keeps_tables: bool = False,
+    activations: Activations = "int16",
 ) -> LinearMethods:
-    """Those of a format. num_threads: what may pack. ValueError for one that does not exist or cannot run here."""
+    """Those of a format. num_threads: what may pack; activations: others than int16 have compiled formats only.
+    ValueError for one that does not exist or cannot run here.
+    """
     if name not in formats:
         raise ValueError(f"model.quantization is {name!r}, but the formats are {', '.join(formats)}")
-    make = cast(Callable[[int], LinearMethod[object]], load_object(formats[name].place))
-    return LinearMethods(make(num_threads), keeps_tables=keeps_tables)
+    make = cast(Callable[..., LinearMethod[object]], load_object(formats[name].place))
+    options = {} if activations == "int16" else {"activations": activations}
+    return LinearMethods(make(num_threads, **options), keeps_tables=keeps_tables)
 
 
 class TorchMethod(LinearMethod[W]):

@@ -10,12 +10,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from engine.config import Activations
 from engine.quantization.huge_pages import HugePages
 from engine.quantization.linear import ALL_ROWS, LinearMethod, Shards
 from engine.quantization.threads import Threads
 from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, SIZES
 from kernels.numba.core.lanes import GROUP, LANES
-from kernels.numba.packing.packing import SMALLEST_FIRST, PackedMatrix, fits_float16, pack, pack_exactly, unpack
+from kernels.numba.packing.packing import (
+    SMALLEST_FIRST,
+    PackedMatrix,
+    fits_float16,
+    in_quads,
+    pack,
+    pack_exactly,
+    unpack,
+)
 
 _BLOCK = 1 << 19  # elements that one thread packs at a time: what they are made of stays in its caches
 
@@ -32,9 +41,13 @@ class CompiledMethod(LinearMethod[PackedMatrix]):
     wanted: ClassVar[int]
     of_output: ClassVar[int]
 
-    def __init__(self, num_threads: int = 1) -> None:
+    def __init__(self, num_threads: int = 1, *, activations: Activations = "int16") -> None:
+        """activations: that integer weights are laid out for"""
         self._threads = Threads(num_threads)
         self._memory = HugePages()
+        self._lay_out: Callable[[PackedMatrix], PackedMatrix] = (
+            in_quads if activations == "int8" else lambda packed: packed
+        )
 
     def finish(self) -> None:
         self._threads.close()
@@ -43,13 +56,17 @@ class CompiledMethod(LinearMethod[PackedMatrix]):
     def pack(self, shards: Shards) -> PackedMatrix:
         wanted = self.of_output if shards.spec.is_output else self.wanted
         for kind in self.exact_formats(wanted):
-            packed = self._in_blocks(shards, partial(pack_exactly, among=(kind,)))
+            packed = self._in_blocks(shards, partial(self._pack_exactly, kind))
             if packed is not None:
                 return packed
         rounding = self._rounding(shards, wanted)
-        packed = self._in_blocks(shards, lambda rows: pack(rows, rounding))
+        packed = self._in_blocks(shards, lambda rows: self._lay_out(pack(rows, rounding)))
         assert packed is not None, "a rounding format holds any rows"
         return packed
+
+    def _pack_exactly(self, kind: int, rows: Tensor) -> PackedMatrix | None:
+        packed = pack_exactly(rows, among=(kind,))
+        return None if packed is None else self._lay_out(packed)
 
     def exact_formats(self, wanted: int) -> list[int]:
         """Those to try, in order. What 16 bits hold is not looked at for levels, which it could have by chance."""

@@ -62,7 +62,13 @@ class KernelBackend:
         plan = self.plan
         is_compiled = plan.kernels == "numba"
         formats = COMPILED_FORMATS if is_compiled else FORMATS
-        return make_methods(formats, plan.quantization, num_threads=plan.num_threads, keeps_tables=is_compiled)
+        return make_methods(
+            formats,
+            plan.quantization,
+            num_threads=plan.num_threads,
+            keeps_tables=is_compiled,
+            activations=plan.model_config.activations,
+        )
 
     def prepare(self, model: Model) -> bool:
         """Gives a loaded model its operations, in place. Leaves torch the threads that it may use.
@@ -161,7 +167,7 @@ def make_numba_runner(model: Model, cache: KVCache, plan: MemoryPlan, team: Team
 
     assert isinstance(model, Llama), "the plan says what can be compiled"
     attention = make_numba_attention(model, cache, plan, team)
-    return ModelRunner(NumbaLlama(model, attention, attention.team), cache, attention)
+    return ModelRunner(NumbaLlama(model, attention, attention.team, dtype=plan.dtype), cache, attention)
 
 
 def make_numba_attention(model: Model, cache: KVCache, plan: MemoryPlan, team: Team | None = None) -> NumbaAttention:

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite
+import llvmlite.binding as llvm
 import numba
 from numba import njit
+from numba.core import cgutils
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.core.sigutils import normalize_signature
+from numba.extending import intrinsic
 
 from kernels.numba.core.processor import level
 
@@ -151,3 +154,30 @@ def kernel(*signatures, folder: KernelFolder = FOLDER, **options):
         return dispatcher
 
     return decorate
+
+
+def by_name(compiled):
+    """An intrinsic that calls a kernel from others, with a tuple of its arguments: its one copy, found by name when the
+    caller is linked. A plain call would compile another copy of all that it contains into each caller.
+    """
+    (overload,) = compiled.overloads.values()
+    signature, name = overload.signature, f"peregrine.{compiled.py_func.__module__}.{compiled.__name__}"
+    llvm.add_symbol(name, overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name))
+
+    @intrinsic
+    def call(typing_context, arguments):
+        def generate(context, builder, _, values):
+            convention = context.call_conv
+            kind = convention.get_function_type(signature.return_type, signature.args)
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            unpacked = cgutils.unpack_tuple(builder, values[0], len(signature.args))
+            status, result = convention.call_function(
+                builder, function, signature.return_type, signature.args, unpacked
+            )
+            with cgutils.if_unlikely(builder, status.is_error):
+                convention.return_status_propagate(builder, status)
+            return result
+
+        return signature.return_type(arguments), generate
+
+    return call

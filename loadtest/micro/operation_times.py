@@ -79,7 +79,7 @@ _KINDS = [
         ATTENTION,
         r"bmm|baddbmm|softmax|scaled_dot|flash|attend|index_select|index_put|index_copy|store",
     ),
-    (WEIGHTS, r"addmm|::mm$|fbgemm|_linear|linear_|mkldnn|onednn|int\dpack|gemm|^multiply|^quantise"),
+    (WEIGHTS, r"addmm|::mm$|fbgemm|_linear|linear_|mkldnn|onednn|int\dpack|gemm|^multiply|^quantise|^round$"),
 ]
 
 

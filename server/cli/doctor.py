@@ -109,7 +109,7 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
 
     config, found = loaded.config.engine_config(), read_machine()
     device = resolve_device(config, found)
-    chosen = resolve_kernels(config, found, device.value, why_not_compiled="")
+    chosen = resolve_kernels(config, device.value, why_not_compiled="")
     dtype = resolve_dtype(config, found, device.value, chosen.value)
     quantization = resolve_quantization(config, found, device.value, dtype=dtype.value, kernels=chosen.value)
     yield "device", f"{device.value} ({device.setting.reason or device.setting.source})"

@@ -27,7 +27,7 @@ from engine.kv_cache import layer_spec
 from engine.loading.loader import read_model_facts
 from engine.models.llama_numba import NumbaLlama
 from engine.planning.engine_plan import MemoryPlan, plan_memory
-from engine.planning.machine import Machine, read_machine
+from engine.planning.machine import read_machine
 from engine.planning.resolve import SettingError
 from engine.quantization.method import COMPILED_FORMATS
 from engine.types import Request, SamplingParams, Scheduled
@@ -116,11 +116,19 @@ def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
-@pytest.mark.parametrize("quantization", ["auto", *COMPILED_FORMATS])
+ARITHMETICS: dict[str, Section] = {
+    **{name: {"quantization": name} for name in ("auto", *COMPILED_FORMATS)},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8 by 8 bits": {"quantization": "int8", "activations": "int8"},
+    "int4 by 8 bits": {"quantization": "int4", "activations": "int8"},
+}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "mixed windows"])
-def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, quantization: str, save) -> None:
+def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, arithmetic: str, save) -> None:
     path = save(MODELS[name])
-    model = {"quantization": quantization}
+    model = ARITHMETICS[arithmetic]
     requests = make_requests()
     engine, _ = build(path, model=model, kv_cache={"prefix_caching": False})
     alone = {}
@@ -188,12 +196,36 @@ def test_the_default_keeps_weights_and_cache_in_half_precision(save) -> None:
     assert engine.executor.runner.kv_cache.codec.keys_as_columns
 
 
-def a_cpu(*, has_amx: bool = False) -> Machine:
-    return replace(read_machine(), device="cpu", gpu=None, has_amx=has_amx)
+def test_bfloat16_rounds_what_meets_weights_and_the_cache_keeps_more_bits(save) -> None:
+    path = save(MODELS["llama"])
+    fingerprints = []
+    for dtype in ("float32", "bfloat16"):
+        _, model = build(path, model={"dtype": dtype}, kv_cache={"dtype": "float16"})
+        settings = {key: setting.value for key, setting in model.settings.items()}
+        assert (settings["model.dtype"], settings["model.quantization"]) == (dtype, "none")
+        assert {kept for formats in model.weights.values() for kept in formats} == {dtype}
+        fingerprints.append(model.fingerprint)
+    _, auto = build(path, model={"dtype": "bfloat16"})
+    assert auto.settings["kv_cache.dtype"].value == "float16"
+    assert auto.fingerprint == fingerprints[1] != fingerprints[0]
 
 
-def plan(config: EngineConfig, machine: Machine | None = None) -> MemoryPlan:
-    return plan_memory(read_model_facts(config.model), config, machine or a_cpu())
+def test_activations_of_8_bits_are_for_compiled_layers_and_change_the_fingerprint(save) -> None:
+    path = save(MODELS["llama"])
+    notes: list[str] = []
+    config = make_config(path, model={"quantization": "int8", "activations": "int8"})
+    _, narrow = build_engine(config, lambda phase, detail: notes.append(detail) if phase == "note" else None)
+    assert "lossy" in notes[0]
+    found = [build(path, model={"quantization": "int8"})[1], narrow]
+    assert found[0].fingerprint != found[1].fingerprint
+    kept = [{name for formats in model.weights.values() for name in formats} for model in found]
+    assert kept == [{"int8", "float32"}, {"int8, by activations of 8 bits", "float32"}]
+    with pytest.raises(SettingError, match=r"only compiled CPU layers have, but device\.kernels is torch"):
+        build(path, model={"activations": "int8"}, device={"kernels": "torch"})
+
+
+def plan(config: EngineConfig) -> MemoryPlan:
+    return plan_memory(read_model_facts(config.model), config, replace(read_machine(), device="cpu", gpu=None))
 
 
 NOT_COMPILED = {
@@ -229,15 +261,9 @@ def test_what_cannot_be_compiled_runs_on_torch_and_says_why(name: str, save) -> 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_can_be_compiled_is_where_nothing_is_faster(name: str, save) -> None:
-    config = make_config(save(MODELS[name]), device={"kernels": "auto"})
-    made = plan(config)
+def test_what_can_be_compiled_is(name: str, save) -> None:
+    made = plan(make_config(save(MODELS[name]), device={"kernels": "auto"}))
     assert (made.kernels, made.settings["device.kernels"].source) == ("numba", "default")
-    amx = plan(config, a_cpu(has_amx=True))
-    assert amx.kernels == "torch"
-    assert "AMX" in amx.settings["device.kernels"].reason
-    in_float32 = make_config(Path(config.model.path), model={"dtype": "float32"}, device={"kernels": "auto"})
-    assert plan(in_float32, a_cpu(has_amx=True)).kernels == "numba"
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from loadtest.micro import host_step, scaling, step_profile
+from loadtest.micro import host_step, perplexity, scaling, step_profile
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
 from loadtest.report.environment import read_environment
@@ -182,3 +182,17 @@ def test_the_host_s_part_of_a_gpu_s_step_is_measured_without_one(
     parts = [row[f"{part} us"] for part in PARTS]
     assert min(parts) > 0
     assert row["whole us"] > max(parts)
+
+
+def test_settings_that_round_are_compared_by_perplexity(model: Path, tmp_path: Path, capsys) -> None:
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    exact, narrow = "model.load_format=dummy,model.dtype=float32", "model.load_format=dummy,model.quantization=int4"
+    arguments = ["--model", str(model), "--text", str(text), "--tokens", "80"]
+    perplexity.main([*arguments, exact, exact.replace("model.dtype", "device.num_threads=1,model.dtype"), narrow])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["settings", "text", "text,", "%", "largest", "mean"]
+    first, same, rounded = ([float(cell) for cell in row.split()[1:]] for row in rows)
+    assert first[0] > 100  # random weights know nothing
+    assert same == first == [first[0], 0, 0, 0]
+    assert rounded[2] > rounded[3] > 0

@@ -17,6 +17,7 @@ from kernels.layout import PANEL
 LANES = PANEL  # a vector is one row of a panel
 GROUP = 32  # elements along the depth that share the scale of an integer format, as in GGUF's blocks
 STEPS = 32767.0  # of a 16-bit integer, on either side of zero
+BYTE_STEPS = 254.0  # from the smallest to the largest of a group as 8-bit integers: with zero rounded, at most 255
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
@@ -219,10 +220,7 @@ def round_groups(typing_context, x, out, scales, count):
             words = builder.trunc(integers, ir.VectorType(I16, LANES))
             store(builder, words, builder.add(address, I64(2 * LANES * half)), 2)
         summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
-        are_numbers = call_by_name(
-            builder, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), builder.fcmp_ordered("ord", *halves)
-        )  # looked for here, since the reduction by fmax and the conversion to integers drop NaN
-        scale = builder.select(are_numbers, builder.fdiv(absmax, steps), ir.Constant(FLOAT, math.nan))
+        scale = _unless_nan(builder, halves, builder.fdiv(absmax, steps))
         address = builder.add(factors, builder.mul(loop.index, I64(8)))
         store(builder, scale, address)
         store(builder, builder.fmul(scale, builder.sitofp(summed, FLOAT)), builder.add(address, I64(4)))
@@ -230,3 +228,56 @@ def round_groups(typing_context, x, out, scales, count):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def round_groups_to_bytes(typing_context, x, out, factors, count):
+    """Rounds groups of 32 to unsigned 8-bit integers, of which one stands for zero: float32 [count, 32] -> uint8
+    [count, 32], and float32 [count, 4]: of each group its scale, that integer with a minus, the scale times the sum of
+    the integers less it, and nothing."""
+
+    def generate(context, builder, signature, arguments):
+        source, target, out_factors, num_groups = arguments
+        loop = Loop(builder, num_groups, [])
+        start = builder.add(source, builder.mul(loop.index, I64(4 * GROUP)))
+        halves = [load_floats(builder, builder.add(start, I64(4 * LANES * half)), "float32") for half in (0, 1)]
+        low, high = (_extreme(builder, halves, sign, name) for sign, name in (("<", "fmin"), (">", "fmax")))
+        share = ir.Constant(FLOAT, 1 / BYTE_STEPS)  # of each, since their difference may be infinite
+        scale = builder.fsub(builder.fmul(high, share), builder.fmul(low, share))
+        is_some = builder.fcmp_ordered(">", scale, ir.Constant(FLOAT, 1e-30))
+        inverse = builder.select(is_some, builder.fdiv(ir.Constant(FLOAT, 1.0), scale), ir.Constant(FLOAT, 0.0))
+        inverses = splat(builder, inverse)
+        zero = call_by_name(builder, "llvm.rint.f32", FLOAT, builder.fmul(low, inverse))  # negative, or nothing
+        zeros = builder.fptosi(splat(builder, zero), INTS)
+        total = ir.Constant(INTS, [0] * LANES)
+        for half, values in enumerate(halves):
+            whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
+            integers = builder.fptosi(whole, INTS)
+            total = builder.add(total, integers)
+            address = builder.add(target, builder.mul(loop.index, I64(GROUP)))
+            narrow = builder.trunc(builder.sub(integers, zeros), ir.VectorType(I8, LANES))
+            store(builder, narrow, builder.add(address, I64(LANES * half)), 1)
+        summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        scale = _unless_nan(builder, halves, scale)
+        address = builder.add(out_factors, builder.mul(loop.index, I64(16)))
+        for place, factor in enumerate((scale, zero, builder.fmul(scale, builder.sitofp(summed, FLOAT)))):
+            store(builder, factor, builder.add(address, I64(4 * place)))
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+def _extreme(builder: ir.IRBuilder, halves: list[ir.Value], sign: str, name: str) -> ir.Value:
+    """The smallest (<, fmin) or largest (>, fmax) of two vectors and zero."""
+    both = builder.select(builder.fcmp_ordered(sign, *halves), *halves)
+    found = call_by_name(builder, f"llvm.vector.reduce.{name}.v{LANES}f32", FLOAT, both)
+    zero = ir.Constant(FLOAT, 0.0)
+    return builder.select(builder.fcmp_ordered(sign, found, zero), found, zero)
+
+
+def _unless_nan(builder: ir.IRBuilder, halves: list[ir.Value], scale: ir.Value) -> ir.Value:
+    """A scale, or NaN where the group has any: its reduction to an extreme and the conversion to integers drop it."""
+    ordered = builder.fcmp_ordered("ord", *halves)
+    are_numbers = call_by_name(builder, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), ordered)
+    return builder.select(are_numbers, scale, ir.Constant(FLOAT, math.nan))

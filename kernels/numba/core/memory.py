@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
+from numba import njit, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-@intrinsic
-def _pointer(typing_context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+def _array_of(element):
+    """An intrinsic (address, length) that makes an array of the memory there: in no time, to compile and to run."""
+    array = types.Array(element, 1, "C")
+    size = element.bitwidth // 8
 
-    return types.voidptr(types.int64), generate
+    @intrinsic
+    def view(typing_context, address, length):
+        def generate(context, builder, signature, arguments):
+            address, length = arguments
+            struct = context.make_array(array)(context, builder)
+            data = builder.inttoptr(address, struct.data.type)
+            populate_array(struct, data, [length], [_I64(size)], _I64(size), None)
+            return struct._getvalue()
 
+        return array(types.int64, types.int64), generate
 
-@njit(inline="always")
-def floats(address, length):
-    """float32 [length] at an address."""
-    return carray(_pointer(address), (length,), np.float32)
-
-
-@njit(inline="always")
-def words(address, length):
-    """int16 [length] at an address."""
-    return carray(_pointer(address), (length,), np.int16)
-
-
-@njit(inline="always")
-def integers(address, length):
-    """int64 [length] at an address."""
-    return carray(_pointer(address), (length,), np.int64)
+    return view
 
 
-@njit(inline="always")
-def flags(address, length):
-    """uint8 [length] at an address."""
-    return carray(_pointer(address), (length,), np.uint8)
+floats, words, integers, flags = map(_array_of, (types.float32, types.int16, types.int64, types.uint8))
 
 
 def _counter(builder, address):

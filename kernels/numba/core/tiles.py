@@ -1,4 +1,5 @@
-"""Register tiles: the micro-kernels of all matrix products, generated as LLVM vector instructions.
+"""Register tiles: the micro-kernels of all matrix products, generated as LLVM vector instructions. Those of integers
+are in `integer_tiles`.
 
 A tile multiplies a few rows by a few panels of 16 columns and keeps every sum in a register from the first element to
 the last (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, section 6.3). Vectors are
@@ -23,9 +24,7 @@ from numba.extending import intrinsic
 from kernels.numba.core.lanes import (
     FLOAT,
     FLOATS,
-    GROUP,
     I8,
-    I16,
     I32,
     I64,
     INTS,
@@ -42,12 +41,11 @@ from kernels.numba.core.lanes import (
 from kernels.numba.core.processor import LINE, features, level
 
 PARTS_AHEAD = 2  # parts of a paged matrix that are prefetched, 1 to 4 KB each
-MIN_ROWS_OF_UNPACKED = 4
 MAX_ROWS_OF_TWO_PANELS, MAX_ROWS_OF_ONE = level().tall, level().narrow
 PAIRS_PANELS = MAX_ROWS_OF_TWO_PANELS >= MAX_ROWS_OF_ONE  # whether any rows take two panels at once
 
 
-def _write_sums(
+def write_sums(
     builder: ir.IRBuilder, sums: list[ir.Value], panels: int, out: ir.Value, ldo: ir.Value, adds: ir.Value
 ) -> None:
     """Stores the sums of a tile, row after row, at `out`, or adds them to the elements there."""
@@ -73,7 +71,7 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
 
 
-def _prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: ir.Value, num_bytes: int) -> None:
+def prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: ir.Value, num_bytes: int) -> None:
     """Prefetches so many bytes at a distance from each address."""
     for address in addresses:
         first = builder.add(address, distance)
@@ -99,7 +97,7 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
     step = builder.mul(w_stride, I64(size))
     loop = Loop(builder, depth, [zero] * (rows * panels))
     offset = builder.mul(loop.index, step)
-    _prefetch_span(builder, w_panels, builder.add(ahead, offset), LINE)
+    prefetch_span(builder, w_panels, builder.add(ahead, offset), LINE)
     weights = [load_floats(builder, builder.add(base, offset), element) for base in w_panels]
     sums = []
     for row in range(rows):
@@ -108,7 +106,7 @@ def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
         for panel in range(panels):
             sums.append(fma(builder, broadcast, weights[panel], loop.values[row * panels + panel]))
     sums = loop.close(sums)
-    _write_sums(builder, sums, panels, out, ldo, adds)
+    write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
 
@@ -130,7 +128,7 @@ def _bfloat16_tile(module: ir.Module, rows: int, panels: int, element: str) -> i
     w_panels = [builder.add(w, builder.mul(panel_stride, I64(2 * panel))) for panel in range(panels)]
     loop = Loop(builder, builder.ashr(depth, I64(1)), [zero] * (rows * panels))
     offset, x_offset = builder.mul(loop.index, I64(4 * LANES)), builder.mul(loop.index, I64(2 * size))
-    _prefetch_span(builder, w_panels, builder.add(ahead, offset), LINE)
+    prefetch_span(builder, w_panels, builder.add(ahead, offset), LINE)
     words = [load(builder, builder.add(base, offset), INTS, 4) for base in w_panels]
     pairs = [_widen_pair(builder, word) for word in words] if element == "float32" else []
     sums = []
@@ -146,7 +144,7 @@ def _bfloat16_tile(module: ir.Module, rows: int, panels: int, element: str) -> i
             totals = [fma(builder, broadcast, pair[place], total) for pair, total in zip(pairs, totals, strict=True)]
         sums += totals
     sums = loop.close(sums)
-    _write_sums(builder, sums, panels, out, ldo, adds)
+    write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
 
@@ -210,114 +208,11 @@ def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.
     sums = inner.close(sums)
     if scores:
         target = builder.add(out, builder.mul(outer.index, I64(4 * LANES)))
-        _write_sums(builder, sums, 1, target, ldo, I64(0))
+        write_sums(builder, sums, 1, target, ldo, I64(0))
         outer.close([])
     else:
         sums = outer.close(sums)
-        _write_sums(builder, sums, 1, out, ldo, I64(1))
-    builder.ret_void()
-    return function
-
-
-def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Products of 32 int16, neighbours added: [16] int32 (x86: PMADDWD)."""
-    width = 32 if "avx512bw" in features() else 16 if "avx2" in features() else 0
-    if not width:
-        wide = ir.VectorType(I32, 2 * LANES)
-        products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-        even, odd = (
-            builder.shuffle_vector(products, products, ir.Constant(INTS, list(range(first, 2 * LANES, 2))))
-            for first in (0, 1)
-        )
-        return builder.add(even, odd)
-    name = "llvm.x86.avx512.pmaddw.d.512" if width == 32 else "llvm.x86.avx2.pmadd.wd"
-    part = ir.VectorType(I32, width // 2)
-    if width == 32:
-        return call_by_name(builder, name, part, a, b)
-    halves = []
-    for first in (0, 16):
-        lanes = ir.Constant(ir.VectorType(I32, 16), list(range(first, first + 16)))
-        halves.append(call_by_name(builder, name, part, *(builder.shuffle_vector(v, v, lanes) for v in (a, b))))
-    return builder.shuffle_vector(halves[0], halves[1], ir.Constant(INTS, list(range(LANES))))
-
-
-def _add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """total + the products of 32 int16, neighbours added: [16] int32 (x86: VPDPWSSD, or what LLVM finds faster)."""
-    if "avx512vnni" in features():
-        words = (builder.bitcast(part, INTS) for part in (a, b))
-        return call_by_name(builder, "llvm.x86.avx512.vpdpwssd.512", INTS, total, *words)
-    return builder.add(total, _multiply_pairs(builder, a, b))
-
-
-def _load_pairs(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
-    """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side."""
-    words = ir.VectorType(I16, 2 * LANES)
-    if element == "unpacked int4":
-        return load(builder, address, words, 2)
-    if element == "int8":
-        return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), words)
-    packed = builder.zext(load(builder, address, ir.VectorType(I8, LANES), 1), INTS)
-    shifted = builder.shl(packed, ir.Constant(INTS, [12] * LANES))  # the upper four bits to the upper word
-    both = builder.and_(builder.or_(packed, shifted), ir.Constant(INTS, [0x000F000F] * LANES))
-    return builder.bitcast(both, words)
-
-
-def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
-    """(x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds): exact sums of
-    integer products within a group of `GROUP` elements, then float32 sums of the groups, each times its two scales.
-
-    x: int16 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 2], the scale of each group and scale * sum
-    w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or uint8 [num_groups, GROUP / 2, 16] with two int4, or the
-    same as int16 [num_groups, GROUP / 2, 16, 2]
-    scales: float16, each panel is [panel_groups, 16] (int8), or [panel_groups, 2, 16] with the offset too (int4)
-    panel_stride: bytes of a panel of w; ahead: as of `_float_tile`; the scales of those panels are prefetched too
-    """
-    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 13)
-    if not is_new:
-        return function
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds = function.args
-    has_offset = element != "int8"
-    pair_bytes = {"int4": LANES, "int8": 2 * LANES, "unpacked int4": 4 * LANES}[element]
-    group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
-    zero = ir.Constant(FLOATS, [0.0] * LANES)
-    outer = Loop(builder, num_groups, [zero] * (rows * panels))
-    group = outer.index
-    first_x = builder.mul(group, I64(2 * GROUP))
-    x_groups = [builder.add(builder.add(x, builder.mul(ldx, I64(2 * row))), first_x) for row in range(rows)]
-    first_pair = builder.mul(group, I64(pair_bytes * (GROUP // 2)))
-    w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_pair) for p in range(panels)]
-    scale_stride, first_scale = builder.mul(panel_groups, I64(group_scales)), builder.mul(group, I64(group_scales))
-    s_groups = [builder.add(builder.add(scales, builder.mul(scale_stride, I64(p))), first_scale) for p in range(panels)]
-    if element != "unpacked int4":
-        _prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
-        _prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
-    inner = Loop(builder, I64(GROUP // 2), [ir.Constant(INTS, [0] * LANES)] * (rows * panels))
-    weights = [
-        _load_pairs(builder, builder.add(base, builder.mul(inner.index, I64(pair_bytes))), element) for base in w_groups
-    ]
-    totals = []
-    for row in range(rows):
-        pair = load(builder, builder.add(x_groups[row], builder.shl(inner.index, I64(2))), I32, 2)
-        broadcast = builder.bitcast(splat(builder, pair), ir.VectorType(I16, 2 * LANES))
-        for panel in range(panels):
-            totals.append(_add_pair_products(builder, inner.values[row * panels + panel], broadcast, weights[panel]))
-    totals = inner.close(totals)
-    sums = []
-    for row in range(rows):
-        scale_offset = builder.add(builder.mul(ldg, I64(8 * row)), builder.mul(group, I64(8)))
-        row_scale = splat(builder, load(builder, builder.add(x_scales, scale_offset), FLOAT, 4))
-        row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(scale_offset, I64(4))), FLOAT, 4))
-        for panel in range(panels):
-            scale = builder.fmul(row_scale, load_floats(builder, s_groups[panel], "float16"))
-            total = builder.sitofp(totals[row * panels + panel], FLOATS)
-            value = fma(builder, total, scale, outer.values[row * panels + panel])
-            if has_offset:
-                offset = load_floats(builder, builder.add(s_groups[panel], I64(2 * LANES)), "float16")
-                value = fma(builder, row_sum, offset, value)
-            sums.append(value)
-    sums = outer.close(sums)
-    _write_sums(builder, sums, panels, out, ldo, adds)
+        write_sums(builder, sums, 1, out, ldo, I64(1))
     builder.ret_void()
     return function
 
@@ -325,7 +220,7 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
 _Writer = Callable[[ir.Module, int, int, str], ir.Function]
 
 
-def _dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: int = 1) -> Callable[..., None]:
+def dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: int = 1) -> Callable[..., None]:
     """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows, `min_rows` or more, and panels.
 
     Few rows take two panels, for enough independent sums to hide the latency of an addition; more rows only where two
@@ -385,13 +280,10 @@ score_float32, score_bfloat16, score_float16 = (
 weigh_float32, weigh_bfloat16, weigh_float16 = (
     _dispatching_rows(element, scores=False) for element in ("float32", "bfloat16", "float16")
 )
-multiply_float32 = _dispatching(_float_tile, "float32", 10)
-multiply_bfloat16 = _dispatching(_bfloat16_tile, "float32", 10)
-multiply_rounded_bfloat16 = _dispatching(_bfloat16_tile, "bfloat16", 10)
-multiply_float16 = _dispatching(_float_tile, "float16", 10)
-multiply_int8 = _dispatching(_integer_tile, "int8", 13)
-multiply_int4 = _dispatching(_integer_tile, "int4", 13)
-multiply_unpacked_int4 = _dispatching(_integer_tile, "unpacked int4", 13, min_rows=MIN_ROWS_OF_UNPACKED)
+multiply_float32 = dispatching(_float_tile, "float32", 10)
+multiply_bfloat16 = dispatching(_bfloat16_tile, "float32", 10)
+multiply_rounded_bfloat16 = dispatching(_bfloat16_tile, "bfloat16", 10)
+multiply_float16 = dispatching(_float_tile, "float16", 10)
 
 
 @njit(inline="always")
@@ -399,18 +291,3 @@ def rows_of_next_tile(remaining, most):
     """Rows of the next of the tiles, of `most` rows or fewer, that `remaining` rows are divided into: all of about the
     same height."""
     return -(-remaining // -(-remaining // most))
-
-
-@intrinsic
-def unpack_int4(typing_context, packed, out, num_pairs):
-    """uint8 [num_pairs, 16] with two int4 each -> int16 [num_pairs, 16, 2], addresses."""
-
-    def generate(context, builder, signature, arguments):
-        loop = Loop(builder, arguments[2], [])
-        source = builder.add(arguments[0], builder.mul(loop.index, I64(LANES)))
-        target = builder.add(arguments[1], builder.mul(loop.index, I64(4 * LANES)))
-        store(builder, _load_pairs(builder, source, "int4"), target, 2)
-        loop.close([])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate

@@ -25,7 +25,7 @@ from kernels.numba.core.tiles import (
     weigh_float16,
     weigh_float32,
 )
-from kernels.numba.kernel_cache import kernel
+from kernels.numba.kernel_cache import by_name, kernel
 
 SPAN = 128  # keys scored at once; a multiple of LANES
 TILE_ROWS = 48  # (token, query head) rows of a unit, unless one token has more heads
@@ -67,7 +67,7 @@ def cut_tiles(query_starts, seq_lens, num_seqs, tokens_at_once, tables, table_by
     return num_tiles
 
 
-@kernel(types.void(*[types.int64] * 9))
+@njit(inline="always")  # as `_add_values`: tiles are compiled where they are called
 def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
     """out = x @ keys, [rows, num_parts * LANES]. parts: addresses of LANES keys each, as columns"""
     row = 0
@@ -83,7 +83,7 @@ def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
         row += tile
 
 
-@kernel(types.void(*[types.int64] * 10))
+@njit(inline="always")
 def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
     """out += x @ values, [rows, size]. parts: addresses of LANES values each, `depth` in all, of which the first
     `skipped` are left out; element: bytes"""
@@ -206,7 +206,19 @@ def _update_softmax(address, num_vectors, out, size, state):
 
 
 @njit
-def attend_unit(
+def _write_outputs(out, sums, states, first_token, group, kv_head, num_heads, size, rows):
+    """out = sums of weighted values / sums of weights"""
+    for row in range(rows):
+        token, head = row // group, row % group
+        target = floats(out + ((first_token + token) * num_heads + kv_head * group + head) * size * 4, size)
+        source = floats(sums + row * size * 4, size)
+        inverse = np.float32(1.0) / floats(states + row * 8, 2)[1]
+        for i in range(size):
+            target[i] = source[i] * inverse
+
+
+@kernel(types.void(*[types.int64] * 5, types.float32, types.float32, *[types.int64] * 18))
+def _attend_unit(
     qkv, out, num_heads, num_kv_heads, size, scale, soft_cap, window, keys, values, kind, block,
     block_bytes, head_bytes, first_token, num_tokens, kv_head, context, first_row, num_new, positions, tables,
     tree, tree_width, scratch,
@@ -311,13 +323,4 @@ def attend_unit(
     _write_outputs(out, sums, states, first_token, group, kv_head, num_heads, size, rows)
 
 
-@kernel(types.void(*[types.int64] * 9))
-def _write_outputs(out, sums, states, first_token, group, kv_head, num_heads, size, rows):
-    """out = sums of weighted values / sums of weights"""
-    for row in range(rows):
-        token, head = row // group, row % group
-        target = floats(out + ((first_token + token) * num_heads + kv_head * group + head) * size * 4, size)
-        source = floats(sums + row * size * 4, size)
-        inverse = np.float32(1.0) / floats(states + row * 8, 2)[1]
-        for i in range(size):
-            target[i] = source[i] * inverse
+attend_unit = by_name(_attend_unit)

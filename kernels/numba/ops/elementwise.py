@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from kernels.numba.core.formats import BFLOAT16, FLOAT32
-from kernels.numba.core.lanes import GROUP, LANES, round_groups, silu_and_multiply
+from kernels.numba.core.lanes import GROUP, LANES, round_groups, round_groups_to_bytes, silu_and_multiply
 from kernels.numba.core.memory import (
     bfloat16_value,
     float16_value,
@@ -150,6 +150,18 @@ def quantise_rows(x, out, scales, first, last, size):
     groups = size // GROUP
     for row in range(first, last):
         round_groups(x + row * size * 4, out + row * size * 2, scales + row * groups * 8, groups)
+
+
+@njit
+def quantise_rows_to_bytes(x, out, scales, first, last, size):
+    """As `quantise_rows`, to unsigned 8-bit integers: within a 508th of the span from the smallest of the group to its
+    largest, or to zero.
+
+    out: uint8 [rows, size]; scales: float32 [rows, size / 32, 4], of each group as `round_groups_to_bytes` has it
+    """
+    groups = size // GROUP
+    for row in range(first, last):
+        round_groups_to_bytes(x + row * size * 4, out + row * size, scales + row * groups * 16, groups)
 
 
 @njit

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, ROUNDED_BFLOAT16
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT4,
+    INT8,
+    QUAD_INT4,
+    QUAD_INT8,
+    ROUNDED_BFLOAT16,
+)
+from kernels.numba.core.integer_tiles import (
+    multiply_int4,
+    multiply_int8,
+    multiply_quad_int4,
+    multiply_quad_int8,
+    multiply_unpacked_int4,
+    unpack_int4,
+)
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.core.tiles import (
     MAX_ROWS_OF_ONE,
@@ -13,14 +30,10 @@ from kernels.numba.core.tiles import (
     multiply_bfloat16,
     multiply_float16,
     multiply_float32,
-    multiply_int4,
-    multiply_int8,
     multiply_rounded_bfloat16,
-    multiply_unpacked_int4,
     rows_of_next_tile,
-    unpack_int4,
 )
-from kernels.numba.kernel_cache import kernel
+from kernels.numba.kernel_cache import by_name, kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
 MIN_ROWS_TO_UNPACK = 13 if PAIRS_PANELS else 12  # with fewer, each tile unpacks an int4 panel itself
@@ -34,14 +47,28 @@ def panel_bytes(kind, depth):
     """Bytes of the elements of one panel. depth: a multiple of GROUP for the integer formats"""
     if kind == FLOAT32:
         return depth * LANES * 4
-    if kind == INT8:
+    if kind in (INT8, QUAD_INT8):
         return depth * LANES
-    if kind == INT4:
+    if kind in (INT4, QUAD_INT4):
         return depth * LANES // 2
     return depth * LANES * 2
 
 
-@kernel(types.void(*[types.int64] * 14))
+@njit
+def _row_bytes(kind, depth):
+    """Bytes of a row that such a matrix is multiplied by."""
+    if kind in (QUAD_INT8, QUAD_INT4):
+        return depth
+    return depth * (2 if kind in (INT8, INT4, ROUNDED_BFLOAT16) else 4)
+
+
+@njit
+def _factor_bytes(kind, depth):
+    """Bytes of the factors of the row's groups."""
+    return depth // GROUP * (16 if kind in (QUAD_INT8, QUAD_INT4) else 8)
+
+
+@njit(inline="always")  # as the next one: tiles are compiled where they are called
 def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, unpacked, out, ldo, adds):
     """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel.
 
@@ -68,7 +95,7 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
         )
     else:
         groups, group = depth // GROUP, first // GROUP
-        x_scales = scales + group * 8
+        x_scales = scales + _factor_bytes(kind, first)
         if unpacked != 0:
             multiply_unpacked_int4(
                 (rows, panels, x + first * 2, depth, x_scales, groups, unpacked, _UNPACKED_BYTES,
@@ -79,6 +106,16 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
                 (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
                  w_scales + group * LANES * 2, groups, count // GROUP, ahead, out, ldo, adds)
             )  # fmt: skip
+        elif kind == QUAD_INT8:
+            multiply_quad_int8(
+                (rows, panels, x + first, depth, x_scales, groups, w + skipped, stride,
+                 w_scales + group * LANES * 2, groups, count // GROUP, ahead, out, ldo, adds)
+            )  # fmt: skip
+        elif kind == QUAD_INT4:
+            multiply_quad_int4(
+                (rows, panels, x + first, depth, x_scales, groups, w + skipped, stride,
+                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
+            )  # fmt: skip
         else:
             multiply_int4(
                 (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
@@ -86,14 +123,13 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
             )  # fmt: skip
 
 
-@kernel(types.void(*[types.int64] * 14))
+@njit(inline="always")
 def _multiply_panels(
     kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
 ):
     count = min(BLOCK_DEPTH, depth - start)
-    row_bytes = depth * (2 if kind in (INT8, INT4, ROUNDED_BFLOAT16) else 4)
-    scale_bytes = depth // GROUP * 8
-    panel_scales = depth // GROUP * LANES * (4 if kind == INT4 else 2)
+    row_bytes, factor_bytes = _row_bytes(kind, depth), _factor_bytes(kind, depth)
+    panel_scales = depth // GROUP * LANES * (4 if kind in (INT4, QUAD_INT4) else 2)
     panel = first_panel
     while panel < last_panel:
         panels, most = 1, MAX_ROWS_OF_ONE
@@ -110,7 +146,7 @@ def _multiply_panels(
         while row < rows:
             tile = rows_of_next_tile(rows - row, most)
             _multiply(
-                kind, tile, panels, x + row * row_bytes, scales + row * scale_bytes, depth,
+                kind, tile, panels, x + row * row_bytes, scales + row * factor_bytes, depth,
                 w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count, unpacked,
                 out + (row * ldo + panel * LANES) * 4, ldo, adds,
             )  # fmt: skip
@@ -119,11 +155,13 @@ def _multiply_panels(
 
 
 @kernel(types.void(*[types.int64] * 14))
-def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch):
+def _multiply_unit(
+    unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch
+):
     """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
 
     x: float32 [rows, depth], or for ROUNDED_BFLOAT16 bfloat16, or for integers int16 with scales as `quantise_rows`
-    leaves them; out: float32, ldo elements a row
+    leaves them, or for those in quads uint8 as `quantise_rows_to_bytes` does; out: float32, ldo elements a row
     scratch: SCRATCH_BYTES of this thread
     """
     groups = -(-num_panels // panels_at_once)
@@ -131,8 +169,8 @@ def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, p
     first_row = block * BLOCK_ROWS
     first_panel = group * panels_at_once
     last_panel = min(first_panel + panels_at_once, num_panels)
-    x += first_row * depth * (2 if kind in (INT8, INT4, ROUNDED_BFLOAT16) else 4)
-    scales += first_row * (depth // GROUP) * 8
+    x += first_row * _row_bytes(kind, depth)
+    scales += first_row * _factor_bytes(kind, depth)
     out += first_row * ldo * 4
     start = 0
     while start < depth:
@@ -141,3 +179,6 @@ def multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, p
             out, ldo, 1 if adds != 0 or start > 0 else 0, scratch,
         )  # fmt: skip
         start += BLOCK_DEPTH
+
+
+multiply_unit = by_name(_multiply_unit)

@@ -6,12 +6,12 @@ A panel is 16 output features, with its input features in order, so that a tile 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import BFLOAT16, DTYPES, FLOAT16, INT4, INT8, NAMES
+from kernels.numba.core.formats import BFLOAT16, DTYPES, FLOAT16, IN_QUADS, INT4, INT8, NAMES, QUAD_INT4, QUAD_INT8
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.packing.levels import read_int4, read_int8
 
@@ -84,8 +84,36 @@ def pack_exactly(weight: Tensor, *, among: Sequence[int]) -> PackedMatrix | None
     return None
 
 
+def in_quads(packed: PackedMatrix) -> PackedMatrix:
+    """The same matrix for rows of 8-bit integers, with four depths side by side; as it is where it has no integers."""
+    if packed.kind not in IN_QUADS:
+        return packed
+    pairs = packed.values
+    if packed.kind == INT4:
+        pairs = torch.stack((pairs & 15, pairs >> 4), -1)
+    quads = pairs.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # [panels, depth / 4, 16, 4]
+    if packed.kind == INT4:
+        quads = quads[:, ::2] | (quads[:, 1::2] << 4)
+    return replace(packed, kind=IN_QUADS[packed.kind], values=quads.contiguous())
+
+
+def _in_pairs(packed: PackedMatrix) -> PackedMatrix:
+    """The inverse of `in_quads`."""
+    kind, quads = (INT8, packed.values) if packed.kind == QUAD_INT8 else (INT4, _interleave(packed.values))
+    pairs = quads.unflatten(3, (2, 2)).transpose(2, 3).flatten(1, 2)  # [panels, depth / 2, 16, 2]
+    values = pairs if kind == INT8 else pairs[..., 0] | (pairs[..., 1] << 4)
+    return replace(packed, kind=kind, values=values.contiguous())
+
+
+def _interleave(values: Tensor) -> Tensor:
+    """uint8 [panels, depth / 8, 16, 4] with two int4 each -> [panels, depth / 4, 16, 4]"""
+    return torch.stack((values & 15, values >> 4), 2).flatten(1, 2)
+
+
 def unpack(packed: PackedMatrix) -> Tensor:
     """The float32 matrix that the products multiply by: [num_rows, depth]."""
+    if packed.kind in (QUAD_INT8, QUAD_INT4):
+        packed = _in_pairs(packed)
     if packed.kind in DTYPES:
         values = packed.values.transpose(2, 3).flatten(1, 2) if packed.kind == BFLOAT16 else packed.values
         return values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()

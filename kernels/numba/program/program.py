@@ -26,6 +26,7 @@ from kernels.numba.ops.elementwise import (
     gather_rows,
     normalise_rows,
     quantise_rows,
+    quantise_rows_to_bytes,
     rotate_and_store_rows,
     round_rows,
     silu_and_multiply_rows,
@@ -50,6 +51,7 @@ class Operation(IntEnum):
     SILU_AND_MULTIPLY = 7
     COPY = 8
     ROUND = 9
+    QUANTISE_TO_BYTES = 10
 
 
 class Step(IntEnum):
@@ -78,7 +80,7 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND = map(int, Operation)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND, _TO_BYTES = map(int, Operation)
 _POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
 _NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
 _ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
@@ -138,19 +140,21 @@ def _run_unit(unit, op, op_floats, step, scratch):
     last = min(first + _ROWS_AT_ONCE, rows)
     if kind == _MULTIPLY:
         multiply_unit(
-            unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch,
-        )  # fmt: skip
+            (unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch)
+        )
     elif kind == _ATTEND:
         kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
         attend_unit(
-            op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
-            op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS],
-            tile[5] + step[_TABLES + op[13]], step[_TREE], step[_TREE_WIDTH], scratch,
+            (op[1], op[2], op[3], op[4], op[5], op_floats[0], op_floats[1], op[6], op[7], op[8], op[9], op[10],
+             op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS],
+             tile[5] + step[_TABLES + op[13]], step[_TREE], step[_TREE_WIDTH], scratch)
         )  # fmt: skip
     elif kind == _NORMALISE:
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
     elif kind == _QUANTISE:
         quantise_rows(op[1], op[2], op[3], first, last, op[4])
+    elif kind == _TO_BYTES:
+        quantise_rows_to_bytes(op[1], op[2], op[3], first, last, op[4])
     elif kind == _ROUND:
         round_rows(op[1], op[2], first, last, op[3])
     elif kind == _STORE:
@@ -215,7 +219,6 @@ def run(call, control, scratch, times, seen, num_spins):
     call: int64 [3]: the program, int64 [num_ops, NUM_FIELDS]; num_ops; the step, int64 [NUM_STEP_FIELDS], see `Step`
     control: see `Control`; scratch: memory of this thread
     times: int64 [1 + num_ops], where the leader notes the cycle counter before and after each operation, or 0
-    One function for both roles, since every compiled function that runs programs contains a copy of all kernels.
     """
     what = integers(call, 3)
     spins = 0

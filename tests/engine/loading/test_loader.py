@@ -89,6 +89,18 @@ def test_a_single_file_is_the_same_model_as_its_shards(original: LlamaForCausalL
     assert same_weights(load(tmp_path / "single"), original)
 
 
+def test_a_checkpoint_is_bfloat16_if_all_that_is_read_of_it_is(original: LlamaForCausalLM, tmp_path: Path) -> None:
+    def is_bfloat16(**others: torch.Tensor) -> bool:
+        weights = {name: weight.bfloat16() for name, weight in original.state_dict().items()} | others
+        original.save_pretrained(tmp_path, state_dict=weights)
+        return read_model_facts(ModelConfig(path=str(tmp_path))).is_bfloat16
+
+    assert is_bfloat16()
+    assert not read_model_facts(ModelConfig(path=str(tmp_path), load_format="dummy")).is_bfloat16
+    assert not is_bfloat16(**{"model.norm.weight": torch.ones(64)})
+    assert not is_bfloat16(**{"model.norm.weight": torch.ones(64).half()})
+
+
 def test_facts_need_no_weights(directory: Path, original: LlamaForCausalLM) -> None:
     for file in directory.glob("*.safetensors"):
         file.unlink()

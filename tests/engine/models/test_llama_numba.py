@@ -26,6 +26,7 @@ from transformers import (
 
 from engine.attention.numba_backend import NumbaAttention, scratch_bytes
 from engine.attention.torch_backend import TorchAttention
+from engine.config import Activations
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.storage import KVCache
@@ -107,10 +108,10 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> 
     return model
 
 
-def compiled(model: Llama, format_name: str) -> Llama:
+def compiled(model: Llama, format_name: str, activations: Activations = "int16") -> Llama:
     """A copy with packed matrices."""
     packed = copy.deepcopy(model)
-    exchange_linears(packed, make_methods(COMPILED_FORMATS, format_name))
+    exchange_linears(packed, make_methods(COMPILED_FORMATS, format_name, activations=activations))
     return packed
 
 
@@ -127,12 +128,36 @@ def unpacked(packed: Llama) -> Llama:
     return model.requires_grad_(False)
 
 
-def compiled_runner(packed: Llama, *, num_blocks: int = 160, num_threads: int = 1, dtype=torch.float32) -> ModelRunner:
+class RoundingLinear(nn.Linear):
+    """Rounds its rows to bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.bfloat16().float())
+
+
+def rounding(model: Llama) -> Llama:
+    """A copy of an unpacked model whose matrix products round their rows."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RoundingLinear
+    return model
+
+
+def compiled_runner(
+    packed: Llama,
+    *,
+    num_blocks: int = 160,
+    num_threads: int = 1,
+    dtype: torch.dtype = torch.float32,
+    activations: torch.dtype = torch.float32,
+) -> ModelRunner:
+    """dtype: of the cache; activations: of rows that meet matrices of bfloat16"""
     layers = packed.attention_layers
     cache = KVCache(layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(dtype, keys_as_columns=True))
     team = Team(num_threads, scratch_bytes=scratch_bytes(layers, cache.block_size))
     attention = NumbaAttention(cache, team)
-    return ModelRunner(NumbaLlama(packed, attention, team), cache, attention)
+    return ModelRunner(NumbaLlama(packed, attention, team, dtype=activations), cache, attention)
 
 
 def torch_runner(model: Llama, *, dtype: torch.dtype = torch.float32) -> ModelRunner:
@@ -253,6 +278,31 @@ def test_rounded_formats_stay_near_the_checkpoint(format_name: str, error: float
     assert 0 < (ours - theirs).square().mean() <= error**2 * theirs.square().mean()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_are_rounded_to_bfloat16_where_they_meet_matrices_of_it_and_nowhere_else(name: str) -> None:
+    packed = compiled(make_model(MODELS[name], torch.bfloat16), "none")
+    ours = torch.cat(Texts(compiled_runner(packed, activations=torch.bfloat16)).whole())
+    plain = unpacked(packed)
+    rounded, exact = (torch.cat(Texts(torch_runner(model)).whole()) for model in (rounding(plain), plain))
+    # what lies all but in the middle of two numbers of bfloat16 may become either one, and all that follows another
+    bound = tolerance_of(packed, "none") * rounded.abs().max()
+    assert (ours - rounded).abs().amax(1).sort().values[:20].max() <= bound
+    assert (exact - rounded).abs().amax(1).min() > 10 * bound
+    wide = compiled(make_model(MODELS[name]), "none")  # matrices of float32
+    found = [Texts(compiled_runner(wide, activations=dtype)).whole() for dtype in (torch.float32, torch.bfloat16)]
+    assert torch.equal(*map(torch.cat, found))
+
+
+@pytest.mark.parametrize("format_name", ["int8", "int4"])
+def test_activations_of_8_bits_stay_near_those_of_16(format_name: str) -> None:
+    model = make_model(MODELS["llama"])
+    narrow, wide = (
+        torch.cat(Texts(compiled_runner(compiled(model, format_name, activations=activations))).whole())
+        for activations in ("int8", "int16")
+    )
+    assert 1e-3**2 < (narrow - wide).square().mean() / wide.square().mean() <= 5e-2**2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_narrow_cache_rounds_keys_and_values_and_nothing_else(dtype: torch.dtype) -> None:
     packed = compiled(make_model(MODELS["llama"]), "none")
@@ -281,13 +331,19 @@ def test_the_inputs_of_layers_are_those_of_torch() -> None:
     assert torch.equal(logits, plain_logits)
 
 
-@pytest.mark.parametrize("format_name", COMPILED_FORMATS)
+@pytest.mark.parametrize("format_name", [*COMPILED_FORMATS, "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_has_the_same_bits_however_it_is_computed(name: str, format_name: str) -> None:
-    packed = compiled(make_model(MODELS[name]), format_name)
-    whole = Texts(compiled_runner(packed)).whole()
+    if format_name == "bfloat16":
+        activations = torch.bfloat16
+        packed = compiled(make_model(MODELS[name], activations), "none")
+    else:
+        activations = torch.float32
+        packed = compiled(make_model(MODELS[name]), format_name)
+    whole = Texts(compiled_runner(packed, activations=activations)).whole()
     for seed, num_threads in ((1, 1), (2, 3)):
-        texts = Texts(compiled_runner(packed, num_threads=num_threads, num_blocks=161), seed=seed)
+        runner = compiled_runner(packed, num_threads=num_threads, num_blocks=161, activations=activations)
+        texts = Texts(runner, seed=seed)
         texts.in_pieces()
         assert len(texts.logits) == sum(len(ids) for ids in prompts())
         for (index, position), rows in texts.logits.items():

@@ -49,7 +49,6 @@ def make_machine(
     device: str = "cpu",
     has_fast_bf16: bool = False,
     has_float16_weights: bool = False,
-    has_amx: bool = False,
 ) -> Machine:
     return Machine(
         device=device,
@@ -60,7 +59,6 @@ def make_machine(
         available_bytes=available,
         has_fast_bf16=has_fast_bf16,
         has_avx512=False,
-        has_amx=has_amx,
         has_float16_weights=has_float16_weights,
     )
 
@@ -277,6 +275,32 @@ def test_compiled_layers_are_planned_for_alike_on_every_cpu(has_fast_bf16: bool,
         assert (made.linear_bytes, made.embedding_bytes) == (int(size * with_output), 4 * 500_000)
 
 
+def test_a_bfloat16_checkpoint_is_computed_in_bfloat16_where_the_cpu_multiplies_that() -> None:
+    facts, fast = replace(COMPILED, is_bfloat16=True), make_machine(has_fast_bf16=True)
+
+    def dtype(machine: Machine = fast, facts: ModelFacts = facts, **sections: Section) -> str:
+        made = plan(machine, facts=facts, **sections)
+        assert made.kernels == "numba"
+        assert made.settings["kv_cache.dtype"].value == "float16"
+        assert made.settings["model.dtype"].value == str(made.dtype).removeprefix("torch.")
+        return made.settings["model.dtype"].value
+
+    assert dtype() == dtype(device={"cpu_features": "avx512-bf16"}) == "bfloat16"
+    assert "perplexity" in plan(fast, facts=facts).settings["model.dtype"].reason
+    assert plan(fast, facts=facts).linear_bytes == plan(fast, facts=COMPILED).linear_bytes
+    assert plan(fast, facts=facts).step_name != plan(fast, facts=COMPILED).step_name
+    assert dtype(make_machine()) == dtype(facts=COMPILED) == "float32"
+    for level in ("avx2", "avx512", "avx512-vnni"):
+        assert dtype(device={"cpu_features": level}) == "float32"
+    for quantization, expected in {
+        "none": "bfloat16",
+        "fp16": "bfloat16",
+        "int8": "float32",
+        "int4": "float32",
+    }.items():
+        assert dtype(model={"quantization": quantization}) == expected
+
+
 def test_an_int4_model_keeps_its_output_layer_in_int8() -> None:
     tied = plan(make_machine(), facts=COMPILED, model={"quantization": "int4"})
     assert tied.linear_bytes == int(0.625 * 1_000_000 + 1.0625 * 499_000)
@@ -303,21 +327,23 @@ def test_a_plan_says_what_loading_takes_and_whether_it_is_free() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_who_names_a_dtype_gets_the_model_s_own_weights_and_a_cache_of_that_dtype(dtype: str) -> None:
+def test_who_names_a_dtype_gets_the_model_s_own_weights_and_a_cache_of_as_many_bits(dtype: str) -> None:
     made = plan(make_machine(), facts=COMPILED, model={"dtype": dtype})
-    assert (made.kernels, made.quantization, made.kv_dtype) == ("numba", "none", getattr(torch, dtype))
+    narrow = torch.float16  # what bfloat16 takes too, in whose place it is eight times as fine
+    assert (made.kernels, made.quantization) == ("numba", "none")
+    assert made.kv_dtype == (torch.float32 if dtype == "float32" else narrow)
     other = plan(make_machine(), facts=COMPILED, model={"dtype": dtype}, kv_cache={"dtype": "bfloat16"})
     assert other.kv_dtype == torch.bfloat16
 
 
-def test_compiled_layers_run_on_cpus_whose_own_matrix_products_are_no_faster() -> None:
-    amx = make_machine(has_fast_bf16=True, has_amx=True)
+def test_compiled_layers_run_on_every_cpu() -> None:
+    fast = make_machine(has_fast_bf16=True)  # AMX or not
     assert plan(make_machine(), facts=COMPILED).kernels == "numba"
     assert plan(make_machine(), facts=COMPILED, device={"kernels": "torch"}).kernels == "torch"
     assert plan(make_machine(2**32, device="cuda"), facts=COMPILED).kernels == "triton"
-    assert plan(amx, facts=COMPILED).kernels == "torch"
-    assert plan(amx, facts=COMPILED, device={"kernels": "numba"}).kernels == "numba"
-    assert plan(amx, facts=COMPILED, model={"dtype": "float32"}).kernels == "numba"
+    for dtype in ("auto", "float32", "bfloat16"):
+        assert plan(fast, facts=COMPILED, model={"dtype": dtype}).kernels == "numba"
+    assert plan(fast).kernels == "torch"
     with pytest.raises(SettingError, match="numba, which cannot run a GPU"):
         plan(make_machine(2**32, device="cuda"), facts=COMPILED, device={"kernels": "numba"})
 
@@ -330,10 +356,6 @@ def test_blocks_that_compiled_layers_cannot_use_are_refused_instead_of_serving_s
             plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": kernels})
     assert plan(make_machine(), facts=COMPILED, kv_cache=cache, device={"kernels": "torch"}).kernels == "torch"
     assert plan(make_machine(), kv_cache=cache).kernels == "torch"  # no compiled layers, and nothing to lose
-    amx = make_machine(has_fast_bf16=True, has_amx=True)
-    assert plan(amx, facts=COMPILED, kv_cache=cache).kernels == "torch"  # what it would be with any blocks
-    with pytest.raises(SettingError, match=rf"block_size is {block_size}"):
-        plan(amx, facts=COMPILED, kv_cache=cache, model={"dtype": "float32"})
 
 
 def test_half_weights_take_half_the_bytes_of_linear_layers() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.config import Activations
 from engine.quantization.linear import Linear, Shards, exchange_linears
 from engine.quantization.method import COMPILED_FORMATS, make_methods
 from kernels.numba.packing.packing import PackedMatrix, unpack
@@ -22,8 +23,10 @@ def _seed() -> None:
     torch.set_num_threads(1)
 
 
-def pack_linear(weight: Tensor, name: str, *, is_output: bool = False, num_threads: int = 1) -> PackedMatrix:
-    method = make_methods(COMPILED_FORMATS, name, num_threads=num_threads).method
+def pack_linear(
+    weight: Tensor, name: str, *, is_output: bool = False, num_threads: int = 1, activations: Activations = "int16"
+) -> PackedMatrix:
+    method = make_methods(COMPILED_FORMATS, name, num_threads=num_threads, activations=activations).method
     packed = method.pack(Shards.of(weight, is_output=is_output))
     assert isinstance(packed, PackedMatrix)
     return packed
@@ -70,6 +73,18 @@ def test_a_matrix_is_kept_in_the_smallest_format_that_the_setting_allows(name: s
             assert is_exact
         elif kept != "int4" and name in ("bfloat16", "float16", "Q8_0"):
             assert is_exact == (kept == name.lower().replace("q8_0", "int8"))
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_activations_of_8_bits_change_the_layout_of_integers_and_nothing_else(name: str) -> None:
+    weight = MATRICES[name]()
+    for asked in COMPILED_FORMATS:
+        packed = pack_linear(weight, asked)
+        other = pack_linear(weight, asked, activations="int8", num_threads=3)
+        assert torch.equal(unpack(other), unpack(packed))
+        assert other.num_bytes == packed.num_bytes
+        assert other.format_name.startswith(packed.format_name)
+        assert (other.format_name != packed.format_name) == packed.format_name.startswith("int")
 
 
 def test_logits_keep_eight_bits() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.numba.kernel_cache import KernelFolder, cache_directory, kernel
+from kernels.numba.kernel_cache import KernelFolder, by_name, cache_directory, kernel
 
 
 def compiled(folder: KernelFolder) -> Callable[[int], int]:
@@ -37,6 +37,34 @@ def test_a_kernel_is_compiled_once_and_read_after_that(tmp_path: Path) -> None:
     assert (was_read(first), was_read(second)) == (False, True)
     assert first(7) == second(7) == 21
     assert the_file(path).stat().st_mode & 0o777 == 0o644
+
+
+def caller(folder: KernelFolder, called: Callable[[tuple[int]], int]) -> Callable[[int], int]:
+    @kernel("int64(int64)", folder=folder)
+    def divide(number):
+        return called((100,)) // called((number,))
+
+    return divide
+
+
+def test_a_kernel_that_is_called_by_name_is_found_from_compiled_callers_and_from_read_ones(tmp_path: Path) -> None:
+    for has_run_before in (False, True):
+        divide = caller(KernelFolder(tmp_path / "caller"), by_name(compiled(KernelFolder(tmp_path / "called"))))
+        assert was_read(divide) == has_run_before
+        assert divide(7) == 300 // 21
+        with pytest.raises(ZeroDivisionError):
+            divide(0)
+
+
+def test_an_exception_comes_through_a_call_by_name(tmp_path: Path) -> None:
+    @kernel("int64(int64)", folder=KernelFolder(tmp_path))
+    def invert(number):
+        return 1000 // number
+
+    divide = caller(KernelFolder(tmp_path), by_name(invert))
+    assert divide(50) == 10 // 20
+    with pytest.raises(ZeroDivisionError):
+        divide(0)
 
 
 def test_other_signatures_have_other_files(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from kernels.numba.core import tiles
+from kernels.numba.core import integer_tiles, tiles
 from kernels.numba.core.processor import LEVELS, Level, level_of
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -18,9 +18,11 @@ TILES = {
     "float16": (tiles._float_tile, "float16"),
     "bfloat16": (tiles._bfloat16_tile, "float32"),
     "rounded bfloat16": (tiles._bfloat16_tile, "bfloat16"),
-    "int8": (tiles._integer_tile, "int8"),
-    "int4": (tiles._integer_tile, "int4"),
-    "unpacked int4": (tiles._integer_tile, "unpacked int4"),
+    "int8": (integer_tiles._integer_tile, "int8"),
+    "int4": (integer_tiles._integer_tile, "int4"),
+    "unpacked int4": (integer_tiles._integer_tile, "unpacked int4"),
+    "int8 by bytes": (integer_tiles._byte_tile, "int8"),
+    "int4 by bytes": (integer_tiles._byte_tile, "int4"),
 }
 
 
@@ -53,7 +55,8 @@ def assemble(monkeypatch):
     llvm.initialize_all_asmprinters()
 
     def make(processor: Processor, tile: str, rows: int, panels: int) -> str:
-        monkeypatch.setattr(tiles, "features", lambda: processor.features)
+        for module in (tiles, integer_tiles):
+            monkeypatch.setattr(module, "features", lambda: processor.features)
         write, element = TILES[tile]
         module = ir.Module()
         module.triple = processor.triple
@@ -85,6 +88,13 @@ def test_every_tile_compiles_for_every_processor(assemble, processor: Processor,
         (ZEN4, "int4", "vpdpwssd"),
         (ZEN4, "unpacked int4", "vpdpwssd"),
         (ZEN4, "rounded bfloat16", "vdpbf16ps"),
+        (AVX2, "int8 by bytes", "vpmaddwd"),
+        (AVX2, "int4 by bytes", "vpmaddubsw"),
+        (SKYLAKE, "int4 by bytes", "vpmaddubsw"),
+        (CASCADE_LAKE, "int8 by bytes", "vpdpbusd"),
+        (CASCADE_LAKE, "int4 by bytes", "vpdpbusd"),
+        (ZEN4, "int8 by bytes", "vpdpbusd"),
+        (ZEN4, "int4 by bytes", "vpdpbusd"),
         (NEOVERSE, "float16", "fmla"),
     ],
 )

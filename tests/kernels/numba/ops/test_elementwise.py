@@ -85,10 +85,47 @@ def test_rounding_is_within_half_a_step_of_its_group(execute, op, scale: float) 
         torch.testing.assert_close(sums.double(), exact, rtol=2**-22, atol=0)
 
 
+def rounded_to_bytes(execute, op, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """uint8 [rows, groups, 32], and of each group the scale, minus what stands for zero, and the scaled sum."""
+    groups = x.shape[1] // GROUP
+    integers, factors = torch.empty(x.shape, dtype=torch.uint8), torch.full((x.shape[0], groups, 4), torch.nan)
+    execute([op(Operation.QUANTISE_TO_BYTES, x, integers, factors, x.shape[1])], num_rows=x.shape[0])
+    return integers.view(x.shape[0], groups, GROUP), *factors[..., :3].unbind(-1)
+
+
+@pytest.mark.parametrize("offset", [0.0, -0.5, 3.0, -100.0])
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e30])
+def test_rounding_to_bytes_is_within_half_a_step_of_the_group_s_span(execute, op, scale: float, offset: float) -> None:
+    for num_rows in ROWS:
+        x = (torch.randn(num_rows, 5 * GROUP) + offset) * scale
+        x = x * torch.logspace(-3, 3, 5).repeat_interleave(GROUP)
+        integers, scales, zeros, sums = rounded_to_bytes(execute, op, x)
+        groups = x.double().view(integers.shape)
+        low, high = (extreme.unsqueeze(-1) for extreme in groups.aminmax(dim=-1))
+        span = high.clamp(min=0) - low.clamp(max=0)
+        shifted = integers.double() + zeros.double().unsqueeze(-1)
+        error = (shifted * scales.double().unsqueeze(-1) - groups).abs()
+        assert (error <= span / 508 * (1 + 2**-12)).all()
+        assert (zeros == zeros.round()).all()
+        assert ((zeros >= -255) & (zeros <= 0)).all()
+        torch.testing.assert_close(sums.double(), scales.double() * shifted.sum(-1), rtol=2**-22, atol=0)
+
+
+def test_what_is_no_number_stays_none(execute, op) -> None:
+    for outlier in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(2, 3 * GROUP)
+        x[1, GROUP + 7] = outlier
+        for round_rows in (rounded, rounded_to_bytes):
+            _, scales, *_ = round_rows(execute, op, x)
+            assert scales.isfinite().tolist() == [[True] * 3, [True, False, True]]
+
+
 def test_a_group_of_zeros_stays_zeros(execute, op) -> None:
     x = torch.zeros(3, 2 * GROUP)
     x[1, GROUP:] = torch.randn(GROUP)
     x[2] = 1e-38  # too small to divide by
+    for factor in rounded_to_bytes(execute, op, x):
+        assert (factor[[0, 1], [0, 0]] == 0).all()
     integers, scales, sums = rounded(execute, op, x)
     assert (integers[[0, 1, 2, 2], [0, 0, 0, 1]] == 0).all()
     assert (sums[[0, 1, 2, 2], [0, 0, 0, 1]] == 0).all()

@@ -9,15 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, NAMES, ROUNDED_BFLOAT16
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    IN_QUADS,
+    INT4,
+    INT8,
+    NAMES,
+    QUAD_INT4,
+    QUAD_INT8,
+    ROUNDED_BFLOAT16,
+)
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.ops.linear import BLOCK_DEPTH, BLOCK_ROWS
-from kernels.numba.packing.packing import PackedMatrix, pack, unpack
+from kernels.numba.packing.packing import PackedMatrix, in_quads, pack, unpack
 from kernels.numba.program.program import Operation
 
 PRODUCTS = {**NAMES, ROUNDED_BFLOAT16: "rounded bfloat16"}
 KINDS = pytest.mark.parametrize("kind", PRODUCTS, ids=PRODUCTS.values())
 ROUNDED = (INT8, INT4)
+OF_QUADS = {quads: kind for kind, quads in IN_QUADS.items()}
 DEPTHS = (32, 96, 1024, 1056, 2 * BLOCK_DEPTH + 64)
 UNIT = 2.0**-24  # half the distance of two float32 numbers, relative to them
 
@@ -42,6 +54,9 @@ class Product:
         if self.kind in ROUNDED:
             source, scales = empty_rounding(num_rows, m.depth)
             operations.append(self.op(Operation.QUANTISE, x.contiguous(), source, scales, m.depth))
+        elif self.kind in OF_QUADS:
+            source, scales = empty_bytes(num_rows, m.depth)
+            operations.append(self.op(Operation.QUANTISE_TO_BYTES, x.contiguous(), source, scales, m.depth))
         elif self.kind == ROUNDED_BFLOAT16:
             source = torch.empty(num_rows, m.depth, dtype=torch.bfloat16)
             operations.append(self.op(Operation.ROUND, x.contiguous(), source, m.depth))
@@ -54,6 +69,12 @@ class Product:
         """The rows as this format's products take them, in float64."""
         if self.kind == ROUNDED_BFLOAT16:
             return x.bfloat16().double()
+        if self.kind in OF_QUADS:
+            integers, factors = empty_bytes(*x.shape)
+            quantise = self.op(Operation.QUANTISE_TO_BYTES, x.contiguous(), integers, factors, x.shape[1])
+            self.execute([quantise], num_rows=x.shape[0])
+            shifted = integers.double().view(x.shape[0], -1, GROUP) + factors[..., 1:2].double()
+            return (shifted * factors[..., :1].double()).view(x.shape)
         if self.kind not in ROUNDED:
             return x.double()
         integers, scales = empty_rounding(*x.shape)
@@ -64,6 +85,8 @@ class Product:
 
 
 def packed(weight: Tensor, kind: int) -> PackedMatrix:
+    if kind in OF_QUADS:
+        return in_quads(pack(weight, OF_QUADS[kind]))
     return pack(weight, BFLOAT16 if kind == ROUNDED_BFLOAT16 else kind)
 
 
@@ -71,11 +94,15 @@ def empty_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
     return torch.empty(num_rows, depth, dtype=torch.int16), torch.empty(num_rows, depth // GROUP, 2)
 
 
+def empty_bytes(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(num_rows, depth, dtype=torch.uint8), torch.empty(num_rows, depth // GROUP, 4)
+
+
 def magnitude(matrix: PackedMatrix) -> Tensor:
     """The most that is added up for each element. An int4 weight is a level times a scale, and an offset, each of
     which may be as large as the group's largest weight, or twice that."""
     sizes = unpack(matrix).double().abs()
-    if matrix.kind != INT4:
+    if matrix.kind not in (INT4, QUAD_INT4):
         return sizes
     groups = sizes.view(matrix.num_rows, -1, GROUP)
     return 3 * groups.amax(-1, keepdim=True).expand_as(groups).reshape(sizes.shape)
@@ -144,6 +171,23 @@ def test_a_product_is_added_to_what_is_there(execute, op, kind: int) -> None:
         if depth <= BLOCK_DEPTH:  # one block: the whole sum is taken first
             assert torch.equal(total, residual + product(x))
         assert torch.equal(total[4:5], product(x[4:5], added_to=residual[4:5]))
+
+
+@pytest.mark.parametrize("kind", OF_QUADS, ids=map(NAMES.get, OF_QUADS.values()))
+def test_sums_of_bytes_are_exact_at_their_largest(execute, op, kind: int) -> None:
+    """Whole numbers in, scaled so that they stay what they are: of each group the extremes, 255 times 15 or 127."""
+    depth, num_rows = 3 * GROUP, 14
+    largest = 127 if kind == QUAD_INT8 else 15
+    weight = torch.full((2 * LANES, depth), float(largest))
+    weight[::2, ::2] = -largest if kind == QUAD_INT8 else 0.0
+    weight[1::2, -1] = 0.0  # a span, for the step of int4
+    matrix = packed(weight, kind)
+    assert torch.equal(unpack(matrix), weight)
+    x = torch.full((num_rows, depth), 254.0)
+    x[:, 1::3] = 0.0
+    x[num_rows // 2 :] *= -1
+    out = Product(execute, op, matrix, kind)(x)
+    assert torch.equal(out.double(), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize(

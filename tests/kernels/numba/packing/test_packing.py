@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_OF, INT4, INT8
+from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_OF, IN_QUADS, INT4, INT8
 from kernels.numba.core.lanes import GROUP
-from kernels.numba.packing.packing import SMALLEST_FIRST, fits_float16, pack, pack_exactly, unpack
+from kernels.numba.packing.packing import SMALLEST_FIRST, fits_float16, in_quads, pack, pack_exactly, unpack
 
 SHAPES = ((1, 32), (16, 64), (50, 96), (129, 576))
 BLOCKS = {"Q4_0": INT4, "Q4_1": INT4, "Q8_0": INT8}
@@ -143,6 +143,18 @@ def test_no_format_is_said_to_hold_what_it_does_not(outlier: float) -> None:
             if packed is not None:
                 assert torch.equal(unpack(packed), weight)  # bfloat16 does have infinities
                 assert not weight.isnan().any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integers_in_quads_are_the_same_in_as_many_bytes(shape: tuple[int, int]) -> None:
+    for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8, INT4):
+        packed = pack(torch.randn(shape), kind)
+        quads = in_quads(packed)
+        assert quads.kind == IN_QUADS.get(kind, kind)
+        assert torch.equal(unpack(quads), unpack(packed))
+        assert quads.num_bytes == packed.num_bytes
+        assert quads.num_panels == packed.num_panels
+        assert (quads is packed) == (kind not in IN_QUADS)
 
 
 def test_only_what_is_asked_for_is_tried() -> None:

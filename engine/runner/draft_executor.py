@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tokenizers import Tokenizer
 
@@ -68,7 +70,8 @@ def open_draft_model(config: EngineConfig, plan: MemoryPlan, target: LoadedModel
     except ValueError as error:
         raise ModelError(f"speculation.model is {draft.facts.path}, but {error}") from None
     cache = KVCache(
-        loaded.model.attention_layers,
+        # of one group: a sequence has one block table here, which all groups of layers read, so none may share places
+        [replace(layer, group=0) for layer in loaded.model.attention_layers],
         num_blocks=plan.num_blocks + 1,
         block_size=plan.block_size,
         codec=make_codec(draft.kv_codec, keys_as_columns=back_end.has_compiled_attention(loaded.model)),

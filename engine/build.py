@@ -213,6 +213,7 @@ def _assemble(
         output_rows=model.output_rows,
         open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
         full_group=windows.index(None) if None in windows else 0,
+        verifies_trees=runner.verifies_trees,
     )
     proposer = build_proposer(config.speculation, context)
     return Engine(

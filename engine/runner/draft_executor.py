@@ -58,6 +58,7 @@ def open_draft_model(config: EngineConfig, plan: MemoryPlan, target: LoadedModel
     """
     draft = plan.draft
     assert draft is not None
+    num_threads = torch.get_num_threads()  # as the target's layers need them
     back_end = KernelBackend(draft, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
     if draft.kernels == "numba":
         back_end.compile()
@@ -65,6 +66,7 @@ def open_draft_model(config: EngineConfig, plan: MemoryPlan, target: LoadedModel
     with freeing_at_once(), torch.device(draft.device):
         loaded = load_model(draft.model_config, dtype=draft.dtype, seed=config.seed, methods=back_end.linear_methods)
     has_independent_rows = back_end.prepare(loaded.model)
+    torch.set_num_threads(num_threads)
     try:
         tokens = map_tokens(_vocabulary(target), _vocabulary(loaded), loaded.vocab_size)
     except ValueError as error:

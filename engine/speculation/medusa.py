@@ -64,7 +64,12 @@ class MedusaProposer:
             vocab_size=context.vocab_size,
             output_rows=context.output_rows,
         )
-        return cls(heads, num_drafts=most_drafts(config), vocab_size=context.vocab_size)
+        return cls(
+            heads,
+            num_drafts=most_drafts(config),
+            vocab_size=context.vocab_size,
+            max_children=MAX_CHILDREN if context.verifies_trees else 1,
+        )
 
     @classmethod
     def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:

@@ -17,6 +17,8 @@ from engine.engine import Engine
 from engine.loading.loader import read_model_facts
 from engine.planning.engine_plan import MemoryPlan, plan_memory, render_plan
 from engine.planning.machine import read_machine
+from engine.runner.executor import ModelExecutor
+from engine.runner.strict_runner import OneTokenRunner
 from engine.types import Request, SamplingParams
 from tests.support.answers import Answer, answer_all
 
@@ -183,3 +185,24 @@ def test_the_plan_counts_a_draft_model_in_the_blocks_of_each_group(grouped: Path
     both = _plan({"method": "draft_model", "model": str(grouped / "OTHER")}, grouped / "GROUPED")
     assert both.draft is not None
     assert both.kv_bytes_per_token == alone.kv_bytes_per_token + 2 * both.draft.kv_bytes_per_token
+
+
+def test_a_compiled_draft_model_leaves_torch_the_threads_of_its_target(grouped: Path) -> None:
+    """Sums of torch's products depend on them, and the fingerprint names them."""
+    before = torch.get_num_threads()
+    try:
+        _build(grouped, {"method": "draft_model", "model": "OTHER", "depth": 2}, target="GROUPED", kernels="auto")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_heads_draft_chains_where_each_token_goes_through_the_model_alone(folder: Path) -> None:
+    """As `device.determinism: strict` has it where nothing else helps: a tree failed the requests that it was for."""
+    found = []
+    for speculation in ({"method": "none"}, METHODS["medusa"]):
+        engine = _build(folder, speculation, kernels="torch", determinism="strict")
+        assert isinstance(engine.executor, ModelExecutor)
+        assert isinstance(engine.executor.runner, OneTokenRunner)
+        found.append(answer_all(engine, _requests(0.8)[:5]).answers)
+    assert found[0] == found[1]

@@ -68,7 +68,7 @@ def open_draft_model(config: EngineConfig, plan: MemoryPlan, target: LoadedModel
     has_independent_rows = back_end.prepare(loaded.model)
     torch.set_num_threads(num_threads)
     try:
-        tokens = map_tokens(_vocabulary(target), _vocabulary(loaded), loaded.vocab_size)
+        tokens = map_tokens(_vocabulary(target), _vocabulary(loaded), loaded.vocab_size, target_size=target.vocab_size)
     except ValueError as error:
         raise ModelError(f"speculation.model is {draft.facts.path}, but {error}") from None
     cache = KVCache(

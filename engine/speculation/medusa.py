@@ -74,7 +74,8 @@ class MedusaProposer:
     @classmethod
     def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
         path = None if config.model is None else Path(config.model)
-        sizes = [] if path is None else [file.stat().st_size for file in path.glob("*") if file.is_file()]
+        files = [] if path is None else [path, *path.glob("*")]
+        sizes = [file.stat().st_size for file in files if file.is_file()]
         return replace(_needs(most_drafts(config)), num_bytes=sum(sizes))
 
     def propose(self, step: VerifiedStep) -> None:

@@ -214,6 +214,7 @@ def _assemble(
         output_rows=model.output_rows,
         open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
         full_group=windows.index(None) if None in windows else 0,
+        verifies_trees=runner.verifies_trees,
     )
     proposer = build_proposer(config.speculation, context)
     return Engine(
@@ -239,7 +240,8 @@ def _cost(plan: MemoryPlan) -> ModelCost:
         flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
         is_queued=plan.device == "cuda",
         flops_per_logits=2 * output_size,
-        kv_bytes_per_token=plan.kv_bytes_per_token - (plan.draft.kv_bytes_per_token if plan.draft else 0),
+        kv_bytes_per_token=plan.kv_bytes_per_token
+        - (plan.draft.kv_bytes_per_token * len(plan.windows) if plan.draft else 0),
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in facts.attention_layers),
     )
 

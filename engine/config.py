@@ -132,6 +132,11 @@ class SpeculationConfig(Section):
             raise ValueError(f"ngram_min ({self.ngram_min}) must not be above ngram_max ({self.ngram_max})")
         if self.depth != "auto" and self.num_drafts != "auto" and self.depth > self.num_drafts:
             raise ValueError(f"depth ({self.depth}) must not be above num_drafts ({self.num_drafts})")
+        if self.model is not None and self.method in ("none", "ngram", "suffix"):
+            raise ValueError(
+                f"model is {self.model}, but method is {self.method}, which needs none: set method to draft_model or "
+                "medusa, or leave model out"
+            )
         return self
 
 

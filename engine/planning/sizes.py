@@ -121,7 +121,8 @@ class Sizer:
         facts, size = self.facts, DTYPES[dtype].itemsize
         linear, embedding = self._weights(size)
         kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
-        kv_per_token = -(-kv_per_block * self.num_groups // self.block_size) + self.needs.kv_bytes_per_token
+        of_proposer = self.needs.kv_bytes_per_token * self.num_groups  # it has a block for each block of each group
+        kv_per_token = -(-kv_per_block * self.num_groups // self.block_size) + of_proposer
         num_sampled = min(max_num_seqs * (1 + self.needs.num_drafts), max_num_batched_tokens)
         num_logits = min(num_sampled + SCORED_ROWS, max_num_batched_tokens)
         # float32: as computed and as laid out; of sampled rows, processed, sorted and noise

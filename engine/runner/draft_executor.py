@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tokenizers import Tokenizer
 
@@ -56,6 +58,7 @@ def open_draft_model(config: EngineConfig, plan: MemoryPlan, target: LoadedModel
     """
     draft = plan.draft
     assert draft is not None
+    num_threads = torch.get_num_threads()  # as the target's layers need them
     back_end = KernelBackend(draft, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
     if draft.kernels == "numba":
         back_end.compile()
@@ -63,12 +66,14 @@ def open_draft_model(config: EngineConfig, plan: MemoryPlan, target: LoadedModel
     with freeing_at_once(), torch.device(draft.device):
         loaded = load_model(draft.model_config, dtype=draft.dtype, seed=config.seed, methods=back_end.linear_methods)
     has_independent_rows = back_end.prepare(loaded.model)
+    torch.set_num_threads(num_threads)
     try:
-        tokens = map_tokens(_vocabulary(target), _vocabulary(loaded), loaded.vocab_size)
+        tokens = map_tokens(_vocabulary(target), _vocabulary(loaded), loaded.vocab_size, target_size=target.vocab_size)
     except ValueError as error:
         raise ModelError(f"speculation.model is {draft.facts.path}, but {error}") from None
     cache = KVCache(
-        loaded.model.attention_layers,
+        # of one group: a sequence has one block table here, which all groups of layers read, so none may share places
+        [replace(layer, group=0) for layer in loaded.model.attention_layers],
         num_blocks=plan.num_blocks + 1,
         block_size=plan.block_size,
         codec=make_codec(draft.kv_codec, keys_as_columns=back_end.has_compiled_attention(loaded.model)),

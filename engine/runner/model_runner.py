@@ -52,7 +52,10 @@ class ModelRunner:
     """The model, its KV cache and the attention back end that reads it.
 
     builder: makes the tensors of a step and keeps the block tables; the graphs share it
+    verifies_trees: whether a step may have trees of drafts
     """
+
+    verifies_trees = True
 
     def __init__(
         self,

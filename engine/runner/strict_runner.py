@@ -21,6 +21,8 @@ from engine.runner.model_runner import ModelRunner
 class OneTokenRunner(ModelRunner):
     """The model runner, but for the shape in which tokens meet the model."""
 
+    verifies_trees = False
+
     def forward(self, inputs: StepInputs, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `ModelRunner` has it."""
         assert inputs.tree_mask is None, (

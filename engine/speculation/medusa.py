@@ -64,12 +64,18 @@ class MedusaProposer:
             vocab_size=context.vocab_size,
             output_rows=context.output_rows,
         )
-        return cls(heads, num_drafts=most_drafts(config), vocab_size=context.vocab_size)
+        return cls(
+            heads,
+            num_drafts=most_drafts(config),
+            vocab_size=context.vocab_size,
+            max_children=MAX_CHILDREN if context.verifies_trees else 1,
+        )
 
     @classmethod
     def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
         path = None if config.model is None else Path(config.model)
-        sizes = [] if path is None else [file.stat().st_size for file in path.glob("*") if file.is_file()]
+        files = [] if path is None else [path, *path.glob("*")]
+        sizes = [file.stat().st_size for file in files if file.is_file()]
         return replace(_needs(most_drafts(config)), num_bytes=sum(sizes))
 
     def propose(self, step: VerifiedStep) -> None:

@@ -44,6 +44,7 @@ class ProposerContext:
     [n, hidden_size], or all
     open_draft_model: the model that `speculation.model` names, with a KV cache of its own
     full_group: the group of layers whose block tables keep the whole text, if there is one
+    verifies_trees: whether a step may have trees of drafts; chains, it may always have
     """
 
     path: str
@@ -52,6 +53,7 @@ class ProposerContext:
     hidden_size: int
     output_rows: Callable[[Tensor | None], Tensor]
     open_draft_model: Callable[[], DraftModel]
+    verifies_trees: bool = True
 
 
 class DraftModel(Protocol):

@@ -7,6 +7,7 @@ longer each time.
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 from torch import Tensor
@@ -79,10 +80,10 @@ class Speculator:
         step.max_depth = controller.depth(len(seqs), num_prompt_rows, self.proposer.needs.num_drafts)
         start = time.perf_counter()
         self.proposer.propose(step)
+        seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
+        self._check(seqs)
         if seqs and step.max_depth:
-            seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
             controller.note_drafting(len(seqs), step.max_depth, seconds - catching_up, catching_up)
-            self._check(seqs)
             controller.choose(seqs, [seq.draft_confidences for seq in seqs], num_prompt_rows)
         if seqs:
             self.outcome = controller.outcome
@@ -102,3 +103,7 @@ class Speculator:
                 raise ValueError(f"drafts whose parents do not come before them: {parents}")
             if seq.draft_confidences and len(seq.draft_confidences) != len(tokens):
                 raise ValueError(f"{len(tokens)} drafts with {len(seq.draft_confidences)} confidences")
+            if any(
+                map(math.isnan, seq.draft_confidences)
+            ):  # the controller would learn it, and know nothing else after
+                raise ValueError(f"confidences that are no numbers: {seq.draft_confidences}")

@@ -20,6 +20,7 @@ ANCHOR = 2  # tokens by which places are found: of shorter suffixes there is no 
 NUM_PLACES = 12  # of an anchor that are looked at, the newest
 LONGEST_MATCH = 32  # tokens; longer ones say no more
 MAX_TOKENS = 1 << 17  # of a tenant's texts: some 30 MB
+MAX_TOKENS_OF_ALL = 1 << 19  # of all tenants' texts
 MAX_TENANTS = 64
 MAX_INDEXED_PER_STEP = 4096  # tokens of all sequences together: about five milliseconds
 LENGTH_OF_MATCH = 2  # drafts for each token that matches
@@ -66,8 +67,11 @@ class SuffixIndex:
             self._forget(next(iter(self._texts.values())))
         return last - first
 
+    def has(self, text: Text) -> bool:
+        return id(text) in self._texts
+
     def forget(self, text: Text) -> None:
-        if id(text) in self._texts:
+        if self.has(text):
             self._forget(text)
 
     def continuation(self, own: Text, token_ids: list[int], most: int) -> tuple[list[int], list[float]]:
@@ -119,9 +123,11 @@ class SuffixIndex:
 class SuffixProposer:
     """Looks each sequence's newest tokens up among the texts of its tenant: never among those of another."""
 
-    def __init__(self, *, num_drafts: int, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self, *, num_drafts: int, max_tokens: int = MAX_TOKENS, max_tokens_of_all: int = MAX_TOKENS_OF_ALL
+    ) -> None:
         self.needs = ProposerNeeds(num_drafts=num_drafts)
-        self._num_drafts, self._max_tokens = num_drafts, max_tokens
+        self._num_drafts, self._max_tokens, self._max_tokens_of_all = num_drafts, max_tokens, max_tokens_of_all
         self._tenants: OrderedDict[str, SuffixIndex] = OrderedDict()  # by cache salt, the one asked last at the end
         self._texts: WeakKeyDictionary[Sequence, Text] = WeakKeyDictionary()
 
@@ -139,6 +145,10 @@ class SuffixProposer:
         for seq in sorted(step.drafting, key=self._num_behind):  # a long prompt keeps nobody waiting
             if draft_budget(seq, self._num_drafts) > 0:
                 num_left -= self._index_of(seq).extend(self._text_of(seq), seq.token_ids, num_left)
+        while (
+            len(self._tenants) > 1 and sum(one.num_tokens for one in self._tenants.values()) > self._max_tokens_of_all
+        ):
+            self._forget_a_tenant()
         for seq in step.drafting:
             budget = draft_budget(seq, num_drafts)
             text = self._text_of(seq)
@@ -155,9 +165,15 @@ class SuffixProposer:
         if index is None:
             index = self._tenants[salt] = SuffixIndex(self._max_tokens)
             if len(self._tenants) > MAX_TENANTS:
-                self._tenants.popitem(last=False)
+                self._forget_a_tenant()
         self._tenants.move_to_end(salt)
         return index
+
+    def _forget_a_tenant(self) -> None:
+        """The one asked for longest ago. Its sequences that still run are indexed anew, from their beginning."""
+        _, index = self._tenants.popitem(last=False)
+        for seq in [seq for seq, text in self._texts.items() if index.has(text)]:
+            del self._texts[seq]
 
     def _text_of(self, seq: Sequence) -> Text:
         text = self._texts.get(seq)

@@ -28,10 +28,11 @@ class TokenMap:
         return list(token_ids)
 
 
-def map_tokens(target: Mapping[str, int], draft: Mapping[str, int], vocab_size: int) -> TokenMap:
+def map_tokens(target: Mapping[str, int], draft: Mapping[str, int], vocab_size: int, *, target_size: int) -> TokenMap:
     """From what each tokeniser calls its tokens. ValueError where more than a few differ.
 
-    vocab_size: ids that the draft model can compute
+    vocab_size: ids that the draft model can compute; target_size: those of its target. Models compute more than there
+    are tokens, and not the same number
     """
     to_draft = {number: draft.get(text, -1) for text, number in target.items() if draft.get(text, -1) != number}
     to_target = {number: target.get(text, -1) for text, number in draft.items() if target.get(text, -1) != number}
@@ -43,4 +44,6 @@ def map_tokens(target: Mapping[str, int], draft: Mapping[str, int], vocab_size: 
             f"{num_shared:,} are the same text and {len(target) - len(to_draft):,} have the same id; choose a draft "
             "model of the target's own family"
         )
+    computed = {number: to_target.get(number, number) for number in range(target_size, vocab_size)} | to_target
+    to_target = {number: other if other < target_size else -1 for number, other in computed.items()}
     return TokenMap(vocab_size, to_draft, to_target)

@@ -10,11 +10,13 @@ import msgspec
 import pytest
 
 from engine.engine import Engine
+from engine.speculation.controller import DraftController
 from engine.speculation.draft_model import DraftModelProposer
 from engine.speculation.speculator import Speculator
+from engine.speculation.step_costs import StepCosts
 from engine.types import Request, SamplingParams
 from tests.support.answers import Answer, answer_all
-from tests.support.speculating import MAX_MODEL_LEN, METHODS, VOCAB_SIZE, make_draft_model, make_engine
+from tests.support.speculating import FREE_ROWS, MAX_MODEL_LEN, METHODS, VOCAB_SIZE, make_draft_model, make_engine
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
@@ -198,3 +200,30 @@ def test_drafts_reach_the_longest_length_and_no_further() -> None:
         found = answer_all(engine, _requests(max_tokens=1000))
         for request in _requests():
             assert len(request.prompt_token_ids) + len(found.tokens[request.request_id]) == MAX_MODEL_LEN
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_draft_model_that_is_the_target_stays_right_whatever_becomes_of_blocks(seed: int) -> None:
+    """Preemptions, aborts, prefixes of others, blocks that are given back, steps in which it is left out: what it
+    believes to be in its cache is there."""
+    rng = random.Random(seed)
+    engine = make_engine("none", num_blocks=rng.choice((32, 40, 300)), budget=rng.choice((16, 24, 64)))
+    proposer = DraftModelProposer(make_draft_model(300, noise=0.0), num_drafts=4)
+    controller = DraftController(StepCosts(FREE_ROWS), max_rows=64, depth_costs_time=True)
+    controller.depth = lambda num_seqs, num_other_rows, most: rng.choice((0, 1, 2, most))  # type: ignore[method-assign]
+    engine.speculator = Speculator(proposer, VOCAB_SIZE, controller)
+    requests = _requests(temperature=0.9, max_tokens=30)
+    pending = [msgspec.structs.replace(one, request_id=f"{one.request_id} {i}") for i in range(2) for one in requests]
+    num_drafts = num_accepted = 0
+    while pending or engine.has_work:
+        for _ in range(min(rng.randrange(3), len(pending))):
+            engine.add(pending.pop())
+        stats = engine.step()[2]
+        num_drafts += stats.num_draft_tokens
+        num_accepted += sum(stats.accepted_by_position)
+        if engine.scheduler.running and rng.random() < 0.05:
+            engine.abort(rng.choice(engine.scheduler.running).request.request_id)
+        if engine.scheduler.running and rng.random() < 0.05:
+            engine.scheduler._preempt(engine.scheduler.running.pop())
+    assert num_accepted == num_drafts > 50
+    assert not engine.speculator.is_off

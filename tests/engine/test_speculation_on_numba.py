@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.loading.loader import read_model_facts
+from engine.planning.engine_plan import MemoryPlan, plan_memory, render_plan
+from engine.planning.machine import read_machine
+from engine.runner.executor import ModelExecutor
+from engine.runner.strict_runner import OneTokenRunner
 from engine.types import Request, SamplingParams
 from tests.support.answers import Answer, answer_all
 
@@ -55,13 +60,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _build(folder: Path, speculation: dict[str, object], *, tokens: int = 4000) -> Engine:
+def _build(
+    folder: Path,
+    speculation: dict[str, object],
+    *,
+    tokens: int = 4000,
+    target: str = "TARGET",
+    kernels: str = "numba",
+    determinism: str = "fast",
+) -> Engine:
     named = dict(speculation)
     if "model" in named:
         named["model"] = str(folder / str(named["model"]))
     settings = {
-        "model": {"path": str(folder / "TARGET"), "load_format": "dummy"},
-        "device": {"num_threads": 2, "kernels": "numba"},
+        "model": {"path": str(folder / target), "load_format": "dummy"},
+        "device": {"num_threads": 2, "kernels": kernels, "determinism": determinism},
         "kv_cache": {"memory": f"{tokens}tokens"},
         "scheduler": {"max_num_seqs": 16, "max_num_batched_tokens": 40},
         "speculation": named,
@@ -119,17 +132,77 @@ def test_a_draft_model_with_another_vocabulary_or_none_is_refused(folder: Path, 
         _build(folder, {"method": "draft_model", "model": str(tmp_path / "wide")})
 
 
+def _plan(speculation: dict[str, object], target: Path) -> MemoryPlan:
+    config = EngineConfig.model_validate(
+        {"model": {"path": str(target), "load_format": "dummy"}, "speculation": speculation}
+    )
+    return plan_memory(read_model_facts(config.model), config, read_machine())
+
+
 def test_the_plan_counts_the_draft_model_and_its_cache(folder: Path) -> None:
-    from engine.loading.loader import read_model_facts
-    from engine.planning.engine_plan import plan_memory, render_plan
-    from engine.planning.machine import read_machine
-
-    def plan(speculation: dict[str, object]) -> object:
-        model = {"path": str(folder / "TARGET"), "load_format": "dummy"}
-        config = EngineConfig.model_validate({"model": model, "speculation": speculation})
-        return plan_memory(read_model_facts(config.model), config, read_machine())
-
-    alone, both = plan({}), plan({"method": "draft_model", "model": str(folder / "OTHER")})
+    alone = _plan({}, folder / "TARGET")
+    both = _plan({"method": "draft_model", "model": str(folder / "OTHER")}, folder / "TARGET")
     assert both.kv_bytes_per_token == alone.kv_bytes_per_token * 3 // 2  # one layer more than two
     assert both.speculation_bytes > alone.speculation_bytes == 0
     assert "OTHER" in render_plan(both)
+
+
+@pytest.fixture(scope="module")
+def grouped(folder: Path) -> Path:
+    """A model whose layers have block tables of two groups: windows, and the whole text."""
+    Gemma2Config(
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=VOCAB_SIZE,
+        sliding_window=20,
+        max_position_embeddings=256,
+        architectures=["Gemma2ForCausalLM"],
+    ).save_pretrained(folder / "GROUPED")
+    return folder
+
+
+def test_a_draft_model_whose_layers_have_several_groups_keeps_each_in_a_place_of_its_own(grouped: Path) -> None:
+    """Its target is the same model: each draft is right, but where rounding tips a near tie."""
+    speculation: dict[str, object] = {"method": "draft_model", "model": "GROUPED", "depth": 3}
+    engine = _build(grouped, speculation, target="GROUPED", kernels="torch")
+    assert engine.builder.tables.num_groups == 2
+    for request in _requests(0.8)[:6]:
+        engine.add(request)
+    num_drafts = num_accepted = 0
+    while engine.has_work:
+        stats = engine.step()[2]
+        num_drafts += stats.num_draft_tokens
+        num_accepted += sum(stats.accepted_by_position)
+    assert num_accepted > 0.9 * num_drafts > 20
+
+
+def test_the_plan_counts_a_draft_model_in_the_blocks_of_each_group(grouped: Path) -> None:
+    alone = _plan({"method": "none"}, grouped / "GROUPED")
+    both = _plan({"method": "draft_model", "model": str(grouped / "OTHER")}, grouped / "GROUPED")
+    assert both.draft is not None
+    assert both.kv_bytes_per_token == alone.kv_bytes_per_token + 2 * both.draft.kv_bytes_per_token
+
+
+def test_a_compiled_draft_model_leaves_torch_the_threads_of_its_target(grouped: Path) -> None:
+    """Sums of torch's products depend on them, and the fingerprint names them."""
+    before = torch.get_num_threads()
+    try:
+        _build(grouped, {"method": "draft_model", "model": "OTHER", "depth": 2}, target="GROUPED", kernels="auto")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_heads_draft_chains_where_each_token_goes_through_the_model_alone(folder: Path) -> None:
+    """As `device.determinism: strict` has it where nothing else helps: a tree failed the requests that it was for."""
+    found = []
+    for speculation in ({"method": "none"}, METHODS["medusa"]):
+        engine = _build(folder, speculation, kernels="torch", determinism="strict")
+        assert isinstance(engine.executor, ModelExecutor)
+        assert isinstance(engine.executor.runner, OneTokenRunner)
+        found.append(answer_all(engine, _requests(0.8)[:5]).answers)
+    assert found[0] == found[1]

@@ -1,5 +1,7 @@
 """The registry of proposers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,3 +57,17 @@ def test_a_depth_that_is_set_is_the_number_of_drafts() -> None:
     assert most_drafts(SpeculationConfig(method="ngram", num_drafts=7)) == 7
     with pytest.raises(ValueError, match=r"depth \(5\) must not be above num_drafts \(4\)"):
         SpeculationConfig(method="ngram", depth=5, num_drafts=4)
+
+
+@pytest.mark.parametrize("method", ["none", "ngram", "suffix"])
+def test_a_model_for_a_method_that_has_none_is_refused(method: str) -> None:
+    """Whoever names a draft model and forgets the method would be served without, and never hear of it."""
+    with pytest.raises(ValueError, match=f"model is draft, but method is {method}, .*set method to draft_model or med"):
+        SpeculationConfig(method=method, model="draft")
+
+
+def test_the_plan_counts_heads_in_a_folder_and_heads_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "medusa_lm_head.safetensors"
+    path.write_bytes(bytes(1000))
+    for named in (tmp_path, path):
+        assert needs_of(SpeculationConfig(method="medusa", model=str(named))).num_bytes == 1000

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.speculation.controller import DraftController
 from engine.speculation.proposer import ProposerNeeds
 from engine.speculation.speculator import Speculator
+from engine.speculation.step_costs import StepCosts
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sampled, Scheduled, Sequence
 from tests.support.conformance.proposer import make_sequence
@@ -43,6 +45,7 @@ def _step(speculator: Speculator) -> Sequence:
         ([1], [-2], []),
         ([1, 2, 3, 4], [-1, 0, 1, 2], []),
         ([1, 2], [-1, 0], [0.5]),
+        ([1, 2], [-1, 0], [0.5, float("nan")]),
     ],
 )
 def test_nonsense_is_dropped_and_its_proposer_left_out_for_a_while(
@@ -67,3 +70,23 @@ def test_nonsense_is_dropped_and_its_proposer_left_out_for_a_while(
 def test_what_is_well_formed_passes() -> None:
     seq = _step(Speculator(Scripted([1, 2, 3], [-1, -1, 1], [0.5, 0.2, 0.9]), 10))
     assert (seq.draft_token_ids, seq.draft_parents) == ([1, 2, 3], [-1, -1, 1])
+
+
+def test_drafts_that_nobody_asked_for_are_looked_at_all_the_same() -> None:
+    controller = DraftController(StepCosts(), max_rows=64, depth_costs_time=False)
+    controller.note_drafting(1, 1, 100.0)  # too slow to be worth any
+    speculator = Speculator(Scripted([10], [-1]), 10, controller)
+    assert _step(speculator).draft_token_ids == []
+    assert speculator.is_off
+
+
+def test_one_confidence_that_is_no_number_spoils_no_later_draft() -> None:
+    controller = DraftController(StepCosts({1: 1.0, 512: 1.001}), max_rows=64, depth_costs_time=False)
+    proposer = Scripted([3], [-1], [float("nan")])
+    speculator = Speculator(proposer, 10, controller)
+    seq = make_sequence([1, 2, 3])
+    for _ in range(200):
+        speculator.propose([Scheduled(seq, 1, 0, samples=True)], [Sampled([3])], None)
+        seq.token_ids.append(3)
+        proposer.confidences = [0.9]
+    assert seq.draft_token_ids == [3]

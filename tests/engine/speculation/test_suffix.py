@@ -2,9 +2,11 @@
 
 import random
 
+import msgspec
 import pytest
 
-from engine.speculation.suffix import MAX_INDEXED_PER_STEP, SuffixIndex, SuffixProposer, Text
+from engine.speculation.suffix import MAX_INDEXED_PER_STEP, MAX_TENANTS, SuffixIndex, SuffixProposer, Text
+from engine.types import Sequence
 from tests.support.conformance.proposer import ProposerConformance, make_sequence, propose
 
 
@@ -95,3 +97,38 @@ def test_a_long_prompt_takes_several_steps_and_keeps_nobody_waiting() -> None:
     while not propose(proposer, long)[0]:
         num_steps += 1
     assert num_steps == 3
+
+
+def _of_tenant(salt: str, tokens: list[int]) -> Sequence:
+    seq = make_sequence(tokens)
+    seq.request = msgspec.structs.replace(seq.request, cache_salt=salt)
+    return seq
+
+
+def test_a_request_whose_tenant_had_to_make_room_is_indexed_anew_and_counted_right() -> None:
+    proposer = SuffixProposer(num_drafts=3, max_tokens=300)
+    rng = random.Random(1)
+    seq = _of_tenant("first", [rng.randrange(9) for _ in range(250)])
+    propose(proposer, seq)
+    for i in range(MAX_TENANTS):
+        propose(proposer, _of_tenant(str(i), [1, 2, 3]))
+    assert "first" not in proposer._tenants
+    seq.token_ids += [7, 7]
+    propose(proposer, seq)
+    others = [_of_tenant("first", [rng.randrange(9) for _ in range(90)]) for _ in range(9)]
+    for one in (seq, *others):
+        propose(proposer, one)
+        index = proposer._tenants["first"]
+        assert index.num_tokens == sum(len(text.token_ids) for text in index._texts.values()) <= 300
+
+
+def test_many_tenants_together_are_bounded() -> None:
+    proposer = SuffixProposer(num_drafts=3, max_tokens=300, max_tokens_of_all=1000)
+    rng = random.Random(2)
+    running = [_of_tenant(str(i), [rng.randrange(9) for _ in range(200)]) for i in range(20)]
+    for _ in range(3):
+        for seq in running:
+            propose(proposer, seq)
+            assert sum(index.num_tokens for index in proposer._tenants.values()) <= 1000
+    assert len(proposer._tenants) == 5
+    assert propose(proposer, running[-1])[0]

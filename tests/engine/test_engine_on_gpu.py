@@ -116,7 +116,7 @@ def test_a_gpu_says_what_a_cpu_says(
 ) -> None:
     sections = _sections(tmp_path, model)
     on_cpu = _engine({**sections, "device": {"name": "cpu", "kernels": "torch"}})
-    speculation = {"method": method, "num_drafts": 2} if method != "none" else {"method": method}
+    speculation = {"method": method, "depth": 2} if method != "none" else {"method": method}
     with simulated_gpu() as gpu:
         engine = _engine({**sections, "speculation": speculation, "device": {"determinism": determinism}})
         _check_same(_answers(engine, _requests(kinds)), _answers(on_cpu, _requests(kinds)))

@@ -140,9 +140,9 @@ def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, arith
     assert warm.scheduler.num_prefix_hits > 0
     chunked, _ = build(path, model=model, scheduler={"max_num_seqs": 6, "max_num_batched_tokens": 23})
     assert answer_all(chunked, requests).answers == alone
-    drafting, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
+    drafting, _ = build(path, model=model, speculation={"method": "ngram", "depth": 3, "ngram_min": 1})
     assert answer_all(drafting, requests, at_once=3).answers == alone
-    few_rows, _ = build(path, model=model, speculation={"method": "ngram", "num_drafts": 3, "ngram_min": 1})
+    few_rows, _ = build(path, model=model, speculation={"method": "ngram", "depth": 3, "ngram_min": 1})
     few_rows.scheduler.limits = replace(few_rows.scheduler.limits, max_num_seqs=5, max_num_logits=9)
     assert answer_all(few_rows, requests).answers == alone
 

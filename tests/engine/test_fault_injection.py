@@ -94,7 +94,7 @@ def make_numba(folder: Path) -> Engine:
         "model": {"path": str(folder), "load_format": "dummy", "quantization": "int8"},
         "device": {"name": "cpu", "kernels": "numba", "num_threads": 1},
         "kv_cache": {"memory": "640tokens"},
-        "speculation": {"method": "ngram", "num_drafts": 3, "ngram_min": 1},
+        "speculation": {"method": "ngram", "depth": 3, "ngram_min": 1},
     }
     return build_engine(EngineConfig.model_validate(sections), lambda phase, detail: None)[0]
 

@@ -79,7 +79,7 @@ def build(path: Path, kernels: str, drafts: str) -> Engine:
         "model": {"path": str(path), "dtype": "float32", "quantization": "none", "implementation": "own"},
         "device": {"kernels": kernels, "num_threads": 1},
         "scheduler": {"max_num_batched_tokens": 9, "max_num_seqs": 4},  # prompts come in chunks
-        "speculation": {"method": drafts, "num_drafts": 3, "ngram_min": 1},
+        "speculation": {"method": drafts, "depth": 3, "ngram_min": 1},
         "kv_cache": {"memory": "512tokens", "block_size": 4},
     }
     return build_engine(EngineConfig.model_validate(settings), lambda phase, detail: None)[0]

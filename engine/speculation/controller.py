@@ -98,7 +98,10 @@ class DraftController:
         bucket = num_seqs.bit_length()
         known = self._drafting.get(bucket)
         each = seconds / passes
-        self._drafting[bucket] = each if known is None else known + _DRAFTING_PACE * (min(each, 4 * known) - known)
+        if known is None:
+            known = each
+        pace = _DRAFTING_PACE if each > known else 0.5  # the first passes are slow, and what disturbs one slows it too
+        self._drafting[bucket] = known + pace * (min(each, 4 * known) - known)
 
     def choose(self, seqs: list[Sequence], confidences: list[list[float]], num_other_rows: int) -> None:
         """Keeps those drafts of the sequences that are worth a row, and notes all of them as guesses.

@@ -126,17 +126,30 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
         row_scale = splat(builder, load(builder, builder.add(x_scales, scale_offset), FLOAT, 4))
         row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(scale_offset, I64(4))), FLOAT, 4))
         for panel in range(panels):
-            scale = builder.fmul(row_scale, load_floats(builder, s_groups[panel], "float16"))
             total = builder.sitofp(totals[row * panels + panel], FLOATS)
-            value = fma(builder, total, scale, outer.values[row * panels + panel])
-            if has_offset:
-                offset = load_floats(builder, builder.add(s_groups[panel], I64(2 * LANES)), "float16")
-                value = fma(builder, row_sum, offset, value)
-            sums.append(value)
+            before, offset_by = outer.values[row * panels + panel], row_sum if has_offset else None
+            sums.append(_add_group(builder, before, total, s_groups[panel], row_scale, offset_by))
     sums = outer.close(sums)
     write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
+
+
+def _add_group(
+    builder: ir.IRBuilder,
+    before: ir.Value,
+    total: ir.Value,
+    scales: ir.Value,
+    scale: ir.Value,
+    row_sum: ir.Value | None,
+) -> ir.Value:
+    """before + a group's sum of integer products, times the row's scale and the columns', and the columns' offsets
+    times the row's sum where they have some. scales: the address of the columns'"""
+    scale = builder.fmul(scale, load_floats(builder, scales, "float16"))
+    value = fma(builder, total, scale, before)
+    if row_sum is None:
+        return value
+    return fma(builder, row_sum, load_floats(builder, builder.add(scales, I64(2 * LANES)), "float16"), value)
 
 
 _ONE_BYTES = ir.Constant(INTS, [0x01010101] * LANES)
@@ -227,14 +240,10 @@ def _byte_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Fu
             splat(builder, load(builder, builder.add(factors, I64(4 * place)), FLOAT, 4)) for place in range(3)
         )
         for panel in range(panels):
-            scale = builder.fmul(row_scale, load_floats(builder, s_groups[panel], "float16"))
             total = builder.sitofp(totals[row * panels + panel], FLOATS)
             total = fma(builder, row_zero, weight_sums[panel], total)  # whole numbers below 2^24
-            value = fma(builder, total, scale, outer.values[row * panels + panel])
-            if has_offset:
-                offset = load_floats(builder, builder.add(s_groups[panel], I64(2 * LANES)), "float16")
-                value = fma(builder, row_sum, offset, value)
-            sums.append(value)
+            before, offset_by = outer.values[row * panels + panel], row_sum if has_offset else None
+            sums.append(_add_group(builder, before, total, s_groups[panel], row_scale, offset_by))
     sums = outer.close(sums)
     write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()

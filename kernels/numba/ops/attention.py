@@ -156,7 +156,7 @@ def _copy_path(
     of the step; `ancestor` is the row of the last one that was copied, and `ancestor_at` its position.
     Returns these two as they are then. The rest of a part is zeros.
     """
-    shown = flags(tree, 1 << 30)
+    shown, width = flags(tree, 1 << 30), element // 2  # words of an element
     for lane in range(LANES):
         source = first_key + lane
         if lane < count and source >= first_new:
@@ -166,20 +166,15 @@ def _copy_path(
                     ancestor_at += 1
             source = first_new + ancestor
         page, offset = pages[source // block] * block_bytes if lane < count else 0, source % block
-        if element == 4:
-            column, target_column = floats(keys + page, size * block), floats(key_part, size * block)
-            row = floats(values + page + offset * size * 4, size)
-            target_row = floats(value_part + lane * size * 4, size)
-            for i in range(size):
-                target_column[i * block + lane] = column[i * block + offset] if lane < count else np.float32(0.0)
-                target_row[i] = row[i] if lane < count else np.float32(0.0)
-        else:
-            halves, target_halves = words(keys + page, size * block), words(key_part, size * block)
-            half_row = words(values + page + offset * size * 2, size)
-            target_half_row = words(value_part + lane * size * 2, size)
-            for i in range(size):
-                target_halves[i * block + lane] = halves[i * block + offset] if lane < count else np.int16(0)
-                target_half_row[i] = half_row[i] if lane < count else np.int16(0)
+        column, target_column = words(keys + page, size * block * width), words(key_part, size * block * width)
+        row = words(values + page + offset * size * element, size * width)
+        target_row = words(value_part + lane * size * element, size * width)
+        for i in range(size):
+            for word in range(width):
+                value = column[(i * block + offset) * width + word] if lane < count else np.int16(0)
+                target_column[(i * block + lane) * width + word] = value
+        for i in range(size * width):
+            target_row[i] = row[i] if lane < count else np.int16(0)
     return ancestor, ancestor_at
 
 

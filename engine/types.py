@@ -167,6 +167,11 @@ class Sequence:
     num_accepted_drafts: int = 0
     num_scored_tokens: int = 0  # prompt tokens whose log-probabilities were emitted
 
+    def draft_run(self, token_ids: list[int], confidences: list[float]) -> None:
+        """Sets drafts that follow each other, or none."""
+        self.draft_token_ids, self.draft_confidences = token_ids, confidences
+        self.draft_parents = list(range(-1, len(token_ids) - 1))
+
     @property
     def params(self) -> SamplingParams:
         return self.request.params

@@ -10,7 +10,20 @@ from engine.runner.executor import Executor
 from engine.runner.step_builder import StepBuilder
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
-_FIRST_BLOCK = 1  # after the null block; free, and written anew by whoever gets it
+FIRST_BLOCK = 1  # after the null block; free, and written anew by whoever gets it
+
+
+def item_of_no_request(
+    builder: StepBuilder, *, first_block: int, num_drafts: int = 0, temperature: float = 1.0
+) -> Scheduled:
+    """Token 0 at position 0, and a run of drafts behind it, in the blocks from the first one on, whatever is there."""
+    params = SamplingParams(seed=0, max_tokens=1, temperature=temperature)
+    request = Request(request_id="trial", prompt_token_ids=[0], params=params)
+    num_groups, num_blocks = builder.tables.num_groups, -(-(1 + num_drafts) // builder.block_size)
+    tables = [list(range(first_block, first_block + num_blocks)) for _ in range(num_groups)]
+    seq = Sequence(request, [0], block_tables=tables, num_released_blocks=[0] * num_groups)
+    seq.draft_run([0] * num_drafts, [])
+    return Scheduled(seq, 1 + num_drafts, num_drafts, samples=True)
 
 
 def compute_one_token(executor: Executor, builder: StepBuilder, *, block: int) -> Sampled:
@@ -19,11 +32,7 @@ def compute_one_token(executor: Executor, builder: StepBuilder, *, block: int) -
     Those of every group of layers, one after the other: each layer reads its own before the next one writes. builder:
     that of the executor's other steps, as they share its block tables
     """
-    request = Request(request_id="trial", prompt_token_ids=[0], params=SamplingParams(seed=0, max_tokens=1))
-    num_groups = builder.tables.num_groups
-    seq = Sequence(request, [0], block_tables=[[block]] * num_groups, num_released_blocks=[0] * num_groups)
-    batch = [Scheduled(seq, 1, 0, samples=True)]
-    (sampled,) = executor.run(builder.build(batch)).sampled
+    (sampled,) = executor.run(builder.build([item_of_no_request(builder, first_block=block)])).sampled
     builder.launched()
     return sampled
 
@@ -35,7 +44,7 @@ def try_one_token(executor: Executor, builder: StepBuilder, *, path: str, dtype:
     Memory that runs out, or a device that is lost, is no fault of the model's, and is raised as it comes.
     """
     try:
-        sampled = compute_one_token(executor, builder, block=_FIRST_BLOCK)
+        sampled = compute_one_token(executor, builder, block=FIRST_BLOCK)
     except torch.AcceleratorError:
         raise
     except FOREIGN_ERRORS as error:

@@ -82,10 +82,7 @@ class SequenceRecord:
 
 
 class Guesses:
-    """Judges guesses by the tokens that came. One for all sequences: each has a record while it lives.
-
-    num_offered, num_right: by depth, of guesses whose parent was right, since the start
-    """
+    """Judges guesses by the tokens that came. One for all sequences: each has a record while it lives."""
 
     def __init__(self) -> None:
         self.chances = DraftChances()

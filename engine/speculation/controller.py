@@ -5,7 +5,8 @@ by its rows (`step_costs`). The step that brings most tokens per second has the 
 argmax (sequences + sum of the B chances) / (seconds of a step of so many rows + seconds of drafting). A chance never
 rises along a path, so the best B drafts are whole trees from their roots.
 
-Before anything is drafted, the same question is asked with chances by depth: how deep is it worth to draft, if at all.
+Before anything is drafted, the same question is asked with the chances that guesses have had lately: how deep is it
+worth to draft, if at all.
 Where it is not, guesses are made now and then all the same, and only watched, so that better times are noticed.
 """
 

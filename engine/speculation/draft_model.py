@@ -50,7 +50,7 @@ class DraftModelProposer:
 
     def propose(self, step: VerifiedStep) -> None:
         for seq in step.drafting:
-            seq.draft_token_ids, seq.draft_parents, seq.draft_confidences = [], [], []
+            seq.draft_run([], [])
         if not step.max_depth:
             return
         depth = min(self._num_drafts, step.max_depth)
@@ -68,9 +68,7 @@ class DraftModelProposer:
                 break
             self._run([(shadow, Scheduled(shadow.seq, 1, 0, samples=True)) for _, shadow in ready])
         for seq, shadow in shadows.items():
-            drafts, confidences = shadow.drafts()
-            seq.draft_token_ids, seq.draft_confidences = drafts, confidences
-            seq.draft_parents = list(range(-1, len(drafts) - 1))
+            seq.draft_run(*shadow.drafts())
 
     def _catch_up(self, shadows: dict[Sequence, _Shadow]) -> list[tuple[Sequence, _Shadow]]:
         """Computes what is missing of each text, those first that lack least, and samples the first draft of those that

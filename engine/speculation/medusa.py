@@ -80,7 +80,7 @@ class MedusaProposer:
 
     def propose(self, step: VerifiedStep) -> None:
         for seq in step.drafting:
-            seq.draft_token_ids, seq.draft_parents, seq.draft_confidences = [], [], []
+            seq.draft_run([], [])
         budgets = [draft_budget(seq, self._num_drafts) if step.max_depth else 0 for seq in step.drafting]
         rows = [row for row, budget in enumerate(budgets) if budget > 0]
         if not rows:

@@ -43,8 +43,7 @@ class NgramProposer:
         self._index([seq for seq in step.drafting if draft_budget(seq, self._num_drafts)])
         for seq in step.drafting:
             drafts, length = self._drafts(seq, min(self._num_drafts, step.max_depth))
-            seq.draft_token_ids, seq.draft_confidences = drafts, [length / (length + 1)] * len(drafts)
-            seq.draft_parents = list(range(-1, len(drafts) - 1))
+            seq.draft_run(drafts, [length / (length + 1)] * len(drafts))
 
     def _index(self, seqs: list[Sequence]) -> None:
         """Indexes what a step has time for, of those first who lack least: a long prompt keeps nobody waiting."""

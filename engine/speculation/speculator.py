@@ -53,30 +53,34 @@ class Speculator:
             return
         step = VerifiedStep(batch, sampled, hidden)
         try:
-            self._propose(step, sum(item.num_new_tokens for item in batch if not item.samples))
+            self._propose(step, batch)
         except Exception as error:  # a guess that could not be made costs time, never the request
             check_device(error)
             self._breaker.trip()
             self.outcome = "failed"
             logger.exception("the proposer failed; going on without drafts for a while")
             for seq in step.drafting:
-                seq.draft_token_ids, seq.draft_parents, seq.draft_confidences = [], [], []
+                seq.draft_run([], [])
 
     def learn(self, stats: StepStats) -> None:
         """Notes what a step has cost."""
         if self.controller is not None:
             self.controller.costs.learn(stats.num_tokens, stats.forward + stats.sample)
 
-    def _propose(self, step: VerifiedStep, num_prompt_rows: int) -> None:
+    def _propose(self, step: VerifiedStep, batch: list[Scheduled]) -> None:
+        if not self.proposer.needs.num_drafts:  # it only looks on, if that
+            self.proposer.propose(step)
+            return
         controller, seqs = self.controller, step.drafting
         for seq in seqs:
             seq.draft_confidences = []
-        if controller is None or not self.proposer.needs.num_drafts:
+        if controller is None:
             self.proposer.propose(step)
             self._check(seqs)
-            if seqs and self.proposer.needs.num_drafts:
+            if seqs:
                 self.outcome = "drafted" if any(seq.draft_token_ids for seq in seqs) else "no_guess"
             return
+        num_prompt_rows = sum(item.num_new_tokens for item in batch if not item.samples)
         step.max_depth = controller.depth(len(seqs), num_prompt_rows, self.proposer.needs.num_drafts)
         start = time.perf_counter()
         self.proposer.propose(step)
@@ -103,7 +107,5 @@ class Speculator:
                 raise ValueError(f"drafts whose parents do not come before them: {parents}")
             if seq.draft_confidences and len(seq.draft_confidences) != len(tokens):
                 raise ValueError(f"{len(tokens)} drafts with {len(seq.draft_confidences)} confidences")
-            if any(
-                map(math.isnan, seq.draft_confidences)
-            ):  # the controller would learn it, and know nothing else after
+            if any(map(math.isnan, seq.draft_confidences)):  # learned once, nothing else would be known after
                 raise ValueError(f"confidences that are no numbers: {seq.draft_confidences}")

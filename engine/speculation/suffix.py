@@ -153,8 +153,7 @@ class SuffixProposer:
             budget = draft_budget(seq, num_drafts)
             text = self._text_of(seq)
             drafts, shares = self._index_of(seq).continuation(text, seq.token_ids, budget) if budget > 0 else ([], [])
-            seq.draft_token_ids, seq.draft_confidences = drafts, shares
-            seq.draft_parents = list(range(-1, len(drafts) - 1))
+            seq.draft_run(drafts, shares)
 
     def _num_behind(self, seq: Sequence) -> int:
         return seq.num_tokens - len(self._text_of(seq).token_ids)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from functools import partial, reduce
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from kernels.numba.core.lanes import (
     FLOAT,
@@ -28,12 +26,12 @@ from kernels.numba.core.lanes import (
     load,
     load_floats,
     splat,
-    store,
 )
-from kernels.numba.core.processor import features
+from kernels.numba.core.processor import features, level
 from kernels.numba.core.tiles import dispatching, prefetch_span, write_sums
 
-MIN_ROWS_OF_UNPACKED = 4
+INTEGER_TILES = level().integers
+MAX_SUMS_WRITTEN_OUT = {"int4": 12, "int8": 8}  # of a tile
 
 
 def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -66,16 +64,23 @@ def _add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: i
     return builder.add(total, _multiply_pairs(builder, a, b))
 
 
-def _load_pairs(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
-    """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side."""
+def _load_pairs(builder: ir.IRBuilder, base: ir.Value, element: str, pair: ir.Value | int) -> ir.Value:
+    """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side.
+
+    base: the address of a group; pair: its index in the group. Four pairs of int4 are in one vector.
+    """
     words = ir.VectorType(I16, 2 * LANES)
-    if element == "unpacked int4":
-        return load(builder, address, words, 2)
+    index = I64(pair) if isinstance(pair, int) else pair
     if element == "int8":
+        address = builder.add(base, builder.mul(index, I64(2 * LANES)))
         return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), words)
-    packed = builder.zext(load(builder, address, ir.VectorType(I8, LANES), 1), INTS)
-    shifted = builder.shl(packed, ir.Constant(INTS, [12] * LANES))  # the upper four bits to the upper word
-    both = builder.and_(builder.or_(packed, shifted), ir.Constant(INTS, [0x000F000F] * LANES))
+    address = builder.add(base, builder.mul(builder.lshr(index, I64(2)), I64(4 * LANES)))
+    four = load(builder, address, INTS, 1)
+    if isinstance(pair, int):
+        shift: ir.Value = ir.Constant(INTS, [4 * (pair % 4)] * LANES)
+    else:
+        shift = splat(builder, builder.trunc(builder.mul(builder.and_(index, I64(3)), I64(4)), I32))
+    both = builder.and_(builder.lshr(four, shift), ir.Constant(INTS, [0x000F000F] * LANES))
     return builder.bitcast(both, words)
 
 
@@ -84,18 +89,18 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
     integer products within a group of `GROUP` elements, then float32 sums of the groups, each times its two scales.
 
     x: int16 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 2], the scale of each group and scale * sum
-    w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or uint8 [num_groups, GROUP / 2, 16] with two int4, or the
-    same as int16 [num_groups, GROUP / 2, 16, 2]
+    w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or int32 [num_groups, GROUP / 8, 16] with eight int4, those of
+    depths 2i and 2i + 1 from bits 4i and 16 + 4i on
     scales: float16, each panel is [panel_groups, 16] (int8), or [panel_groups, 2, 16] with the offset too (int4)
     panel_stride: bytes of a panel of w; ahead: as of `_float_tile`; the scales of those panels are prefetched too
     """
-    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 13)
+    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element}", 13)
     if not is_new:
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds = function.args
-    has_offset = element != "int8"
-    pair_bytes = {"int4": LANES, "int8": 2 * LANES, "unpacked int4": 4 * LANES}[element]
+    has_offset = element == "int4"
+    pair_bytes = LANES if has_offset else 2 * LANES
     group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
     zero = ir.Constant(FLOATS, [0.0] * LANES)
     outer = Loop(builder, num_groups, [zero] * (rows * panels))
@@ -106,20 +111,9 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
     w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_pair) for p in range(panels)]
     scale_stride, first_scale = builder.mul(panel_groups, I64(group_scales)), builder.mul(group, I64(group_scales))
     s_groups = [builder.add(builder.add(scales, builder.mul(scale_stride, I64(p))), first_scale) for p in range(panels)]
-    if element != "unpacked int4":
-        prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
-        prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
-    inner = Loop(builder, I64(GROUP // 2), [ir.Constant(INTS, [0] * LANES)] * (rows * panels))
-    weights = [
-        _load_pairs(builder, builder.add(base, builder.mul(inner.index, I64(pair_bytes))), element) for base in w_groups
-    ]
-    totals = []
-    for row in range(rows):
-        pair = load(builder, builder.add(x_groups[row], builder.shl(inner.index, I64(2))), I32, 2)
-        broadcast = builder.bitcast(splat(builder, pair), ir.VectorType(I16, 2 * LANES))
-        for panel in range(panels):
-            totals.append(_add_pair_products(builder, inner.values[row * panels + panel], broadcast, weights[panel]))
-    totals = inner.close(totals)
+    prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
+    prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
+    totals = _pair_products(builder, x_groups, w_groups, element)
     sums = []
     for row in range(rows):
         scale_offset = builder.add(builder.mul(ldg, I64(8 * row)), builder.mul(group, I64(8)))
@@ -133,6 +127,44 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
     write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
+
+
+def _pair_products(
+    builder: ir.IRBuilder, x_groups: list[ir.Value], w_groups: list[ir.Value], element: str
+) -> list[ir.Value]:
+    """Of a group, at these addresses: sum(x * w) of each row and panel, as [16] int32.
+
+    Tiles of few rows are written out: what four pairs of int4 share is then loaded once. In those of many, LLVM would
+    order it anew, and then has no registers for it.
+    """
+    zeros = [ir.Constant(INTS, [0] * LANES)] * (len(x_groups) * len(w_groups))
+    if len(zeros) <= MAX_SUMS_WRITTEN_OUT[element]:
+        totals = zeros
+        for pair in range(GROUP // 2):
+            totals = _add_pair(builder, totals, x_groups, w_groups, element, pair)
+        return totals
+    loop = Loop(builder, I64(GROUP // 2), zeros)
+    return loop.close(_add_pair(builder, loop.values, x_groups, w_groups, element, loop.index))
+
+
+def _add_pair(
+    builder: ir.IRBuilder,
+    totals: list[ir.Value],
+    x_groups: list[ir.Value],
+    w_groups: list[ir.Value],
+    element: str,
+    pair: ir.Value | int,
+) -> list[ir.Value]:
+    """The totals, and the products of two depths."""
+    weights = [_load_pairs(builder, base, element, pair) for base in w_groups]
+    offset = I64(4 * pair) if isinstance(pair, int) else builder.shl(pair, I64(2))
+    sums = []
+    for row, base in enumerate(x_groups):
+        both = splat(builder, load(builder, builder.add(base, offset), I32, 2))
+        broadcast = builder.bitcast(both, ir.VectorType(I16, 2 * LANES))
+        own = totals[row * len(weights) : (row + 1) * len(weights)]
+        sums += [_add_pair_products(builder, total, broadcast, one) for total, one in zip(own, weights, strict=True)]
+    return sums
 
 
 def _add_group(
@@ -308,23 +340,7 @@ def _add_bytes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.bitcast(builder.add(a, b), INTS)
 
 
-multiply_int8 = dispatching(_integer_tile, "int8", 13)
-multiply_int4 = dispatching(_integer_tile, "int4", 13)
-multiply_unpacked_int4 = dispatching(_integer_tile, "unpacked int4", 13, min_rows=MIN_ROWS_OF_UNPACKED)
-multiply_quad_int8 = dispatching(_byte_tile, "int8", 13)
-multiply_quad_int4 = dispatching(_byte_tile, "int4", 13)
-
-
-@intrinsic
-def unpack_int4(typing_context, packed, out, num_pairs):
-    """uint8 [num_pairs, 16] with two int4 each -> int16 [num_pairs, 16, 2], addresses."""
-
-    def generate(context, builder, signature, arguments):
-        loop = Loop(builder, arguments[2], [])
-        source = builder.add(arguments[0], builder.mul(loop.index, I64(LANES)))
-        target = builder.add(arguments[1], builder.mul(loop.index, I64(4 * LANES)))
-        store(builder, _load_pairs(builder, source, "int4"), target, 2)
-        loop.close([])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
+multiply_int8 = dispatching(_integer_tile, "int8", 13, INTEGER_TILES)
+multiply_int4 = dispatching(_integer_tile, "int4", 13, INTEGER_TILES)
+multiply_quad_int8 = dispatching(_byte_tile, "int8", 13, INTEGER_TILES)
+multiply_quad_int4 = dispatching(_byte_tile, "int4", 13, INTEGER_TILES)

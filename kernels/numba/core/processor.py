@@ -14,26 +14,33 @@ import llvmlite.binding as llvm
 from numba.core import config
 
 
+class TileRows(NamedTuple):
+    """The most rows of a tile of two panels of 16 columns, and of one."""
+
+    two_panels: int
+    one_panel: int
+
+
 class Level(NamedTuple):
     """A set of vector instructions, and what kernels make of it. Those of x86 include the levels before them.
 
-    features: by LLVM's names; tall, narrow: the most rows of a tile of two panels of 16 columns, and of one. A tile has
-    a register (two of AVX2, four of NEON) for each row and panel, and a few for operands
+    features: by LLVM's names. A tile has a register (two of AVX2, four of NEON) for each row and panel, and a few for
+    operands: integers need more of them, and their tiles have a second sum, of floats, for each row and panel.
     """
 
     name: str
     features: frozenset[str]
-    tall: int
-    narrow: int
+    floats: TileRows = TileRows(12, 12)
+    integers: TileRows = TileRows(6, 6)
 
 
 _X86 = (
-    Level("avx2", frozenset({"avx2", "fma", "f16c"}), tall=2, narrow=6),
-    Level("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"}), tall=12, narrow=12),
-    Level("avx512-vnni", frozenset({"avx512vnni"}), tall=12, narrow=12),
-    Level("avx512-bf16", frozenset({"avx512bf16"}), tall=12, narrow=12),
+    Level("avx2", frozenset({"avx2", "fma", "f16c"}), TileRows(2, 6), TileRows(2, 4)),
+    Level("avx512", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})),
+    Level("avx512-vnni", frozenset({"avx512vnni"})),
+    Level("avx512-bf16", frozenset({"avx512bf16"})),
 )
-_OTHER = Level("generic", frozenset(), tall=2, narrow=6)  # NEON too, which has 32 registers of a quarter of a vector
+_OTHER = Level("generic", frozenset(), TileRows(2, 6), TileRows(2, 4))  # NEON's registers are a quarter of a vector
 LINE = 64  # bytes of a cache line; counters that share one slow each other down (false sharing)
 LEVELS = tuple(level.name for level in _X86)
 TILES_MODULE = "kernels.numba.core.tiles"  # whose shapes are those of the level at the time when it is imported

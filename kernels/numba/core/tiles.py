@@ -15,6 +15,7 @@ Addresses are integers, strides count elements. The callers are compiled by Numb
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 from numba import njit
@@ -38,11 +39,10 @@ from kernels.numba.core.lanes import (
     splat,
     store,
 )
-from kernels.numba.core.processor import LINE, features, level
+from kernels.numba.core.processor import LINE, TileRows, features, level
 
 PARTS_AHEAD = 2  # parts of a paged matrix that are prefetched, 1 to 4 KB each
-MAX_ROWS_OF_TWO_PANELS, MAX_ROWS_OF_ONE = level().tall, level().narrow
-PAIRS_PANELS = MAX_ROWS_OF_TWO_PANELS >= MAX_ROWS_OF_ONE  # whether any rows take two panels at once
+FLOAT_TILES = level().floats
 
 
 def write_sums(
@@ -62,13 +62,14 @@ def write_sums(
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Prefetches the cache line of an address, which may be invalid.
+    """Prefetches the cache line of an address, which may be invalid, into the L2 cache.
 
     A tile asks for the weights of the next one while it computes. The hardware's prefetcher learns a stream anew in
-    each page of 4 KiB, and a panel is hardly longer.
+    each page of 4 KiB, and a panel is hardly longer. Not into the L1 cache: what is on its way there holds one of its
+    few miss buffers, 24 on Zen, which then bound a core's rate: 64 bytes * 24 / 0.1 us = 15 GB/s.
     """
     pointer = builder.inttoptr(address, I8.as_pointer())
-    call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+    call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(2), I32(1))
 
 
 def prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: ir.Value, num_bytes: int) -> None:
@@ -164,26 +165,33 @@ def _add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, 
     return fma(builder, a_low, b_low, fma(builder, a_high, b_high, total))
 
 
-def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.Function:
+def _paged_tile(module: ir.Module, rows: int, panels: int, element: str, *, scores: bool) -> ir.Function:
     """(x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo): a tile of a paged matrix.
 
     parts: their addresses, and those of the next PARTS_AHEAD, which are prefetched: the hardware prefetcher cannot
     predict them. Element i of column c of a part is i * w_stride + c after `offset` bytes.
-    scores: each part is 16 columns of out = x @ part, all of one depth. Else each is 16 elements of the depth, `depth`
-    in all, and out += x @ parts; the first `skipped` elements, fewer than 16, are left out.
+    scores: each part is 16 columns of out = x @ part, all of one depth; `panels` parts at once, of which num_parts is a
+    multiple. Else each is 16 elements of the depth, `depth` in all, and out += x @ parts, `panels` times 16 columns;
+    the first `skipped` elements, fewer than 16, are left out.
     """
-    function, is_new = define(module, f"paged_tile_{rows}_{element}_{'scores' if scores else 'sums'}", 10)
+    function, is_new = define(module, f"paged_tile_{rows}x{panels}_{element}_{'scores' if scores else 'sums'}", 10)
     if not is_new:
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo = function.args
     size = 4 if element == "float32" else 2
-    zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * rows
+    zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * (rows * panels)
     step = builder.mul(w_stride, I64(size))
-    outer = Loop(builder, num_parts, [] if scores else zeros)
-    entry = builder.add(parts, builder.shl(outer.index, I64(3)))
-    part, following = (
-        builder.add(load(builder, builder.add(entry, I64(8 * ahead)), I64, 8), offset) for ahead in (0, PARTS_AHEAD)
+    parts_at_once = panels if scores else 1
+    outer = Loop(builder, builder.sdiv(num_parts, I64(parts_at_once)), [] if scores else zeros)
+    first_part = builder.mul(outer.index, I64(parts_at_once))
+    entry = builder.add(parts, builder.shl(first_part, I64(3)))
+    parts_here, following = (
+        [
+            builder.add(load(builder, builder.add(entry, I64(8 * (ahead + part))), I64, 8), offset)
+            for part in range(parts_at_once)
+        ]
+        for ahead in (0, PARTS_AHEAD)
     )
     if scores:
         first, begin, count = I64(0), I64(0), depth
@@ -193,26 +201,31 @@ def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.
         left = builder.sub(depth, first)
         end = builder.select(builder.icmp_signed("<", left, I64(LANES)), left, I64(LANES))
         count = builder.sub(end, begin)
+        columns = [I64(size * LANES * panel) for panel in range(panels)]
+        parts_here = [builder.add(parts_here[0], column) for column in columns]
+        following = [builder.add(following[0], column) for column in columns[:: LINE // (size * LANES)]]
     x_rows = [
         builder.add(x, builder.shl(builder.add(builder.mul(ldx, I64(row)), first), I64(2))) for row in range(rows)
     ]
     inner = Loop(builder, count, zeros if scores else outer.values)
     index = builder.add(inner.index, begin)
     distance = builder.mul(index, step)
-    _prefetch(builder, builder.add(following, distance))
-    weights = load_floats(builder, builder.add(part, distance), element)
+    for address in following:
+        _prefetch(builder, builder.add(address, distance))
+    weights = [load_floats(builder, builder.add(part, distance), element) for part in parts_here]
     sums = []
     for row in range(rows):
-        scalar = load(builder, builder.add(x_rows[row], builder.shl(index, I64(2))), FLOAT, 4)
-        sums.append(fma(builder, splat(builder, scalar), weights, inner.values[row]))
+        scalar = splat(builder, load(builder, builder.add(x_rows[row], builder.shl(index, I64(2))), FLOAT, 4))
+        totals = inner.values[row * panels : (row + 1) * panels]
+        sums += [fma(builder, scalar, weight, total) for weight, total in zip(weights, totals, strict=True)]
     sums = inner.close(sums)
     if scores:
-        target = builder.add(out, builder.mul(outer.index, I64(4 * LANES)))
-        write_sums(builder, sums, 1, target, ldo, I64(0))
+        target = builder.add(out, builder.mul(first_part, I64(4 * LANES)))
+        write_sums(builder, sums, panels, target, ldo, I64(0))
         outer.close([])
     else:
         sums = outer.close(sums)
-        write_sums(builder, sums, 1, out, ldo, I64(1))
+        write_sums(builder, sums, panels, out, ldo, I64(1))
     builder.ret_void()
     return function
 
@@ -220,8 +233,8 @@ def _paged_tile(module: ir.Module, rows: int, element: str, scores: bool) -> ir.
 _Writer = Callable[[ir.Module, int, int, str], ir.Function]
 
 
-def dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: int = 1) -> Callable[..., None]:
-    """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows, `min_rows` or more, and panels.
+def dispatching(write: _Writer, element: str, num_arguments: int, most: TileRows = FLOAT_TILES) -> Callable[..., None]:
+    """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows and panels.
 
     Few rows take two panels, for enough independent sums to hide the latency of an addition; more rows only where two
     panels of them fit into the registers.
@@ -235,8 +248,8 @@ def dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: i
             end = builder.append_basic_block("tiled")
             case = builder.add(builder.mul(rows, I64(2)), panels)
             switch = builder.switch(case, end)
-            for num_panels, most in ((1, MAX_ROWS_OF_ONE), (2, MAX_ROWS_OF_TWO_PANELS)):
-                for num_rows in range(min_rows, most + 1):
+            for num_panels, rows_of_tallest in ((1, most.one_panel), (2, most.two_panels)):
+                for num_rows in range(1, rows_of_tallest + 1):
                     block = builder.append_basic_block("tile")
                     switch.add_case(I64(2 * num_rows + num_panels), block)
                     builder.position_at_end(block)
@@ -250,35 +263,12 @@ def dispatching(write: _Writer, element: str, num_arguments: int, *, min_rows: i
     return tile
 
 
-def _dispatching_rows(element: str, *, scores: bool) -> Callable[..., None]:
-    """An intrinsic (rows, *arguments) that calls the paged tile of so many rows, 1..MAX_ROWS_OF_ONE."""
-
-    @intrinsic
-    def tile(typing_context, arguments):
-        def generate(context, builder, signature, values):
-            (packed,) = values
-            rows, *rest = cgutils.unpack_tuple(builder, packed, 11)
-            end = builder.append_basic_block("tiled")
-            switch = builder.switch(rows, end)
-            for num_rows in range(1, MAX_ROWS_OF_ONE + 1):
-                block = builder.append_basic_block("tile")
-                switch.add_case(I64(num_rows), block)
-                builder.position_at_end(block)
-                builder.call(_paged_tile(builder.module, num_rows, element, scores), rest)
-                builder.branch(end)
-            builder.position_at_end(end)
-            return context.get_dummy_value()
-
-        return types.void(arguments), generate
-
-    return tile
-
-
+_scores, _sums = partial(_paged_tile, scores=True), partial(_paged_tile, scores=False)
 score_float32, score_bfloat16, score_float16 = (
-    _dispatching_rows(element, scores=True) for element in ("float32", "bfloat16", "float16")
+    dispatching(_scores, element, 10) for element in ("float32", "bfloat16", "float16")
 )
 weigh_float32, weigh_bfloat16, weigh_float16 = (
-    _dispatching_rows(element, scores=False) for element in ("float32", "bfloat16", "float16")
+    dispatching(_sums, element, 10) for element in ("float32", "bfloat16", "float16")
 )
 multiply_float32 = dispatching(_float_tile, "float32", 10)
 multiply_bfloat16 = dispatching(_bfloat16_tile, "float32", 10)

@@ -15,7 +15,7 @@ from kernels.numba.core.formats import BFLOAT16, FLOAT32
 from kernels.numba.core.lanes import LANES, exponentiate, largest_of
 from kernels.numba.core.memory import flags, floats, integers, words
 from kernels.numba.core.tiles import (
-    MAX_ROWS_OF_ONE,
+    FLOAT_TILES,
     PARTS_AHEAD,
     rows_of_next_tile,
     score_bfloat16,
@@ -67,20 +67,37 @@ def cut_tiles(query_starts, seq_lens, num_seqs, tokens_at_once, tables, table_by
     return num_tiles
 
 
-@njit(inline="always")  # as `_add_values`: tiles are compiled where they are called
+@njit(inline="always")  # as the next ones: tiles are compiled where they are called
 def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
     """out = x @ keys, [rows, num_parts * LANES]. parts: addresses of LANES keys each, as columns"""
     row = 0
     while row < rows:
-        tile = rows_of_next_tile(rows - row, MAX_ROWS_OF_ONE)
+        panels, tile = _next_tile(rows - row, num_parts)
         source, target = x + row * size * 4, out + row * ldo * 4
-        if kind == FLOAT32:
-            score_float32((tile, source, size, parts, 0, block, 0, size, num_parts, target, ldo))
-        elif kind == BFLOAT16:
-            score_bfloat16((tile, source, size, parts, 0, block, 0, size, num_parts, target, ldo))
-        else:
-            score_float16((tile, source, size, parts, 0, block, 0, size, num_parts, target, ldo))
+        part = 0
+        while part < num_parts:
+            if part + panels > num_parts:
+                panels = 1
+            count = (num_parts - part) // panels * panels
+            arguments = (
+                tile, panels, source, size, parts + part * 8, 0, block, 0, size, count, target + part * LANES * 4, ldo
+            )  # fmt: skip
+            if kind == FLOAT32:
+                score_float32(arguments)
+            elif kind == BFLOAT16:
+                score_bfloat16(arguments)
+            else:
+                score_float16(arguments)
+            part += count
         row += tile
+
+
+@njit(inline="always")
+def _next_tile(rows, panels):
+    """(panels, rows) of the next tile: of two panels where there are two and the rows' sums fit into registers."""
+    if panels > 1 and (FLOAT_TILES.two_panels >= FLOAT_TILES.one_panel or rows <= FLOAT_TILES.two_panels):
+        return 2, rows_of_next_tile(rows, FLOAT_TILES.two_panels)
+    return 1, rows_of_next_tile(rows, FLOAT_TILES.one_panel)
 
 
 @njit(inline="always")
@@ -90,16 +107,21 @@ def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
     num_parts = -(-depth // LANES)
     row = 0
     while row < rows:
-        tile = rows_of_next_tile(rows - row, MAX_ROWS_OF_ONE)
+        panels, tile = _next_tile(rows - row, size // LANES)
         source = x + row * ldx * 4
-        for column in range(0, size, LANES):
+        column = 0
+        while column < size:
+            if column + panels * LANES > size:
+                panels = 1
             target, offset = out + (row * size + column) * 4, column * element
+            arguments = (tile, panels, source, ldx, parts, offset, size, skipped, depth, num_parts, target, size)
             if kind == FLOAT32:
-                weigh_float32((tile, source, ldx, parts, offset, size, skipped, depth, num_parts, target, size))
+                weigh_float32(arguments)
             elif kind == BFLOAT16:
-                weigh_bfloat16((tile, source, ldx, parts, offset, size, skipped, depth, num_parts, target, size))
+                weigh_bfloat16(arguments)
             else:
-                weigh_float16((tile, source, ldx, parts, offset, size, skipped, depth, num_parts, target, size))
+                weigh_float16(arguments)
+            column += panels * LANES
         row += tile
 
 

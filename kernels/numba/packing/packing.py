@@ -88,9 +88,7 @@ def in_quads(packed: PackedMatrix) -> PackedMatrix:
     """The same matrix for rows of 8-bit integers, with four depths side by side; as it is where it has no integers."""
     if packed.kind not in IN_QUADS:
         return packed
-    pairs = packed.values
-    if packed.kind == INT4:
-        pairs = torch.stack((pairs & 15, pairs >> 4), -1)
+    pairs = _pairs_of_octets(packed.values) if packed.kind == INT4 else packed.values
     quads = pairs.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # [panels, depth / 4, 16, 4]
     if packed.kind == INT4:
         quads = quads[:, ::2] | (quads[:, 1::2] << 4)
@@ -101,13 +99,30 @@ def _in_pairs(packed: PackedMatrix) -> PackedMatrix:
     """The inverse of `in_quads`."""
     kind, quads = (INT8, packed.values) if packed.kind == QUAD_INT8 else (INT4, _interleave(packed.values))
     pairs = quads.unflatten(3, (2, 2)).transpose(2, 3).flatten(1, 2)  # [panels, depth / 2, 16, 2]
-    values = pairs if kind == INT8 else pairs[..., 0] | (pairs[..., 1] << 4)
-    return replace(packed, kind=kind, values=values.contiguous())
+    return replace(packed, kind=kind, values=(pairs if kind == INT8 else _octets(pairs)).contiguous())
 
 
 def _interleave(values: Tensor) -> Tensor:
     """uint8 [panels, depth / 8, 16, 4] with two int4 each -> [panels, depth / 4, 16, 4]"""
     return torch.stack((values & 15, values >> 4), 2).flatten(1, 2)
+
+
+def _octets(pairs: Tensor) -> Tensor:
+    """Pairs of levels, uint8 [panels, depth / 2, 16, 2] -> int32 [panels, depth / 8, 16], as int4 tiles read them:
+    those of four pairs of depths, the first of each in the lower half."""
+    four = pairs.unflatten(1, (-1, 4)).int()  # [panels, depth / 8, 4, 16, 2]
+    packed = torch.zeros(four.shape[0], four.shape[1], LANES, dtype=torch.int32)
+    for pair in range(4):
+        for place in range(2):
+            packed |= four[:, :, pair, :, place] << (4 * pair + 16 * place)
+    return packed
+
+
+def _pairs_of_octets(octets: Tensor) -> Tensor:
+    """The inverse of `_octets`."""
+    levels = [[(octets >> (4 * pair + 16 * place)) & 15 for place in range(2)] for pair in range(4)]
+    pairs = torch.stack([torch.stack(both, -1) for both in levels], 2)  # [panels, depth / 8, 4, 16, 2]
+    return pairs.flatten(1, 2).to(torch.uint8)
 
 
 def unpack(packed: PackedMatrix) -> Tensor:
@@ -124,7 +139,7 @@ def unpack(packed: PackedMatrix) -> Tensor:
         wide = levels.float() * steps.unsqueeze(-1)
     else:
         steps, offsets = packed.scales.float().permute(2, 0, 3, 1)
-        pairs = torch.stack((packed.values & 15, packed.values >> 4), -1)  # [panels, depth / 2, 16, 2]
+        pairs = _pairs_of_octets(packed.values)
         levels = pairs.transpose(1, 2).reshape(-1, LANES, groups, GROUP)
         wide = levels.float() * steps.unsqueeze(-1) + offsets.unsqueeze(-1)
     return wide.reshape(-1, packed.depth)[: packed.num_rows].contiguous()
@@ -168,9 +183,8 @@ def _pack_int4(weight: Tensor, levels: Tensor, scales: Tensor, offsets: Tensor) 
     """levels: uint8 [num_rows, groups, 32] below 16; scales, offsets: float16 [num_rows, groups]"""
     depth = levels.shape[1] * GROUP
     pairs = _panels(levels.reshape(-1, depth // 2, 2)).transpose(1, 2)  # [panels, depth / 2, 16, 2]
-    values = (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous()
     both = torch.stack((_panels(scales).transpose(1, 2), _panels(offsets).transpose(1, 2)), dim=2).contiguous()
-    return PackedMatrix(INT4, weight.shape[0], depth, values, both)
+    return PackedMatrix(INT4, weight.shape[0], depth, _octets(pairs), both)
 
 
 def _round_up(scales: Tensor) -> Tensor:

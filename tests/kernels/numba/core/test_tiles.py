@@ -10,7 +10,7 @@ import pytest
 from llvmlite import ir
 
 from kernels.numba.core import integer_tiles, tiles
-from kernels.numba.core.processor import LEVELS, Level, level_of
+from kernels.numba.core.processor import LEVELS, Level, TileRows, level_of
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 TILES = {
@@ -20,7 +20,6 @@ TILES = {
     "rounded bfloat16": (tiles._bfloat16_tile, "bfloat16"),
     "int8": (integer_tiles._integer_tile, "int8"),
     "int4": (integer_tiles._integer_tile, "int4"),
-    "unpacked int4": (integer_tiles._integer_tile, "unpacked int4"),
     "int8 by bytes": (integer_tiles._byte_tile, "int8"),
     "int4 by bytes": (integer_tiles._byte_tile, "int4"),
 }
@@ -48,6 +47,10 @@ PROCESSORS = pytest.mark.parametrize(
 )
 
 
+def tallest_of(processor: Processor, tile: str) -> TileRows:
+    return processor.level.integers if "int" in tile else processor.level.floats
+
+
 @pytest.fixture
 def assemble(monkeypatch):
     """The assembly text of a tile for a processor."""
@@ -73,7 +76,8 @@ def assemble(monkeypatch):
 @PROCESSORS
 @pytest.mark.parametrize("tile", TILES)
 def test_every_tile_compiles_for_every_processor(assemble, processor: Processor, tile: str) -> None:
-    for rows, panels in ((processor.level.narrow, 1), (processor.level.tall, 2), (1, 2), (1, 1)):
+    tallest = tallest_of(processor, tile)
+    for rows, panels in ((tallest.one_panel, 1), (tallest.two_panels, 2), (1, 2), (1, 1)):
         assert "ret" in assemble(processor, tile, rows, panels)
 
 
@@ -86,7 +90,6 @@ def test_every_tile_compiles_for_every_processor(assemble, processor: Processor,
         (CASCADE_LAKE, "int8", "vpdpwssd"),  # of int4, LLVM's tables for this one prefer two instructions
         (CASCADE_LAKE, "rounded bfloat16", "vfmadd"),
         (ZEN4, "int4", "vpdpwssd"),
-        (ZEN4, "unpacked int4", "vpdpwssd"),
         (ZEN4, "rounded bfloat16", "vdpbf16ps"),
         (AVX2, "int8 by bytes", "vpmaddwd"),
         (AVX2, "int4 by bytes", "vpmaddubsw"),
@@ -101,7 +104,7 @@ def test_every_tile_compiles_for_every_processor(assemble, processor: Processor,
 def test_a_product_is_the_processor_s_own_instruction(
     assemble, processor: Processor, tile: str, instruction: str
 ) -> None:
-    rows = processor.level.tall
+    rows = tallest_of(processor, tile).two_panels
     num_registers = {"avx2": 2}.get(processor.level.name, 1 if processor is not NEOVERSE else 4)
     assembly = assemble(processor, tile, rows, 2)
     assert len(re.findall(rf"\b{instruction}\w*", assembly)) >= rows * 2 * num_registers
@@ -110,7 +113,7 @@ def test_a_product_is_the_processor_s_own_instruction(
 @pytest.mark.parametrize("processor", [SKYLAKE, CASCADE_LAKE, ZEN4], ids=lambda processor: processor.name)
 @pytest.mark.parametrize("tile", ["float32", "float16", "bfloat16", "rounded bfloat16"])
 def test_the_sums_of_the_tallest_tile_stay_in_registers(assemble, processor: Processor, tile: str) -> None:
-    assembly = assemble(processor, tile, processor.level.tall, 2)
+    assembly = assemble(processor, tile, processor.level.floats.two_panels, 2)
     assert "%zmm" in assembly
     assert not re.findall(r"%zmm\d+, -?\d*\(%rsp\)", assembly), "stored on the stack"
 

@@ -60,6 +60,12 @@ class NumbaLlama(Decoder):
         self._head: OutputProgram | None = None
         self._whole: _Whole | None = None
 
+    @property
+    def product_kind(self) -> int:
+        """What the products of its layers are, of `kernels.numba.core.formats`: as the first layer's first."""
+        block = next(iter(self._model.blocks()))
+        return self._products.kind_with(_packed(block.self_attn.qkv_proj))
+
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
         """As `Decoder.forward`, valid until the next call; the attention is the one that the program was made for."""
         return self.compute_step(batch, attention).hidden
@@ -268,6 +274,12 @@ class Products:
     num_threads: int
     rounds_to_bfloat16: bool
 
+    def kind_with(self, matrix: PackedMatrix) -> int:
+        """The kind of products with a matrix: its own, unless rows are rounded for it."""
+        kind: int = matrix.kind
+        rounded: int = ROUNDED_BFLOAT16
+        return rounded if kind == BFLOAT16 and self.rounds_to_bfloat16 else kind
+
     def operations(
         self,
         x: Tensor,
@@ -279,14 +291,14 @@ class Products:
         rows: Step = Step.ROWS,
     ) -> list[list[int]]:
         """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
-        kind, operations = matrix.kind, []
+        kind, operations = self.kind_with(matrix), []
         source, scales = x.data_ptr(), 0
         if (quantise := _QUANTISE.get(kind)) is not None:
             integers, factors = rounded
             source, scales = integers.data_ptr(), factors.data_ptr()
             operations.append(operation(quantise, x.data_ptr(), source, scales, x.shape[1], rows=rows))
-        elif kind == BFLOAT16 and self.rounds_to_bfloat16:
-            kind, source = ROUNDED_BFLOAT16, rounded[0].data_ptr()
+        elif kind == ROUNDED_BFLOAT16:
+            source = rounded[0].data_ptr()
             operations.append(operation(Operation.ROUND, x.data_ptr(), source, x.shape[1], rows=rows))
         # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
         at_once = max(2, min(16, matrix.num_panels // (6 * self.num_threads) // 2 * 2))

@@ -58,10 +58,14 @@ CLOCKS: dict[str, Callable[[SteadyEngine], OperationClock]] = {  # by device.ker
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do at best, with the engine's threads and in the model's dtype."""
+    """What this machine can do at best, with the engine's threads.
+
+    flops_per_second: of the arithmetic that the model's products are made of, `arithmetic`
+    """
 
     bytes_per_second: float
     flops_per_second: float
+    arithmetic: str = "products of the model's dtype"
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def parts_of(times: StepTimes, operations: list[OperationTime]) -> dict[str, flo
 
 def _measure_ceilings(steady: SteadyEngine, weights: list[float]) -> Ceilings:
     """The fastest of several ways to read, the engine's own products among them, which took `weights` seconds each;
-    products in the model's own dtype."""
+    the instruction that compiled products are made of, or products in the model's own dtype."""
     num_threads = int(steady.settings["device.num_threads"] or 1)
     num_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -183,10 +187,23 @@ def _measure_ceilings(steady: SteadyEngine, weights: list[float]) -> Ceilings:
         block.nbytes / fastest(lambda _: block @ vector, num_calls=3),
         steady.engine.cost.weight_bytes / max(min(weights), 1e-9),
     )
+    model = steady.executor.runner.model
+    if steady.settings["device.kernels"] == "numba":
+        torch.set_num_threads(num_before)
+        return _with_instructions_of(model, bytes_per_second, num_threads)
     matrix = torch.ones(768, 768, dtype=getattr(torch, str(steady.settings["model.dtype"])))
     seconds = fastest(lambda _: matrix @ matrix, num_calls=3)
     torch.set_num_threads(num_before)
     return Ceilings(bytes_per_second, flops_per_second=2 * len(matrix) ** 3 / seconds)
+
+
+def _with_instructions_of(model: object, bytes_per_second: float, num_threads: int) -> Ceilings:
+    from engine.models.llama_numba import NumbaLlama
+    from loadtest.micro.instruction_rates import instruction_of, rate
+
+    assert isinstance(model, NumbaLlama), "device.kernels is numba"
+    name = instruction_of(model.product_kind)
+    return Ceilings(bytes_per_second, rate(name, num_threads), arithmetic=f"instructions of {name}")
 
 
 def _floor(times: StepTimes, steady: SteadyEngine, ceilings: Ceilings) -> Floor:
@@ -212,7 +229,8 @@ def page(profile: StepProfile) -> str:
         f"{where.line}. {', '.join(f'{name} {settings[name]}' for name in names)}. "
         f"Contexts of about {profile.batches[0].context} tokens.",
         f"The machine reads {profile.ceilings.bytes_per_second / 1e9:.1f} GB/s and multiplies "
-        f"{profile.ceilings.flops_per_second / 1e9:.0f} GFLOP/s with these threads (measured in the same run).",
+        f"{profile.ceilings.flops_per_second / 1e9:.0f} GOP/s with these threads ({profile.ceilings.arithmetic}; "
+        "measured in the same run).",
     ]
     return "\n\n".join([*head, *(_section(batch) for batch in profile.batches)])
 

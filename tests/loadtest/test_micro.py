@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from loadtest.micro import host_step, perplexity, scaling, step_profile
+from kernels.numba.core.formats import NAMES
+from loadtest.micro import host_step, instruction_rates, perplexity, scaling, step_profile
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
 from loadtest.report.environment import read_environment
@@ -161,6 +162,14 @@ def test_the_profile_of_a_step_reaches_from_the_weights_to_the_client(
     for words in ("## Batch 3", "| weights ", "times its floor"):
         assert words in printed
     assert (step_profile.WAY_TO_CLIENT in printed) == (not more)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_kind_of_product_has_an_instruction_whose_rate_can_be_measured(kind: int, monkeypatch) -> None:
+    for name, few in (("NUM_RUNS", 2), ("NUM_ITERATIONS", 1000)):
+        monkeypatch.setattr(instruction_rates, name, few)
+    name = instruction_rates.instruction_of(kind)
+    assert instruction_rates.rate(name, 3) > instruction_rates.rate(name, 1) / 3 > 0
 
 
 def test_a_file_of_something_else_is_refused(tmp_path) -> None:

@@ -1,5 +1,5 @@
 """Register tiles: the micro-kernels of all matrix products, generated as LLVM vector instructions. Those of integers
-are in `integer_tiles`.
+are in `integer_tiles`, those of a paged cache in `paged_tiles`.
 
 A tile multiplies a few rows by a few panels of 16 columns and keeps every sum in a register from the first element to
 the last (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008, section 6.3). Vectors are
@@ -15,7 +15,6 @@ Addresses are integers, strides count elements. The callers are compiled by Numb
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from llvmlite import ir
 from numba import njit
@@ -41,7 +40,6 @@ from kernels.numba.core.lanes import (
 )
 from kernels.numba.core.processor import LINE, TileRows, features, level
 
-PARTS_AHEAD = 2  # parts of a paged matrix that are prefetched, 1 to 4 KB each
 FLOAT_TILES = level().floats
 
 
@@ -61,7 +59,7 @@ def write_sums(
                 store(builder, total, address)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Prefetches the cache line of an address, which may be invalid, into the L2 cache.
 
     A tile asks for the weights of the next one while it computes. The hardware's prefetcher learns a stream anew in
@@ -77,14 +75,14 @@ def prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: ir
     for address in addresses:
         first = builder.add(address, distance)
         for line in range(0, num_bytes, LINE):
-            _prefetch(builder, builder.add(first, I64(line)))
+            prefetch(builder, builder.add(first, I64(line)))
 
 
 def _float_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
     """(x, ldx, w, w_stride, panel_stride, depth, ahead, out, ldo, adds): the tile of float sums.
 
     x: float32 [rows, depth]; element i of column c of panel p is w[p * panel_stride + i * w_stride + c]
-    ahead: bytes from each panel to the one that is prefetched meanwhile, see `_prefetch`
+    ahead: bytes from each panel to the one that is prefetched meanwhile, see `prefetch`
     """
     function, is_new = define(module, f"float_tile_{rows}x{panels}_{element}", 10)
     if not is_new:
@@ -165,71 +163,6 @@ def _add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, 
     return fma(builder, a_low, b_low, fma(builder, a_high, b_high, total))
 
 
-def _paged_tile(module: ir.Module, rows: int, panels: int, element: str, *, scores: bool) -> ir.Function:
-    """(x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo): a tile of a paged matrix.
-
-    parts: their addresses, and those of the next PARTS_AHEAD, which are prefetched: the hardware prefetcher cannot
-    predict them. Element i of column c of a part is i * w_stride + c after `offset` bytes.
-    scores: each part is 16 columns of out = x @ part, all of one depth; `panels` parts at once, of which num_parts is a
-    multiple. Else each is 16 elements of the depth, `depth` in all, and out += x @ parts, `panels` times 16 columns;
-    the first `skipped` elements, fewer than 16, are left out.
-    """
-    function, is_new = define(module, f"paged_tile_{rows}x{panels}_{element}_{'scores' if scores else 'sums'}", 10)
-    if not is_new:
-        return function
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, ldx, parts, offset, w_stride, skipped, depth, num_parts, out, ldo = function.args
-    size = 4 if element == "float32" else 2
-    zeros = [ir.Constant(FLOATS, [0.0] * LANES)] * (rows * panels)
-    step = builder.mul(w_stride, I64(size))
-    parts_at_once = panels if scores else 1
-    outer = Loop(builder, builder.sdiv(num_parts, I64(parts_at_once)), [] if scores else zeros)
-    first_part = builder.mul(outer.index, I64(parts_at_once))
-    entry = builder.add(parts, builder.shl(first_part, I64(3)))
-    parts_here, following = (
-        [
-            builder.add(load(builder, builder.add(entry, I64(8 * (ahead + part))), I64, 8), offset)
-            for part in range(parts_at_once)
-        ]
-        for ahead in (0, PARTS_AHEAD)
-    )
-    if scores:
-        first, begin, count = I64(0), I64(0), depth
-    else:
-        first = builder.mul(outer.index, I64(LANES))
-        begin = builder.select(builder.icmp_signed("==", outer.index, I64(0)), skipped, I64(0))
-        left = builder.sub(depth, first)
-        end = builder.select(builder.icmp_signed("<", left, I64(LANES)), left, I64(LANES))
-        count = builder.sub(end, begin)
-        columns = [I64(size * LANES * panel) for panel in range(panels)]
-        parts_here = [builder.add(parts_here[0], column) for column in columns]
-        following = [builder.add(following[0], column) for column in columns[:: LINE // (size * LANES)]]
-    x_rows = [
-        builder.add(x, builder.shl(builder.add(builder.mul(ldx, I64(row)), first), I64(2))) for row in range(rows)
-    ]
-    inner = Loop(builder, count, zeros if scores else outer.values)
-    index = builder.add(inner.index, begin)
-    distance = builder.mul(index, step)
-    for address in following:
-        _prefetch(builder, builder.add(address, distance))
-    weights = [load_floats(builder, builder.add(part, distance), element) for part in parts_here]
-    sums = []
-    for row in range(rows):
-        scalar = splat(builder, load(builder, builder.add(x_rows[row], builder.shl(index, I64(2))), FLOAT, 4))
-        totals = inner.values[row * panels : (row + 1) * panels]
-        sums += [fma(builder, scalar, weight, total) for weight, total in zip(weights, totals, strict=True)]
-    sums = inner.close(sums)
-    if scores:
-        target = builder.add(out, builder.mul(first_part, I64(4 * LANES)))
-        write_sums(builder, sums, panels, target, ldo, I64(0))
-        outer.close([])
-    else:
-        sums = outer.close(sums)
-        write_sums(builder, sums, panels, out, ldo, I64(1))
-    builder.ret_void()
-    return function
-
-
 _Writer = Callable[[ir.Module, int, int, str], ir.Function]
 
 
@@ -263,13 +196,6 @@ def dispatching(write: _Writer, element: str, num_arguments: int, most: TileRows
     return tile
 
 
-_scores, _sums = partial(_paged_tile, scores=True), partial(_paged_tile, scores=False)
-score_float32, score_bfloat16, score_float16 = (
-    dispatching(_scores, element, 10) for element in ("float32", "bfloat16", "float16")
-)
-weigh_float32, weigh_bfloat16, weigh_float16 = (
-    dispatching(_sums, element, 10) for element in ("float32", "bfloat16", "float16")
-)
 multiply_float32 = dispatching(_float_tile, "float32", 10)
 multiply_bfloat16 = dispatching(_bfloat16_tile, "float32", 10)
 multiply_rounded_bfloat16 = dispatching(_bfloat16_tile, "bfloat16", 10)

@@ -14,10 +14,8 @@ from numba import njit, types
 from kernels.numba.core.formats import BFLOAT16, FLOAT32
 from kernels.numba.core.lanes import LANES, exponentiate, largest_of
 from kernels.numba.core.memory import flags, floats, integers, words
-from kernels.numba.core.tiles import (
-    FLOAT_TILES,
+from kernels.numba.core.paged_tiles import (
     PARTS_AHEAD,
-    rows_of_next_tile,
     score_bfloat16,
     score_float16,
     score_float32,
@@ -25,6 +23,7 @@ from kernels.numba.core.tiles import (
     weigh_float16,
     weigh_float32,
 )
+from kernels.numba.core.tiles import FLOAT_TILES, rows_of_next_tile
 from kernels.numba.kernel_cache import by_name, kernel
 
 SPAN = 128  # keys scored at once; a multiple of LANES
@@ -80,8 +79,17 @@ def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
                 panels = 1
             count = (num_parts - part) // panels * panels
             arguments = (
-                tile, panels, source, size, parts + part * 8, 0, block, 0, size, count, target + part * LANES * 4, ldo
-            )  # fmt: skip
+                tile,
+                panels,
+                source,
+                size,
+                parts + part * 8,
+                block,
+                size,
+                count,
+                target + part * LANES * 4,
+                ldo,
+            )
             if kind == FLOAT32:
                 score_float32(arguments)
             elif kind == BFLOAT16:
@@ -104,7 +112,6 @@ def _next_tile(rows, panels):
 def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
     """out += x @ values, [rows, size]. parts: addresses of LANES values each, `depth` in all, of which the first
     `skipped` are left out; element: bytes"""
-    num_parts = -(-depth // LANES)
     row = 0
     while row < rows:
         panels, tile = _next_tile(rows - row, size // LANES)
@@ -114,7 +121,7 @@ def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
             if column + panels * LANES > size:
                 panels = 1
             target, offset = out + (row * size + column) * 4, column * element
-            arguments = (tile, panels, source, ldx, parts, offset, size, skipped, depth, num_parts, target, size)
+            arguments = (tile, panels, source, ldx, parts, offset, size, skipped, depth, target, size)
             if kind == FLOAT32:
                 weigh_float32(arguments)
             elif kind == BFLOAT16:

@@ -9,7 +9,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from kernels.numba.core import integer_tiles, tiles
+from kernels.numba.core import integer_tiles, paged_tiles, tiles
 from kernels.numba.core.processor import LEVELS, Level, TileRows, level_of
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -22,6 +22,8 @@ TILES = {
     "int4": (integer_tiles._integer_tile, "int4"),
     "int8 by bytes": (integer_tiles._byte_tile, "int8"),
     "int4 by bytes": (integer_tiles._byte_tile, "int4"),
+    "scores": (paged_tiles._score_tile, "float16"),
+    "values": (paged_tiles._value_tile, "float16"),
 }
 
 
@@ -111,11 +113,20 @@ def test_a_product_is_the_processor_s_own_instruction(
 
 
 @pytest.mark.parametrize("processor", [SKYLAKE, CASCADE_LAKE, ZEN4], ids=lambda processor: processor.name)
-@pytest.mark.parametrize("tile", ["float32", "float16", "bfloat16", "rounded bfloat16"])
+@pytest.mark.parametrize("tile", ["float32", "float16", "bfloat16", "rounded bfloat16", "scores", "values"])
 def test_the_sums_of_the_tallest_tile_stay_in_registers(assemble, processor: Processor, tile: str) -> None:
     assembly = assemble(processor, tile, processor.level.floats.two_panels, 2)
     assert "%zmm" in assembly
     assert not re.findall(r"%zmm\d+, -?\d*\(%rsp\)", assembly), "stored on the stack"
+
+
+@PROCESSORS
+@pytest.mark.parametrize("tile", TILES)
+def test_weights_are_prefetched_past_the_first_cache(assemble, processor: Processor, tile: str) -> None:
+    """What is on its way into the L1 cache holds one of a few miss buffers, which bound the rate of a core."""
+    assembly = assemble(processor, tile, 1, 2)
+    assert re.search(r"prefetcht1|pldl2keep", assembly)
+    assert not re.search(r"prefetcht0|prefetchnta|pldl1", assembly)
 
 
 def test_levels_of_x86_include_those_before_them() -> None:

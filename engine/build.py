@@ -38,7 +38,7 @@ from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
 from engine.speculation.controller import DraftController
-from engine.speculation.proposer import Proposer, ProposerContext, build_proposer, needs_of
+from engine.speculation.proposer import Proposer, ProposerContext, TargetShape, build_proposer, needs_of
 from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
 
@@ -156,7 +156,8 @@ def _load(
             methods=back_end.linear_methods,
             report=clock.enter,
         )
-    loaded.model.show_inputs_of(needs_of(config.speculation).hidden_layers)
+    needs = needs_of(config.speculation, _target_shape(plan, loaded))
+    loaded.model.show_inputs_of(needs.hidden_layers)
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
     if plan.kernels != "numba" and back_end.has_compiled_attention(loaded.model):
         _compile(back_end, clock)
@@ -194,13 +195,14 @@ def _assemble(
         windows=windows_of(layers),
         cache_key=f"{loaded.weights_digest} {plan.dtype} {codec.name}",
     )
+    target = _target_shape(plan, loaded)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
-        num_lookahead_tokens=needs_of(config.speculation).num_lookahead_tokens,
+        num_lookahead_tokens=needs_of(config.speculation, target).num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
     overlap = plan.device == "cuda" and plan.num_drafts == 0
@@ -209,12 +211,15 @@ def _assemble(
     windows = windows_of(layers)
     context = ProposerContext(
         path=loaded.path,
-        vocab_size=loaded.vocab_size,
-        hidden_size=model.hidden_size,
-        output_rows=model.output_rows,
-        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
+        target=target,
         full_group=windows.index(None) if None in windows else 0,
+        num_blocks=num_blocks,
+        output_rows=model.output_rows,
+        embedding_rows=lambda token_ids: torch.nn.functional.embedding(token_ids, model.embedding),
+        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
         verifies_trees=runner.verifies_trees,
+        device=torch.device(plan.device),
+        dtype=plan.dtype,
     )
     proposer = build_proposer(config.speculation, context)
     return Engine(
@@ -225,6 +230,16 @@ def _assemble(
         pace=pace,
         overlap=overlap,
         recording=recording,
+    )
+
+
+def _target_shape(plan: MemoryPlan, loaded: LoadedModel) -> TargetShape:
+    """What proposers are told of the model."""
+    return TargetShape(
+        vocab_size=loaded.vocab_size,
+        hidden_size=loaded.model.hidden_size,
+        num_layers=len(loaded.model.attention_layers),
+        block_size=plan.block_size,
     )
 
 
@@ -240,8 +255,7 @@ def _cost(plan: MemoryPlan) -> ModelCost:
         flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
         is_queued=plan.device == "cuda",
         flops_per_logits=2 * output_size,
-        kv_bytes_per_token=plan.kv_bytes_per_token
-        - (plan.draft.kv_bytes_per_token * len(plan.windows) if plan.draft else 0),
+        kv_bytes_per_token=plan.kv_bytes_per_token - plan.draft_kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in facts.attention_layers),
     )
 

@@ -197,6 +197,11 @@ class TransformersModel(Model):
         layer: nn.Module = self.head.get_output_embeddings()
         return layer
 
+    @property
+    def embedding(self) -> Tensor:
+        weight: Tensor = self.head.get_input_embeddings().weight
+        return weight
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0].float()

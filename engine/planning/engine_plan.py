@@ -29,7 +29,7 @@ from engine.planning.resolve import (
     step_name,
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
-from engine.speculation.proposer import ProposerNeeds, needs_of
+from engine.speculation.proposer import ProposerNeeds, TargetShape, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
 
@@ -68,6 +68,7 @@ class MemoryPlan:
     draft: MemoryPlan | None  # of the draft model, if there is one; its cache is counted in `kv_bytes_per_token` here
     graphs: GraphDemand
     kv_bytes_per_token: int
+    draft_kv_bytes_per_token: int  # of them, the proposer's
     block_size: int  # tokens
     num_blocks: int  # of all groups of layers together
     blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
@@ -138,7 +139,7 @@ def plan_memory(
     chosen = device.value, kernels.value, quantization.value
     steps = step_name(facts, *chosen[1:], (dtype.value, config.model.activations), num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
-    draft, needs = _plan_draft(config, machine)
+    draft, needs = _plan_draft(facts, config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     sizer = Sizer(facts, config, machine, *chosen, needs, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
@@ -165,6 +166,7 @@ def plan_memory(
         draft=draft,
         graphs=demand.graphs,
         kv_bytes_per_token=demand.kv_per_token,
+        draft_kv_bytes_per_token=needs.kv_bytes_per_token * sizer.num_groups,
         block_size=sizer.block_size,
         num_blocks=num_blocks,
         blocks_per_sequence=sizer.num_blocks_for(max_model_len.value, demand),
@@ -182,9 +184,15 @@ def plan_memory(
     )  # fmt: skip
 
 
-def _plan_draft(config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
+def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
     """The draft model's plan, if there is to be one, and what the proposer needs with it."""
-    needs = needs_of(config.speculation)
+    target = TargetShape(
+        vocab_size=facts.vocab_size,
+        hidden_size=facts.hidden_size,
+        num_layers=len(facts.attention_layers),
+        block_size=config.kv_cache.block_size,
+    )
+    needs = needs_of(config.speculation, target)
     if config.speculation.method != "draft_model":
         return None, needs
     model = ModelConfig(

@@ -32,13 +32,14 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
+from engine.runner.model_runner import ModelRunner
 from engine.runner.step_recording import StepRecording
 from engine.runner.step_timing import time_steps
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
 from engine.speculation.controller import DraftController
-from engine.speculation.proposer import Proposer, ProposerContext, TargetShape, build_proposer, needs_of
+from engine.speculation.proposer import Proposer, ProposerContext, build_proposer
 from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
 
@@ -156,8 +157,7 @@ def _load(
             methods=back_end.linear_methods,
             report=clock.enter,
         )
-    needs = needs_of(config.speculation, _target_shape(plan, loaded))
-    loaded.model.show_inputs_of(needs.hidden_layers)
+    loaded.model.show_inputs_of(plan.needs.hidden_layers)
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
     if plan.kernels != "numba" and back_end.has_compiled_attention(loaded.model):
         _compile(back_end, clock)
@@ -195,33 +195,19 @@ def _assemble(
         windows=windows_of(layers),
         cache_key=f"{loaded.weights_digest} {plan.dtype} {codec.name}",
     )
-    target = _target_shape(plan, loaded)
     limits = SchedulerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
-        num_lookahead_tokens=needs_of(config.speculation, target).num_lookahead_tokens,
+        num_lookahead_tokens=plan.needs.num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
     overlap = plan.device == "cuda" and plan.num_drafts == 0
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
     recording = None if config.supervision.record_steps == "off" else StepRecording(config)
-    windows = windows_of(layers)
-    context = ProposerContext(
-        path=loaded.path,
-        target=target,
-        full_group=windows.index(None) if None in windows else 0,
-        num_blocks=num_blocks,
-        output_rows=model.output_rows,
-        embedding_rows=lambda token_ids: torch.nn.functional.embedding(token_ids, model.embedding),
-        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
-        verifies_trees=runner.verifies_trees,
-        device=torch.device(plan.device),
-        dtype=plan.dtype,
-    )
-    proposer = build_proposer(config.speculation, context)
+    proposer = build_proposer(config.speculation, _proposer_context(config, plan, loaded, runner))
     return Engine(
         executor,
         Scheduler(kv, limits),
@@ -233,13 +219,22 @@ def _assemble(
     )
 
 
-def _target_shape(plan: MemoryPlan, loaded: LoadedModel) -> TargetShape:
-    """What proposers are told of the model."""
-    return TargetShape(
-        vocab_size=loaded.vocab_size,
-        hidden_size=loaded.model.hidden_size,
-        num_layers=len(loaded.model.attention_layers),
-        block_size=plan.block_size,
+def _proposer_context(
+    config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, runner: ModelRunner
+) -> ProposerContext:
+    model = loaded.model
+    windows = windows_of(model.attention_layers)
+    return ProposerContext(
+        path=loaded.path,
+        target=plan.target,
+        full_group=windows.index(None) if None in windows else 0,
+        num_blocks=plan.num_blocks + 1,
+        output_rows=model.output_rows,
+        embedding_rows=lambda token_ids: torch.nn.functional.embedding(token_ids, model.embedding),
+        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
+        verifies_trees=runner.verifies_trees,
+        device=torch.device(plan.device),
+        dtype=plan.dtype,
     )
 
 

@@ -68,11 +68,10 @@ class MemoryPlan:
     draft: MemoryPlan | None  # of the draft model, if there is one; its cache is counted in `kv_bytes_per_token` here
     graphs: GraphDemand
     kv_bytes_per_token: int
-    draft_kv_bytes_per_token: int  # of them, the proposer's
     block_size: int  # tokens
     num_blocks: int  # of all groups of layers together
     blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
-    num_drafts: int  # of a sequence that a step verifies, at most
+    needs: ProposerNeeds  # with those of the draft model, if there is one
     dtype: torch.dtype
     quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
     kv_codec: str  # a key of kv_cache.codec.KV_CODECS
@@ -100,6 +99,21 @@ class MemoryPlan:
     def kv_dtype(self) -> torch.dtype:
         """Of what the cache stores."""
         return make_codec(self.kv_codec).dtype
+
+    @property
+    def num_drafts(self) -> int:
+        """Of a sequence that a step verifies, at most."""
+        return self.needs.num_drafts
+
+    @property
+    def draft_kv_bytes_per_token(self) -> int:
+        """Of `kv_bytes_per_token`, the proposer's: it has a block for each block of each group."""
+        return self.needs.kv_bytes_per_token * len(self.windows)
+
+    @property
+    def target(self) -> TargetShape:
+        """What proposers are told of the model."""
+        return _target_shape(self.facts, self.block_size)
 
     @property
     def windows(self) -> list[int | None]:
@@ -166,11 +180,10 @@ def plan_memory(
         draft=draft,
         graphs=demand.graphs,
         kv_bytes_per_token=demand.kv_per_token,
-        draft_kv_bytes_per_token=needs.kv_bytes_per_token * sizer.num_groups,
         block_size=sizer.block_size,
         num_blocks=num_blocks,
         blocks_per_sequence=sizer.num_blocks_for(max_model_len.value, demand),
-        num_drafts=needs.num_drafts,
+        needs=needs,
         dtype=DTYPES[dtype.value],
         quantization=quantization.value,
         kv_codec=kv_dtype.value,
@@ -186,13 +199,7 @@ def plan_memory(
 
 def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
     """The draft model's plan, if there is to be one, and what the proposer needs with it."""
-    target = TargetShape(
-        vocab_size=facts.vocab_size,
-        hidden_size=facts.hidden_size,
-        num_layers=len(facts.attention_layers),
-        block_size=config.kv_cache.block_size,
-    )
-    needs = needs_of(config.speculation, target)
+    needs = needs_of(config.speculation, _target_shape(facts, config.kv_cache.block_size))
     if config.speculation.method != "draft_model":
         return None, needs
     model = ModelConfig(
@@ -206,6 +213,15 @@ def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tu
         raise ModelError(f"speculation.model: {error}") from error
     used = draft.weight_bytes + draft.workspace_bytes
     return draft, replace(needs, num_bytes=used, kv_bytes_per_token=draft.kv_bytes_per_token)
+
+
+def _target_shape(facts: ModelFacts, block_size: int) -> TargetShape:
+    return TargetShape(
+        vocab_size=facts.vocab_size,
+        hidden_size=facts.hidden_size,
+        num_layers=len(facts.attention_layers),
+        block_size=block_size,
+    )
 
 
 def _settings(*resolved: Resolved[str] | Resolved[int]) -> dict[str, Setting]:

@@ -185,8 +185,11 @@ class EagleProposer:
             known = self._known[seq] = KnownRows()
         known.follow(self._cache, table, seq.block_hashes, first)
         before = known.state_before(self._cache, first)
-        states = [fused[:-1]] if before is None else [before[None].clone(), fused[:-1]]
-        start = first + (before is None)
+        kept_from = seq.num_released_blocks[self._group] * self._cache.block_size  # a window has passed what is before
+        start = max(first + (before is None), kept_from)
+        states = [fused[max(start - 1 - first, 0) : -1], fused[-1:]]
+        if before is not None and start == first:
+            states.insert(0, before[None].clone())
         if end > start:
             known.claim(self._cache, table, start, end)
             size = self._cache.block_size
@@ -195,9 +198,10 @@ class EagleProposer:
                 blocks = torch.from_numpy(table[lasts // size]).to(fused.device)
                 self._cache.last_states[blocks] = fused[torch.from_numpy(lasts - first).to(fused.device)]
         known.state, known.state_at = fused[-1].clone(), end - 1
-        num_unknown = max(start - 1, 0) - int(known.is_known[:start].sum())
-        is_drafted = depth > 0 and seq.num_tokens == end + 1 and num_unknown <= (1 - MIN_KNOWN) * end
-        return _Text(seq, known, table, start, end, [*states, fused[-1:]], depth if is_drafted else 0)
+        num_seen = start - kept_from
+        num_unknown = num_seen - (kept_from == 0) - int(known.is_known[kept_from:start].sum())
+        is_drafted = depth > 0 and seq.num_tokens == end + 1 and num_unknown <= (1 - MIN_KNOWN) * num_seen
+        return _Text(seq, known, table, start, end, states, depth if is_drafted else 0)
 
     def _first_pass(self, texts: list[_Text]) -> tuple[list[_Tree], HeadOutput]:
         """Computes and keeps the rows of the texts, and behind them those of the first guesses."""

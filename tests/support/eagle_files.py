@@ -38,6 +38,7 @@ class TinyEagle:
     num_layers: int = 1
     hidden: int = HIDDEN
     aux: tuple[int, ...] = AUX_LAYERS
+    vocab: int = VOCAB
     known: tuple[int, ...] | None = None
     fused_norm: str = "none"  # or "each", "all"
     norm_before_residual: bool = False
@@ -47,7 +48,7 @@ class TinyEagle:
 
     @property
     def num_known(self) -> int:
-        return VOCAB if self.known is None else len(self.known)
+        return self.vocab if self.known is None else len(self.known)
 
 
 def random_eagle(
@@ -55,6 +56,7 @@ def random_eagle(
     seed: int = 0,
     num_layers: int = 1,
     hidden: int = HIDDEN,
+    vocab: int = VOCAB,
     known: tuple[int, ...] | None = tuple(range(1, VOCAB, 2)),
     aux: tuple[int, ...] = AUX_LAYERS,
     fused_norm: str = "none",
@@ -93,17 +95,17 @@ def random_eagle(
         tensors |= {f"fc_norm.{i}.weight": norm(TARGET_HIDDEN) for i in range(len(aux))}
     if fused_norm == "all":
         tensors["input_norm.weight"] = norm(fused)
-    num_known = VOCAB if known is None else len(known)
+    num_known = vocab if known is None else len(known)
     tensors["lm_head.weight"] = draw(num_known, hidden)
     if has_embedding:
-        tensors["embed_tokens.weight"] = draw(VOCAB, hidden, size=1.0)
+        tensors["embed_tokens.weight"] = draw(vocab, hidden, size=1.0)
     if known is not None:
         tensors["d2t"] = torch.tensor([token - i for i, token in enumerate(known)])
-        tensors["t2d"] = torch.tensor([token in known for token in range(VOCAB)])
+        tensors["t2d"] = torch.tensor([token in known for token in range(vocab)])
     if mask_token is not None:
         tensors["mask_hidden"] = draw(1, fused, size=1.0)
     return TinyEagle(
-        tensors, num_layers, hidden, aux, known, fused_norm, mask_token=mask_token, **switches,  # type: ignore[arg-type]
+        tensors, num_layers, hidden, aux, vocab, known, fused_norm, mask_token=mask_token, **switches,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def llama_fields(eagle: TinyEagle) -> dict[str, object]:
         "rms_norm_eps": EPS,
         "rope_theta": THETA,
         "max_position_embeddings": 256,
-        "vocab_size": VOCAB,
+        "vocab_size": eagle.vocab,
     }
     if eagle.window is not None:
         fields |= {"layer_types": ["sliding_attention"], "sliding_window": eagle.window}

@@ -106,7 +106,7 @@ def make_proposer(method: str, model: Model, *, num_blocks: int, num_drafts: int
     if method == "eagle3":
         return make_eagle(random_eagle(aux=(1, 0), known=tuple(range(20))), model, num_blocks=num_blocks, num_drafts=6)
     if method == "p_eagle":
-        eagle = random_eagle(aux=(0, 1), num_layers=2, mask_token=3, known=None)
+        eagle = random_eagle(seed=10, aux=(0, 1), num_layers=2, mask_token=3, known=None)
         return make_eagle(eagle, model, num_blocks=num_blocks, num_drafts=num_drafts)
     heads = make_heads(model)
     if method == "medusa":

@@ -66,7 +66,11 @@ class EagleHead:
         """On the target's device; float32 on a CPU, whose products of fewer bits are slow, else the target's dtype."""
         dtype = torch.float32 if context.device.type == "cpu" else context.dtype
         weights = checkpoint.read(dtype=dtype, device=context.device)
-        output = weights.output
+        output, size = weights.output, checkpoint.config.hidden_size
+        if weights.embedding is None:
+            found = context.embedding_rows(torch.zeros(1, dtype=torch.int64, device=context.device)).shape[1]
+            if found != size:
+                raise ValueError(f"the head has no embedding, and the model's has {found} features, not {size}")
         if output is None:
             output = context.output_rows(weights.target_ids).to(context.device, dtype)
         return cls(checkpoint.config, weights, embedding_rows=context.embedding_rows, output=output, dtype=dtype)

@@ -41,7 +41,7 @@ from engine.speculation.verified_step import KeptTokens, VerifiedStep
 from engine.types import Sequence
 
 MIN_KNOWN = 0.5  # of a text, without which a head would guess at random
-_BYTES = 4  # of a weight, at most: on a CPU, whatever the file has is multiplied as float32
+_BYTES, _EMBEDDING_BYTES = 2, 4  # of a weight, at most: on a CPU they are kept in int8, the embedding as in the file
 
 
 @dataclass(slots=True)
@@ -355,12 +355,13 @@ def _open(config: SpeculationConfig, target: TargetShape) -> EagleCheckpoint:
 
 def _needs(config: SpeculationConfig, checkpoint: EagleCheckpoint, target: TargetShape) -> ProposerNeeds:
     known = checkpoint.config.num_drafts
+    num_in_embedding = checkpoint.num_embedding_parameters
     says_nothing = config.depth == "auto" and config.num_drafts == "auto"
     return ProposerNeeds(
         num_drafts=known if says_nothing and known is not None else most_drafts(config),
         hidden="all",
         hidden_layers=checkpoint.config.hidden_layers,
         depth_costs_time=not checkpoint.is_parallel,
-        num_bytes=checkpoint.num_parameters * _BYTES,
+        num_bytes=_BYTES * (checkpoint.num_parameters - num_in_embedding) + _EMBEDDING_BYTES * num_in_embedding,
         kv_bytes_per_token=cache_bytes_per_token(checkpoint.config, target.block_size),
     )

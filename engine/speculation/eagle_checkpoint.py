@@ -79,14 +79,20 @@ class EagleCheckpoint:
         return sum(sizes) + copied
 
     @property
+    def num_embedding_parameters(self) -> int:
+        name = "embed_tokens.weight"
+        return torch.Size(self._shapes[name]).numel() if name in self._names else 0
+
+    @property
     def is_parallel(self) -> bool:
         return "mask_hidden" in self._names
 
-    def read(self, *, dtype: torch.dtype, device: torch.device) -> EagleWeights:
-        """Reads all tensors: matrices in this dtype, the embedding in its own."""
+    def read(self, *, dtype: torch.dtype, device: torch.device, keeps_matrices: bool = False) -> EagleWeights:
+        """Reads all tensors in this dtype, but the embedding in its own. keeps_matrices: matrices in theirs too"""
 
         def take(name: str) -> Tensor:
-            return self._floats(name).to(device, dtype)
+            values = self._floats(name).to(device)
+            return values if keeps_matrices and values.dim() == 2 and name != "mask_hidden" else values.to(dtype)
 
         def take_if_there(name: str) -> Tensor | None:
             return take(name) if name in self._names else None

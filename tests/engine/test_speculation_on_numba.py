@@ -160,7 +160,8 @@ def test_the_plan_counts_the_weights_and_the_rows_of_an_eagle_head(folder: Path)
     row = 2 * 2 * 8 * 4  # keys and values of two heads
     assert both.kv_bytes_per_token == alone.kv_bytes_per_token + 2 * row + HIDDEN_SIZE // both.block_size * 4
     assert both.draft_kv_bytes_per_token == both.kv_bytes_per_token - alone.kv_bytes_per_token
-    assert both.speculation_bytes > (folder / "EAGLE" / "model.safetensors").stat().st_size - 4096
+    num_bytes = (folder / "EAGLE" / "model.safetensors").stat().st_size  # in float32, and a header
+    assert num_bytes // 2 - 4096 < both.speculation_bytes < num_bytes // 2
     assert "speculation" in render_plan(both)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from engine.speculation.eagle import EagleProposer
 from engine.speculation.eagle_cache import EagleCache
 from engine.speculation.eagle_checkpoint import EagleCheckpoint
 from engine.speculation.eagle_config import read_eagle_config
-from engine.speculation.eagle_head import EagleHead
+from engine.speculation.eagle_head import EagleHead, FloatMatrix, Matrix
 from engine.speculation.proposer import TargetShape
 
 VOCAB, TARGET_HIDDEN, NUM_TARGET_LAYERS = 24, 32, 5
@@ -228,19 +229,26 @@ def open_tiny(eagle: TinyEagle, *, num_target_layers: int = NUM_TARGET_LAYERS) -
 
 
 def make_eagle(
-    eagle: TinyEagle, model: Model, *, num_blocks: int, num_drafts: int = 5, max_children: int = MAX_CHILDREN
+    eagle: TinyEagle,
+    model: Model,
+    *,
+    num_blocks: int,
+    num_drafts: int = 5,
+    max_children: int = MAX_CHILDREN,
+    make_matrix: Callable[[Tensor], Matrix] = FloatMatrix,
 ) -> EagleProposer:
-    """Shows the model's layers to it."""
+    """Shows the model's layers to it. In float32, unless another matrix is made."""
     checkpoint = open_tiny(eagle, num_target_layers=len(model.attention_layers))
     model.show_inputs_of(checkpoint.config.hidden_layers)
     weights = checkpoint.read(dtype=torch.float32, device=torch.device("cpu"))
     output = model.output_rows(weights.target_ids) if weights.output is None else weights.output
+    embedding = model.embedding if weights.embedding is None else weights.embedding
     head = EagleHead(
         checkpoint.config,
         weights,
-        embedding_rows=lambda token_ids: model.embedding[token_ids],
+        embedding_rows=lambda token_ids: embedding[token_ids],
         output=output,
-        dtype=torch.float32,
+        make_matrix=make_matrix,
     )
     cache = EagleCache(
         checkpoint.config,

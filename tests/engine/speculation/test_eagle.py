@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,7 +20,9 @@ from engine.models.registry import build_model
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.host_sampler import HostSampler
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.speculation.draft_matrix import make_draft_matrix
 from engine.speculation.eagle import EagleProposer
+from engine.speculation.eagle_head import FloatMatrix, Matrix
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Request, SamplingParams, Sequence
 from tests.support.conformance.proposer import ProposerConformance
@@ -118,12 +121,25 @@ class Checked:
 
 
 def _engine(
-    llama: LlamaForCausalLM, eagle: TinyEagle, *, num_blocks: int = 200, budget: int = 13, is_chain: bool = True
+    llama: LlamaForCausalLM,
+    eagle: TinyEagle,
+    *,
+    num_blocks: int = 200,
+    budget: int = 13,
+    is_chain: bool = True,
+    make_matrix: Callable[[Tensor], Matrix] = FloatMatrix,
 ) -> tuple[Engine, Checked]:
     model = build_model(llama.config, dtype=torch.float32)
     model.load_weights(llama.state_dict().items())
     most = 1 if is_chain else 8
-    proposer = make_eagle(eagle, model, num_blocks=num_blocks, num_drafts=NUM_DRAFTS, max_children=most)
+    proposer = make_eagle(
+        eagle,
+        model,
+        num_blocks=num_blocks,
+        num_drafts=NUM_DRAFTS,
+        max_children=most,
+        make_matrix=make_matrix,
+    )
     checked = Checked(proposer, DenseEagle(eagle, model.embedding), llama)
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
@@ -247,6 +263,26 @@ def test_trees_have_the_chances_of_their_definition(llama: LlamaForCausalLM) -> 
                 assert chance == pytest.approx(expected, rel=1e-3)
             num_trees += any(parent != i - 1 for i, parent in enumerate(seq.draft_parents))
     assert num_trees > 20
+
+
+def test_matrices_of_few_bits_change_few_drafts(llama: LlamaForCausalLM) -> None:
+    """On a CPU they are int8, which rounds."""
+    for name in ("official", "P-EAGLE"):
+        eagle = VARIANTS[name][1]
+        engine, checked = _engine(llama, eagle, is_chain=False, make_matrix=make_draft_matrix)
+        num_drafted = num_alike = 0
+        for i, prompt in enumerate(_prompts()):
+            params = SamplingParams(seed=i, max_tokens=20, temperature=0.0)
+            engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+        while engine.has_work:
+            engine.step()
+            for seq in engine.scheduler.running:
+                if seq.draft_token_ids:
+                    hidden = checked._hidden(seq.token_ids[:-1])
+                    num_alike += seq.draft_token_ids[0] == checked.dense.chain(seq.token_ids, hidden, 1)[0]
+                    num_drafted += 1
+        assert num_drafted > 40
+        assert num_alike > 0.9 * num_drafted
 
 
 def test_a_sampled_request_gets_what_the_targets_noise_would_choose(llama: LlamaForCausalLM) -> None:

@@ -120,8 +120,9 @@ def test_what_is_needed_is_known_without_loading(tmp_path: Path, name: str) -> N
         assert (needs.hidden, needs.hidden_layers) == ("all", eagle.aux)
         assert needs.num_drafts == (3 if layout == "speculators" else 5)
         assert needs.depth_costs_time == (eagle.mask_token is None)
-        kept = sum(tensor.numel() for key, tensor in eagle.tensors.items() if key != "t2d")
-        assert needs.num_bytes == 4 * kept
+        kept = sum(tensor.numel() for key, tensor in eagle.tensors.items() if key not in ("t2d", "embed_tokens.weight"))
+        embedding = VOCAB * eagle.hidden if "embed_tokens.weight" in eagle.tensors else 0
+        assert needs.num_bytes == 2 * kept + 4 * embedding
         row = 2 * eagle.num_layers * 2 * 8
         assert needs.kv_bytes_per_token == 4 * (2 * row + -(-eagle.hidden // 16))
         proposer = build_proposer(config, CONTEXT)
@@ -132,11 +133,14 @@ def test_what_is_needed_is_known_without_loading(tmp_path: Path, name: str) -> N
 
 def test_a_head_without_an_output_layer_has_the_targets(tmp_path: Path) -> None:
     eagle = without(HEAD, "lm_head.weight")
-    checkpoint = _open(tmp_path, *vllm(eagle))
-    head = EagleHead.load(checkpoint, CONTEXT)
+    heads = [EagleHead.load(_open(tmp_path / "its", *vllm(eagle)), CONTEXT)]
     assert HEAD.known is not None
-    assert torch.equal(head._output, _rows(torch.tensor(HEAD.known)))
-    assert checkpoint.num_parameters == _open(tmp_path / "whole", *vllm(HEAD)).num_parameters
+    copied = replace(HEAD, tensors=HEAD.tensors | {"lm_head.weight": _rows(torch.tensor(HEAD.known))})
+    checkpoint = _open(tmp_path / "copied", *vllm(copied))
+    heads.append(EagleHead.load(checkpoint, CONTEXT))
+    x = torch.randn(3, TARGET_HIDDEN)
+    assert torch.equal(*(head._output(x) for head in heads))
+    assert checkpoint.num_parameters == _open(tmp_path / "its", *vllm(eagle)).num_parameters
 
 
 def test_where_a_step_cannot_have_trees_drafts_are_chains(tmp_path: Path) -> None:

@@ -236,25 +236,27 @@ def make_eagle(
     num_drafts: int = 5,
     max_children: int = MAX_CHILDREN,
     make_matrix: Callable[[Tensor], Matrix] = FloatMatrix,
+    dtype: torch.dtype = torch.float32,
 ) -> EagleProposer:
-    """Shows the model's layers to it. In float32, unless another matrix is made."""
+    """Shows the model's layers to it."""
     checkpoint = open_tiny(eagle, num_target_layers=len(model.attention_layers))
     model.show_inputs_of(checkpoint.config.hidden_layers)
-    weights = checkpoint.read(dtype=torch.float32, device=torch.device("cpu"))
-    output = model.output_rows(weights.target_ids) if weights.output is None else weights.output
+    weights = checkpoint.read(dtype=dtype, device=torch.device("cpu"))
+    assert weights.output is not None
     embedding = model.embedding if weights.embedding is None else weights.embedding
     head = EagleHead(
         checkpoint.config,
         weights,
         embedding_rows=lambda token_ids: embedding[token_ids],
-        output=output,
+        output=weights.output,
+        dtype=dtype,
         make_matrix=make_matrix,
     )
     cache = EagleCache(
         checkpoint.config,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
     )
     return EagleProposer(head, cache, num_drafts=num_drafts, vocab_size=VOCAB, max_children=max_children)

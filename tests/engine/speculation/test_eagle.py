@@ -128,6 +128,7 @@ def _engine(
     budget: int = 13,
     is_chain: bool = True,
     make_matrix: Callable[[Tensor], Matrix] = FloatMatrix,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Engine, Checked]:
     model = build_model(llama.config, dtype=torch.float32)
     model.load_weights(llama.state_dict().items())
@@ -139,6 +140,7 @@ def _engine(
         num_drafts=NUM_DRAFTS,
         max_children=most,
         make_matrix=make_matrix,
+        dtype=dtype,
     )
     checked = Checked(proposer, DenseEagle(eagle, model.embedding), llama)
     cache = KVCache(
@@ -265,24 +267,29 @@ def test_trees_have_the_chances_of_their_definition(llama: LlamaForCausalLM) -> 
     assert num_trees > 20
 
 
-def test_matrices_of_few_bits_change_few_drafts(llama: LlamaForCausalLM) -> None:
-    """On a CPU they are int8, which rounds."""
-    for name in ("official", "P-EAGLE"):
-        eagle = VARIANTS[name][1]
+@pytest.mark.parametrize("name", ["official", "EAGLE 3.1", "P-EAGLE", "last states alone"])
+@pytest.mark.parametrize("kept", ["int8", "bfloat16"])
+def test_weights_of_few_bits_change_few_drafts(llama: LlamaForCausalLM, kept: str, name: str) -> None:
+    """On a CPU matrices are int8; on a GPU all of a head has the target's dtype."""
+    eagle = VARIANTS[name][1]
+    if kept == "int8":
         engine, checked = _engine(llama, eagle, is_chain=False, make_matrix=make_draft_matrix)
-        num_drafted = num_alike = 0
-        for i, prompt in enumerate(_prompts()):
-            params = SamplingParams(seed=i, max_tokens=20, temperature=0.0)
-            engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
-        while engine.has_work:
-            engine.step()
-            for seq in engine.scheduler.running:
-                if seq.draft_token_ids:
-                    hidden = checked._hidden(seq.token_ids[:-1])
-                    num_alike += seq.draft_token_ids[0] == checked.dense.chain(seq.token_ids, hidden, 1)[0]
-                    num_drafted += 1
-        assert num_drafted > 40
-        assert num_alike > 0.9 * num_drafted
+    else:
+        engine, checked = _engine(llama, eagle, is_chain=False, dtype=torch.bfloat16)
+    num_drafted = num_alike = 0
+    for i, prompt in enumerate(_prompts()):
+        params = SamplingParams(seed=i, max_tokens=20, temperature=0.0)
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
+    while engine.has_work:
+        engine.step()
+        for seq in engine.scheduler.running:
+            if seq.draft_token_ids:
+                hidden = checked._hidden(seq.token_ids[:-1])
+                num_alike += seq.draft_token_ids[0] == checked.dense.chain(seq.token_ids, hidden, 1)[0]
+                num_drafted += 1
+    assert not engine.speculator.is_off
+    assert num_drafted > 40
+    assert num_alike > 0.9 * num_drafted
 
 
 def test_a_sampled_request_gets_what_the_targets_noise_would_choose(llama: LlamaForCausalLM) -> None:

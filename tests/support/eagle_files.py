@@ -38,6 +38,7 @@ class TinyEagle:
     tensors: Tensors
     num_layers: int = 1
     hidden: int = HIDDEN
+    target_hidden: int = TARGET_HIDDEN
     aux: tuple[int, ...] = AUX_LAYERS
     vocab: int = VOCAB
     known: tuple[int, ...] | None = None
@@ -57,6 +58,7 @@ def random_eagle(
     seed: int = 0,
     num_layers: int = 1,
     hidden: int = HIDDEN,
+    target_hidden: int = TARGET_HIDDEN,
     vocab: int = VOCAB,
     known: tuple[int, ...] | None = tuple(range(1, VOCAB, 2)),
     aux: tuple[int, ...] = AUX_LAYERS,
@@ -74,7 +76,7 @@ def random_eagle(
     def norm(size: int) -> Tensor:
         return 1 + draw(size, size=0.2)
 
-    fused = max(len(aux), 1) * TARGET_HIDDEN
+    fused = max(len(aux), 1) * target_hidden
     tensors: Tensors = {}
     for index in range(num_layers):
         inputs = 2 * hidden if index == 0 else hidden
@@ -93,7 +95,7 @@ def random_eagle(
     if aux:
         tensors["fc.weight"] = draw(hidden, fused, size=0.2)
     if fused_norm == "each":
-        tensors |= {f"fc_norm.{i}.weight": norm(TARGET_HIDDEN) for i in range(len(aux))}
+        tensors |= {f"fc_norm.{i}.weight": norm(target_hidden) for i in range(len(aux))}
     if fused_norm == "all":
         tensors["input_norm.weight"] = norm(fused)
     num_known = vocab if known is None else len(known)
@@ -106,7 +108,7 @@ def random_eagle(
     if mask_token is not None:
         tensors["mask_hidden"] = draw(1, fused, size=1.0)
     return TinyEagle(
-        tensors, num_layers, hidden, aux, vocab, known, fused_norm, mask_token=mask_token, **switches,  # type: ignore[arg-type]
+        tensors, num_layers, hidden, target_hidden, aux, vocab, known, fused_norm, mask_token=mask_token, **switches,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def _switches(eagle: TinyEagle) -> dict[str, object]:
         "norm_output": eagle.norm_output,
         "fc_norm": eagle.fused_norm == "each",
         "norm_before_fc": eagle.fused_norm == "all",
-        "target_hidden_size": TARGET_HIDDEN,
+        "target_hidden_size": eagle.target_hidden,
     }
 
 
@@ -222,7 +224,7 @@ def open_tiny(eagle: TinyEagle, *, num_target_layers: int = NUM_TARGET_LAYERS) -
     """In vLLM's layout."""
     fields, tensors = vllm(eagle)
     target = TargetShape(
-        vocab_size=VOCAB, hidden_size=TARGET_HIDDEN, num_layers=num_target_layers, block_size=BLOCK_SIZE
+        vocab_size=eagle.vocab, hidden_size=eagle.target_hidden, num_layers=num_target_layers, block_size=BLOCK_SIZE
     )
     path = Path("tiny-eagle")
     return EagleCheckpoint(path, read_eagle_config(path, fields, target), TensorsInMemory(tensors))
@@ -306,14 +308,14 @@ class DenseEagle:
         return index if self.eagle.known is None else self.eagle.known[index]
 
     def fused(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.double()
-        return self._project(hidden[:, TARGET_HIDDEN:] if self.eagle.aux else hidden[:, :TARGET_HIDDEN])
+        hidden, size = hidden.double(), self.eagle.target_hidden
+        return self._project(hidden[:, size:] if self.eagle.aux else hidden[:, :size])
 
     def _project(self, fused: Tensor) -> Tensor:
         if not self.eagle.aux:
             return fused
         if self.eagle.fused_norm == "each":
-            parts = fused.split(TARGET_HIDDEN, dim=1)
+            parts = fused.split(self.eagle.target_hidden, dim=1)
             fused = torch.cat([self._norm(part, f"fc_norm.{i}") for i, part in enumerate(parts)], dim=1)
         if self.eagle.fused_norm == "all":
             fused = self._norm(fused, "input_norm")

@@ -107,7 +107,10 @@ class EagleCheckpoint:
             norms = [take(f"{prefix}{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")]
             layers.append(EagleLayer(matrices=matrices, input_norm=norms[0], mlp_norm=norms[1]))
         embedding = self._floats("embed_tokens.weight").to(device) if "embed_tokens.weight" in self._names else None
-        target_ids = self._target_ids()
+        target_ids, output = self._target_ids(), take_if_there("lm_head.weight")
+        if output is None and embedding is not None and self.config.ties_output:
+            output = embedding if target_ids is None else embedding[target_ids.to(device)]
+            output = output if keeps_matrices else output.to(dtype)
         return EagleWeights(
             layers=layers,
             hidden_norm=take("layers.0.hidden_norm.weight"),
@@ -115,7 +118,7 @@ class EagleCheckpoint:
             fc=take_if_there("fc.weight"),
             fused_norms=[take(f"{name}.weight") for name in self._fused_norms()],
             embedding=embedding,
-            output=take_if_there("lm_head.weight"),
+            output=output,
             target_ids=None if target_ids is None else target_ids.to(device),
             mask_state=take("mask_hidden").reshape(1, -1) if self.is_parallel else None,
         )
@@ -172,6 +175,8 @@ class EagleCheckpoint:
         missing = sorted(wanted.keys() - self._names.keys() - shared)
         if missing:
             raise self._error(f"{len(missing)} tensors are missing: {', '.join(missing[:5])}")
+        if c.ties_output and "embed_tokens.weight" in self._names:
+            shared.discard("lm_head.weight")
         for name in shared - self._names.keys():
             if c.hidden_size != c.target_hidden_size:
                 raise self._error(

@@ -33,7 +33,7 @@ class EagleConfig:
     norm_before_residual: the residual starts from the normalised state; norm_output: it is the normalised output that
     the next draft is made from; norm_before_fc: one norm of all fused states; fc_norm: one of each of them
     mask_token: stands for the tokens that are not known yet, in a head that makes all drafts in one pass
-    num_drafts: that it was made for, if it says so
+    num_drafts: that it was made for, if it says so; ties_output: without an output layer, it has its own embedding
     """
 
     hidden_size: int
@@ -56,6 +56,7 @@ class EagleConfig:
     mask_token: int | None
     num_drafts: int | None
     logit_scale: float
+    ties_output: bool
 
 
 def read_eagle_config(path: Path, fields: Fields, target: TargetShape) -> EagleConfig:
@@ -104,6 +105,7 @@ class _Reader:
             mask_token=self._mask_token(vocab_size),
             num_drafts=self._num_drafts(),
             logit_scale=self._number("logit_scale", 1.0),
+            ties_output=self._flag("tie_word_embeddings"),
         )
 
     def _check_kind(self) -> None:

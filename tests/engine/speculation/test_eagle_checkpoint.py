@@ -143,6 +143,15 @@ def test_a_head_without_an_output_layer_has_the_targets(tmp_path: Path) -> None:
     assert checkpoint.num_parameters == _open(tmp_path / "its", *vllm(eagle)).num_parameters
 
 
+def test_a_head_that_ties_its_output_has_its_own_embedding_there(tmp_path: Path) -> None:
+    eagle = without(random_eagle(has_embedding=True, hidden=64), "lm_head.weight")
+    fields, tensors = vllm(eagle)
+    checkpoint = _open(tmp_path, fields | {"tie_word_embeddings": True}, tensors)
+    weights = checkpoint.read(dtype=torch.float32, device=torch.device("cpu"))
+    assert eagle.known is not None
+    assert torch.equal(weights.output, eagle.tensors["embed_tokens.weight"][list(eagle.known)])
+
+
 def test_where_a_step_cannot_have_trees_drafts_are_chains(tmp_path: Path) -> None:
     write(tmp_path, *vllm(HEAD))
     config = SpeculationConfig(method="eagle3", model=str(tmp_path))

@@ -199,7 +199,7 @@ class _Reader:
             sizes |= {name: self._count(name) for name in ("hidden_size", "num_attention_heads")}
             config = BareConfig(model_type="llama", rope_parameters=parameters, **sizes)
             return scaled_rope(config, rope_type, layer_type=None, max_model_len=positions)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise self._error(f"config.json has a rotation that cannot be computed: {error}") from error
 
     def _find(self, name: str) -> object:

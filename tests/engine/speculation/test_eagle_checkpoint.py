@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,3 +270,27 @@ def test_a_width_of_its_own_needs_an_embedding_of_its_own(tmp_path: Path) -> Non
     eagle = without(VARIANTS["another width"][1], "embed_tokens.weight")
     with pytest.raises(ValueError, match=r"embed_tokens.weight is missing, and the model's has 32 features .*has 48"):
         _open(tmp_path, *vllm(eagle))
+
+
+ODD: list[object] = [None, -1, 0, 3, 1 << 40, 0.5, True, "x", [], [1], [None], {}, {"type": "x"}, {"rope_type": []}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_a_config_says_it_is_read_or_refused(tmp_path: Path, layout: str) -> None:
+    fields, tensors = LAYOUTS[layout](random_eagle(mask_token=1))
+    write(tmp_path, fields, tensors)
+    inner = fields.get("transformer_layer_config")
+    names = [*fields, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "pard_token", "eagle_config"]
+    num_refused = 0
+    for name in [*names, *(f"inner {name}" for name in (inner if isinstance(inner, dict) else ()))]:
+        for value in ODD:
+            if name.startswith("inner ") and isinstance(inner, dict):
+                changed = fields | {"transformer_layer_config": inner | {name.removeprefix("inner "): value}}
+            else:
+                changed = fields | {name: value}
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            try:
+                build_proposer(SpeculationConfig(method="eagle3", model=str(tmp_path)), CONTEXT)
+            except ValueError:
+                num_refused += 1
+    assert num_refused > 100

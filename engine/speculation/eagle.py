@@ -275,9 +275,11 @@ class EagleProposer:
             row += tree.text.depth
         ids, log_probs = self._candidates(output.logits, [tree for tree, _, _ in nodes], 1)
         for tree, index, depth in nodes:
-            ((token_id, chance),) = self._likely(tree.text.seq, depth, ids[index], log_probs[index], 1)
-            survival = chance * (tree.drafts[-1].survival if depth else 1.0)
-            tree.drafts.append(Draft(token_id, depth - 1, chance, survival))
+            found = self._likely(tree.text.seq, depth, ids[index], log_probs[index], 1)
+            if found and len(tree.drafts) == depth:
+                token_id, chance = found[0]
+                survival = chance * (tree.drafts[-1].survival if depth else 1.0)
+                tree.drafts.append(Draft(token_id, depth - 1, chance, survival))
 
     def _grow_trees(self, trees: list[_Tree], output: HeadOutput) -> None:
         """Depth by depth, all sequences together, where the head is surest."""
@@ -340,7 +342,10 @@ class EagleProposer:
         return ids, log_probs
 
     def _likely(self, seq: Sequence, depth: int, ids: Ints, log_probs: Floats, most: int) -> list[tuple[int, float]]:
+        """None where the head's own numbers have overflowed, which is its sequence's trouble alone."""
         position = seq.num_tokens + depth
+        if not np.isfinite(log_probs).all():
+            return []
         return likely_tokens(seq.params, position, ids, log_probs, words=self._words, most=most)
 
     def _most(self, seq: Sequence) -> int:

@@ -322,3 +322,34 @@ def test_where_no_draft_is_worth_making_rows_are_kept_all_the_same(llama: LlamaF
     _run(engine, _prompts())
     assert checked.num_compared > 15
     assert checked.num_with_holes == checked.num_undrafted == 0
+
+
+@pytest.mark.parametrize("name", ["official", "P-EAGLE"])
+def test_numbers_that_overflow_cost_their_own_sequence_its_drafts_and_no_other(
+    llama: LlamaForCausalLM, name: str
+) -> None:
+    """Nor whoever gets its blocks later."""
+    engine, checked = _engine(llama, VARIANTS[name][1], num_blocks=40)
+    inner, poisoned = checked.inner.propose, list[Sequence]()
+
+    def poison(step: VerifiedStep) -> None:
+        for seq in engine.scheduler.running:
+            if seq.request.request_id == "1" and seq in checked.inner._known:
+                state = checked.inner._known[seq].state
+                assert state is not None
+                state.fill_(torch.inf)
+                poisoned.append(seq)
+        inner(step)
+        for seq in [seq for seq in step.drafting if seq in poisoned]:
+            assert not seq.draft_token_ids
+            step.drafting.remove(seq)
+
+    checked.inner.propose = poison  # type: ignore[method-assign]
+    prompts = _prompts()
+    _run(engine, prompts)
+    assert len(poisoned) > 3
+    assert checked.num_compared > 30
+    checked.inner.propose = inner  # type: ignore[method-assign]
+    for first in range(0, VOCAB, 4):
+        _run(engine, [[first, *prompt] for prompt in prompts])
+    assert checked.num_undrafted == 0

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.attention.torch_backend import TorchAttention
+from engine.batch.step_inputs import RowFacts, SamplingInputs
 from engine.engine import Engine
 from engine.kv_cache.codec import DenseCodec
 from engine.kv_cache.manager import KVCacheManager
@@ -52,6 +54,14 @@ class TestEagleProposer(ProposerConformance):
     def make(self, num_drafts: int) -> EagleProposer:
         """As wide as the engine's model, whose last states it takes."""
         eagle = random_eagle(aux=(), known=tuple(range(0, VOCAB, 3)), has_embedding=True)
+        return make_eagle(eagle, make_model(), num_blocks=100, num_drafts=num_drafts)
+
+
+class TestParallelEagleProposer(ProposerConformance):
+    guesses = False
+
+    def make(self, num_drafts: int) -> EagleProposer:
+        eagle = random_eagle(aux=(), known=None, has_embedding=True, num_layers=2, mask_token=1)
         return make_eagle(eagle, make_model(), num_blocks=100, num_drafts=num_drafts)
 
 
@@ -292,19 +302,48 @@ def test_weights_of_few_bits_change_few_drafts(llama: LlamaForCausalLM, kept: st
     assert num_alike > 0.9 * num_drafted
 
 
-def test_a_sampled_request_gets_what_the_targets_noise_would_choose(llama: LlamaForCausalLM) -> None:
-    """A head whose distribution is the target's would always be right."""
-    engine, checked = _engine(llama, HEAD, is_chain=False)
-    params = SamplingParams(seed=3, max_tokens=20, temperature=1.5)
-    engine.add(Request(request_id="0", prompt_token_ids=[1, 2, 3], params=params))
-    num_unlikely = 0
+def _sample(logits: Tensor, seed: int, position: int, temperature: float) -> int:
+    """What the target would sample at a position from these logits. [VOCAB]"""
+    facts = RowFacts(
+        seeds=np.array([seed], dtype=np.uint64),
+        temperatures=np.array([temperature], dtype=np.float32),
+        max_gaps=np.array([np.inf], dtype=np.float32),
+        top_ks=np.array([VOCAB]),
+        top_ps=np.array([1.0]),
+        edits_before=np.array([0.0]),
+        seq_of_row=np.array([0]),
+    )
+    inputs = SamplingInputs(logits_rows=np.array([0]), positions=np.array([position]), facts=facts)
+    return int(HostSampler(VOCAB).launch(logits[None].float(), inputs).tokens[0])
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_drafts_are_what_a_target_with_the_heads_distribution_would_sample(
+    llama: LlamaForCausalLM, temperature: float
+) -> None:
+    """They compete with the noise of their own positions."""
+    eagle = VARIANTS["vllm, whole vocabulary"][1]
+    engine, checked = _engine(llama, eagle, is_chain=False)
+    for seed in range(4):
+        params = SamplingParams(seed=seed, max_tokens=20, temperature=temperature)
+        engine.add(Request(request_id=str(seed), prompt_token_ids=[1, 2, seed], params=params))
+    num_unlikely = num_second = 0
     while engine.has_work:
         engine.step()
         for seq in engine.scheduler.running:
-            hidden = checked._hidden(seq.token_ids[:-1])
-            best = checked.dense.token(int(checked.dense.logits_after(seq.token_ids, hidden, []).argmax()))
-            num_unlikely += bool(seq.draft_token_ids) and best not in seq.draft_token_ids
-    assert num_unlikely > 0
+            if not seq.draft_token_ids:
+                continue
+            hidden, drafts = checked._hidden(seq.token_ids[:-1]), seq.draft_token_ids
+            logits = checked.dense.logits_after(seq.token_ids, hidden, [])
+            assert drafts[0] == _sample(logits, seq.params.seed, seq.num_tokens, temperature)
+            num_unlikely += drafts[0] != int(logits.argmax())
+            second = next((i for i, parent in enumerate(seq.draft_parents) if parent == 0), None)
+            if second is not None:
+                logits = checked.dense.logits_after(seq.token_ids, hidden, drafts[:1])
+                assert drafts[second] == _sample(logits, seq.params.seed, seq.num_tokens + 1, temperature)
+                num_second += 1
+    assert num_unlikely > 3
+    assert num_second > 10
 
 
 def test_where_no_draft_is_worth_making_rows_are_kept_all_the_same(llama: LlamaForCausalLM) -> None:

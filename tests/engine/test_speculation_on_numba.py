@@ -125,6 +125,8 @@ def test_tokens_and_log_probabilities_are_the_same_bits(
         assert found.answers == answers
         if method == "draft_model":
             assert found.num_accepted_drafts > 100
+    for one in requests[:4]:  # and alone
+        assert answer_all(engine, [one]).answers == {one.request_id: answers[one.request_id]}
     assert not engine.speculator.is_off
     assert engine.scheduler.kv.pool.num_owned == 0
 

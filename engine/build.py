@@ -32,13 +32,14 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.kept_weights import kept_weights
 from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
+from engine.runner.model_runner import ModelRunner
 from engine.runner.step_recording import StepRecording
 from engine.runner.step_timing import time_steps
 from engine.runner.trial import try_one_token
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.step_stats import ModelCost, StepPace
 from engine.speculation.controller import DraftController
-from engine.speculation.proposer import Proposer, ProposerContext, build_proposer, needs_of
+from engine.speculation.proposer import Proposer, ProposerContext, build_proposer
 from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
 
@@ -156,7 +157,7 @@ def _load(
             methods=back_end.linear_methods,
             report=clock.enter,
         )
-    loaded.model.show_inputs_of(needs_of(config.speculation).hidden_layers)
+    loaded.model.show_inputs_of(plan.needs.hidden_layers)
     bound = bound_of_keys_and_values(loaded.model) if plan.kv_dtype == torch.float16 else 0.0
     if plan.kernels != "numba" and back_end.has_compiled_attention(loaded.model):
         _compile(back_end, clock)
@@ -200,23 +201,13 @@ def _assemble(
         max_model_len=plan.max_model_len,
         max_num_logits=plan.max_num_logits,
         min_prompt_share=MIN_PROMPT_SHARE if plan.kernels == "numba" else None,
-        num_lookahead_tokens=needs_of(config.speculation).num_lookahead_tokens,
+        num_lookahead_tokens=plan.needs.num_lookahead_tokens,
     )
     runner = back_end.make_runner(model, cache, has_independent_rows=has_independent_rows)
     overlap = plan.device == "cuda" and plan.num_drafts == 0
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
     recording = None if config.supervision.record_steps == "off" else StepRecording(config)
-    windows = windows_of(layers)
-    context = ProposerContext(
-        path=loaded.path,
-        vocab_size=loaded.vocab_size,
-        hidden_size=model.hidden_size,
-        output_rows=model.output_rows,
-        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
-        full_group=windows.index(None) if None in windows else 0,
-        verifies_trees=runner.verifies_trees,
-    )
-    proposer = build_proposer(config.speculation, context)
+    proposer = build_proposer(config.speculation, _proposer_context(config, plan, loaded, runner))
     return Engine(
         executor,
         Scheduler(kv, limits),
@@ -225,6 +216,25 @@ def _assemble(
         pace=pace,
         overlap=overlap,
         recording=recording,
+    )
+
+
+def _proposer_context(
+    config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, runner: ModelRunner
+) -> ProposerContext:
+    model = loaded.model
+    windows = windows_of(model.attention_layers)
+    return ProposerContext(
+        path=loaded.path,
+        target=plan.target,
+        full_group=windows.index(None) if None in windows else 0,
+        num_blocks=plan.num_blocks + 1,
+        output_rows=model.output_rows,
+        embedding_rows=lambda token_ids: torch.nn.functional.embedding(token_ids, model.embedding),
+        open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
+        verifies_trees=runner.verifies_trees,
+        device=torch.device(plan.device),
+        dtype=plan.dtype,
     )
 
 
@@ -240,8 +250,7 @@ def _cost(plan: MemoryPlan) -> ModelCost:
         flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
         is_queued=plan.device == "cuda",
         flops_per_logits=2 * output_size,
-        kv_bytes_per_token=plan.kv_bytes_per_token
-        - (plan.draft.kv_bytes_per_token * len(plan.windows) if plan.draft else 0),
+        kv_bytes_per_token=plan.kv_bytes_per_token - plan.draft_kv_bytes_per_token,
         attention_flops_per_pair=sum(4 * layer.num_heads * layer.head_dim for layer in facts.attention_layers),
     )
 

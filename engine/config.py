@@ -108,10 +108,11 @@ class KVCacheConfig(Section):
 
 class SpeculationConfig(Section):
     method: Annotated[str, Flag("--speculative-config", "method")] = Field(
-        default="none", description="who guesses the next tokens: none, ngram, suffix, medusa, draft_model"
+        default="none", description="who guesses the next tokens: none, ngram, suffix, medusa, eagle3, draft_model"
     )
     model: Annotated[str | None, Flag("--speculative-config", "model")] = Field(
-        default=None, description="the draft model, or the Medusa heads where they are not those that come with a model"
+        default=None,
+        description="the draft model, the EAGLE head, or the Medusa heads where not those that come with a model",
     )
     depth: Annotated[NumDrafts | Literal["auto"], Flag("--speculative-config", "depth")] = Field(
         default="auto", description="drafts of a request that a step verifies; auto: as many as pay, or none"
@@ -134,8 +135,8 @@ class SpeculationConfig(Section):
             raise ValueError(f"depth ({self.depth}) must not be above num_drafts ({self.num_drafts})")
         if self.model is not None and self.method in ("none", "ngram", "suffix"):
             raise ValueError(
-                f"model is {self.model}, but method is {self.method}, which needs none: set method to draft_model or "
-                "medusa, or leave model out"
+                f"model is {self.model}, but method is {self.method}, which needs none: set method to draft_model, "
+                "eagle3 or medusa, or leave model out"
             )
         return self
 

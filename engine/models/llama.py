@@ -180,6 +180,10 @@ class Llama(Model):
     def output_layer(self) -> nn.Module:
         return self.lm_head
 
+    @property
+    def embedding(self) -> Tensor:
+        return self.embed_tokens.weight
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden)
         return logits.float()

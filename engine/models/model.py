@@ -144,6 +144,11 @@ class Model(Decoder, nn.Module):
         return out
 
     @property
+    @abstractmethod
+    def embedding(self) -> Tensor:
+        """The matrix of the input embedding, as it is kept. [vocab_size, hidden_size]"""
+
+    @property
     def why_not_compiled(self) -> str:
         """What keeps `engine.models.llama_numba` from running it; empty where nothing does."""
         return "layers of another kind than Llama's"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,11 @@ class TransformersModel(Model):
     def output_layer(self) -> nn.Module:
         layer: nn.Module = self.head.get_output_embeddings()
         return layer
+
+    @property
+    def embedding(self) -> Tensor:
+        layer = cast(PreTrainedModel, self.decoder).get_input_embeddings()
+        return cast(Tensor, layer.weight)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits

@@ -29,7 +29,7 @@ from engine.planning.resolve import (
     step_name,
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
-from engine.speculation.proposer import ProposerNeeds, needs_of
+from engine.speculation.proposer import ProposerNeeds, TargetShape, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
 
@@ -71,7 +71,7 @@ class MemoryPlan:
     block_size: int  # tokens
     num_blocks: int  # of all groups of layers together
     blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
-    num_drafts: int  # of a sequence that a step verifies, at most
+    needs: ProposerNeeds  # with those of the draft model, if there is one
     dtype: torch.dtype
     quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
     kv_codec: str  # a key of kv_cache.codec.KV_CODECS
@@ -99,6 +99,21 @@ class MemoryPlan:
     def kv_dtype(self) -> torch.dtype:
         """Of what the cache stores."""
         return make_codec(self.kv_codec).dtype
+
+    @property
+    def num_drafts(self) -> int:
+        """Of a sequence that a step verifies, at most."""
+        return self.needs.num_drafts
+
+    @property
+    def draft_kv_bytes_per_token(self) -> int:
+        """Of `kv_bytes_per_token`, the proposer's: it has a block for each block of each group."""
+        return self.needs.kv_bytes_per_token * len(self.windows)
+
+    @property
+    def target(self) -> TargetShape:
+        """What proposers are told of the model."""
+        return _target_shape(self.facts, self.block_size)
 
     @property
     def windows(self) -> list[int | None]:
@@ -138,7 +153,7 @@ def plan_memory(
     chosen = device.value, kernels.value, quantization.value
     steps = step_name(facts, *chosen[1:], (dtype.value, config.model.activations), num_threads.value)
     step_rate = resolve_step_rate(machine, steps, num_threads=num_threads.value)
-    draft, needs = _plan_draft(config, machine)
+    draft, needs = _plan_draft(facts, config, machine)
     max_num_seqs, max_num_batched_tokens = resolve_limits(config, device.value, facts, step_rate=step_rate)
     sizer = Sizer(facts, config, machine, *chosen, needs, num_threads.value, measured_workspace)
     limits = {"max_num_seqs": max_num_seqs.value, "max_num_batched_tokens": max_num_batched_tokens.value}
@@ -168,7 +183,7 @@ def plan_memory(
         block_size=sizer.block_size,
         num_blocks=num_blocks,
         blocks_per_sequence=sizer.num_blocks_for(max_model_len.value, demand),
-        num_drafts=needs.num_drafts,
+        needs=needs,
         dtype=DTYPES[dtype.value],
         quantization=quantization.value,
         kv_codec=kv_dtype.value,
@@ -182,9 +197,9 @@ def plan_memory(
     )  # fmt: skip
 
 
-def _plan_draft(config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
+def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
     """The draft model's plan, if there is to be one, and what the proposer needs with it."""
-    needs = needs_of(config.speculation)
+    needs = needs_of(config.speculation, _target_shape(facts, config.kv_cache.block_size))
     if config.speculation.method != "draft_model":
         return None, needs
     model = ModelConfig(
@@ -198,6 +213,15 @@ def _plan_draft(config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | No
         raise ModelError(f"speculation.model: {error}") from error
     used = draft.weight_bytes + draft.workspace_bytes
     return draft, replace(needs, num_bytes=used, kv_bytes_per_token=draft.kv_bytes_per_token)
+
+
+def _target_shape(facts: ModelFacts, block_size: int) -> TargetShape:
+    return TargetShape(
+        vocab_size=facts.vocab_size,
+        hidden_size=facts.hidden_size,
+        num_layers=len(facts.attention_layers),
+        block_size=block_size,
+    )
 
 
 def _settings(*resolved: Resolved[str] | Resolved[int]) -> dict[str, Setting]:

@@ -19,7 +19,14 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import DraftModel, ProposerContext, ProposerNeeds, draft_budget, most_drafts
+from engine.speculation.proposer import (
+    DraftModel,
+    ProposerContext,
+    ProposerNeeds,
+    TargetShape,
+    draft_budget,
+    most_drafts,
+)
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sampled, SamplingParams, Scheduled, Sequence
 
@@ -43,7 +50,7 @@ class DraftModelProposer:
         return cls(context.open_draft_model(), num_drafts=most_drafts(config), group=context.full_group)
 
     @classmethod
-    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+    def needs_of(cls, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
         if config.model is None:
             raise ValueError("speculation.method is draft_model: set speculation.model to the path of one")
         return _needs(most_drafts(config))

@@ -11,22 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from engine.arrays import Floats, Ints
 from engine.config import SpeculationConfig
-from engine.sampling.metadata import GREEDY_BELOW
-from engine.sampling.noise import gumbel, noise_bits, noise_key, token_words
+from engine.sampling.noise import token_words
+from engine.speculation.draft_tree import (
+    MAX_CHILDREN,
+    MAX_OPEN_NODES,
+    Draft,
+    likely_tokens,
+    num_candidates,
+    set_drafts,
+)
 from engine.speculation.medusa_heads import MedusaHeads
-from engine.speculation.proposer import ProposerContext, ProposerNeeds, draft_budget, most_drafts
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, TargetShape, draft_budget, most_drafts
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sequence
 
 SHIPPED = Path(__file__).with_name("heads")  # of models that come by name
-MAX_CHILDREN = 8  # of a node
-NUM_CANDIDATES = 64  # of a node, that compete with noise for being among them
-MAX_OPEN_NODES = 2  # of a depth, that get children
 
 
 class _Node(NamedTuple):
@@ -36,13 +39,6 @@ class _Node(NamedTuple):
     draft: int  # among the sequence's drafts; -1: the newest token
     token_id: int
     survival: float  # by the heads' own numbers
-
-
-class _Draft(NamedTuple):
-    token_id: int
-    parent: int  # -1: the newest token
-    chance: float  # by the heads, after its parent
-    survival: float  # with all that it follows
 
 
 class MedusaProposer:
@@ -72,7 +68,7 @@ class MedusaProposer:
         )
 
     @classmethod
-    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+    def needs_of(cls, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
         path = None if config.model is None else Path(config.model)
         files = [] if path is None else [path, *path.glob("*")]
         sizes = [file.stat().st_size for file in files if file.is_file()]
@@ -91,19 +87,19 @@ class MedusaProposer:
         logits = self._heads.logits(hidden, newest)
         open_nodes = [_Node(row, -1, seq.token_ids[-1], 1.0) for row, seq in enumerate(seqs)]
         depths = [min(budgets[row], self._heads.num_heads, step.max_depth) for row in rows]
-        trees: list[list[_Draft]] = [[] for _ in seqs]
+        trees: list[list[Draft]] = [[] for _ in seqs]
         for depth in range(max(depths)):
             open_nodes = [node for node in open_nodes if depths[node.seq] > depth]
             if not open_nodes:
                 break
             open_nodes = self._grow(seqs, trees, open_nodes, logits[:, depth], depth)
         for seq, tree in zip(seqs, trees, strict=True):
-            _set_drafts(seq, tree, min(self._num_drafts, seq.params.num_drafts or self._num_drafts))
+            set_drafts(seq, tree, min(self._num_drafts, seq.params.num_drafts or self._num_drafts))
 
     def _grow(
         self,
         seqs: list[Sequence],
-        trees: list[list[_Draft]],
+        trees: list[list[Draft]],
         nodes: list[_Node],
         logits: torch.Tensor,
         depth: int,
@@ -111,34 +107,23 @@ class MedusaProposer:
         """Gives nodes children; returns those of them that get children next. logits: [sequences, tokens]"""
         previous = torch.tensor([node.token_id for node in nodes], device=logits.device)
         of_nodes = logits[[node.seq for node in nodes]]
-        is_greedy = all(seqs[node.seq].params.temperature < GREEDY_BELOW for node in nodes)
-        num_candidates = self._max_children if is_greedy else NUM_CANDIDATES
-        ids, log_probs = self._heads.children(of_nodes, previous, num_candidates)
+        most = num_candidates([seqs[node.seq].params for node in nodes], self._max_children)
+        ids, log_probs = self._heads.children(of_nodes, previous, most)
         all_ids: Ints = ids.cpu().numpy()
         all_scores: Floats = log_probs.cpu().numpy()
         grown: list[list[_Node]] = [[] for _ in seqs]
         for node, token_ids, scores in zip(nodes, all_ids, all_scores, strict=True):
             seq = seqs[node.seq]
-            for token_id, chance in self._children(seq, token_ids, scores, seq.num_tokens + depth):
+            position = seq.num_tokens + depth
+            for token_id, chance in likely_tokens(
+                seq.params, position, token_ids, scores, words=self._words, most=self._max_children
+            ):
                 tree = trees[node.seq]
                 survival = node.survival * chance
                 grown[node.seq].append(_Node(node.seq, len(tree), token_id, survival))
-                tree.append(_Draft(token_id, node.draft, chance, survival))
+                tree.append(Draft(token_id, node.draft, chance, survival))
         best = [sorted(found, key=lambda node: -node.survival)[:MAX_OPEN_NODES] for found in grown]
         return [node for found in best for node in found]
-
-    def _children(self, seq: Sequence, token_ids: Ints, log_probs: Floats, position: int) -> list[tuple[int, float]]:
-        """The tokens that may stand at a position, and the chance of each, likeliest first."""
-        params = seq.params
-        if params.temperature >= GREEDY_BELOW:
-            noise = gumbel(noise_bits(self._words[token_ids], noise_key(params.seed, position)))
-            scores = log_probs / np.float32(params.temperature) + noise
-            weights = np.exp(scores - scores.max())
-            chances = weights / weights.sum()
-            order = np.argsort(-chances, kind="stable")[: self._max_children]
-        else:
-            chances, order = np.exp(log_probs), np.arange(min(self._max_children, len(log_probs)))
-        return [(int(token_ids[i]), float(chances[i])) for i in order]
 
 
 def heads_of(config: SpeculationConfig, path: str) -> Path:
@@ -153,15 +138,6 @@ def heads_of(config: SpeculationConfig, path: str) -> Path:
             "speculation.model to a directory of heads, which `peregrine train-heads` makes"
         )
     return shipped
-
-
-def _set_drafts(seq: Sequence, tree: list[_Draft], most: int) -> None:
-    """The best drafts of a tree: of each, all that it follows are at least as good."""
-    kept = sorted(sorted(range(len(tree)), key=lambda index: -tree[index].survival)[:most])
-    places = {-1: -1} | {index: place for place, index in enumerate(kept)}
-    seq.draft_token_ids = [tree[index].token_id for index in kept]
-    seq.draft_parents = [places[tree[index].parent] for index in kept]
-    seq.draft_confidences = [tree[index].chance for index in kept]
 
 
 def _needs(num_drafts: int) -> ProposerNeeds:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import ProposerContext, ProposerNeeds, draft_budget, most_drafts
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, TargetShape, draft_budget, most_drafts
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sequence
 
@@ -36,7 +36,7 @@ class NgramProposer:
         return cls(num_drafts=most_drafts(config), ngram_min=config.ngram_min, ngram_max=config.ngram_max)
 
     @classmethod
-    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+    def needs_of(cls, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
         return ProposerNeeds(num_drafts=most_drafts(config))
 
     def propose(self, step: VerifiedStep) -> None:

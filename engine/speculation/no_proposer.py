@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import ProposerContext, ProposerNeeds
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, TargetShape
 from engine.speculation.verified_step import VerifiedStep
 
 
@@ -17,7 +17,7 @@ class NoProposer:
         return cls()
 
     @classmethod
-    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+    def needs_of(cls, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
         return cls.needs
 
     def propose(self, step: VerifiedStep) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from engine.config import SpeculationConfig
@@ -13,6 +14,8 @@ from engine.lazy_import import load_object
 from engine.speculation.token_map import TokenMap
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sampled, Scheduled, Sequence
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,23 +40,47 @@ class ProposerNeeds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TargetShape:
+    """The sizes of the model that is proposed for, known before it is loaded. block_size: tokens of a KV block"""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposerContext:
     """What a proposer may use of the model that it proposes for.
 
-    path: the model's, as configured; output_rows: of the output layer's matrix as float32, those of some tokens
-    [n, hidden_size], or all
+    path: the model's, as configured; target: its sizes
+    output_rows: of the output layer's matrix as float32, those of some tokens [n, hidden_size], or all
+    embedding_rows: of the embedding's matrix, unscaled, those of some tokens [n, hidden_size]
     open_draft_model: the model that `speculation.model` names, with a KV cache of its own
     full_group: the group of layers whose block tables keep the whole text, if there is one
+    num_blocks: KV blocks of all groups, the null block included
     verifies_trees: whether a step may have trees of drafts; chains, it may always have
+    device, dtype: where the target computes, and in what
     """
 
     path: str
+    target: TargetShape
     full_group: int
-    vocab_size: int
-    hidden_size: int
+    num_blocks: int
     output_rows: Callable[[Tensor | None], Tensor]
+    embedding_rows: Callable[[Tensor], Tensor]
     open_draft_model: Callable[[], DraftModel]
     verifies_trees: bool = True
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def vocab_size(self) -> int:
+        return self.target.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.target.hidden_size
 
 
 class DraftModel(Protocol):
@@ -116,6 +143,8 @@ PROPOSERS = {  # speculation.method -> "module:Class"
     "ngram": "engine.speculation.ngram:NgramProposer",
     "suffix": "engine.speculation.suffix:SuffixProposer",
     "medusa": "engine.speculation.medusa:MedusaProposer",
+    "eagle3": "engine.speculation.eagle:EagleProposer",
+    "eagle": "engine.speculation.eagle:EagleProposer",
     "draft_model": "engine.speculation.draft_model:DraftModelProposer",
 }
 
@@ -123,7 +152,7 @@ PROPOSERS = {  # speculation.method -> "module:Class"
 class _ProposerClass(Protocol):
     def from_config(self, config: SpeculationConfig, context: ProposerContext) -> Proposer: ...
 
-    def needs_of(self, config: SpeculationConfig) -> ProposerNeeds: ...
+    def needs_of(self, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds: ...
 
 
 def build_proposer(config: SpeculationConfig, context: ProposerContext) -> Proposer:
@@ -131,9 +160,9 @@ def build_proposer(config: SpeculationConfig, context: ProposerContext) -> Propo
     return _class_of(config).from_config(config, context)
 
 
-def needs_of(config: SpeculationConfig) -> ProposerNeeds:
-    """What the configured proposer will ask for. ValueError as `build_proposer`."""
-    return _class_of(config).needs_of(config)
+def needs_of(config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
+    """What the configured proposer will ask for, of which nothing is loaded. ValueError as `build_proposer`."""
+    return _class_of(config).needs_of(config, target)
 
 
 def _class_of(config: SpeculationConfig) -> _ProposerClass:

@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from weakref import WeakKeyDictionary
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import ProposerContext, ProposerNeeds, draft_budget, most_drafts
+from engine.speculation.proposer import ProposerContext, ProposerNeeds, TargetShape, draft_budget, most_drafts
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sequence
 
@@ -136,7 +136,7 @@ class SuffixProposer:
         return cls(num_drafts=most_drafts(config))
 
     @classmethod
-    def needs_of(cls, config: SpeculationConfig) -> ProposerNeeds:
+    def needs_of(cls, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
         return ProposerNeeds(num_drafts=most_drafts(config))
 
     def propose(self, step: VerifiedStep) -> None:

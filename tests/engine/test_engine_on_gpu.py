@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.runner import cuda_graphs as graph_runner
 from engine.types import Request, SamplingParams, TokenLogprobs
+from tests.support.eagle_files import random_eagle, vllm, write
 from tests.support.simulated_gpu import simulated_gpu
 
 pytestmark = [
@@ -122,6 +123,37 @@ def test_a_gpu_says_what_a_cpu_says(
         _check_same(_answers(engine, _requests(kinds)), _answers(on_cpu, _requests(kinds)))
     assert gpu.num_graphs > 1
     assert gpu.num_replays > 2 * gpu.num_graphs
+
+
+@pytest.mark.parametrize(("num_layers", "mask_token", "has_embedding"), [(1, None, False), (2, 3, True)])
+def test_an_eagle_head_drafts_on_a_gpu_and_changes_nothing(
+    tmp_path: Path, num_layers: int, mask_token: int | None, has_embedding: bool
+) -> None:
+    eagle = random_eagle(
+        hidden=48,
+        target_hidden=48,
+        vocab=VOCAB_SIZE,
+        aux=(0,),
+        fused_norm="each",
+        num_layers=num_layers,
+        mask_token=mask_token,
+        has_embedding=has_embedding,
+    )
+    head = write(tmp_path / "head", *vllm(eagle))
+    sections = _sections(tmp_path / "model")
+    on_cpu = _engine({**sections, "device": {"name": "cpu", "kernels": "torch"}})
+    speculation = {"method": "eagle3", "model": str(head), "depth": 2}
+    with simulated_gpu() as gpu:
+        engine = _engine({**sections, "speculation": speculation})
+        for request in _requests(PLAIN):
+            engine.add(request)
+        num_drafts = 0
+        while engine.has_work:
+            num_drafts += engine.step()[2].num_draft_tokens
+        assert num_drafts > 10
+        _check_same(_answers(engine, _requests(PLAIN)), _answers(on_cpu, _requests(PLAIN)))
+        assert not engine.speculator.is_off
+    assert gpu.num_replays > 0
 
 
 def test_a_decoding_step_waits_for_its_tokens_alone(tmp_path: Path) -> None:

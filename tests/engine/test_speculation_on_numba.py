@@ -21,6 +21,7 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.strict_runner import OneTokenRunner
 from engine.types import Request, SamplingParams
 from tests.support.answers import Answer, answer_all
+from tests.support.eagle_files import official, random_eagle, vllm, write
 
 VOCAB_SIZE, HIDDEN_SIZE = 50, 32
 METHODS: dict[str, dict[str, object]] = {
@@ -29,13 +30,16 @@ METHODS: dict[str, dict[str, object]] = {
     "draft_model": {"method": "draft_model", "model": "DRAFT", "depth": 3},
     "another draft model": {"method": "draft_model", "model": "OTHER", "depth": 3},
     "medusa": {"method": "medusa", "model": "HEADS", "depth": 8},
+    "eagle3": {"method": "eagle3", "model": "EAGLE", "depth": 4},
+    "p_eagle": {"method": "eagle", "model": "P-EAGLE", "depth": 3},
     "auto": {"method": "draft_model", "model": "DRAFT"},
+    "auto eagle3": {"method": "eagle3", "model": "EAGLE"},
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target; the same once more, as a draft model; another one, with fewer layers; random heads."""
+    """A target; the same once more, as a draft model; another one, with fewer layers; random heads of each kind."""
     root = tmp_path_factory.mktemp("speculation")
     for name, num_layers in (("TARGET", 2), ("DRAFT", 2), ("OTHER", 1)):
         LlamaConfig(
@@ -57,6 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(heads, root / "HEADS" / "model.safetensors")
     config = {"hidden_size": HIDDEN_SIZE, "vocab_size": VOCAB_SIZE, "num_heads": 3, "original_lm_head": True}
     (root / "HEADS" / "config.json").write_text(json.dumps(config))
+    known = tuple(range(1, VOCAB_SIZE, 2))
+    write(root / "EAGLE", *official(random_eagle(aux=(1, 0), vocab=VOCAB_SIZE, known=known)))
+    write(root / "P-EAGLE", *vllm(random_eagle(aux=(0, 1), vocab=VOCAB_SIZE, known=None, num_layers=2, mask_token=7)))
     return root
 
 
@@ -118,6 +125,8 @@ def test_tokens_and_log_probabilities_are_the_same_bits(
         assert found.answers == answers
         if method == "draft_model":
             assert found.num_accepted_drafts > 100
+    for one in requests[:4]:  # and alone
+        assert answer_all(engine, [one]).answers == {one.request_id: answers[one.request_id]}
     assert not engine.speculator.is_off
     assert engine.scheduler.kv.pool.num_owned == 0
 
@@ -145,6 +154,27 @@ def test_the_plan_counts_the_draft_model_and_its_cache(folder: Path) -> None:
     assert both.kv_bytes_per_token == alone.kv_bytes_per_token * 3 // 2  # one layer more than two
     assert both.speculation_bytes > alone.speculation_bytes == 0
     assert "OTHER" in render_plan(both)
+
+
+def test_the_plan_counts_the_weights_and_the_rows_of_an_eagle_head(folder: Path) -> None:
+    alone = _plan({}, folder / "TARGET")
+    both = _plan({"method": "eagle3", "model": str(folder / "EAGLE")}, folder / "TARGET")
+    row = 2 * 2 * 8 * 4  # keys and values of two heads
+    assert both.kv_bytes_per_token == alone.kv_bytes_per_token + 2 * row + HIDDEN_SIZE // both.block_size * 4
+    assert both.draft_kv_bytes_per_token == both.kv_bytes_per_token - alone.kv_bytes_per_token
+    num_bytes = (folder / "EAGLE" / "model.safetensors").stat().st_size  # in float32, and a header
+    assert num_bytes // 2 - 4096 < both.speculation_bytes < num_bytes // 2
+    assert "speculation" in render_plan(both)
+
+
+def test_an_eagle_head_of_another_model_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+    for field, value in (("vocab_size", 300), ("hidden_size", 48)):
+        config = json.loads((folder / "TARGET" / "config.json").read_text()) | {field: value}
+        target = tmp_path / field
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"this one has {value}: it belongs to another model"):
+            _plan({"method": "eagle3", "model": str(folder / "EAGLE")}, target)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +208,17 @@ def test_a_draft_model_whose_layers_have_several_groups_keeps_each_in_a_place_of
         num_drafts += stats.num_draft_tokens
         num_accepted += sum(stats.accepted_by_position)
     assert num_accepted > 0.9 * num_drafts > 20
+
+
+def test_an_eagle_head_works_in_the_blocks_that_keep_the_whole_text(grouped: Path) -> None:
+    found = []
+    for speculation in ({"method": "none"}, METHODS["eagle3"]):
+        engine = _build(grouped, speculation, target="GROUPED", kernels="torch", determinism="strict")
+        assert engine.builder.tables.num_groups == 2
+        for _ in range(2):
+            found.append(answer_all(engine, _requests(0.8)[:4]).answers)
+        assert not engine.speculator.is_off
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_the_plan_counts_a_draft_model_in_the_blocks_of_each_group(grouped: Path) -> None:

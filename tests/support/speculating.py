@@ -32,10 +32,11 @@ from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
 from engine.speculation.suffix import SuffixProposer
 from engine.speculation.token_map import TokenMap
+from tests.support.eagle_files import make_eagle, random_eagle
 
 VOCAB_SIZE, HIDDEN_SIZE, BLOCK_SIZE, MAX_MODEL_LEN = 24, 32, 4, 90
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
-METHODS = ("none", "ngram", "suffix", "draft_model", "medusa_chain", "medusa")
+METHODS = ("none", "ngram", "suffix", "draft_model", "medusa_chain", "medusa", "eagle3", "p_eagle")
 FREE_ROWS = {1: 1.0, 512: 1.0001}  # seconds of steps: drafts are worth verifying, whatever their chances
 
 
@@ -102,6 +103,11 @@ def make_proposer(method: str, model: Model, *, num_blocks: int, num_drafts: int
         return SuffixProposer(num_drafts=num_drafts)
     if method == "draft_model":
         return DraftModelProposer(make_draft_model(num_blocks), num_drafts=num_drafts)
+    if method == "eagle3":
+        return make_eagle(random_eagle(aux=(1, 0), known=tuple(range(20))), model, num_blocks=num_blocks, num_drafts=6)
+    if method == "p_eagle":
+        eagle = random_eagle(seed=10, aux=(0, 1), num_layers=2, mask_token=3, known=None)
+        return make_eagle(eagle, model, num_blocks=num_blocks, num_drafts=num_drafts)
     heads = make_heads(model)
     if method == "medusa":
         return MedusaProposer(heads, num_drafts=9, vocab_size=VOCAB_SIZE)

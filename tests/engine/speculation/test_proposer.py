@@ -7,10 +7,20 @@ import torch
 from torch import Tensor
 
 from engine.config import SpeculationConfig
-from engine.speculation.proposer import PROPOSERS, DraftModel, ProposerContext, build_proposer, most_drafts, needs_of
+from engine.speculation.proposer import (
+    PROPOSERS,
+    DraftModel,
+    ProposerContext,
+    TargetShape,
+    build_proposer,
+    most_drafts,
+    needs_of,
+)
 from tests.support.conformance.proposer import HIDDEN_SIZE, make_sequence, propose
 from tests.support.faulty_device import VOCAB_SIZE
 from tests.support.speculating import make_draft_model
+
+TARGET = TargetShape(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_layers=2, block_size=4)
 
 
 def _context() -> ProposerContext:
@@ -23,19 +33,20 @@ def _context() -> ProposerContext:
 
     return ProposerContext(
         path="tiny",
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN_SIZE,
+        target=TARGET,
         output_rows=output_rows,
+        embedding_rows=output_rows,
         open_draft_model=open_draft_model,
         full_group=0,
+        num_blocks=40,
     )
 
 
-@pytest.mark.parametrize("method", sorted(set(PROPOSERS) - {"medusa"}))
+@pytest.mark.parametrize("method", sorted(set(PROPOSERS) - {"medusa", "eagle", "eagle3"}))
 def test_every_registered_proposer_is_built_from_the_config_and_proposes(method: str) -> None:
     config = SpeculationConfig(method=method, model="draft" if method == "draft_model" else None, num_drafts=4)
     proposer = build_proposer(config, _context())
-    assert proposer.needs == needs_of(config)
+    assert proposer.needs == needs_of(config, TARGET)
     expected = {"ngram": [3, 1, 2, 3], "suffix": [3, 1, 2, 3]}  # a draft model needs blocks to work in
     assert propose(proposer, make_sequence([1, 2, 3, 1, 2])) == [expected.get(method, [])]
 
@@ -47,7 +58,7 @@ def test_an_unknown_method_is_refused_with_what_there_is() -> None:
 
 def test_what_a_method_lacks_is_said() -> None:
     with pytest.raises(ValueError, match=r"set speculation\.model"):
-        needs_of(SpeculationConfig(method="draft_model"))
+        needs_of(SpeculationConfig(method="draft_model"), TARGET)
     with pytest.raises(ValueError, match=r"no heads come with tiny .*set speculation\.model"):
         build_proposer(SpeculationConfig(method="medusa"), _context())
 
@@ -62,7 +73,7 @@ def test_a_depth_that_is_set_is_the_number_of_drafts() -> None:
 @pytest.mark.parametrize("method", ["none", "ngram", "suffix"])
 def test_a_model_for_a_method_that_has_none_is_refused(method: str) -> None:
     """Whoever names a draft model and forgets the method would be served without, and never hear of it."""
-    with pytest.raises(ValueError, match=f"model is draft, but method is {method}, .*set method to draft_model or med"):
+    with pytest.raises(ValueError, match=f"model is draft, but method is {method}, .*to draft_model, eagle3"):
         SpeculationConfig(method=method, model="draft")
 
 
@@ -70,4 +81,4 @@ def test_the_plan_counts_heads_in_a_folder_and_heads_in_a_file(tmp_path: Path) -
     path = tmp_path / "medusa_lm_head.safetensors"
     path.write_bytes(bytes(1000))
     for named in (tmp_path, path):
-        assert needs_of(SpeculationConfig(method="medusa", model=str(named))).num_bytes == 1000
+        assert needs_of(SpeculationConfig(method="medusa", model=str(named)), TARGET).num_bytes == 1000

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # a name of its own: the GGUF file that comes as a wheel
 
@@ -27,6 +27,19 @@ class Section(BaseModel):
     for_operators: ClassVar[bool] = False
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: object, info: ValidationInfo) -> object:
+        """True is no number, though Python counts it as 1."""
+        if isinstance(value, bool) and not _names(cls.model_fields[info.field_name or ""].annotation, bool):
+            raise ValueError(f"{str(value).lower()} is neither a number nor a name; leave it out for the default")
+        return value
+
+
+def _names(annotation: object, kind: type) -> bool:
+    """Whether a type is one of those that an annotation allows."""
+    return annotation is kind or any(_names(part, kind) for part in get_args(annotation))
 
 
 Activations = Literal["int16", "int8"]

@@ -36,6 +36,19 @@ PANELS = {  # title -> servers, as the comparison calls them; each beside those 
     "8-bit weights": {"peregrine-int8": ("Peregrine", OURS), "llama-q8": ("llama.cpp", LLAMA)},
     "4-bit weights": {"peregrine-int4": ("Peregrine", OURS), "llama-q4": ("llama.cpp", LLAMA)},
 }
+AVX512 = ("2026-11-30-095645-peers-few.json", "2026-11-30-101105-peers-many.json")
+AVX512_PANELS = {
+    "16-bit weights": {
+        "peregrine-bf16": ("Peregrine", OURS),
+        "llama-bf16": ("llama.cpp", LLAMA),
+        "vllm-bf16": ("vLLM", VLLM),
+    },
+    "8-bit weights": {"peregrine-q8": ("Peregrine", OURS), "llama-q8": ("llama.cpp", LLAMA)},
+    "4-bit weights": {
+        "peregrine-q4": ("Peregrine", OURS),
+        "peregrine-q4-a8": ("Peregrine, 8-bit activations", "#7fb2ec"),
+    },
+}
 PARTS = {  # of a step's profile -> color
     "weights": OURS,
     "attention": LLAMA,
@@ -79,8 +92,10 @@ def main() -> None:
         }
     )
     comparison = read(COMPARISON)
-    save(bars(comparison, "output tokens per second", output_rate), "cpu-throughput.svg")
-    save(bars(comparison, "ms between tokens, 99th percentile", wait_p99), "cpu-itl-p99.svg")
+    save(bars(comparison, PANELS, "output tokens per second", output_rate), "cpu-throughput.svg")
+    save(bars(comparison, PANELS, "ms between tokens, 99th percentile", wait_p99), "cpu-itl-p99.svg")
+    together = joined([read(name) for name in AVX512])
+    save(bars(together, AVX512_PANELS, "output tokens per second", output_rate), "cpu-avx512-throughput.svg")
     save(scaling(read(SCALING)), "cpu-step-scaling.svg")
     save(profile(read(PROFILE)), "cpu-step-profile.svg")
     if SPECULATION:
@@ -102,11 +117,18 @@ def save(figure: Figure, name: str) -> None:
     plt.close(figure)
 
 
-def bars(comparison: Json, title: str, value: Callable[[Json], float]) -> Figure:
+def joined(comparisons: Sequence[Json]) -> Json:
+    """The runs of several comparisons of the same servers as those of one."""
+    return {key: [one for part in comparisons for one in part[key]] for key in ("scenarios", "measurements")}
+
+
+def bars(
+    comparison: Json, panels: dict[str, dict[str, tuple[str, str]]], title: str, value: Callable[[Json], float]
+) -> Figure:
     """A panel for each precision, a group of bars for each number of clients; medians over the rounds."""
     clients = [scenario["concurrency"] for scenario in comparison["scenarios"] if scenario["output_length"] != "1"]
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(10.5, 3.1), sharey=True, width_ratios=[4, 3, 3])
-    for ax, (panel, servers) in zip(axes, PANELS.items(), strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3.1), sharey=True, width_ratios=[4, 3, 3])
+    for ax, (panel, servers) in zip(axes, panels.items(), strict=True):
         width = 0.8 / len(servers)
         for i, (server, (label, color)) in enumerate(servers.items()):
             heights = [median(runs(comparison, server, f"concurrency {count}", value)) for count in clients]

@@ -28,11 +28,12 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is known of the model whose tokens are to be guessed."""
+    """What is known of the model whose tokens are to be guessed. dtype: of its hidden states"""
 
     hidden_size: int
     vocab_size: int
     decoder: Decoder
+    dtype: torch.dtype = torch.float32
 
     @torch.inference_mode()
     def output_rows(self, token_ids: Tensor | None) -> Tensor:
@@ -40,7 +41,7 @@ class Target:
 
         [n, hidden_size] float32, scaled and soft-capped as the logits are
         """
-        unit = torch.eye(self.hidden_size, dtype=torch.float32)
+        unit = torch.eye(self.hidden_size, dtype=self.dtype)
         parts = []
         for start in range(0, self.hidden_size, _ROWS_AT_ONCE):
             columns = self.decoder.compute_logits(unit[start : start + _ROWS_AT_ONCE])
@@ -75,7 +76,8 @@ def _build(job: HeadsJob, say: Say) -> tuple[Target, Collector, ModelInfo]:
     assert isinstance(engine.executor, ModelExecutor)
     decoder = engine.executor.runner.model
     num_at_once = _number(model, "scheduler.max_num_seqs")
-    target = Target(decoder.hidden_size, decoder.vocab_size, decoder)
+    dtype = getattr(torch, str(model.settings["model.dtype"].value))
+    target = Target(decoder.hidden_size, decoder.vocab_size, decoder, dtype)
     collector = Collector(
         engine, hidden_size=decoder.hidden_size, max_model_len=model.max_model_len, num_at_once=num_at_once
     )

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from kernels.numba.core.formats import NAMES
-from loadtest.micro import host_step, instruction_rates, perplexity, scaling, step_profile
+from loadtest.micro import host_step, instruction_rates, perplexity, products, scaling, step_profile
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
 from loadtest.report.environment import read_environment
@@ -170,6 +170,16 @@ def test_every_kind_of_product_has_an_instruction_whose_rate_can_be_measured(kin
         monkeypatch.setattr(instruction_rates, name, few)
     name = instruction_rates.instruction_of(kind)
     assert instruction_rates.rate(name, 3) > instruction_rates.rate(name, 1) / 3 > 0
+
+
+def test_products_are_timed_by_kind_and_rows(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(products, "STREAMED_BYTES", 1)
+    assert products.main(["--rows", "1,3", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * len(products.KINDS)
+    with pytest.raises(SystemExit):
+        products.main(["--kinds", "int5"])
+    assert "no kind of product is called int5" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_refused(tmp_path) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from server.app import create_app
+from tests.support.server_world import wait_until
 
 LIMIT = 2000
 JSON = {"Content-Type": "application/json"}
@@ -88,15 +89,24 @@ def test_a_key_is_asked_for_before_the_body_is_looked_at(operate):
         assert httpx.post(operation.url + "/v1/completions", content=b"x" * 100).status_code == 401
 
 
+def access_lines(caplog) -> list[str]:
+    """At least one: a line is logged after the answer, which may be here sooner."""
+
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "peregrine.access"]
+
+    wait_until(lambda: bool(lines()))
+    return lines()
+
+
 def test_one_line_is_logged_per_request_without_what_users_wrote(operation, client, caplog):
     caplog.set_level(logging.INFO, logger="peregrine.access")
     client.post(
         "/v1/completions?token=hidden", json=BODY, headers={"X-Request-Id": "logged", "Authorization": "Bearer k"}
     )
     client.get("/readyz")
-    lines = [record.getMessage() for record in caplog.records if record.name == "peregrine.access"]
-    assert len(lines) == 1
-    fields = dict(part.split("=", 1) for part in lines[0].split())
+    [line] = access_lines(caplog)
+    fields = dict(part.split("=", 1) for part in line.split())
     assert (fields["id"], fields["method"], fields["path"]) == ("logged", "POST", "/v1/completions")
     assert (fields["status"], fields["complete"]) == ("200", "yes")
     assert int(fields["bytes"]) > 100
@@ -109,7 +119,7 @@ def test_one_line_is_logged_per_request_without_what_users_wrote(operation, clie
 def test_a_path_cannot_forge_a_log_line(operation, client, caplog):
     caplog.set_level(logging.INFO, logger="peregrine.access")
     operation.raw(b"GET /a%0aid=forged HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-    [line] = [record.getMessage() for record in caplog.records if record.name == "peregrine.access"]
+    [line] = access_lines(caplog)
     assert "\n" not in line
     assert "path=/a%0aid=forged " in line
 

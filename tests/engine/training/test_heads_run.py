@@ -110,13 +110,14 @@ def test_texts_are_read_with_the_state_before_each_token(config: EngineConfig) -
         assert [text.tokens.tolist() for text in short] == [[6]]
 
 
-@pytest.mark.parametrize("kernels", ["torch", "numba"])
-def test_rows_of_the_output_matrix_are_found_through_logits(config: EngineConfig, kernels: str) -> None:
+@pytest.mark.parametrize(("kernels", "dtype"), [("torch", "float32"), ("torch", "bfloat16"), ("numba", "float32")])
+def test_rows_of_the_output_matrix_are_found_through_logits(config: EngineConfig, kernels: str, dtype: str) -> None:
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     _, on_torch = built(config)
-    weight = on_torch.lm_head.dense()
+    weight = on_torch.lm_head.dense().float()
     device = config.device.model_copy(update={"kernels": kernels})
     _, decoder = built(config.model_copy(update={"device": device}))
-    target = Target(HIDDEN, VOCAB, decoder)
+    target = Target(HIDDEN, VOCAB, decoder, getattr(torch, dtype))
     for _ in range(2):  # the first product makes what the second one writes to
         torch.testing.assert_close(target.output_rows(None), weight)
         torch.testing.assert_close(target.output_rows(torch.tensor([4, 2])), weight[[4, 2]])

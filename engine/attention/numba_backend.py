@@ -20,6 +20,7 @@ from kernels.numba.ops.attention import (
     copied_floats,
     cut_tiles,
 )
+from kernels.numba.ops.linear import SCRATCH_BYTES
 from kernels.numba.program.program import MAX_BLOCK_TABLES, NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
@@ -159,4 +160,4 @@ def scratch_bytes(layers: list[AttentionLayer], block_size: int) -> int:
         of_rows = num_rows * (2 * layer.head_dim + int(SCRATCH_FLOATS_PER_ROW))
         return 4 * (int(SCRATCH_FLOATS) + of_rows + copied_floats(layer.head_dim, block_size))
 
-    return max(map(of_layer, layers))
+    return max(int(SCRATCH_BYTES), *map(of_layer, layers))

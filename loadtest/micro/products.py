@@ -24,6 +24,7 @@ from kernels.numba.core.formats import (
 )
 from kernels.numba.core.lanes import GROUP
 from kernels.numba.core.processor import level
+from kernels.numba.ops.linear import SCRATCH_BYTES
 from kernels.numba.packing.packing import PackedMatrix, in_quads, pack
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
@@ -44,7 +45,7 @@ KINDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    team, rows = Team(1, scratch_bytes=0), list[Row]()
+    team, rows = Team(1, scratch_bytes=SCRATCH_BYTES), list[Row]()
     for name in options.kinds:
         programs = _Products(KINDS[name], max(options.rows))
         for num_rows in options.rows:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import partial, reduce
 
 from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 from kernels.numba.core.lanes import (
     FLOAT,
@@ -26,12 +28,14 @@ from kernels.numba.core.lanes import (
     load,
     load_floats,
     splat,
+    store,
 )
-from kernels.numba.core.processor import features, level
+from kernels.numba.core.processor import TileRows, features, level
 from kernels.numba.core.tiles import dispatching, prefetch_span, write_sums
 
 INTEGER_TILES = level().integers
-MAX_SUMS_WRITTEN_OUT = {"int4": 12, "int8": 8}  # of a tile
+MAX_SUMS_WRITTEN_OUT = {"int4": 12, "int8": 8, "unpacked int4": 0}  # of a tile
+UNPACKED_TILES = TileRows(0, 6)  # which need no register to unpack; where tiles of two panels fit, nothing is gained
 
 
 def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -71,6 +75,8 @@ def _load_pairs(builder: ir.IRBuilder, base: ir.Value, element: str, pair: ir.Va
     """
     words = ir.VectorType(I16, 2 * LANES)
     index = I64(pair) if isinstance(pair, int) else pair
+    if element == "unpacked int4":
+        return load(builder, builder.add(base, builder.mul(index, I64(4 * LANES))), words, 2)
     if element == "int8":
         address = builder.add(base, builder.mul(index, I64(2 * LANES)))
         return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), words)
@@ -90,17 +96,17 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
 
     x: int16 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 2], the scale of each group and scale * sum
     w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or int32 [num_groups, GROUP / 8, 16] with eight int4, those of
-    depths 2i and 2i + 1 from bits 4i and 16 + 4i on
+    depths 2i and 2i + 1 from bits 4i and 16 + 4i on, or the same as int16 [num_groups, GROUP / 2, 16, 2]
     scales: float16, each panel is [panel_groups, 16] (int8), or [panel_groups, 2, 16] with the offset too (int4)
     panel_stride: bytes of a panel of w; ahead: as of `_float_tile`; the scales of those panels are prefetched too
     """
-    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element}", 13)
+    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 13)
     if not is_new:
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds = function.args
-    has_offset = element == "int4"
-    pair_bytes = LANES if has_offset else 2 * LANES
+    has_offset = element != "int8"
+    pair_bytes = {"int4": LANES, "int8": 2 * LANES, "unpacked int4": 4 * LANES}[element]
     group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
     zero = ir.Constant(FLOATS, [0.0] * LANES)
     outer = Loop(builder, num_groups, [zero] * (rows * panels))
@@ -111,8 +117,9 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir
     w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_pair) for p in range(panels)]
     scale_stride, first_scale = builder.mul(panel_groups, I64(group_scales)), builder.mul(group, I64(group_scales))
     s_groups = [builder.add(builder.add(scales, builder.mul(scale_stride, I64(p))), first_scale) for p in range(panels)]
-    prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
-    prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
+    if element != "unpacked int4":
+        prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
+        prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
     totals = _pair_products(builder, x_groups, w_groups, element)
     sums = []
     for row in range(rows):
@@ -342,5 +349,22 @@ def _add_bytes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 multiply_int8 = dispatching(_integer_tile, "int8", 13, INTEGER_TILES)
 multiply_int4 = dispatching(_integer_tile, "int4", 13, INTEGER_TILES)
+multiply_unpacked_int4 = dispatching(_integer_tile, "unpacked int4", 13, UNPACKED_TILES)
 multiply_quad_int8 = dispatching(_byte_tile, "int8", 13, INTEGER_TILES)
 multiply_quad_int4 = dispatching(_byte_tile, "int4", 13, INTEGER_TILES)
+
+
+@intrinsic
+def unpack_int4(typing_context, packed, out, num_groups):
+    """int32 [num_groups, GROUP / 8, 16] with eight int4 each -> int16 [num_groups, GROUP / 2, 16, 2], addresses."""
+
+    def generate(context, builder, signature, arguments):
+        loop = Loop(builder, arguments[2], [])
+        source = builder.add(arguments[0], builder.mul(loop.index, I64(GROUP * LANES // 2)))
+        target = builder.add(arguments[1], builder.mul(loop.index, I64(2 * GROUP * LANES)))
+        for pair in range(GROUP // 2):
+            store(builder, _load_pairs(builder, source, "int4", pair), builder.add(target, I64(4 * LANES * pair)), 2)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate

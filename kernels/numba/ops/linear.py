@@ -16,10 +16,13 @@ from kernels.numba.core.formats import (
 )
 from kernels.numba.core.integer_tiles import (
     INTEGER_TILES,
+    UNPACKED_TILES,
     multiply_int4,
     multiply_int8,
     multiply_quad_int4,
     multiply_quad_int8,
+    multiply_unpacked_int4,
+    unpack_int4,
 )
 from kernels.numba.core.lanes import GROUP, LANES
 from kernels.numba.core.tiles import (
@@ -34,6 +37,9 @@ from kernels.numba.kernel_cache import by_name, kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
 BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
+# of int4, from which on a panel is unpacked once for all tiles; never, where tiles have two panels of many rows
+MIN_ROWS_TO_UNPACK = 12 if INTEGER_TILES.two_panels < INTEGER_TILES.one_panel else 1 << 30
+SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2  # of a thread: such a panel
 
 
 @njit
@@ -63,8 +69,11 @@ def _factor_bytes(kind, depth):
 
 
 @njit(inline="always")  # as the next one: tiles are compiled where they are called
-def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, out, ldo, adds):
-    """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel."""
+def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, unpacked, out, ldo, adds):
+    """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel.
+
+    unpacked: those elements of an int4 panel as int16, or 0
+    """
     stride = panel_bytes(kind, depth)
     skipped = panel_bytes(kind, first)
     ahead = panels * stride  # the panels of the next tile
@@ -87,7 +96,12 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, o
     else:
         groups, group = depth // GROUP, first // GROUP
         x_scales = scales + _factor_bytes(kind, first)
-        if kind == INT8:
+        if unpacked != 0:
+            multiply_unpacked_int4(
+                (rows, panels, x + first * 2, depth, x_scales, groups, unpacked, 0,
+                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
+            )  # fmt: skip
+        elif kind == INT8:
             multiply_int8(
                 (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
                  w_scales + group * LANES * 2, groups, count // GROUP, ahead, out, ldo, adds)
@@ -110,7 +124,9 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, o
 
 
 @njit(inline="always")
-def _multiply_panels(kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds):
+def _multiply_panels(
+    kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
+):  # fmt: skip
     count = min(BLOCK_DEPTH, depth - start)
     row_bytes, factor_bytes = _row_bytes(kind, depth), _factor_bytes(kind, depth)
     panel_scales = depth // GROUP * LANES * (4 if kind in (INT4, QUAD_INT4) else 2)
@@ -122,24 +138,31 @@ def _multiply_panels(kind, rows, x, scales, depth, w, w_scales, start, first_pan
         panels, most = 1, of_one
         if panel + 1 < last_panel and (of_two >= of_one or rows <= of_two):
             panels, most = 2, of_two
+        unpacked = 0
+        if kind == INT4 and rows >= MIN_ROWS_TO_UNPACK:
+            unpacked, most = scratch, UNPACKED_TILES.one_panel
+            unpack_int4(w + panel * panel_bytes(kind, depth) + panel_bytes(kind, start), scratch, count // GROUP)
         row = 0
         while row < rows:
             tile = rows_of_next_tile(rows - row, most)
             _multiply(
                 kind, tile, panels, x + row * row_bytes, scales + row * factor_bytes, depth,
-                w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count,
+                w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count, unpacked,
                 out + (row * ldo + panel * LANES) * 4, ldo, adds,
             )  # fmt: skip
             row += tile
         panel += panels
 
 
-@kernel(types.void(*[types.int64] * 13))
-def _multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds):
+@kernel(types.void(*[types.int64] * 14))
+def _multiply_unit(
+    unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch
+):
     """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
 
     x: float32 [rows, depth], or for ROUNDED_BFLOAT16 bfloat16, or for integers int16 with scales as `quantise_rows`
     leaves them, or for those in quads uint8 as `quantise_rows_to_bytes` does; out: float32, ldo elements a row
+    scratch: SCRATCH_BYTES of this thread
     """
     groups = -(-num_panels // panels_at_once)
     block, group = unit // groups, unit % groups
@@ -153,7 +176,7 @@ def _multiply_unit(unit, kind, x, scales, rows, depth, w, w_scales, num_panels, 
     while start < depth:
         _multiply_panels(
             kind, min(BLOCK_ROWS, rows - first_row), x, scales, depth, w, w_scales, start, first_panel, last_panel,
-            out, ldo, 1 if adds != 0 or start > 0 else 0,
+            out, ldo, 1 if adds != 0 or start > 0 else 0, scratch,
         )  # fmt: skip
         start += BLOCK_DEPTH
 

@@ -139,7 +139,9 @@ def _run_unit(unit, op, op_floats, step, scratch):
     first = unit * _ROWS_AT_ONCE
     last = min(first + _ROWS_AT_ONCE, rows)
     if kind == _MULTIPLY:
-        multiply_unit((unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11]))
+        multiply_unit(
+            (unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch)
+        )
     elif kind == _ATTEND:
         kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
         attend_unit(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.numba.ops.linear import SCRATCH_BYTES
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
@@ -32,7 +33,7 @@ class Execute:
         for field, tensor in (fields or {}).items():
             step[field] = tensor.data_ptr()
         if num_threads not in self._teams:
-            self._teams[num_threads] = Team(num_threads, scratch_bytes=0)
+            self._teams[num_threads] = Team(num_threads, scratch_bytes=SCRATCH_BYTES)
         self._teams[num_threads].run(Program(operations, step))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.numba.core.formats import FLOAT32, INT4
 from kernels.numba.core.lanes import GROUP
+from kernels.numba.ops.linear import SCRATCH_BYTES
 from kernels.numba.packing.packing import pack
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team
@@ -29,7 +30,7 @@ MakeTeam = Callable[[int], Team]
 
 @pytest.fixture
 def make_team() -> MakeTeam:
-    return lambda num_threads: Team(num_threads, scratch_bytes=0)
+    return lambda num_threads: Team(num_threads, scratch_bytes=SCRATCH_BYTES)
 
 
 class Chain:

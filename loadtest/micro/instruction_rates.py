@@ -22,27 +22,19 @@ from kernels.numba.core.lanes import FLOATS, I32, I64, INTS, LANES, Loop, fma, l
 from kernels.numba.core.processor import level
 from loadtest.micro.measure import Row, parse_arguments, report
 
-NUM_SUMS = 8 if level().integers.two_panels < 6 else 16
+NUM_SUMS = level().floats.one_panel  # which registers hold, beside operands
 NUM_OPERANDS = 8  # of the L1 cache, a power of two
 NUM_ITERATIONS, NUM_RUNS = 20_000, 200
 PAIRS, BYTES = ir.VectorType(ir.IntType(16), 2 * LANES), INTS
 Add = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
 
 
-def _add_bytes(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """As the tile of bytes does it: in parts where there is no instruction for four at once."""
-    ones, twos = (integer_tiles._byte_parts(builder, part, signed=signed) for part, signed in ((a, False), (b, True)))
-    for both in zip(ones, twos, strict=True):
-        total = integer_tiles._add_byte_products(builder, total, *both)
-    return total
-
-
 # What tiles add up, the vectors that they add, those of the sums, and multiply-adds in a lane.
 _KINDS: dict[str, tuple[Add, ir.Type, ir.Type, int]] = {
     "float32": (lambda builder, total, a, b: fma(builder, a, b, total), FLOATS, FLOATS, 1),
-    "bfloat16": (tiles._add_bfloat16_products, INTS, FLOATS, 2),
-    "int16": (integer_tiles._add_pair_products, PAIRS, INTS, 2),
-    "int8": (_add_bytes, BYTES, INTS, 4),
+    "bfloat16": (tiles.add_bfloat16_products, INTS, FLOATS, 2),
+    "int16": (integer_tiles.add_pair_products, PAIRS, INTS, 2),
+    "int8": (integer_tiles.add_quad_products, BYTES, INTS, 4),
 }
 
 

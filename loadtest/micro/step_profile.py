@@ -40,6 +40,7 @@ NUM_READ_BYTES = 128 << 20  # more than caches hold
 NUM_PROFILED = 10  # forward passes under the profiler
 DISPATCH = "dispatch, Python, building the batch"
 WAY_TO_CLIENT = "between the processes and HTTP"
+OF_DTYPE = "products of the model's dtype"
 
 
 def _team_clock(steady: SteadyEngine) -> OperationClock:
@@ -65,7 +66,7 @@ class Ceilings:
 
     bytes_per_second: float
     flops_per_second: float
-    arithmetic: str = "products of the model's dtype"
+    arithmetic: str = OF_DTYPE
 
 
 @dataclass(frozen=True)
@@ -187,23 +188,24 @@ def _measure_ceilings(steady: SteadyEngine, weights: list[float]) -> Ceilings:
         block.nbytes / fastest(lambda _: block @ vector, num_calls=3),
         steady.engine.cost.weight_bytes / max(min(weights), 1e-9),
     )
-    model = steady.executor.runner.model
+    flops_per_second, arithmetic = _arithmetic(steady, num_threads)
+    torch.set_num_threads(num_before)
+    return Ceilings(bytes_per_second, flops_per_second, arithmetic)
+
+
+def _arithmetic(steady: SteadyEngine, num_threads: int) -> tuple[float, str]:
+    """Its ceiling, in operations per second, and what it is."""
     if steady.settings["device.kernels"] == "numba":
-        torch.set_num_threads(num_before)
-        return _with_instructions_of(model, bytes_per_second, num_threads)
+        from engine.models.llama_numba import NumbaLlama
+        from loadtest.micro.instruction_rates import instruction_of, rate
+
+        model = steady.executor.runner.model
+        assert isinstance(model, NumbaLlama), "device.kernels is numba"
+        name = instruction_of(model.product_kind)
+        return rate(name, num_threads), f"instructions of {name}"
     matrix = torch.ones(768, 768, dtype=getattr(torch, str(steady.settings["model.dtype"])))
     seconds = fastest(lambda _: matrix @ matrix, num_calls=3)
-    torch.set_num_threads(num_before)
-    return Ceilings(bytes_per_second, flops_per_second=2 * len(matrix) ** 3 / seconds)
-
-
-def _with_instructions_of(model: object, bytes_per_second: float, num_threads: int) -> Ceilings:
-    from engine.models.llama_numba import NumbaLlama
-    from loadtest.micro.instruction_rates import instruction_of, rate
-
-    assert isinstance(model, NumbaLlama), "device.kernels is numba"
-    name = instruction_of(model.product_kind)
-    return Ceilings(bytes_per_second, rate(name, num_threads), arithmetic=f"instructions of {name}")
+    return 2 * len(matrix) ** 3 / seconds, OF_DTYPE
 
 
 def _floor(times: StepTimes, steady: SteadyEngine, ceilings: Ceilings) -> Floor:

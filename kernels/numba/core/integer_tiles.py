@@ -35,7 +35,9 @@ from kernels.numba.core.tiles import dispatching, prefetch_span, write_sums
 
 INTEGER_TILES = level().integers
 MAX_SUMS_WRITTEN_OUT = {"int4": 12, "int8": 8, "unpacked int4": 0}  # of a tile
-UNPACKED_TILES = TileRows(0, 6)  # which need no register to unpack; where tiles of two panels fit, nothing is gained
+UNPACKS = INTEGER_TILES.two_panels < INTEGER_TILES.one_panel  # whether tiles of int4 have no register to unpack
+MIN_ROWS_TO_UNPACK = 12  # with fewer, each tile unpacks a panel itself
+UNPACKED_TILES = TileRows(0, 6 if UNPACKS else 0)
 
 
 def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -60,7 +62,7 @@ def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value
     return builder.shuffle_vector(halves[0], halves[1], ir.Constant(INTS, list(range(LANES))))
 
 
-def _add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """total + the products of 32 int16, neighbours added: [16] int32 (x86: VPDPWSSD, or what LLVM finds faster)."""
     if "avx512vnni" in features():
         words = (builder.bitcast(part, INTS) for part in (a, b))
@@ -68,25 +70,21 @@ def _add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: i
     return builder.add(total, _multiply_pairs(builder, a, b))
 
 
-def _load_pairs(builder: ir.IRBuilder, base: ir.Value, element: str, pair: ir.Value | int) -> ir.Value:
+def _load_pairs(builder: ir.IRBuilder, base: ir.Value, element: str, pair: ir.Value) -> ir.Value:
     """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side.
 
     base: the address of a group; pair: its index in the group. Four pairs of int4 are in one vector.
     """
     words = ir.VectorType(I16, 2 * LANES)
-    index = I64(pair) if isinstance(pair, int) else pair
     if element == "unpacked int4":
-        return load(builder, builder.add(base, builder.mul(index, I64(4 * LANES))), words, 2)
+        return load(builder, builder.add(base, builder.mul(pair, I64(4 * LANES))), words, 2)
     if element == "int8":
-        address = builder.add(base, builder.mul(index, I64(2 * LANES)))
+        address = builder.add(base, builder.mul(pair, I64(2 * LANES)))
         return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), words)
-    address = builder.add(base, builder.mul(builder.lshr(index, I64(2)), I64(4 * LANES)))
+    address = builder.add(base, builder.mul(builder.lshr(pair, I64(2)), I64(4 * LANES)))
     four = load(builder, address, INTS, 1)
-    if isinstance(pair, int):
-        shift: ir.Value = ir.Constant(INTS, [4 * (pair % 4)] * LANES)
-    else:
-        shift = splat(builder, builder.trunc(builder.mul(builder.and_(index, I64(3)), I64(4)), I32))
-    both = builder.and_(builder.lshr(four, shift), ir.Constant(INTS, [0x000F000F] * LANES))
+    shift = builder.trunc(builder.mul(builder.and_(pair, I64(3)), I64(4)), I32)
+    both = builder.and_(builder.lshr(four, splat(builder, shift)), ir.Constant(INTS, [0x000F000F] * LANES))
     return builder.bitcast(both, words)
 
 
@@ -148,7 +146,7 @@ def _pair_products(
     if len(zeros) <= MAX_SUMS_WRITTEN_OUT[element]:
         totals = zeros
         for pair in range(GROUP // 2):
-            totals = _add_pair(builder, totals, x_groups, w_groups, element, pair)
+            totals = _add_pair(builder, totals, x_groups, w_groups, element, I64(pair))
         return totals
     loop = Loop(builder, I64(GROUP // 2), zeros)
     return loop.close(_add_pair(builder, loop.values, x_groups, w_groups, element, loop.index))
@@ -160,17 +158,17 @@ def _add_pair(
     x_groups: list[ir.Value],
     w_groups: list[ir.Value],
     element: str,
-    pair: ir.Value | int,
+    pair: ir.Value,
 ) -> list[ir.Value]:
     """The totals, and the products of two depths."""
     weights = [_load_pairs(builder, base, element, pair) for base in w_groups]
-    offset = I64(4 * pair) if isinstance(pair, int) else builder.shl(pair, I64(2))
+    offset = builder.shl(pair, I64(2))
     sums = []
     for row, base in enumerate(x_groups):
         both = splat(builder, load(builder, builder.add(base, offset), I32, 2))
         broadcast = builder.bitcast(both, ir.VectorType(I16, 2 * LANES))
         own = totals[row * len(weights) : (row + 1) * len(weights)]
-        sums += [_add_pair_products(builder, total, broadcast, one) for total, one in zip(own, weights, strict=True)]
+        sums += [add_pair_products(builder, total, broadcast, one) for total, one in zip(own, weights, strict=True)]
     return sums
 
 
@@ -230,6 +228,14 @@ def _add_byte_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: i
     if "avx512vnni" in features():
         return call_by_name(builder, "llvm.x86.avx512.vpdpbusd.512", INTS, total, a, b)
     return builder.add(total, _multiply_pairs(builder, a, b))
+
+
+def add_quad_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """total + the products of a and b, unsigned and signed, of each quad together: [16] int32."""
+    parts = _byte_parts(builder, a, signed=False), _byte_parts(builder, b, signed=True)
+    for both in zip(*parts, strict=True):
+        total = _add_byte_products(builder, total, *both)
+    return total
 
 
 def _load_quad(builder: ir.IRBuilder, address: ir.Value, element: str, quad: ir.Value) -> ir.Value:
@@ -335,9 +341,7 @@ def _weight_sums(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.V
         return _multiply_pairs(builder, reduce(builder.add, words), _ONE_WORDS)
     total = ir.Constant(INTS, [0] * LANES)
     for quad in quads:
-        ones, parts = _byte_parts(builder, _ONE_BYTES, signed=False), _byte_parts(builder, quad, signed=True)
-        for both in zip(ones, parts, strict=True):
-            total = _add_byte_products(builder, total, *both)
+        total = add_quad_products(builder, total, _ONE_BYTES, quad)
     return total
 
 
@@ -349,7 +353,7 @@ def _add_bytes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 multiply_int8 = dispatching(_integer_tile, "int8", 13, INTEGER_TILES)
 multiply_int4 = dispatching(_integer_tile, "int4", 13, INTEGER_TILES)
-multiply_unpacked_int4 = dispatching(_integer_tile, "unpacked int4", 13, UNPACKED_TILES)
+multiply_unpacked_int4 = dispatching(_integer_tile, "unpacked int4", 13, UNPACKED_TILES, min_rows=4)
 multiply_quad_int8 = dispatching(_byte_tile, "int8", 13, INTEGER_TILES)
 multiply_quad_int4 = dispatching(_byte_tile, "int4", 13, INTEGER_TILES)
 
@@ -363,7 +367,8 @@ def unpack_int4(typing_context, packed, out, num_groups):
         source = builder.add(arguments[0], builder.mul(loop.index, I64(GROUP * LANES // 2)))
         target = builder.add(arguments[1], builder.mul(loop.index, I64(2 * GROUP * LANES)))
         for pair in range(GROUP // 2):
-            store(builder, _load_pairs(builder, source, "int4", pair), builder.add(target, I64(4 * LANES * pair)), 2)
+            both = _load_pairs(builder, source, "int4", I64(pair))
+            store(builder, both, builder.add(target, I64(4 * LANES * pair)), 2)
         loop.close([])
         return context.get_dummy_value()
 

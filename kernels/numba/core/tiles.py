@@ -136,7 +136,7 @@ def _bfloat16_tile(module: ir.Module, rows: int, panels: int, element: str) -> i
         totals = loop.values[row * panels : (row + 1) * panels]
         if element == "bfloat16":
             both = splat(builder, load(builder, address, I32, 2))
-            sums += [_add_bfloat16_products(builder, *terms, both) for terms in zip(totals, words, strict=True)]
+            sums += [add_bfloat16_products(builder, *terms, both) for terms in zip(totals, words, strict=True)]
             continue
         for place in (0, 1):
             broadcast = splat(builder, load(builder, builder.add(address, I64(4 * place)), FLOAT, 4))
@@ -155,7 +155,7 @@ def _widen_pair(builder: ir.IRBuilder, words: ir.Value) -> tuple[ir.Value, ir.Va
     return builder.bitcast(low, FLOATS), builder.bitcast(high, FLOATS)
 
 
-def _add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """total + the products of two bfloat16 in each of 16 words, the upper one first (x86: VDPBF16PS)."""
     if "avx512bf16" in features():
         return call_by_name(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, a, b)
@@ -166,8 +166,10 @@ def _add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, 
 _Writer = Callable[[ir.Module, int, int, str], ir.Function]
 
 
-def dispatching(write: _Writer, element: str, num_arguments: int, most: TileRows = FLOAT_TILES) -> Callable[..., None]:
-    """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows and panels.
+def dispatching(
+    write: _Writer, element: str, num_arguments: int, most: TileRows = FLOAT_TILES, *, min_rows: int = 1
+) -> Callable[..., None]:
+    """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows, `min_rows` or more, and panels.
 
     Few rows take two panels, for enough independent sums to hide the latency of an addition; more rows only where two
     panels of them fit into the registers.
@@ -182,7 +184,7 @@ def dispatching(write: _Writer, element: str, num_arguments: int, most: TileRows
             case = builder.add(builder.mul(rows, I64(2)), panels)
             switch = builder.switch(case, end)
             for num_panels, rows_of_tallest in ((1, most.one_panel), (2, most.two_panels)):
-                for num_rows in range(1, rows_of_tallest + 1):
+                for num_rows in range(min_rows, rows_of_tallest + 1):
                     block = builder.append_basic_block("tile")
                     switch.add_case(I64(2 * num_rows + num_panels), block)
                     builder.position_at_end(block)
@@ -207,3 +209,12 @@ def rows_of_next_tile(remaining, most):
     """Rows of the next of the tiles, of `most` rows or fewer, that `remaining` rows are divided into: all of about the
     same height."""
     return -(-remaining // -(-remaining // most))
+
+
+@njit(inline="always")
+def shape_of_next_tile(rows, panels, most):
+    """(panels, the most rows) of the next tile of `rows` by `panels`: two panels, where there are two and the sums of
+    the rows fit into registers. most: a TileRows"""
+    if panels > 1 and (most.two_panels >= most.one_panel or rows <= most.two_panels):
+        return 2, most.two_panels
+    return 1, most.one_panel

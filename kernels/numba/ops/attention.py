@@ -23,7 +23,7 @@ from kernels.numba.core.paged_tiles import (
     weigh_float16,
     weigh_float32,
 )
-from kernels.numba.core.tiles import FLOAT_TILES, rows_of_next_tile
+from kernels.numba.core.tiles import FLOAT_TILES, rows_of_next_tile, shape_of_next_tile
 from kernels.numba.kernel_cache import by_name, kernel
 
 SPAN = 128  # keys scored at once; a multiple of LANES
@@ -66,30 +66,21 @@ def cut_tiles(query_starts, seq_lens, num_seqs, tokens_at_once, tables, table_by
     return num_tiles
 
 
-@njit(inline="always")  # as the next ones: tiles are compiled where they are called
+@njit(inline="always")  # as `_add_values`: tiles are compiled where they are called
 def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
     """out = x @ keys, [rows, num_parts * LANES]. parts: addresses of LANES keys each, as columns"""
     row = 0
     while row < rows:
-        panels, tile = _next_tile(rows - row, num_parts)
+        panels, most = shape_of_next_tile(rows - row, num_parts, FLOAT_TILES)
+        tile = rows_of_next_tile(rows - row, most)
         source, target = x + row * size * 4, out + row * ldo * 4
         part = 0
         while part < num_parts:
             if part + panels > num_parts:
                 panels = 1
             count = (num_parts - part) // panels * panels
-            arguments = (
-                tile,
-                panels,
-                source,
-                size,
-                parts + part * 8,
-                block,
-                size,
-                count,
-                target + part * LANES * 4,
-                ldo,
-            )
+            scores = target + part * LANES * 4
+            arguments = (tile, panels, source, size, parts + part * 8, block, size, count, scores, ldo)
             if kind == FLOAT32:
                 score_float32(arguments)
             elif kind == BFLOAT16:
@@ -101,20 +92,13 @@ def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
 
 
 @njit(inline="always")
-def _next_tile(rows, panels):
-    """(panels, rows) of the next tile: of two panels where there are two and the rows' sums fit into registers."""
-    if panels > 1 and (FLOAT_TILES.two_panels >= FLOAT_TILES.one_panel or rows <= FLOAT_TILES.two_panels):
-        return 2, rows_of_next_tile(rows, FLOAT_TILES.two_panels)
-    return 1, rows_of_next_tile(rows, FLOAT_TILES.one_panel)
-
-
-@njit(inline="always")
 def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
     """out += x @ values, [rows, size]. parts: addresses of LANES values each, `depth` in all, of which the first
     `skipped` are left out; element: bytes"""
     row = 0
     while row < rows:
-        panels, tile = _next_tile(rows - row, size // LANES)
+        panels, most = shape_of_next_tile(rows - row, size // LANES, FLOAT_TILES)
+        tile = rows_of_next_tile(rows - row, most)
         source = x + row * ldx * 4
         column = 0
         while column < size:

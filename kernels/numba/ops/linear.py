@@ -16,7 +16,9 @@ from kernels.numba.core.formats import (
 )
 from kernels.numba.core.integer_tiles import (
     INTEGER_TILES,
+    MIN_ROWS_TO_UNPACK,
     UNPACKED_TILES,
+    UNPACKS,
     multiply_int4,
     multiply_int8,
     multiply_quad_int4,
@@ -32,14 +34,13 @@ from kernels.numba.core.tiles import (
     multiply_float32,
     multiply_rounded_bfloat16,
     rows_of_next_tile,
+    shape_of_next_tile,
 )
 from kernels.numba.kernel_cache import by_name, kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
 BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
-# of int4, from which on a panel is unpacked once for all tiles; never, where tiles have two panels of many rows
-MIN_ROWS_TO_UNPACK = 12 if INTEGER_TILES.two_panels < INTEGER_TILES.one_panel else 1 << 30
-SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2  # of a thread: such a panel
+SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2  # of a thread: a panel of int4 that is unpacked once for all tiles
 
 
 @njit
@@ -126,20 +127,16 @@ def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, u
 @njit(inline="always")
 def _multiply_panels(
     kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
-):  # fmt: skip
+):
     count = min(BLOCK_DEPTH, depth - start)
     row_bytes, factor_bytes = _row_bytes(kind, depth), _factor_bytes(kind, depth)
     panel_scales = depth // GROUP * LANES * (4 if kind in (INT4, QUAD_INT4) else 2)
-    of_two, of_one = FLOAT_TILES.two_panels, FLOAT_TILES.one_panel
-    if kind in (INT8, INT4, QUAD_INT8, QUAD_INT4):
-        of_two, of_one = INTEGER_TILES.two_panels, INTEGER_TILES.one_panel
+    tallest = INTEGER_TILES if kind in (INT8, INT4, QUAD_INT8, QUAD_INT4) else FLOAT_TILES
     panel = first_panel
     while panel < last_panel:
-        panels, most = 1, of_one
-        if panel + 1 < last_panel and (of_two >= of_one or rows <= of_two):
-            panels, most = 2, of_two
+        panels, most = shape_of_next_tile(rows, last_panel - panel, tallest)
         unpacked = 0
-        if kind == INT4 and rows >= MIN_ROWS_TO_UNPACK:
+        if UNPACKS and kind == INT4 and rows >= MIN_ROWS_TO_UNPACK:
             unpacked, most = scratch, UNPACKED_TILES.one_panel
             unpack_int4(w + panel * panel_bytes(kind, depth) + panel_bytes(kind, start), scratch, count // GROUP)
         row = 0

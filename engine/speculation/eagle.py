@@ -36,7 +36,14 @@ from engine.speculation.eagle_attention import DraftContext, FirstPass, GuessRow
 from engine.speculation.eagle_cache import EagleCache, KnownRows, cache_bytes_per_token
 from engine.speculation.eagle_checkpoint import EagleCheckpoint, open_eagle_checkpoint
 from engine.speculation.eagle_head import EagleHead, HeadOutput
-from engine.speculation.proposer import ProposerContext, ProposerNeeds, TargetShape, draft_budget, most_drafts
+from engine.speculation.proposer import (
+    ProposerContext,
+    ProposerNeeds,
+    TargetShape,
+    draft_budget,
+    drafts_asked_for,
+    most_drafts,
+)
 from engine.speculation.verified_step import KeptTokens, VerifiedStep
 from engine.types import Sequence
 
@@ -226,7 +233,9 @@ class EagleProposer:
                 places = text.context.add(positions[text.end - text.first :])
             items.append(TextRows(start, text.end - text.first, positions, places, text.context))
         trees = [
-            _Tree(text, self._most(text.seq), [_Node(-1, row, text.seq.token_ids[-1], 1.0, [0])])
+            _Tree(
+                text, drafts_asked_for(text.seq, self._num_drafts), [_Node(-1, row, text.seq.token_ids[-1], 1.0, [0])]
+            )
             for row, text in enumerate(text for text in texts if text.depth)
         ]
         output = self._run_first(texts, items, (token_ids, states))
@@ -347,9 +356,6 @@ class EagleProposer:
         if not np.isfinite(log_probs).all():
             return []
         return likely_tokens(seq.params, position, ids, log_probs, words=self._words, most=most)
-
-    def _most(self, seq: Sequence) -> int:
-        return min(self._num_drafts, seq.params.num_drafts or self._num_drafts)
 
 
 def _open(config: SpeculationConfig, target: TargetShape) -> EagleCheckpoint:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.speculation.eagle_config import EagleConfig, eagle_error, read_eagle_config
+from engine.speculation.eagle_config import EagleConfig, read_eagle_config
 from engine.speculation.proposer import TargetShape
-from engine.speculation.tensor_file import TensorFile, open_tensor_file, read_config
+from engine.speculation.tensor_file import TensorFile, drafter_error, open_tensor_file, read_config
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -229,7 +229,7 @@ class EagleCheckpoint:
         return any(name.startswith(prefix) for name in self._names)
 
     def _error(self, reason: str) -> ValueError:
-        return eagle_error(self._path, reason)
+        return drafter_error(self._path, reason)
 
 
 def open_eagle_checkpoint(path: Path, target: TargetShape) -> EagleCheckpoint:
@@ -238,7 +238,7 @@ def open_eagle_checkpoint(path: Path, target: TargetShape) -> EagleCheckpoint:
         raise ValueError(f"there is no EAGLE head in {path}: it does not exist; name a directory that holds one")
     fields = read_config(path)
     if not fields:
-        raise eagle_error(path, "it has no config.json, without which a head's sizes are not known")
+        raise drafter_error(path, "it has no config.json, without which a head's sizes are not known")
     return EagleCheckpoint(path, read_eagle_config(path, fields, target), open_tensor_file(path, _FILES))
 
 

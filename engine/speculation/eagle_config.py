@@ -16,6 +16,7 @@ from typing import cast
 from engine.models.checkpoint_config import BareConfig
 from engine.models.rope import Rope, default_rope, scaled_rope
 from engine.speculation.proposer import TargetShape
+from engine.speculation.tensor_file import drafter_error
 
 Fields = Mapping[str, object]
 
@@ -232,8 +233,4 @@ class _Reader:
         return float(value)
 
     def _error(self, reason: str) -> ValueError:
-        return eagle_error(self._path, reason)
-
-
-def eagle_error(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path}: {reason}; check what speculation.model names, or download it again")
+        return drafter_error(self._path, reason)

@@ -25,7 +25,14 @@ from engine.speculation.draft_tree import (
     set_drafts,
 )
 from engine.speculation.medusa_heads import MedusaHeads
-from engine.speculation.proposer import ProposerContext, ProposerNeeds, TargetShape, draft_budget, most_drafts
+from engine.speculation.proposer import (
+    ProposerContext,
+    ProposerNeeds,
+    TargetShape,
+    draft_budget,
+    drafts_asked_for,
+    most_drafts,
+)
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Sequence
 
@@ -94,7 +101,7 @@ class MedusaProposer:
                 break
             open_nodes = self._grow(seqs, trees, open_nodes, logits[:, depth], depth)
         for seq, tree in zip(seqs, trees, strict=True):
-            set_drafts(seq, tree, min(self._num_drafts, seq.params.num_drafts or self._num_drafts))
+            set_drafts(seq, tree, drafts_asked_for(seq, self._num_drafts))
 
     def _grow(
         self,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.speculation.tensor_file import TensorFile, open_tensor_file, read_config
+from engine.speculation.tensor_file import TensorFile, drafter_error, open_tensor_file, read_config
 
 _FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # beside what else lies there
 _PREFIXES = ("medusa_heads.", "medusa_head.")
@@ -293,7 +293,7 @@ class _Reader:
             raise self._error(f"{len(unknown)} tensors are no part of Medusa heads: {', '.join(unknown[:5])}")
 
     def _error(self, reason: str) -> ValueError:
-        return ValueError(f"{self._path}: {reason}; check what speculation.model names, or download it again")
+        return drafter_error(self._path, reason)
 
 
 def _own_names(names: list[str], path: Path) -> dict[str, str]:

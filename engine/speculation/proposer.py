@@ -118,14 +118,18 @@ class Proposer(Protocol):
         ...
 
 
+def drafts_asked_for(seq: Sequence, configured: int) -> int:
+    """Of a step that verifies them: what is configured, or fewer where the request asks for fewer."""
+    return configured if seq.params.num_drafts is None else min(seq.params.num_drafts, configured)
+
+
 def draft_budget(seq: Sequence, configured: int) -> int:
     """The longest run of drafts for a sequence: what is configured, or fewer where its request asks for fewer.
 
     Never more than configured, which memory and kernels were planned for. Never more than max_tokens leaves room for,
     given that the step that verifies adds a token of its own.
     """
-    asked = configured if seq.params.num_drafts is None else min(seq.params.num_drafts, configured)
-    return max(0, min(asked, seq.params.max_tokens - seq.num_output_tokens - 1))
+    return max(0, min(drafts_asked_for(seq, configured), seq.params.max_tokens - seq.num_output_tokens - 1))
 
 
 _NUM_DRAFTS = {"ngram": 6, "suffix": 12, "medusa": 12}  # at most, where the config does not say

@@ -27,6 +27,10 @@ class TensorFile(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
+def drafter_error(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path}: {reason}; check what speculation.model names, or download it again")
+
+
 def open_tensor_file(path: Path, names: tuple[str, ...]) -> TensorFile:
     """A file, or in a directory the first of these names that is there, else its model.safetensors, whole or in parts.
 

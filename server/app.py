@@ -107,7 +107,7 @@ def _make_state(
     state = ServerState(
         config=config,
         engine=engine,
-        admission=Admission(engine, config.limits, DrainRate()),
+        admission=Admission(engine, config.limits, DrainRate(), is_shared=len(set(config.server.api_keys)) > 1),
         metrics=metrics,
         tokenizer=None,
         model_names=names,

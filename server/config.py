@@ -57,6 +57,10 @@ class LimitsConfig(Section):
     max_queued_tokens: Count = Field(
         default=1048576, description="prompt tokens that may wait; beyond: 429, and 400 for one request of more"
     )
+    max_queue_seconds: Annotated[float, Field(ge=0.01, le=86400)] | None = Field(
+        default=None,
+        description="seconds that a request may have to wait, by how fast the queue drains; beyond: 429; null: any",
+    )
     max_body_bytes: Count = Field(default=16777216, description="size of a request body; beyond: 413")
     priority: bool = Field(default=False, description="requests may ask for a priority; else other than 0 is a 400")
     max_body_fields: Count = Field(default=32768, description="JSON fields, lists and objects of a body; beyond: 400")

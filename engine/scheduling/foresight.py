@@ -33,6 +33,8 @@ def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | N
             return None
         (caught_up if outlook.num_lacking == 1 else behind).append(outlook)
     limits = scheduler.limits
+    places = {seq: place for place, seq in enumerate(scheduler.in_service_order([one.seq for one in behind]))}
+    behind.sort(key=lambda one: places[one.seq])
     budget = limits.max_num_batched_tokens - len(caught_up)
     if caught_up and limits.min_prompt_share is not None:
         budget = min(budget, scheduler.prompt_share(len(caught_up), [outlook.seq for outlook in behind]))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_right, insort
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_cache.groups import span_of_step
 from engine.kv_cache.manager import KVCacheManager, Prefix, needs_prompt_scores
+from engine.scheduling.fair_share import FairShare, arrival_order
 from engine.scheduling.prompts_in_progress import PromptsInProgress
 from engine.scheduling.request_queue import WaitingQueue
 from engine.scheduling.step_outputs import one_more_token, output_of
@@ -104,8 +106,9 @@ class Scheduler:
         self.limits = limits
         self._full_budget = limits.max_num_batched_tokens
         self._check_room_for_one()
-        self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []  # in order of service: priority, then arrival
+        self.fair_share = FairShare()
+        self.waiting = WaitingQueue(self.fair_share)
+        self.running: list[Sequence] = []  # in `arrival_order`
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.num_prefix_hits = 0
@@ -134,6 +137,7 @@ class Scheduler:
         seq.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._by_id[request_id] = seq
+        self.fair_share.add(seq)
         self.waiting.push(seq)
 
     def abort(self, request_id: str) -> Sequence | None:
@@ -151,7 +155,7 @@ class Scheduler:
 
         Sequences that lack a single token come first: theirs are the streams that somebody is reading. What is left
         of the budget, or as much of it as these streams can wait for, goes to those further behind, in order of
-        service, and then to new ones.
+        service, and then to new ones. Among several tenants, a new one may come before others' that are behind.
         """
         num_seqs = min(len(self.running) + len(self.waiting), self.limits.max_num_seqs)
         plan = _Plan(self.limits.max_num_batched_tokens, self.limits.num_logits_rows, num_seqs)
@@ -163,12 +167,22 @@ class Scheduler:
         self._continue_streams(caught_up, plan)
         if caught_up and self.limits.min_prompt_share is not None:
             plan.budget = min(plan.budget, self.prompt_share(len(caught_up), behind))
-        for seq in behind:
+        for seq in self.in_service_order(behind):
+            if self.fair_share.is_shared and self.num_preemptions == num_preemptions:
+                self._admit(plan, ahead_of=seq)
             plan.num_to_come -= 1
             self._continue(seq, plan, plan.budget)
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
+        self.fair_share.charge(plan.items.values())
         return list(plan.items.values())
+
+    def in_service_order(self, seqs: list[Sequence]) -> list[Sequence]:
+        """Running sequences in the order in which a step's budget is given to them."""
+        if not self.fair_share.is_shared:
+            return seqs
+        now = time.monotonic()
+        return sorted(seqs, key=lambda seq: self.fair_share.order(seq, now))
 
     def update(self, batch: list[Scheduled], sampled: list[Sampled]) -> list[StepOutput]:
         """Commits a step: the tokens that were computed, and those that were sampled for each item."""
@@ -290,7 +304,7 @@ class Scheduler:
         if not self.kv.allocate(seq, num_tokens):
             self._take_back_blocks_of_drafts(plan)
         while not self.kv.allocate(seq, num_tokens):
-            victim = self.running.pop()
+            victim = self.in_service_order(self.running)[-1]
             plan.drop(victim)
             self._preempt(victim)
             if victim is seq:
@@ -307,18 +321,23 @@ class Scheduler:
                 plan.add(replace(item, num_new_tokens=item.num_new_tokens - item.num_drafts, num_drafts=0))
             self.kv.give_back(seq, seq.num_tokens + self.limits.num_lookahead_tokens)
 
-    def _admit(self, plan: _Plan) -> None:
-        """Starts waiting sequences while budget, seats and memory last, first come first served.
+    def _admit(self, plan: _Plan, ahead_of: Sequence | None = None) -> None:
+        """Starts waiting sequences while budget, seats and memory last, in order of service.
 
         A sequence whose next prefix block is being computed by another waits for it instead of computing it again.
+
+        ahead_of: only those that come before it
         """
-        if not self._may_admit(plan):
+        if not self._may_admit(plan, ahead_of):
             return
         held: list[Sequence] = []
         in_progress = PromptsInProgress(self.kv, [seq for seq in self.running if not _is_caught_up(seq)])
         num_reserved = sum(map(self._num_reserved_blocks, self.running))
-        while self._may_admit(plan):
+        while self._may_admit(plan, ahead_of):
             seq = self.waiting.first
+            if len(self.running) == self.limits.max_num_seqs:
+                self._takes_place(seq, 1, _one_seat, self.limits.max_num_seqs, plan)
+                break
             if self._is_still_refused(seq, num_reserved):
                 break
             prefix = self._find_prefix(seq, plan)
@@ -329,15 +348,29 @@ class Scheduler:
                 continue
             num_needed = self.kv.num_blocks_to_start(prefix, self._num_reserved_tokens(seq), self._span)
             if num_needed + num_reserved > self.kv.pool.num_free:
+                if self._takes_place(seq, num_needed, _num_owned_blocks, self.kv.pool.num_blocks, plan):
+                    break  # what that leaves is seen in the next step
                 self._refusal = _Refusal(seq, num_needed, self.kv.pool.num_reuse_gains, self._num_starts)
                 break
             self._start(self.waiting.pop(), prefix)
             in_progress.add(seq)
-            plan.num_to_come -= 1
+            plan.num_to_come = max(plan.num_to_come - 1, 0)
             self._continue(seq, plan, plan.budget)
             num_reserved += self._num_reserved_blocks(seq)
         for seq in held:
             self.waiting.push(seq)
+
+    def _takes_place(
+        self, seq: Sequence, needed: int, holding: Callable[[Sequence], int], capacity: int, plan: _Plan
+    ) -> bool:
+        """Whether a running sequence was preempted for a waiting one, whose tenant has less than its share."""
+        if not self.fair_share.is_shared:
+            return False
+        victim = self.fair_share.victim(seq, self.running, holding, needed, capacity)
+        if victim is not None:
+            plan.drop(victim)
+            self._preempt(victim)
+        return victim is not None
 
     def _find_prefix(self, seq: Sequence, plan: _Plan) -> Prefix | None:
         """None: it takes more hashing than this step has left, as others wait for it; the next ones go on."""
@@ -356,8 +389,15 @@ class Scheduler:
             return False
         return refusal.num_needed - num_spared + num_reserved > self.kv.pool.num_free
 
-    def _may_admit(self, plan: _Plan) -> bool:
-        return plan.budget > 0 and len(self.running) < self.limits.max_num_seqs and len(self.waiting) > 0
+    def _may_admit(self, plan: _Plan, ahead_of: Sequence | None) -> bool:
+        if plan.budget <= 0 or not self.waiting:
+            return False
+        if not self.fair_share.is_shared:
+            return len(self.running) < self.limits.max_num_seqs
+        if ahead_of is None:
+            return True
+        now = time.monotonic()
+        return self.fair_share.order(self.waiting.first, now) < self.fair_share.order(ahead_of, now)
 
     def _start(self, seq: Sequence, prefix: Prefix) -> None:
         self.kv.start(seq, prefix)
@@ -370,7 +410,7 @@ class Scheduler:
         # The first allocation cannot fail, because `_admit` has counted it; no tables mean "preempted".
         allocated = self.kv.allocate(seq, seq.num_computed_tokens + 1)
         assert allocated, "a sequence was admitted without room"
-        insort(self.running, seq, key=_service_order)
+        insort(self.running, seq, key=arrival_order)
 
     def _num_reserved_blocks(self, seq: Sequence) -> int:
         """Free blocks that are reserved for a running sequence."""
@@ -435,6 +475,7 @@ class Scheduler:
         return Scheduled(seq, num_new_tokens, 0, samples, num_scored)
 
     def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
         self.kv.free(seq)
         seq.draft_token_ids, seq.draft_parents = [], []
         seq.num_preemptions += 1
@@ -470,11 +511,16 @@ class Scheduler:
 
     def _forget(self, seq: Sequence) -> None:
         self.kv.free(seq)
+        self.fair_share.remove(seq)
         del self._by_id[seq.request.request_id]
 
 
-def _service_order(seq: Sequence) -> tuple[int, int]:
-    return seq.request.priority, seq.arrival
+def _one_seat(_: Sequence) -> int:
+    return 1
+
+
+def _num_owned_blocks(seq: Sequence) -> int:
+    return sum(map(len, seq.block_tables))
 
 
 def _num_verified_drafts(seq: Sequence, budget: int) -> int:

@@ -107,6 +107,7 @@ def make_generation(
                 prompt_token_ids=prompt.token_ids,
                 params=msgspec.structs.replace(params, seed=seed),
                 priority=body.priority or 0,
+                tenant=serving.tenant,
                 cache_salt=serving.salt,
             )
             choice = Choice(

@@ -1,4 +1,9 @@
-"""Admission control: bounds on the requests that wait. Those that run are bounded by the engine."""
+"""Admission control: bounds on the requests that wait. Those that run are bounded by the engine.
+
+Among tenants, the queue is shared by dynamic thresholds (Choudhury and Hahne 1998, "Dynamic queue length thresholds for
+shared-memory packet switches"): a tenant may have as much unfinished as the queue still has room for. So one that
+floods it leaves half of it to others, two leave a third, and nobody has to say beforehand how many there are.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import heapq
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
@@ -63,10 +69,12 @@ class DrainRate:
 
 
 class Place:
-    """Room in the queue for the choices of one request. A context manager: what no choice has taken is given back."""
+    """Room in the queue for the choices of one request. A context manager that spans the request's life: what no choice
+    has taken is given back at its end."""
 
-    def __init__(self, admission: Admission, num_requests: int, num_tokens: int) -> None:
+    def __init__(self, admission: Admission, tenant: str, num_requests: int, num_tokens: int) -> None:
         self._admission = admission
+        self._tenant, self._unfinished = tenant, (num_requests, num_tokens)
         self._num_requests = num_requests
         self._num_tokens = num_tokens
 
@@ -75,6 +83,7 @@ class Place:
 
     def __exit__(self, *_: object) -> None:
         self._release(self._num_requests, self._num_tokens)
+        self._admission.note_finished(self._tenant, *self._unfinished)
 
     def hand_over(self, num_tokens: int) -> None:
         """Notes that the engine gets a choice in this iteration of the event loop, and counts it itself."""
@@ -103,14 +112,19 @@ class Admission:
         limits: LimitsConfig,
         drain_rate: DrainRate,
         *,
+        is_shared: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """is_shared: by more than one tenant"""
         self._engine = engine
         self._limits = limits
         self._drain_rate = drain_rate
         self._clock = clock
         self._num_reserved = 0  # admitted, and not with the engine yet
         self._num_reserved_tokens = 0
+        self._is_shared = is_shared
+        self._unfinished: Counter[str] = Counter()  # choices by tenant, waiting or running
+        self._unfinished_tokens: Counter[str] = Counter()  # their prompts' tokens
         self._places: list[tuple[float, int]] = []  # a heap: when a refused request may come again, and its choices
         self._num_placed = 0  # of all of them
         self._is_closed = False
@@ -172,7 +186,7 @@ class Admission:
                 param="prompt",
             )
 
-    def admit(self, num_requests: int, num_tokens: int) -> Place:
+    def admit(self, num_requests: int, num_tokens: int, tenant: str = "") -> Place:
         """Gives `num_requests` sequences of together `num_tokens` prompt tokens a place, or raises ApiError.
 
         400: it can never have one; 429: not now; 503: the server cannot generate.
@@ -198,10 +212,57 @@ class Admission:
                 f"({limit}); try again later",
                 retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
             )
+        if self._is_shared:
+            self._check_share(tenant, num_requests, num_tokens)
+        self._check_wait(num_requests)
         self._num_reserved += num_requests
         self._num_reserved_tokens += num_tokens
+        self._unfinished[tenant] += num_requests
+        self._unfinished_tokens[tenant] += num_tokens
         self._drain_rate.watch(waited=waiting > 0, waits=True)
-        return Place(self, num_requests, num_tokens)
+        return Place(self, tenant, num_requests, num_tokens)
+
+    def _check_share(self, tenant: str, num_requests: int, num_tokens: int) -> None:
+        """Raises ApiError 429 where a tenant has more unfinished than the queue has room for. One request at a time is
+        never refused: it is bounded by the queue alone."""
+        own, own_tokens = self._unfinished[tenant], self._unfinished_tokens[tenant]
+        if not own:
+            return
+        room = self._limits.max_queued_requests - self.num_waiting
+        room_tokens = self._limits.max_queued_tokens - self.num_waiting_tokens
+        if own + num_requests <= room and own_tokens + num_tokens <= room_tokens:
+            return
+        raise ApiError(
+            429,
+            f"{own} requests of this API key are unfinished, of {own_tokens} prompt tokens; with this one they would "
+            f"be more than the {room} requests and {room_tokens} tokens that the queue, which others share, has room "
+            "for; try again when some have ended",
+            code="share_full",
+            retry_after=self._seconds_to_place(num_requests, max((own + num_requests - room) / 2, 1.0)),
+        )
+
+    def _check_wait(self, num_requests: int) -> None:
+        """Raises ApiError 429 where, as fast as the queue has drained lately, the wait would be beyond the limit."""
+        limit, waiting = self._limits.max_queue_seconds, self.num_waiting
+        if limit is None or not waiting:
+            return
+        seconds = waiting / self._drain_rate.per_second()
+        if seconds <= limit:
+            return
+        excess = waiting + num_requests - limit * self._drain_rate.per_second()
+        raise ApiError(
+            429,
+            f"{waiting} requests wait, the last of them about {seconds:.1f} s, longer than limits.max_queue_seconds "
+            f"({limit:g}); try again later",
+            retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
+        )
+
+    def note_finished(self, tenant: str, num_requests: int, num_tokens: int) -> None:
+        """Called by `Place`: a request of so many choices has left."""
+        self._unfinished[tenant] -= num_requests
+        self._unfinished_tokens[tenant] -= num_tokens
+        if not self._unfinished[tenant]:
+            del self._unfinished[tenant], self._unfinished_tokens[tenant]
 
     def release(self, num_requests: int, num_tokens: int) -> None:
         """Called by `Place`: so much of what was admitted was handed to the engine, or never will be."""

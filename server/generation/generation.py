@@ -72,7 +72,7 @@ class Generation:
         num_tokens = sum(len(choice.prompt.token_ids) for choice in self.job.choices)
         has_begun = False
         with (
-            self._admission.admit(len(self.job.choices), num_tokens) as place,
+            self._admission.admit(len(self.job.choices), num_tokens, self.job.tenant) as place,
             self._record.running(self),
             self._in_engine(place) as outputs,
             self._active_requests.register(self.job.tenant, ids, self.job.deadline, outputs),

@@ -26,21 +26,30 @@ class Clock:
         return self.now
 
 
-def make(*, waiting: int = 0, tokens: int = 0, requests: int = 4, max_tokens: int = 100, state: str = "ready"):
+def make(
+    *,
+    waiting: int = 0,
+    tokens: int = 0,
+    requests: int = 4,
+    max_tokens: int = 100,
+    state: str = "ready",
+    max_seconds: float | None = None,
+    is_shared: bool = False,
+):
     engine = SimpleNamespace(
         state=state, phase="weights", phase_detail="98 MB", failure=None,
         num_waiting=waiting, num_waiting_tokens=tokens,
     )  # fmt: skip
     clock = Clock()
     drain_rate = DrainRate(clock=clock)
-    limits = LimitsConfig(max_queued_requests=requests, max_queued_tokens=max_tokens)
-    admission = Admission(engine, limits, drain_rate, clock=clock)
+    limits = LimitsConfig(max_queued_requests=requests, max_queued_tokens=max_tokens, max_queue_seconds=max_seconds)
+    admission = Admission(engine, limits, drain_rate, is_shared=is_shared, clock=clock)
     return SimpleNamespace(admission=admission, engine=engine, clock=clock, drain_rate=drain_rate)
 
 
-def refusal(parts: SimpleNamespace, num_requests: int, num_tokens: int) -> ApiError:
+def refusal(parts: SimpleNamespace, num_requests: int, num_tokens: int, tenant: str = "") -> ApiError:
     with pytest.raises(ApiError) as caught:
-        parts.admission.admit(num_requests, num_tokens)
+        parts.admission.admit(num_requests, num_tokens, tenant)
     return caught.value
 
 
@@ -104,6 +113,77 @@ def test_no_order_of_arrivals_passes_a_limit(arrivals):
         parts.engine.num_waiting,
         parts.engine.num_waiting_tokens,
     )
+
+
+def flood(parts: SimpleNamespace, tenant: str, num_tokens: int = 1) -> list:
+    """Requests of a tenant that wait, as many as are taken."""
+    places = []
+    while len(places) < 1000:
+        try:
+            place = parts.admission.admit(1, num_tokens, tenant)
+        except ApiError:
+            break
+        place.hand_over(num_tokens)
+        parts.engine.num_waiting += 1
+        parts.engine.num_waiting_tokens += num_tokens
+        places.append(place)
+    return places
+
+
+def test_each_tenant_that_floods_the_queue_leaves_as_much_room_to_others():
+    parts = make(requests=120, max_tokens=100_000, is_shared=True)
+    assert [len(flood(parts, tenant)) for tenant in "abc"] == [60, 30, 15]
+    error = refusal(parts, 1, 1, "a")
+    assert (error.status, error.code) == (429, "share_full")
+    assert error.retry_after > 0
+    assert "60 requests of this API key are unfinished" in error.message
+    parts.admission.admit(1, 1, "d")
+    tokens = make(requests=1000, max_tokens=1200, is_shared=True)
+    assert [len(flood(tokens, tenant, 10)) for tenant in "ab"] == [60, 30]
+
+
+def test_a_tenant_alone_may_have_the_whole_queue():
+    parts = make(requests=120, max_tokens=100_000)
+    assert len(flood(parts, "only")) == 120
+
+
+def test_a_tenants_share_comes_back_when_its_requests_end():
+    parts = make(requests=120, max_tokens=100_000, is_shared=True)
+    places = flood(parts, "a")
+    for place in places[:20]:
+        parts.engine.num_waiting -= 1
+        parts.engine.num_waiting_tokens -= 1
+        place.end()
+        place.__exit__()
+    assert len(flood(parts, "a")) == 20
+
+
+def test_one_large_request_of_a_tenant_is_bounded_by_the_queue_alone():
+    parts = make(requests=120, max_tokens=1000, is_shared=True)
+    with parts.admission.admit(4, 900, "a"):
+        assert refusal(parts, 1, 1, "a").code == "share_full"
+        parts.admission.admit(1, 50, "b")
+    parts.admission.admit(4, 900, "a")
+
+
+def test_who_would_wait_too_long_is_told_how_long_and_when_to_come_again():
+    parts = make(requests=1000, max_tokens=100_000, max_seconds=2.0)
+    parts.admission.admit(1, 1)  # nobody waits in the engine: it may come in
+    parts.engine.num_waiting = 20
+    for _ in range(200):  # ten leave each second, while others wait
+        parts.drain_rate.watch(waited=True, waits=True)
+        parts.clock.now += 0.1
+        parts.drain_rate.watch(waited=True, waits=True)
+        parts.drain_rate.count()
+    rate = parts.drain_rate.per_second()
+    assert 8 < rate < 12
+    parts.engine.num_waiting = math.floor(2.0 * rate) - 2
+    parts.admission.admit(1, 1)
+    parts.engine.num_waiting += 30
+    error = refusal(parts, 1, 1)
+    assert error.status == 429
+    assert "limits.max_queue_seconds (2)" in error.message
+    assert 2.0 <= error.retry_after < 10.0, "about 30 must leave before"
 
 
 def test_a_restarting_engine_keeps_its_queue_open():

@@ -10,12 +10,8 @@ says of it, on how its sequence's guesses fared lately, and on its depth.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from engine.arrays import Doubles
 from engine.types import Sequence
 
 MAX_PENDING = 64  # guesses of a sequence that wait for their tokens
@@ -26,49 +22,49 @@ _OWN_PACE = 0.15  # by which a guess moves what its sequence's lately were worth
 _PRIOR = 0.4  # of a sequence that nobody has guessed at
 
 
-def log_odds(chances: Doubles) -> Doubles:
-    clipped = np.clip(chances, 1e-6, 1 - 1e-6)
-    odds: Doubles = np.clip(np.log(clipped / (1 - clipped)), -_FARTHEST, _FARTHEST)
-    return odds
+def log_odds(chance: float) -> float:
+    clipped = min(max(chance, 1e-6), 1 - 1e-6)
+    return min(max(math.log(clipped / (1 - clipped)), -_FARTHEST), _FARTHEST)
 
 
 class DraftChances:
-    """The chance that a draft is what the model says, given that its parent is: sigmoid(weights . features).
+    """The chance that a draft is what the model says, given that its parent is.
 
-    Features: 1, the log-odds of the proposer's confidence (0 where it has none), those of the sequence's own rate.
-    Each depth has weights of its own.
+    sigmoid(bias + a * the log-odds of the proposer's confidence, 0 where it has none + b * those of the sequence's own
+    rate), with a bias, an a and a b for each depth. In Python's numbers: a step has few drafts, and numpy's calls cost
+    more than their sums.
     """
 
-    NUM_FEATURES = 3
-
     def __init__(self) -> None:
-        self._weights = np.tile(np.array([0.0, 0.5, 0.5]), (NUM_DEPTHS, 1))
-        self._num_learned = np.zeros(NUM_DEPTHS, dtype=np.int64)
+        self._weights = [[0.0, 0.5, 0.5] for _ in range(NUM_DEPTHS)]
+        self._num_learned = [0] * NUM_DEPTHS
 
-    def chances(self, features: Doubles, depths: Listing[int]) -> Doubles:
-        """features: [n, NUM_FEATURES]; depths: [n], from 0. [n]"""
-        rows = self._weights[np.minimum(depths, NUM_DEPTHS - 1)]
-        chances: Doubles = 1.0 / (1.0 + np.exp(-np.einsum("nf,nf->n", rows, features)))
-        return chances
+    def chance(self, confidence: float, own: float, depth: int) -> float:
+        """confidence, own: log-odds; depth: from 0"""
+        bias, a, b = self._weights[depth if depth < NUM_DEPTHS else -1]
+        return 1.0 / (1.0 + math.exp(-(bias + a * confidence + b * own)))
 
-    def learn(self, features: Doubles, depth: int, was_right: bool) -> None:
-        """features: [NUM_FEATURES] of one draft whose parent was right"""
+    def learn(self, confidence: float, own: float, depth: int, was_right: bool) -> None:
+        """Of one draft whose parent was right."""
         depth = min(depth, NUM_DEPTHS - 1)
-        weights = self._weights[depth]
-        chance = 1.0 / (1.0 + math.exp(-float(weights @ features)))
         self._num_learned[depth] += 1
         rate = max(_FIRST_RATE / math.sqrt(self._num_learned[depth]), _LAST_RATE)
-        weights += rate * (was_right - chance) * features
+        step = rate * (was_right - self.chance(confidence, own, depth))
+        weights = self._weights[depth]
+        weights[0] += step
+        weights[1] += step * confidence
+        weights[2] += step * own
 
 
 @dataclass(slots=True)
 class Guess:
-    """Drafts that were proposed for the tokens of a sequence from position `start` on. features: [n, NUM_FEATURES]"""
+    """Drafts that were proposed for the tokens of a sequence from position `start` on."""
 
     start: int
     token_ids: list[int]
     parents: list[int]
-    features: Doubles
+    confidences: list[float]  # of each, log-odds; or empty
+    own: float  # log-odds of the sequence's own rate then
     node: int = -1  # the last draft that was right
     depth: int = 0  # drafts that were right
 
@@ -99,19 +95,23 @@ class Guesses:
 
     def _follow(self, guess: Guess, seq: Sequence, record: SequenceRecord) -> bool:
         """Whether the guess still waits for tokens."""
+        parents, num_tokens = guess.parents, seq.num_tokens
         while True:
-            position = guess.start + guess.depth
-            if position >= seq.num_tokens:
+            position, node = guess.start + guess.depth, guess.node
+            if position >= num_tokens:
                 return True
-            children = [i for i, parent in enumerate(guess.parents) if parent == guess.node and i > guess.node]
-            if not children:
-                return False
-            token_id, right = seq.token_ids[position], -1
-            for child in children:
+            token_id, right, has_children = seq.token_ids[position], -1, False
+            for child in range(node + 1, len(parents)):
+                if parents[child] != node:
+                    continue
+                has_children = True
                 was_right = guess.token_ids[child] == token_id
-                self.chances.learn(guess.features[child], guess.depth, was_right)
+                confidence = guess.confidences[child] if guess.confidences else 0.0
+                self.chances.learn(confidence, guess.own, guess.depth, was_right)
                 if was_right:
                     right = child
+            if not has_children:
+                return False
             record.own_rate += _OWN_PACE * ((right >= 0) - record.own_rate)
             if right < 0:
                 return False

@@ -5,18 +5,17 @@ by its rows (`step_costs`). The step that brings most tokens per second has the 
 argmax (sequences + sum of the B chances) / (seconds of a step of so many rows + seconds of drafting). A chance never
 rises along a path, so the best B drafts are whole trees from their roots.
 
-Before anything is drafted, the same question is asked with the chances that guesses have had lately: how deep is it
-worth to draft, if at all.
-Where it is not, guesses are made now and then all the same, and only watched, so that better times are noticed.
+Before anything is drafted: do drafts lately gain more seconds than guessing takes, judging and choosing included? Where
+each draft of a run costs a pass of its own, how deep is it worth to draft, by the chances that guesses have had lately?
+Where it is not worth it, guesses are made now and then all the same, so that better times are noticed.
 """
 
 from __future__ import annotations
 
+import time
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
-from engine.arrays import Doubles
 from engine.speculation.acceptance_model import Guess, Guesses, SequenceRecord, log_odds
 from engine.speculation.step_costs import StepCosts
 from engine.types import DraftOutcome, Sequence
@@ -24,9 +23,9 @@ from engine.types import DraftOutcome, Sequence
 MIN_GAIN = 1.02  # of tokens per second, below which drafts are not worth the doubt
 _WATCH_SHARE = 0.005  # of the seconds of steps without drafts, that guesses may take which are only watched
 _PAUSE = 16  # steps until it is asked again whether drafting pays
-_WATCH_DEPTH = 2  # drafts in a row
+_WATCH_DEPTH = 2  # drafts in a row, where depth costs time
 _DRAFTING_PACE = 0.1  # of the running mean of what drafting costs
-_MEAN_PACE = 0.1  # of the running means of survivals
+_MEAN_PACE = 0.1  # of the running means of survivals and gains
 _FREE = 0.01  # of a step's seconds, below which drafting costs nothing that counts
 
 
@@ -41,8 +40,10 @@ class DraftController:
         self._max_rows, self._depth_costs_time = max_rows, depth_costs_time
         self._guesses = Guesses()
         self._records: WeakKeyDictionary[Sequence, SequenceRecord] = WeakKeyDictionary()
-        self._mean_survivals = 0.5 ** np.arange(1, 65)  # of a guess's drafts, from the best to the worst
+        self._mean_survivals = [0.5**i for i in range(1, 65)]  # of a guess's drafts, from the best to the worst
+        self._mean_gain = 1.0  # of a step by its drafts, in steps without any
         self._drafting: dict[int, float] = {}  # seconds of a pass, by the sequences' number as a power of two
+        self._seconds_of_judging = 0.0
         self._is_watching = False
         self._num_paused, self._paused_for = 0, 0  # steps that are left, and sequences of each
         self._plain = 0.0  # seconds of a step without drafts
@@ -50,10 +51,12 @@ class DraftController:
 
     def judge(self, seqs: list[Sequence]) -> None:
         """Learns from the tokens that came. Call it for sequences that got some, before `depth`."""
+        start = time.perf_counter()
         for seq in seqs:
             record = self._records.get(seq)
             if record is not None and record.pending:
                 self._guesses.judge(seq, record)
+        self._seconds_of_judging = time.perf_counter() - start
 
     def depth(self, num_seqs: int, num_other_rows: int, most: int) -> int:
         """How many drafts in a row are worth drafting now for each of so many sequences; 0: none.
@@ -66,22 +69,31 @@ class DraftController:
             self._num_paused -= 1
             return self._watch_depth(most)
         seconds = self._seconds_of_pass(num_seqs)
-        base = num_seqs + num_other_rows
-        plain = self.costs.seconds(base)
+        plain = self.costs.seconds(num_seqs + num_other_rows)
         if seconds < _FREE * plain:
             return most
-        numbers = np.arange(1, most + 1)  # of drafts of each sequence
-        table = self.costs.table()
-        rows = np.minimum(base + num_seqs * numbers, len(table) - 1)
-        passes = numbers if self._depth_costs_time else np.ones(most)
-        rates = num_seqs * (1 + self._mean_survivals[:most].cumsum()) / (table[rows] + passes * seconds)
-        best = int(rates.argmax())
-        if rates[best] > MIN_GAIN * num_seqs / plain:
+        if self._depth_costs_time:
+            depth = self._best_depth(num_seqs, num_other_rows, most, seconds / self.costs.scale)
+        else:
+            depth = most if self._mean_gain * plain > seconds else 0
+        if depth:
             self._seconds_to_watch = 0.0
-            return best + 1 if self._depth_costs_time else most
+            return depth
         self.num_chosen, self.outcome = 0, "too_slow"
         self._num_paused, self._paused_for, self._plain = _PAUSE, num_seqs, plain
         return self._watch_depth(most)
+
+    def _best_depth(self, num_seqs: int, num_other_rows: int, most: int, pass_cost: float) -> int:
+        """How many passes to draft in. pass_cost: in units of the table of costs"""
+        table, base = self.costs.table(), num_seqs + num_other_rows
+        least = MIN_GAIN * num_seqs / table[min(base, len(table) - 1)]
+        best = 0
+        for number, survivals in enumerate(accumulate(self._mean_survivals[:most]), 1):
+            cost = table[min(base + num_seqs * number, len(table) - 1)] + number * pass_cost
+            rate = num_seqs * (1 + survivals) / cost
+            if rate > least:
+                best, least = number, rate
+        return best
 
     def _watch_depth(self, most: int) -> int:
         """How deep to draft in a step where it does not pay: 0, but for a look now and then."""
@@ -89,10 +101,11 @@ class DraftController:
         if self._seconds_to_watch < max(self._seconds_of_watching, self._seconds_of_pass(self._paused_for)):
             return 0
         self._is_watching, self._seconds_to_watch = True, 0.0
-        return min(most, _WATCH_DEPTH)
+        return min(most, _WATCH_DEPTH) if self._depth_costs_time else most
 
     def note_drafting(self, num_seqs: int, depth: int, seconds: float, seconds_catching_up: float = 0.0) -> None:
-        """What drafting took, and of what it had not kept up with beside that."""
+        """What drafting and choosing took, and of what the proposer had not kept up with beside that."""
+        seconds += self._seconds_of_judging
         if self._is_watching:
             self._is_watching, self._seconds_of_watching = False, seconds + seconds_catching_up
         passes = max(depth, 1) if self._depth_costs_time else 1
@@ -111,58 +124,54 @@ class DraftController:
         num_other_rows: as of `depth`
         """
         survivals = [self._survivals(seq, given) for seq, given in zip(seqs, confidences, strict=True)]
-        if not survivals:
-            return
-        together = np.concatenate(survivals)
+        together = [survival for ones in survivals for survival in ones]
         base = len(seqs) + num_other_rows
         most = min(len(together), max(self._max_rows - base, 0))
-        order = np.argsort(-together, kind="stable")[:most]
-        num_kept = self._best_number(together[order], base)
-        is_kept = np.zeros(len(together), dtype=np.bool_)
-        is_kept[order[:num_kept]] = True
+        order = sorted(range(len(together)), key=together.__getitem__, reverse=True)[:most]  # of equals, the first
+        num_kept = self._best_number([together[index] for index in order], base)
         self.num_chosen = num_kept
+        kept = set(order[:num_kept])
         start = 0
-        for seq, survival in zip(seqs, survivals, strict=True):
-            if len(survival):
-                _keep(seq, is_kept[start : start + len(survival)])
-                start += len(survival)
+        for seq, ones in zip(seqs, survivals, strict=True):
+            if ones:
+                _keep(seq, [index for index in range(len(ones)) if start + index in kept])
+                start += len(ones)
 
-    def _best_number(self, chances: Doubles, base: int) -> int:
+    def _best_number(self, chances: list[float], base: int) -> int:
         """How many of the drafts to verify. chances: falling; base: rows of the step without drafts"""
-        if not len(chances):
-            self.outcome = "no_guess"
-            return 0
         table = self.costs.table()
-        rows = np.minimum(base + np.arange(len(chances) + 1), len(table) - 1)
-        tokens = base + np.concatenate(([0.0], chances.cumsum()))
-        rates = tokens / table[rows]
-        best = int(rates.argmax())
-        if rates[best] > MIN_GAIN * rates[0]:
-            self.outcome = "drafted"
-            return best
-        self.outcome = "unlikely"
-        return 0
+        last = len(table) - 1
+        plain = table[min(base, last)]
+        best, best_rate, gain = 0, MIN_GAIN * base / plain, 0.0
+        tokens = float(base)
+        for number, chance in enumerate(chances, 1):
+            tokens += chance
+            cost = table[min(base + number, last)]
+            if tokens / cost > best_rate:
+                best, best_rate, gain = number, tokens / cost, tokens / base - cost / plain
+        self._mean_gain += _MEAN_PACE * (gain - self._mean_gain)
+        self.outcome = "drafted" if best else "unlikely" if chances else "no_guess"
+        return best
 
-    def _survivals(self, seq: Sequence, confidences: list[float]) -> Doubles:
+    def _survivals(self, seq: Sequence, confidences: list[float]) -> list[float]:
         """The chance of each draft to be accepted, and notes them as a guess. [drafts]"""
         parents = seq.draft_parents
         if not parents:
-            return np.empty(0)
+            return []
         record = self._records.get(seq)
         if record is None:
             record = self._records[seq] = SequenceRecord()
-        features = np.empty((len(parents), 3))
-        features[:, 0] = 1.0
-        features[:, 1] = log_odds(np.array(confidences)) if confidences else 0.0
-        features[:, 2] = log_odds(np.array([record.own_rate]))[0]
-        depths = _depths(parents)
-        chances = self._guesses.chances.chances(features, depths)
-        record.pending.append(Guess(seq.num_tokens, list(seq.draft_token_ids), list(parents), features))
-        survivals = np.empty(len(parents))
+        own, odds = log_odds(record.own_rate), list(map(log_odds, confidences))
+        record.pending.append(Guess(seq.num_tokens, list(seq.draft_token_ids), list(parents), odds, own))
+        depths: list[int] = []
+        survivals: list[float] = []
         for index, parent in enumerate(parents):
-            survivals[index] = chances[index] * (1.0 if parent < 0 else survivals[parent])
-        known = self._mean_survivals[: len(survivals)]
-        known += _MEAN_PACE * (-np.sort(-survivals)[: len(known)] - known)
+            depth, survival = (0, 1.0) if parent < 0 else (depths[parent] + 1, survivals[parent])
+            depths.append(depth)
+            survivals.append(survival * self._guesses.chances.chance(odds[index] if odds else 0.0, own, depth))
+        if self._depth_costs_time:
+            for place, survival in enumerate(sorted(survivals, reverse=True)):
+                self._mean_survivals[place] += _MEAN_PACE * (survival - self._mean_survivals[place])
         return survivals
 
     def _seconds_of_pass(self, num_seqs: int) -> float:
@@ -173,21 +182,14 @@ class DraftController:
         return max(self._drafting.values(), default=0.0)
 
 
-def _depths(parents: list[int]) -> list[int]:
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-    return depths
-
-
-def _keep(seq: Sequence, is_kept: np.typing.NDArray[np.bool_]) -> None:
-    """Leaves a sequence the drafts that are kept; of each that is, its parent is too."""
-    if is_kept.all():
+def _keep(seq: Sequence, kept: list[int]) -> None:
+    """Leaves a sequence the drafts of these indices, rising; of each of them, its parent is one."""
+    if len(kept) == len(seq.draft_token_ids):
         return
     places = {-1: -1}
     token_ids: list[int] = []
     parents: list[int] = []
-    for index in np.flatnonzero(is_kept).tolist():
+    for index in kept:
         places[index] = len(token_ids)
         token_ids.append(seq.draft_token_ids[index])
         parents.append(places[seq.draft_parents[index]])

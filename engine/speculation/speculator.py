@@ -84,11 +84,11 @@ class Speculator:
         step.max_depth = controller.depth(len(seqs), num_prompt_rows, self.proposer.needs.num_drafts)
         start = time.perf_counter()
         self.proposer.propose(step)
-        seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
         self._check(seqs)
         if seqs and step.max_depth:
-            controller.note_drafting(len(seqs), step.max_depth, seconds - catching_up, catching_up)
             controller.choose(seqs, [seq.draft_confidences for seq in seqs], num_prompt_rows)
+            seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
+            controller.note_drafting(len(seqs), step.max_depth, seconds - catching_up, catching_up)
         if seqs:
             self.outcome = controller.outcome
 

@@ -12,8 +12,6 @@ from itertools import accumulate
 
 import numpy as np
 
-from engine.arrays import Doubles
-
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
 _PACE_OF_ALL = 0.02  # by which a step that took longer, or less, moves what is known of all sizes: the machine's speed
 _PACE_OF_ONE = 0.01  # and of its own size beside that, if others were seen lately: two medians that follow
@@ -42,7 +40,7 @@ class StepCosts:
         self._rising: list[float] = self._shape  # the same, nowhere falling
         self._num_seen = [0] * len(ROWS)
         self._last_size, self._num_alike = -1, _LATELY  # steps of one size, until now
-        self._table: Doubles | None = None
+        self._table: list[float] | None = None
 
     def learn(self, num_rows: int, seconds: float) -> None:
         """Notes a step. One that the machine's other work has held up counts as little as one that it has not."""
@@ -71,9 +69,13 @@ class StepCosts:
         low, below = ROWS[index - 1], self._rising[index - 1]
         return self._scale * (below + (above - below) * (num_rows - low) / (high - low))
 
-    def table(self) -> Doubles:
-        """Of steps of 0, 1, 2, ... rows, up to the largest that is followed. [512 + 1]"""
+    @property
+    def scale(self) -> float:
+        """Seconds of a unit of `table`."""
+        return self._scale
+
+    def table(self) -> list[float]:
+        """Of steps of 0, 1, 2, ... rows, up to the largest that is followed, in units of `scale`. [512 + 1]"""
         if self._table is None:
-            self._table = np.interp(np.arange(ROWS[-1] + 1), ROWS, self._rising)
-        table: Doubles = self._table * self._scale
-        return table
+            self._table = np.interp(np.arange(ROWS[-1] + 1), ROWS, self._rising).tolist()
+        return self._table

@@ -100,6 +100,35 @@ def test_drafting_that_costs_more_than_it_gains_is_left_out_but_for_a_look_now_a
     assert controller.outcome == "too_slow"
 
 
+@pytest.mark.parametrize(("share_right", "is_worth_it"), [(0.05, False), (0.9, True)])
+def test_guesses_that_cost_time_are_made_only_where_drafts_gain_more(share_right: float, is_worth_it: bool) -> None:
+    """A pass takes a tenth of a step, however many drafts it makes, and each row as much."""
+    controller = _controller({1: 1.0, 64: 7.3})
+    depths = []
+    for _ in range(40):
+        _live(controller, share_right, steps=20)
+        depths.append(controller.depth(1, 0, 4))
+        if depths[-1]:
+            controller.note_drafting(1, 4, 0.1)
+    assert np.mean([depth == 4 for depth in depths[5:]]) == (1.0 if is_worth_it else pytest.approx(0, abs=0.2))
+
+
+def test_better_times_are_noticed_after_a_while_without_drafts() -> None:
+    controller = _controller({1: 1.0, 64: 1.5})
+    controller.note_drafting(1, 4, 0.1)
+    _live(controller, 0.0, steps=100)
+    num_steps = 0
+    while controller.depth(1, 0, 4) == 0 or num_steps < 200:
+        num_steps += 1
+        assert num_steps < 1000
+    for _ in range(10):  # from now on guesses are right
+        while controller.depth(1, 0, 4) == 0:
+            num_steps += 1
+        controller.note_drafting(1, 4, 0.1)
+        _live(controller, 1.0, steps=1)
+    assert [controller.depth(1, 0, 4) for _ in range(20)][-1] == 4
+
+
 def test_depth_is_limited_where_each_draft_costs_a_pass() -> None:
     controller = _controller(CHEAP, depth_costs_time=True)
     controller.note_drafting(1, 1, 0.2)
@@ -111,7 +140,7 @@ def test_depth_is_limited_where_each_draft_costs_a_pass() -> None:
 
 def test_tokens_that_were_taken_back_leave_no_guess_behind() -> None:
     guesses, record, seq = Guesses(), SequenceRecord(), make_sequence([1, 2, 3, 4])
-    record.pending.append(Guess(4, [9], [-1], np.ones((1, 3))))
+    record.pending.append(Guess(4, [9], [-1], [], 0.0))
     seq.token_ids = [1, 2]
     guesses.judge(seq, record)
     assert not record.pending
@@ -120,7 +149,7 @@ def test_tokens_that_were_taken_back_leave_no_guess_behind() -> None:
 def test_a_guess_is_followed_along_the_branch_that_came_true() -> None:
     guesses, record = Guesses(), SequenceRecord(own_rate=0.5)
     seq = make_sequence([1])
-    tree = Guess(1, [5, 6, 7, 8], [-1, -1, 1, 2], np.ones((4, 3)))
+    tree = Guess(1, [5, 6, 7, 8], [-1, -1, 1, 2], [1.0, 1.0, 1.0, 1.0], 1.0)
     record.pending.append(tree)
     for token in (6, 7):
         seq.token_ids.append(token)
@@ -135,7 +164,6 @@ def test_a_guess_is_followed_along_the_branch_that_came_true() -> None:
 @pytest.mark.parametrize("real", [0.1, 0.5, 0.9])
 def test_chances_come_near_the_truth(real: float) -> None:
     rng, chances = random.Random(1), DraftChances()
-    features = np.array([1.0, log_odds(np.array([0.5]))[0], 0.0])
     for _ in range(2000):
-        chances.learn(features, 0, rng.random() < real)
-    assert chances.chances(features[None], [0])[0] == pytest.approx(real, abs=0.08)
+        chances.learn(log_odds(0.5), 0.0, 0, rng.random() < real)
+    assert chances.chance(log_odds(0.5), 0.0, 0) == pytest.approx(real, abs=0.08)

@@ -19,7 +19,7 @@ def test_between_measured_sizes_and_beyond_them_costs_lie_on_lines() -> None:
 @pytest.mark.parametrize("measured", [None, {}, {1: 3.0}, {4: 2.0, 1: 2.5, 8: 1.0}])
 def test_costs_never_fall_with_rows_whatever_was_measured(measured: dict[int, float] | None) -> None:
     table = StepCosts(measured).table()
-    assert (table[1:] > 0).all()
+    assert min(table[1:]) > 0
     assert (np.diff(table[1:]) >= 0).all()
 
 

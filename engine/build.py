@@ -36,7 +36,8 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.step_recording import StepRecording
 from engine.runner.step_timing import time_steps
 from engine.runner.trial import try_one_token
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepPace
 from engine.speculation.controller import DraftController
 from engine.speculation.proposer import Proposer, ProposerContext, build_proposer

@@ -10,78 +10,23 @@ import logging
 import time
 from bisect import bisect_right, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_cache.groups import span_of_step
 from engine.kv_cache.manager import KVCacheManager, Prefix, needs_prompt_scores
 from engine.scheduling.fair_share import FairShare, arrival_order
+from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.prompts_in_progress import PromptsInProgress
 from engine.scheduling.request_queue import WaitingQueue
 from engine.scheduling.step_outputs import one_more_token, output_of
+from engine.scheduling.step_plan import StepPlan
 from engine.types import Sampled, Scheduled, Sequence, StepOutput
 
 logger = logging.getLogger(__name__)
 
 PROMPT_SHARE = 3  # prompt tokens for each sequence that decodes in the same step
 MAX_PROMPT_STEPS = 16  # beside others that decode, where the budget allows
-MAX_NUM_HASHES = 2048  # KV blocks that a step hashes to find prefixes, while others run who wait for it: about 2 ms
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """The budgets of a step, and what bounds a sequence.
-
-    max_num_batched_tokens: tokens that a step computes, at most. max_num_logits: rows of logits among them; None: one
-    for each. headroom: output tokens per sequence for which room is kept free when another is admitted.
-
-    min_prompt_share: prompt tokens that a step computes even while others decode; None: as many as the budget allows.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_num_logits: int | None = None
-    min_prompt_share: int | None = None
-    num_lookahead_tokens: int = 0
-    headroom: int = 64
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"scheduler.max_num_batched_tokens is {self.max_num_batched_tokens}, but scheduler.max_num_seqs is "
-                f"{self.max_num_seqs}: each running request needs a token per step; raise the first or lower the second"
-            )
-        if self.max_num_logits is not None and self.max_num_logits < self.max_num_seqs:
-            raise ValueError(f"{self.max_num_logits} rows of logits are too few for {self.max_num_seqs} requests")
-
-    @property
-    def num_logits_rows(self) -> int:
-        """Rows of logits that a step may have."""
-        return self.max_num_batched_tokens if self.max_num_logits is None else self.max_num_logits
-
-
-@dataclass(slots=True)
-class _Plan:
-    """The batch of a step while it is made, and what is left of the step's budgets."""
-
-    budget: int  # tokens that are left
-    num_logits: int  # rows of logits that are left
-    num_to_come: int  # sequences that run, or may start, and have had no turn yet: a row of logits is kept for each
-    num_spare_blocks: int | None = None  # free ones that drafts may take; None: nobody has asked yet
-    num_hashes: int = MAX_NUM_HASHES  # blocks that may still be hashed
-    items: dict[int, Scheduled] = field(default_factory=dict)  # by arrival
-
-    def add(self, item: Scheduled) -> None:
-        self.items[item.seq.arrival] = item
-        self.budget -= item.num_new_tokens
-        self.num_logits -= item.num_logits
-
-    def drop(self, seq: Sequence) -> None:
-        item = self.items.pop(seq.arrival, None)
-        if item is not None:
-            self.budget += item.num_new_tokens
-            self.num_logits += item.num_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +103,7 @@ class Scheduler:
         service, and then to new ones. Among several tenants, a new one may come before others' that are behind.
         """
         num_seqs = min(len(self.running) + len(self.waiting), self.limits.max_num_seqs)
-        plan = _Plan(self.limits.max_num_batched_tokens, self.limits.num_logits_rows, num_seqs)
+        plan = StepPlan(self.limits.max_num_batched_tokens, self.limits.num_logits_rows, num_seqs)
         num_preemptions = self.num_preemptions
         caught_up: list[Sequence] = []
         behind: list[Sequence] = []
@@ -273,7 +218,7 @@ class Scheduler:
         longest = max((seq.num_tokens for seq in read), default=0)
         return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
 
-    def _continue_streams(self, caught_up: list[Sequence], plan: _Plan) -> None:
+    def _continue_streams(self, caught_up: list[Sequence], plan: StepPlan) -> None:
         """Schedules the newest token of each sequence that lacks no other, and its drafts."""
         num_after, size, num_lookahead = len(caught_up), self.kv.block_size, self.limits.num_lookahead_tokens
         items, budget = plan.items, plan.budget
@@ -296,7 +241,7 @@ class Scheduler:
                 budget = plan.budget
         plan.budget = budget
 
-    def _continue(self, seq: Sequence, plan: _Plan, budget: int) -> None:
+    def _continue(self, seq: Sequence, plan: StepPlan, budget: int) -> None:
         if plan.budget == 0 or not seq.block_tables:  # without blocks, an older sequence has just preempted it
             return
         item = self._fit(seq, budget, plan)
@@ -311,7 +256,7 @@ class Scheduler:
                 return
         plan.add(item)
 
-    def _take_back_blocks_of_drafts(self, plan: _Plan) -> None:
+    def _take_back_blocks_of_drafts(self, plan: StepPlan) -> None:
         """Frees the blocks that hold nothing but guesses: of drafts that were wrong, and of those in the plan, which
         loses them. A sequence that is preempted costs more than any guess may gain."""
         for seq in self.running:
@@ -321,7 +266,7 @@ class Scheduler:
                 plan.add(replace(item, num_new_tokens=item.num_new_tokens - item.num_drafts, num_drafts=0))
             self.kv.give_back(seq, seq.num_tokens + self.limits.num_lookahead_tokens)
 
-    def _admit(self, plan: _Plan, ahead_of: Sequence | None = None) -> None:
+    def _admit(self, plan: StepPlan, ahead_of: Sequence | None = None) -> None:
         """Starts waiting sequences while budget, seats and memory last, in order of service.
 
         A sequence whose next prefix block is being computed by another waits for it instead of computing it again.
@@ -361,7 +306,7 @@ class Scheduler:
             self.waiting.push(seq)
 
     def _takes_place(
-        self, seq: Sequence, needed: int, holding: Callable[[Sequence], int], capacity: int, plan: _Plan
+        self, seq: Sequence, needed: int, holding: Callable[[Sequence], int], capacity: int, plan: StepPlan
     ) -> bool:
         """Whether a running sequence was preempted for a waiting one, whose tenant has less than its share."""
         if not self.fair_share.is_shared:
@@ -372,7 +317,7 @@ class Scheduler:
             self._preempt(victim)
         return victim is not None
 
-    def _find_prefix(self, seq: Sequence, plan: _Plan) -> Prefix | None:
+    def _find_prefix(self, seq: Sequence, plan: StepPlan) -> Prefix | None:
         """None: it takes more hashing than this step has left, as others wait for it; the next ones go on."""
         num_known = len(seq.block_hashes)
         prefix = self.kv.find_prefix(seq, max_num_hashes=plan.num_hashes if self.running else None)
@@ -389,7 +334,7 @@ class Scheduler:
             return False
         return refusal.num_needed - num_spared + num_reserved > self.kv.pool.num_free
 
-    def _may_admit(self, plan: _Plan, ahead_of: Sequence | None) -> bool:
+    def _may_admit(self, plan: StepPlan, ahead_of: Sequence | None) -> bool:
         if plan.budget <= 0 or not self.waiting:
             return False
         if not self.fair_share.is_shared:
@@ -426,7 +371,7 @@ class Scheduler:
     def _span(self) -> int:
         return span_of_step(self._full_budget, self.kv.block_size, self.limits.num_lookahead_tokens)
 
-    def _fit(self, seq: Sequence, budget: int, plan: _Plan) -> Scheduled:
+    def _fit(self, seq: Sequence, budget: int, plan: StepPlan) -> Scheduled:
         """As many of the sequence's tokens as the budget allows, and as many of its drafts as may still count.
 
         Of the plan's rows of logits it may have all but one for each sequence that is still to come.
@@ -442,7 +387,7 @@ class Scheduler:
             num_drafts = self._num_drafts_with_room(seq, num_drafts, plan)
         return Scheduled(seq, num_verified + num_drafts, num_drafts, samples)
 
-    def _num_drafts_with_room(self, seq: Sequence, num_drafts: int, plan: _Plan) -> int:
+    def _num_drafts_with_room(self, seq: Sequence, num_drafts: int, plan: StepPlan) -> int:
         """Drafts for which there are blocks that no running sequence needs for its own tokens in this step: a guess
         must not preempt anybody."""
         if plan.num_spare_blocks is None:

@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable
 
 from engine.kv_cache.manager import KVCacheManager
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.types import Request, Sampled, SamplingParams, Sequence
 from loadtest.micro.measure import Row, parse_arguments, report
 

@@ -27,7 +27,8 @@ from engine.runner.cuda_graphs import GraphLimits, GraphRunner
 from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.triton_sampler import TritonSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.no_proposer import NoProposer
 from engine.speculation.proposer import ProposerNeeds

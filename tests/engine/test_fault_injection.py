@@ -25,7 +25,8 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv_cache.manager import KVCacheManager
 from engine.sampling import triton_sampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams

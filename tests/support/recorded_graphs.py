@@ -22,7 +22,8 @@ from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import GraphLimits, GraphRunner
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from kernels.reference.attention import paged_attention, store_kv

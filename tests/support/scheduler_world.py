@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from engine.kv_cache.block_pool import NULL_BLOCK
 from engine.kv_cache.manager import KVCacheManager
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, StepOutput
 
 VOCAB_SIZE = 5  # few tokens, so that prompts share prefixes and drafts come true

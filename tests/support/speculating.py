@@ -18,7 +18,8 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
 from engine.runner.step_builder import StepBuilder
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.controller import DraftController
 from engine.speculation.draft_model import DraftModelProposer

@@ -17,7 +17,8 @@ from engine.loading.model_facts import ModelFacts
 from engine.planning.engine_plan import MemoryPlan, PlanError, plan_memory, render_plan
 from engine.planning.machine import Ceilings, Machine
 from engine.planning.resolve import CacheSize, SettingError, parse_cache_size
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 
 Section: TypeAlias = dict[str, str | int]
 

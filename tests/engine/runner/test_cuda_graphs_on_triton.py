@@ -14,7 +14,8 @@ from engine.kv_cache.storage import KVCache
 from engine.runner.cuda_graphs import CudaGraphDevice, GraphDevice, GraphLimits, GraphRunner
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from kernels.triton.attention.paged_attention import Prepared, paged_attention

@@ -16,7 +16,8 @@ from engine.models.registry import build_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.strict_runner import OneTokenRunner
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer

@@ -9,7 +9,8 @@ import pytest
 from engine.kv_cache.block_pool import NULL_BLOCK
 from engine.kv_cache.groups import KVCacheGroup
 from engine.kv_cache.manager import KVCacheManager
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.types import Request, Sampled, SamplingParams, Sequence, StepOutput
 from tests.support.scheduler_world import (
     VOCAB_SIZE,

@@ -7,7 +7,9 @@ import pytest
 
 from engine.kv_cache.groups import HASHES_AT_ONCE
 from engine.kv_cache.manager import KVCacheManager, Prefix
-from engine.scheduling.scheduler import MAX_NUM_HASHES, Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_plan import MAX_NUM_HASHES
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 
 

@@ -21,7 +21,8 @@ from engine.kv_cache.storage import KVCache
 from engine.models.registry import build_model
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.speculation.draft_matrix import make_draft_matrix
 from engine.speculation.eagle import EagleProposer
 from engine.speculation.eagle_head import FloatMatrix, Matrix

@@ -15,7 +15,8 @@ from engine.models.registry import build_model
 from engine.runner.model_runner import ModelRunner
 from engine.runner.strict_runner import OneTokenRunner
 from engine.sampling.host_sampler import HostSampler
-from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
 from engine.speculation.proposer import ProposerNeeds, draft_budget
 from engine.speculation.verified_step import VerifiedStep
 from engine.types import Request, SamplingParams, Sequence

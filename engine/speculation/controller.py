@@ -12,6 +12,7 @@ Where it is not worth it, guesses are made now and then all the same, so that be
 
 from __future__ import annotations
 
+import math
 import time
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ _PAUSE = 16  # steps until it is asked again whether drafting pays
 _WATCH_DEPTH = 2  # drafts in a row, where depth costs time
 _DRAFTING_PACE = 0.1  # of the running mean of what drafting costs
 _MEAN_PACE = 0.1  # of the running means of survivals and gains
+_WANTED_PACE = 0.05  # by which it is forgotten that more drafts of a sequence were worth a row
 _FREE = 0.01  # of a step's seconds, below which drafting costs nothing that counts
 
 
@@ -44,6 +46,7 @@ class DraftController:
         self._mean_gain = 1.0  # of a step by its drafts, in steps without any
         self._drafting: dict[int, float] = {}  # seconds of a pass, by the sequences' number as a power of two
         self._seconds_of_judging = 0.0
+        self._num_wanted = 8.0
         self._is_watching = False
         self._num_paused, self._paused_for = 0, 0  # steps that are left, and sequences of each
         self._plain = 0.0  # seconds of a step without drafts
@@ -82,6 +85,11 @@ class DraftController:
         self.num_chosen, self.outcome = 0, "too_slow"
         self._num_paused, self._paused_for, self._plain = _PAUSE, num_seqs, plain
         return self._watch_depth(most)
+
+    @property
+    def num_wanted(self) -> int:
+        """How many drafts of a sequence may be worth a row, by what was kept lately: more need not be made."""
+        return math.ceil(self._num_wanted)
 
     def _best_depth(self, num_seqs: int, num_other_rows: int, most: int, pass_cost: float) -> int:
         """How many passes to draft in. pass_cost: in units of the table of costs"""
@@ -131,11 +139,17 @@ class DraftController:
         num_kept = self._best_number([together[index] for index in order], base)
         self.num_chosen = num_kept
         kept = set(order[:num_kept])
-        start = 0
+        start = most_kept = 0
         for seq, ones in zip(seqs, survivals, strict=True):
             if ones:
-                _keep(seq, [index for index in range(len(ones)) if start + index in kept])
+                indices = [index for index in range(len(ones)) if start + index in kept]
+                most_kept = max(most_kept, len(indices))
+                _keep(seq, indices)
                 start += len(ones)
+        if most_kept >= self.num_wanted:
+            self._num_wanted = 2.0 * most_kept
+        else:
+            self._num_wanted += _WANTED_PACE * (most_kept + 1 - self._num_wanted)
 
     def _best_number(self, chances: list[float], base: int) -> int:
         """How many of the drafts to verify. chances: falling; base: rows of the step without drafts"""

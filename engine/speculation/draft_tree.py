@@ -14,6 +14,7 @@ from engine.types import SamplingParams, Sequence
 MAX_CHILDREN = 8  # of a node
 NUM_CANDIDATES = 64  # of a node, that compete with noise for being among them
 MAX_OPEN_NODES = 2  # of a depth, that get children
+_BEST_CHILD = 0.7  # the chance of a child, that is rarely passed
 
 
 class Draft(NamedTuple):
@@ -47,6 +48,13 @@ def likely_tokens(
     else:
         chances, order = np.exp(log_probs), np.arange(min(most, len(log_probs)))
     return [(int(token_ids[i]), float(chances[i])) for i in order]
+
+
+def least_survival(tree: list[Draft], num_wanted: int) -> float:
+    """Drafts that are less likely to survive need no children: so many others of the tree are likelier than those."""
+    if len(tree) < num_wanted:
+        return 0.0
+    return sorted((draft.survival for draft in tree), reverse=True)[num_wanted - 1] / _BEST_CHILD
 
 
 def set_drafts(seq: Sequence, tree: list[Draft], most: int) -> None:

@@ -20,6 +20,7 @@ from engine.speculation.draft_tree import (
     MAX_CHILDREN,
     MAX_OPEN_NODES,
     Draft,
+    least_survival,
     likely_tokens,
     num_candidates,
     set_drafts,
@@ -99,7 +100,9 @@ class MedusaProposer:
             open_nodes = [node for node in open_nodes if depths[node.seq] > depth]
             if not open_nodes:
                 break
-            open_nodes = self._grow(seqs, trees, open_nodes, logits[:, depth], depth)
+            open_nodes = self._grow(seqs, trees, open_nodes, logits[:, depth], depth, step.num_wanted)
+            least = [least_survival(tree, step.num_wanted) for tree in trees]
+            open_nodes = [node for node in open_nodes if node.survival > least[node.seq]]
         for seq, tree in zip(seqs, trees, strict=True):
             set_drafts(seq, tree, drafts_asked_for(seq, self._num_drafts))
 
@@ -110,11 +113,13 @@ class MedusaProposer:
         nodes: list[_Node],
         logits: torch.Tensor,
         depth: int,
+        num_wanted: int,
     ) -> list[_Node]:
         """Gives nodes children; returns those of them that get children next. logits: [sequences, tokens]"""
         previous = torch.tensor([node.token_id for node in nodes], device=logits.device)
+        max_children = min(self._max_children, num_wanted)
         of_nodes = logits[[node.seq for node in nodes]]
-        most = num_candidates([seqs[node.seq].params for node in nodes], self._max_children)
+        most = num_candidates([seqs[node.seq].params for node in nodes], max_children)
         ids, log_probs = self._heads.children(of_nodes, previous, most)
         all_ids: Ints = ids.cpu().numpy()
         all_scores: Floats = log_probs.cpu().numpy()
@@ -123,7 +128,7 @@ class MedusaProposer:
             seq = seqs[node.seq]
             position = seq.num_tokens + depth
             for token_id, chance in likely_tokens(
-                seq.params, position, token_ids, scores, words=self._words, most=self._max_children
+                seq.params, position, token_ids, scores, words=self._words, most=max_children
             ):
                 tree = trees[node.seq]
                 survival = node.survival * chance

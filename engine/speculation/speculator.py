@@ -82,6 +82,7 @@ class Speculator:
             return
         num_prompt_rows = sum(item.num_new_tokens for item in batch if not item.samples)
         step.max_depth = controller.depth(len(seqs), num_prompt_rows, self.proposer.needs.num_drafts)
+        step.num_wanted = controller.num_wanted
         start = time.perf_counter()
         self.proposer.propose(step)
         self._check(seqs)

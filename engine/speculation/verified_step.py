@@ -38,8 +38,9 @@ class VerifiedStep:
 
         max_depth: the longest run of drafts that is worth making now, 0 for none; what the proposer keeps of a text it
         brings up to date all the same
+        num_wanted: drafts of a sequence, the likeliest, that may be verified: a tree need not have more
         """
-        self.max_depth = MAX_DEPTH
+        self.max_depth = self.num_wanted = MAX_DEPTH
         self.seconds_catching_up = 0.0  # that the proposer took for texts that it had not kept up with
         self._batch, self._sampled, self._hidden = batch, sampled, hidden
 

@@ -224,6 +224,6 @@ def test_a_draft_model_that_is_the_target_stays_right_whatever_becomes_of_blocks
         if engine.scheduler.running and rng.random() < 0.05:
             engine.abort(rng.choice(engine.scheduler.running).request.request_id)
         if engine.scheduler.running and rng.random() < 0.05:
-            engine.scheduler._preempt(engine.scheduler.running.pop())
+            engine.scheduler._preempt(engine.scheduler.running[-1])
     assert num_accepted == num_drafts > 50
     assert not engine.speculator.is_off

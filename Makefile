@@ -14,7 +14,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := $(VENV)/.runtime
 TESTING := $(VENV)/.testing
 
-.PHONY: help serve test lint types pytest constraints doctor gpu-wheels clean
+.PHONY: help serve test lint types pytest lb-test image-test compose-test kubernetes-test constraints doctor gpu-wheels clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve it on http://127.0.0.1:8000 (ARGS='--port 9000')"
@@ -22,6 +22,7 @@ help:
 	@echo "make constraints   resolve constraints.txt against the package index alone, for every Python that is supported"
 	@echo "make doctor  what this machine has, and which kernel each part will use"
 	@echo "make gpu-wheels FOLDER=wheels   what a GPU machine without a network lacks for python -m loadtest.gpu"
+	@echo "make lb-test image-test compose-test kubernetes-test   the deployment's files, used; docs/deployment.md says what they take"
 	@echo "make clean   remove the environment and caches"
 
 # Not empty where ARGS says which model to serve.
@@ -49,6 +50,31 @@ types: $(TESTING)
 
 pytest: $(TESTING)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# The deployment's files, used for real. They take what CI does not have: load balancers, container tools, a network.
+# haproxy and nginx from the distribution; three servers on loopback, restarted and killed under load
+lb-test: $(TESTING)
+	$(BIN)/python -m loadtest.rollout --results loadtest/results $(ARGS)
+
+# buildah, podman and runc; mmdebstrap as well where no registry of images is in reach
+image-test: $(TESTING)
+	$(BIN)/python -m loadtest.containers --results loadtest/results $(ARGS)
+
+COMPOSE ?= docker compose
+compose-test:
+	$(COMPOSE) --profile '*' config --quiet
+	$(COMPOSE) --profile '*' config --format json | $(PYTHON) -c 'import json, sys; print(*json.load(sys.stdin)["services"])'
+
+# kubernetes-validate knows the schema of every version, and refuses fields that do not exist; not the PodMonitor, whose
+# schema is the Prometheus operator's
+KUBERNETES_VERSION ?= 1.33
+build/kubernetes/bin/kubernetes-validate:
+	$(PYTHON) -m venv build/kubernetes
+	build/kubernetes/bin/pip install --quiet --disable-pip-version-check kubernetes-validate
+
+kubernetes-test: build/kubernetes/bin/kubernetes-validate
+	build/kubernetes/bin/kubernetes-validate --strict --version $(KUBERNETES_VERSION) \
+	  $(filter-out %/podmonitor.yaml,$(wildcard configs/kubernetes/*.yaml))
 
 # Metadata only, without this machine's own wheels and settings of pip: what a stranger's machine will see.
 constraints: $(TESTING)

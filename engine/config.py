@@ -176,6 +176,19 @@ class SupervisionConfig(Section):
     )
 
 
+class LoggingConfig(Section):
+    """What both processes write to standard error."""
+
+    for_operators: ClassVar[bool] = True
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], Flag("--log-level")] = Field(
+        default="info", description="the least important lines that are written; debug: probes of /readyz as well"
+    )
+    format: Annotated[Literal["text", "json"], Flag("--log-format")] = Field(
+        default="text", description="json: one object per line, also for what is else printed at the start"
+    )
+
+
 class EngineConfig(Section):
     model: ModelConfig = ModelConfig()
     device: DeviceConfig = DeviceConfig()
@@ -183,6 +196,7 @@ class EngineConfig(Section):
     kv_cache: KVCacheConfig = KVCacheConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+    logging: LoggingConfig = LoggingConfig()
     seed: Annotated[int, Flag("--seed")] = Field(
         default=0,
         description="of random weights (load_format: dummy) alone; a request names its own, or gets one by chance",

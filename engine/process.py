@@ -11,7 +11,6 @@ import ctypes
 import faulthandler
 import gc
 import importlib.util
-import logging
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, LoggingConfig
 from engine.ipc.framing import FrameError, FrameSocket, to_engine_decoder
 from engine.ipc.inflight_record import InflightRecord
 from engine.ipc.messages import (
@@ -41,6 +40,7 @@ from engine.ipc.messages import (
     ToEngine,
 )
 from engine.lazy_import import load_object
+from engine.log_lines import adjust_logging, configure_logging
 from engine.memory_errors import is_out_of_memory
 from engine.scheduling.step_patience import StepPatience, StepSize, size_of
 from engine.types import Request, Scheduled, StepOutput, StepStats
@@ -194,6 +194,7 @@ def run(connection: Connection, inflight: InflightRecord, *, factory: str, heart
         gc.freeze()
         gc.enable()
         config = _receive_config(connection)
+        adjust_logging(config.logging)
     except EOFError:  # the server ended before it said what to run
         return 0
     except Exception as error:
@@ -299,7 +300,7 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or service manager signals the whole group: the
         signal.signal(number, signal.SIG_IGN)  # server drains first, and then says when this process ends
     faulthandler.enable()
-    logging.basicConfig(format="engine: %(levelname)s %(name)s: %(message)s")
+    configure_logging(LoggingConfig())  # until the config has come
     connection = FrameSocket(socket.socket(fileno=options.fd), to_engine_decoder())
     inflight = InflightRecord(options.record_fd)
     return run(connection, inflight, factory=options.factory, heartbeat_interval=options.heartbeat_interval)

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from pydantic import JsonValue
 from starlette.routing import Route
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from engine.client.client import EngineClient, EngineObserver
 from engine.config import EngineConfig
@@ -18,11 +20,12 @@ from server.api import chat, completions, health, models, requests, tokenize
 from server.config import Config
 from server.errors import install_error_handlers
 from server.generation.admission import Admission, DrainRate
-from server.http.auth import Authentication
+from server.http.auth import ApiKeys, Authentication
 from server.http.body_reader import BodyBudget, BodyReader
 from server.http.cors import CrossOrigin
+from server.http.key_file import KeyFile
 from server.http.middleware import RequestContext
-from server.http.paths import TidyPath
+from server.http.paths import RootPath, TidyPath
 from server.state import ServerState
 from server.state_watch import StateWatch
 from server.telemetry.metrics import EngineCollector, Metrics
@@ -54,6 +57,7 @@ def create_app(
     """The application, whose ServerState is at `app.state.server`. Its lifespan is the engine's.
 
     sources: where each setting came from, to be shown. observers: who else hears of the engine.
+    Raises KeyFileError.
     """
     state = _make_state(config, sources=sources or {}, observers=observers, make_engine=make_engine)
 
@@ -61,11 +65,14 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         state.chat_renderer.start()
         await state.engine.start()
-        watching = asyncio.create_task(_watch_for_failure(state))
+        watching = [asyncio.create_task(_watch_for_failure(state))]
+        if state.key_file is not None:
+            watching.append(asyncio.create_task(state.key_file.watch()))
         try:
             yield
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             await state.engine.stop()
             state.chat_renderer.close()
 
@@ -82,12 +89,16 @@ def create_app(
         app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(BodyReader, config=config, budget=state.body_budget)  # the last one added is the outermost
-    app.add_middleware(Authentication, config=config)
+    app.add_middleware(Authentication, config=config, keys=state.keys)
     routes = [route.path for owner in (app, *routers) for route in owner.routes if isinstance(route, Route)]
     app.add_middleware(TidyPath, routes=routes)
     if config.server.cors_origins:  # before the key: browsers send none with a preflight
         app.add_middleware(CrossOrigin, origins=config.server.cors_origins)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, is_ending=lambda: state.draining)
+    if config.access.root_path:
+        app.add_middleware(RootPath, root_path=config.access.root_path)
+    if config.access.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=config.access.trusted_proxies)
     return app
 
 
@@ -95,6 +106,7 @@ def _make_state(
     config: Config, *, sources: Mapping[str, str], observers: Sequence[EngineObserver], make_engine: MakeEngine
 ) -> ServerState:
     names = config.model_names()
+    keys = ApiKeys(config.server.api_keys, has_file=config.access.key_file is not None)
     metrics = Metrics(
         names[0],
         proposer=config.speculation.method,
@@ -114,6 +126,8 @@ def _make_state(
         started_at=time.monotonic(),
         body_budget=BodyBudget(config.operation.max_total_body_bytes),
         chat_renderer=ChatRenderer(_template_limits(config)),
+        keys=keys,
+        key_file=KeyFile(Path(config.access.key_file), keys) if config.access.key_file is not None else None,
         setting_sources=dict(sources),
     )
     for observer in (StateWatch(state), *observers):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from engine.config import Count, EngineConfig, Flag, Section
 
@@ -16,9 +17,17 @@ def _as_list(value: JsonValue) -> JsonValue:
     return [value] if isinstance(value, str | int) else value
 
 
+def _check_network(value: str) -> str:
+    """Raises ValueError for what is neither an address nor a network."""
+    if value != "*":
+        ipaddress.ip_network(value)  # raises, and says what is wrong
+    return value
+
+
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)]
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 Origins = Annotated[list[Origin], BeforeValidator(_as_list)]
+Network = Annotated[str, AfterValidator(_check_network)]
 Seconds = Annotated[float, Field(ge=0, le=86400)]
 Timeout = Annotated[float, Field(gt=0, le=86400)]
 
@@ -37,7 +46,12 @@ class ServerConfig(Section):
         default=[], description="names by which clients ask for the model, the first is shown; empty: its own"
     )
     shutdown_timeout: Annotated[Seconds, Flag("--shutdown-timeout")] = Field(
-        default=30.0, description="seconds that running requests get to finish at SIGTERM"
+        default=30.0, description="seconds that running requests get to finish at SIGTERM, after drain_delay"
+    )
+    drain_delay: Annotated[Seconds, Flag("--drain-delay")] = Field(
+        default=0.0,
+        description="seconds at SIGTERM in which /readyz says 503 and requests are still served: more than a load "
+        "balancer's checks need to notice",
     )
     cors_origins: Annotated[Origins, Flag("--allowed-origins")] = Field(
         default=[],
@@ -122,6 +136,27 @@ class OperationConfig(Section):
     )
 
 
+class AccessConfig(Section):
+    """How clients come to the server: by which path and through whom, and what is written down of them."""
+
+    for_operators: ClassVar[bool] = True
+
+    log: Annotated[bool, Flag("--access-log")] = Field(default=True, description="a line in the log for each request")
+    trusted_proxies: Annotated[list[Network], BeforeValidator(_as_list)] = Field(
+        default=[],
+        description="addresses and networks of load balancers, whose X-Forwarded-For and X-Forwarded-Proto are "
+        'believed; "*": anybody\'s',
+    )
+    root_path: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)*$"), Flag("--root-path")] = Field(
+        default="", description='where a load balancer has put the server, as "/llm"; paths without it are taken too'
+    )
+    key_file: Annotated[str | None, Flag("--api-key-file")] = Field(
+        default=None,
+        description="file with a line NAME KEY for each API key, beside server.api_keys; keys of one name share their "
+        "cached prefixes. Read again when it changes, and at SIGHUP",
+    )
+
+
 class MetricsConfig(Section):
     vllm_names: bool = Field(default=False, description="also under the names that vLLM's dashboards read")
     public: bool = Field(default=False, description="GET /metrics needs no API key")
@@ -131,6 +166,7 @@ class Config(EngineConfig):
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
     operation: OperationConfig = OperationConfig()
+    access: AccessConfig = AccessConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     def engine_config(self) -> EngineConfig:

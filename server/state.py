@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from engine.ipc.messages import Failed
 from server.config import Config
 from server.generation.active_requests import ActiveRequests
+from server.http.auth import ApiKeys
 
 if TYPE_CHECKING:
     from engine.client.client import EngineClient
     from server.generation.admission import Admission
     from server.http.body_reader import BodyBudget
+    from server.http.key_file import KeyFile
     from server.telemetry.metrics import Metrics
     from server.text.chat_renderer import ChatRenderer
     from server.text.tokenizer import Tokenizer
@@ -37,8 +39,10 @@ class ServerState:
     started_at: float  # seconds, time.monotonic
     body_budget: BodyBudget
     chat_renderer: ChatRenderer
+    keys: ApiKeys = field(default_factory=lambda: ApiKeys([]))
+    key_file: KeyFile | None = None  # keeps `keys` as it says
     active_requests: ActiveRequests = field(default_factory=ActiveRequests)
-    draining: bool = False  # no new requests; the running ones end
+    draining: bool = False  # it will end, and new requests belong elsewhere; until `refuse_requests` they are served
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent
     state_since: float = field(default_factory=time.monotonic)  # seconds: when it last became, or ceased to be, ready
     first_ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -58,7 +62,7 @@ class ServerState:
 
     @property
     def is_ready(self) -> bool:
-        """Whether new requests are accepted and run."""
+        """Whether new requests should be sent here, and run."""
         return self.status == "ready"
 
     def become_ready(self, tokenizer: Tokenizer) -> None:
@@ -66,11 +70,16 @@ class ServerState:
         self.state_since = time.monotonic()
         self.first_ready.set()
 
-    def drain(self) -> None:
-        """Ends admission and readiness for good, and abandons bodies that are half read."""
-        self.draining = True
+    def end_readiness(self) -> None:
+        """Makes /readyz say 503, for good. Requests are still taken."""
+        if not self.draining:
+            self.draining = True
+            self.state_since = time.monotonic()
+
+    def refuse_requests(self) -> None:
+        """Ends readiness and admission for good, and abandons bodies that are half read."""
+        self.end_readiness()
         self.body_budget.close()
-        self.state_since = time.monotonic()
         self.admission.close()
 
     def fail(self, failure: Failed) -> None:

@@ -1,17 +1,21 @@
 """The cache of compiled kernels on disk.
 
 A kernel whose file is missing or damaged is compiled again; where the folder cannot be written, every start compiles.
+Of several processes that share the folder, as replicas on one volume do, one compiles and the others wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import llvmlite
@@ -30,6 +34,7 @@ from kernels.numba.core.processor import level
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
+PATIENCE = 120.0  # seconds that a kernel is waited for which another process compiles
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -100,11 +105,37 @@ class KernelFolder:
             reason = f"compiled kernels stay in memory, since {self.path} cannot be written ({error.strerror})"
             self._warn(f"{reason}: every start compiles for some fifteen seconds; set XDG_CACHE_HOME to another folder")
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A context that one process at a time is in, of all that share the folder: the first compiles, others read.
+
+        Nobody waits for longer than PATIENCE, and nobody where the folder cannot be written or locks nothing.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                if self.path is not None:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    descriptor = os.open(self.path, os.O_RDONLY)
+                    stack.callback(os.close, descriptor)
+                    _lock(descriptor)
+            yield
+
     def _warn(self, message: str) -> None:
         """Logs a message once, not for each of a dozen kernels."""
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def _lock(descriptor: int) -> None:
+    """Takes a lock that ends with the process, or gives up after PATIENCE. Raises OSError where there are no locks."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.02)
 
 
 FOLDER = KernelFolder(cache_directory())
@@ -148,8 +179,9 @@ def kernel(*signatures, folder: KernelFolder = FOLDER, **options):
     def decorate(function):
         dispatcher = njit(**options)(function)
         dispatcher._cache = KernelCache(function, folder)  # as `enable_caching` would set Numba's
-        for signature in signatures:
-            dispatcher.compile(signature)
+        with folder.turn():
+            for signature in signatures:
+                dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher
 

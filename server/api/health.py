@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import gzip_accepted
 from pydantic import JsonValue
 
 from server.errors import ApiError, error_body, error_headers
 from server.settings import all_settings, value_of
-from server.telemetry.metrics import CONTENT_TYPE
+from server.telemetry.metrics import CONTENT_TYPE, OPENMETRICS, OPENMETRICS_CONTENT_TYPE
 from server.version import VERSION
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 HIDDEN = frozenset({"server.api_keys"})
+GZIP_LEVEL = 3  # the event loop waits for it
 RETRY_AFTER = 2.0  # seconds: how often it makes sense to ask
 
 
@@ -33,7 +36,7 @@ async def livez(request: Request) -> Response:
 @router.get("/readyz", responses={503: {"description": "starting, restarting, draining or failed"}})
 @router.head("/readyz", include_in_schema=False)
 async def readyz(request: Request) -> Response:
-    """Whether requests that come now are taken and run."""
+    """Whether requests should be sent here: they are taken and run, and the server is not about to end."""
     state: ServerState = request.app.state.server
     return _report(state, is_good=state.is_ready)
 
@@ -71,9 +74,17 @@ async def version(request: Request) -> Response:
 
 @router.get("/metrics", responses={200: {"content": {"text/plain": {}}, "description": "Prometheus's text format"}})
 async def metrics(request: Request) -> Response:
-    """All metrics of the server and the engine."""
-    state: ServerState = request.app.state.server
-    return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+    """All metrics of the server and the engine: in OpenMetrics' format, and compressed, for those who accept that."""
+    instruments = request.app.state.server.metrics
+    accepted = {part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")}
+    if OPENMETRICS in accepted:
+        page, content_type = instruments.render_openmetrics(), OPENMETRICS_CONTENT_TYPE
+    else:
+        page, content_type = instruments.render(), CONTENT_TYPE
+    headers = {"Vary": "Accept, Accept-Encoding"}
+    if gzip_accepted(request.headers.get("accept-encoding", "")):
+        page, headers["Content-Encoding"] = gzip.compress(page, GZIP_LEVEL), "gzip"
+    return Response(page, media_type=content_type, headers=headers)
 
 
 @router.get("/v1/server/effective-config")
@@ -134,7 +145,7 @@ def _why(state: ServerState) -> str:
     if state.failure is not None:
         return f"it cannot go on ({state.failure.kind})"
     if state.draining:
-        return "it finishes what runs, and ends"
+        return "it ends; send new requests to another one"
     engine = state.engine
     return f"{engine.phase} {engine.phase_detail}".strip()
 

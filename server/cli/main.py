@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from pydantic import JsonValue
 
 from engine.client.client import EngineClient, launch_engine
 from engine.ipc.messages import EXIT_CODES
+from server.cli.completion import SHELLS, Completed, script
 from server.cli.train_heads import FLAGS, add_arguments, train_heads
 from server.complain import complain, until_the_reader_leaves
 from server.settings import (
@@ -36,10 +37,14 @@ COMMANDS = {
     "plan": "say what fits into this machine's memory, before anything is loaded",
     "doctor": "say what this machine has, and which kernel each part of a model will use",
     "train-heads": "train Medusa heads for a model, which guess its next tokens",
+    "completion": "print a script with which a shell completes commands and flags",
 }
+
+CONFIG_VARIABLE = "PEREGRINE_CONFIG"
 
 _MERGE = "merge the adapter into its base model with peft's merge_and_unload, and serve the result as MODEL"
 _ONE_PROCESS = "a model runs on one device; start a server for each"
+_NO_TLS = "TLS is the load balancer's; configs/balancers has two, and docs/deployment.md the lines to add"
 NOT_SUPPORTED = {  # vLLM's flags that have no counterpart, and what to do instead
     "--enable-lora": f"there are no LoRA adapters; {_MERGE}",
     "--lora-modules": f"there are no LoRA adapters; {_MERGE}",
@@ -48,6 +53,7 @@ NOT_SUPPORTED = {  # vLLM's flags that have no counterpart, and what to do inste
     "--tensor-parallel-size": _ONE_PROCESS,
     "--pipeline-parallel-size": _ONE_PROCESS,
     "--data-parallel-size": _ONE_PROCESS,
+    **dict.fromkeys(("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs"), _NO_TLS),
     "--trust-remote-code": "code of a checkpoint is never run; families that transformers or Peregrine know need none",
     "--limit-mm-per-prompt": "images are not read; of multimodal checkpoints the language model answers text",
 }
@@ -74,6 +80,8 @@ class Parser(argparse.ArgumentParser):
 
     def _flags(self, command: str) -> list[str]:
         flags = [name for setting in flagged_settings() for name in option_names(setting)]
+        if command == "completion":
+            return ["--help"]
         own = FLAGS if command == "train-heads" else ()
         return [*flags, *own, "--config", "--set", "--help"] if command in COMMANDS else ["--version", "--help"]
 
@@ -85,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None) -> int:
     parser = make_parser()
     parsed = parser.parse_fully(sys.argv[1:] if arguments is None else arguments)
+    if parsed.command == "completion":
+        print(script(parsed.shell, completed_commands()), end="")
+        return 0
     try:
         loaded = load_config(layers(parsed))
     except ConfigError as error:
@@ -126,6 +137,9 @@ def make_parser() -> Parser:
             "those without a flag are set by --set or --config.",
             allow_abbrev=False,
         )
+        if name == "completion":
+            command.add_argument("shell", choices=SHELLS, help="source what it prints, or put it where the shell looks")
+            continue
         command.add_argument("model", nargs="?", metavar="MODEL", help=all_settings()["model.path"].description)
         command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, as YAML")
@@ -134,6 +148,19 @@ def make_parser() -> Parser:
         if name == "train-heads":
             add_arguments(command)
     return parser
+
+
+def completed_commands() -> dict[str, Completed]:
+    """The commands with their flags, for `script`."""
+    flags: dict[str, tuple[str, ...]] = {"--config": (), "--set": (), "--help": ()}
+    for setting in flagged_settings():
+        words = [str(word) for word in get_args(setting.info.annotation) if isinstance(word, str)]
+        flags |= dict.fromkeys(option_names(setting), tuple(words))
+    all_flags: dict[str, dict[str, tuple[str, ...]]] = {
+        "completion": {"--help": ()},
+        "train-heads": {**flags, **dict.fromkeys(FLAGS, ())},
+    }
+    return {name: Completed(text, all_flags.get(name, flags)) for name, text in COMMANDS.items()}
 
 
 def flagged_settings() -> Iterator[Setting]:
@@ -176,6 +203,8 @@ def add_flag(command: argparse.ArgumentParser, setting: Setting) -> None:
 def layers(parsed: argparse.Namespace) -> Iterator[Layer]:
     """The layers of the config, from the weakest to the strongest. Raises ConfigError."""
     values: dict[str, JsonValue] = vars(parsed)
+    if base := os.environ.get(CONFIG_VARIABLE):  # an image's own settings, below those of who runs it
+        yield read_file(Path(base))
     if parsed.config is not None:
         yield read_file(parsed.config)
     yield read_environment(os.environ)

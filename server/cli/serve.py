@@ -8,32 +8,31 @@ import errno
 import gc
 import ipaddress
 import logging
-import os
 import resource
-import signal
 import socket
 import sys
-import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from functools import partial
 from math import ceil
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from engine.client.client import EngineClient
 from engine.ipc.messages import EXIT_CODES
+from engine.log_lines import configure_logging
 from server.app import MakeEngine, create_app
+from server.cli.shutdown import catch_signals, drain, first_of
 from server.complain import complain
 from server.config import Config
 from server.http.http_protocol import HttpProtocol
 from server.http.intake import Intake
+from server.http.key_file import KeyFileError
 from server.settings import LoadedConfig
 from server.state import ServerState
 from server.telemetry.console import Console, process_begun_at
 
-T = TypeVar("T")
 logger = logging.getLogger("peregrine.server")
 
 OWN_FILES = 128  # descriptors of the server that are no connections, with some to spare
@@ -50,8 +49,9 @@ class HttpServer(uvicorn.Server):
 
 def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> int:
     """Serves until told to stop. The exit code: 0, or that of what made it end."""
-    _configure_logging()
     config = loaded.config
+    configure_logging(config.logging)
+    logging.getLogger("peregrine.access").disabled = not config.access.log
     console = Console(config, sys.stdout, begun_at=process_begun_at())
     try:
         listener = listen(config.server.host, config.server.port)
@@ -61,10 +61,14 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
     host, port = listener.getsockname()[:2]
     url = f"http://{_connectable(host)}:{port}"
     console.timed("listen", f"{url} (GET /readyz tells when the model is ready)")
-    if not config.server.api_keys and not _is_loopback(host):
-        logger.warning("anybody who reaches %s may use the model: no server.api_keys are set", url)
-    app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
+    try:
+        app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
+    except KeyFileError as error:
+        complain(f"config: {error}")
+        return EXIT_CODES["config"]
     state: ServerState = app.state.server
+    if state.keys.is_empty and not _is_loopback(host):
+        logger.warning("anybody who reaches %s may use the model: no server.api_keys are set", url)
     server = make_http_server(app, config)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(_run(state, server, listener, console, url))
@@ -90,6 +94,7 @@ def make_http_server(app: FastAPI, config: Config, *, lifespan: Literal["on", "o
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # `create_app` adds them for those that are trusted
             timeout_keep_alive=ceil(operation.keep_alive_timeout),
             timeout_graceful_shutdown=LAST_BYTES,
         )
@@ -111,13 +116,12 @@ def _usable_connections(max_connections: int) -> int:
 
 
 async def _run(state: ServerState, server: HttpServer, listener: socket.socket, console: Console, url: str) -> None:
-    stop = _catch_signals(console)
+    ending = catch_signals(console, state.key_file)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     announcing = asyncio.create_task(_announce(state, console, url))
-    await _first_of(stop.wait(), state.failed.wait(), asyncio.shield(serving))
+    await first_of(ending.asked.wait(), state.failed.wait(), asyncio.shield(serving))
     announcing.cancel()
-    state.drain()
-    await _finish_requests(state, server, console)
+    await drain(state, server.server_state.tasks, ending, console)
     await state.engine.stop()  # requests that are left get their terminal event from this
     server.should_exit = True
     await serving
@@ -129,45 +133,6 @@ async def _announce(state: ServerState, console: Console, url: str) -> None:
     gc.freeze()  # what was imported stays: to look through it for garbage stops every stream for a tenth of a second
     if state.engine.model is not None:
         console.banner(state.engine.model, url)
-
-
-async def _finish_requests(state: ServerState, server: HttpServer, console: Console) -> None:
-    """Waits until every request has been answered, but not for longer than it may take."""
-    tasks = server.server_state.tasks
-    timeout = state.config.server.shutdown_timeout
-    if tasks:
-        console.say(f"stopping: {len(tasks)} requests have {timeout:g} s to finish; Ctrl+C ends them at once")
-    deadline = time.monotonic() + timeout
-    failing = asyncio.create_task(state.failed.wait())
-    while tasks and not failing.done() and (left := deadline - time.monotonic()) > 0:
-        await asyncio.wait({*tasks, failing}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-    failing.cancel()
-    if tasks and state.failure is None:
-        console.say(f"stopping: {len(tasks)} requests did not finish in {timeout:g} s and are ended")
-
-
-def _catch_signals(console: Console) -> asyncio.Event:
-    """An event that SIGTERM or SIGINT sets. A second SIGINT ends the process at once, and the engine's with it."""
-    stop = asyncio.Event()
-
-    def on_interrupt() -> None:
-        if stop.is_set():
-            console.say("stopped at once")
-            os._exit(128 + signal.SIGINT)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, on_interrupt)
-    return stop
-
-
-async def _first_of(*waits: Coroutine[None, None, bool] | asyncio.Future[None]) -> None:
-    """Waits until one of them is done, and cancels the others."""
-    tasks = {asyncio.ensure_future(wait) for wait in waits}
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -207,11 +172,3 @@ def _connectable(host: str) -> str:
     if address.is_unspecified:
         return "127.0.0.1" if address.version == 4 else "[::1]"
     return f"[{host}]" if address.version == 6 else host
-
-
-def _configure_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    line = "time=%(asctime)s.%(msecs)03d level=%(levelname)s logger=%(name)s %(message)s"
-    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)

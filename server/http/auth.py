@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,31 +19,50 @@ PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping"})
 class ApiKeys:
     """The API keys, as digests, each with its tenant: a salt that keeps its cached prefixes apart from other keys."""
 
-    def __init__(self, keys: list[str]) -> None:
-        secret = secrets.token_bytes(16)  # so that a salt does not reveal its key
+    def __init__(self, keys: list[str], *, has_file: bool = False) -> None:
+        """has_file: a key is needed even if there are none: `replace_named` will bring some"""
+        self._secret = secrets.token_bytes(16)  # so that a salt does not reveal its key
+        self._has_file = has_file
         digests = [_digest(key.encode()) for key in keys]
-        self._tenants = {digest: hmac.new(secret, digest, hashlib.sha256).hexdigest()[:32] for digest in digests}
+        self._tenants = {digest: self._salt(digest) for digest in digests}
+        self._named: dict[bytes, str] = {}  # the same for keys of the file
+        self._names: dict[str, str] = {}  # by tenant
 
     @property
     def is_empty(self) -> bool:
-        return not self._tenants
+        """Whether no key is needed."""
+        return not self._tenants and not self._has_file
+
+    def replace_named(self, names: Mapping[str, str]) -> None:
+        """Puts these keys in the place of those that were named before. All keys of one name are one tenant, so that a
+        key can be changed for another without losing what is cached."""
+        salts = {name: self._salt(b"name " + name.encode()) for name in names.values()}
+        self._named = {_digest(key.encode()): salts[name] for key, name in names.items()}
+        self._names = {salt: name for name, salt in salts.items()}
+
+    def name_of(self, tenant: str) -> str:
+        """The name that a tenant has in the key file; "" for others."""
+        return self._names.get(tenant, "")
 
     def tenant_of(self, key: bytes) -> str | None:
         """The tenant of a key; None if it is unknown. In constant time: all digests are compared in full."""
         given = _digest(key)
         found = None
-        for digest, tenant in self._tenants.items():
+        for digest, tenant in (*self._tenants.items(), *self._named.items()):
             if hmac.compare_digest(digest, given):
                 found = tenant
         return found
+
+    def _salt(self, origin: bytes) -> str:
+        return hmac.new(self._secret, origin, hashlib.sha256).hexdigest()[:32]
 
 
 class Authentication:
     """Middleware that answers 401 to requests without a needed key, and sets `request.state.tenant` for others."""
 
-    def __init__(self, app: ASGIApp, *, config: Config) -> None:
+    def __init__(self, app: ASGIApp, *, config: Config, keys: ApiKeys) -> None:
         self._app = app
-        self._keys = ApiKeys(config.server.api_keys)
+        self._keys = keys
         self._public_paths = PUBLIC_PATHS | ({"/metrics"} if config.metrics.public else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +77,8 @@ class Authentication:
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
+        if name := self._keys.name_of(tenant):
+            scope["state"]["tenant_name"] = name
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:

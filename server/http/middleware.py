@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,8 +26,10 @@ QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}
 class RequestContext:
     """Outermost middleware: sets the request id, logs one line at the end, and answers 500 to exceptions."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, is_ending: Callable[[], bool]) -> None:
+        """is_ending: whether the server drains; answers then close their connections, so that clients go elsewhere"""
         self._app = app
+        self._is_ending = is_ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,7 +38,7 @@ class RequestContext:
         request_id = _request_id(scope)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        reply = Reply(send, state)
+        reply = Reply(send, state, is_ending=self._is_ending)
         try:
             await self._app(scope, receive, reply.send)
         except ClientDisconnect:
@@ -50,9 +54,10 @@ class RequestContext:
 class Reply:
     """Records status, size and times of a response while it is sent."""
 
-    def __init__(self, send: Send, state: dict[str, str]) -> None:
+    def __init__(self, send: Send, state: dict[str, str], *, is_ending: Callable[[], bool]) -> None:
         self.status: int | None = None
         self._send = send
+        self._is_ending = is_ending
         self._state = state  # the request's own; a route may put a better id there, and `log_fields`
         self._started_at = time.monotonic()
         self._first_byte_at: float | None = None
@@ -62,7 +67,8 @@ class Reply:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._state["request_id"].encode())]
+            headers = [*message.get("headers", ()), (b"x-request-id", self._state["request_id"].encode())]
+            message["headers"] = [*headers, (b"connection", b"close")] if self._is_ending() else headers
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
             if body and self._first_byte_at is None:
@@ -77,9 +83,9 @@ class Reply:
         level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
         access_log.log(
             level,
-            "id=%s client=%s method=%s path=%s status=%s bytes=%d first_byte_seconds=%.3f seconds=%.3f complete=%s%s",
+            "id=%s client=%s method=%s path=%s status=%s bytes=%d first_byte_seconds=%.3f seconds=%.3f complete=%s%s%s",
             self._state["request_id"],
-            (scope.get("client") or ("-",))[0],
+            _address(scope),
             scope["method"],
             scope.get("raw_path", b"").partition(b"?")[0].decode("ascii", "backslashreplace"),
             self.status,
@@ -87,8 +93,18 @@ class Reply:
             (self._first_byte_at or now) - self._started_at,
             now - self._started_at,
             "yes" if self._is_complete else "no",
+            f" tenant={name}" if (name := self._state.get("tenant_name")) else "",
             f" {fields}" if (fields := self._state.get("log_fields")) else "",
         )
+
+
+def _address(scope: Scope) -> str:
+    """The client's address; "-" for none, and for what a proxy that is trusted has let pass as one."""
+    host = (scope.get("client") or ("",))[0]
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return "-"
 
 
 def _request_id(scope: Scope) -> str:

@@ -1,4 +1,4 @@
-"""The middleware that normalises paths: doubled slashes, and one at the end."""
+"""The middleware that normalises paths: a prefix, doubled slashes, and one at the end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from collections.abc import Collection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SLASHES = re.compile("/{2,}")
+
+
+class RootPath:
+    """Takes the prefix from paths under which a load balancer has put the server, for one that leaves it there."""
+
+    def __init__(self, app: ASGIApp, *, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        root = self._root_path
+        if scope["type"] == "http":
+            path = scope["path"]
+            if path == root or path.startswith(f"{root}/"):
+                path = path[len(root) :] or "/"
+            scope = {**scope, "path": path, "root_path": root}  # which the OpenAPI document names
+        await self._app(scope, receive, send)
 
 
 class TidyPath:

@@ -16,6 +16,7 @@ from server.config import Config
 from server.telemetry.observers import NullObserver
 from server.version import VERSION
 
+console_log = logging.getLogger("peregrine.console")
 step_log = logging.getLogger("peregrine.steps")
 
 STATS_INTERVAL = 1.0  # seconds
@@ -28,10 +29,14 @@ class Console(NullObserver):
         self._config = config
         self._stream = stream
         self._begun_at = begun_at
+        self._is_json = config.logging.format == "json"
         self._window = StepWindow()
 
     def say(self, text: str) -> None:
-        """Prints a line, or loses it: a full disk or a closed pipe must not end the server."""
+        """Prints a line, or loses it: a full disk or a closed pipe must not end the server. With JSON, logs it."""
+        if self._is_json:
+            console_log.info(" ".join(text.split()))
+            return
         with contextlib.suppress(OSError):
             print(text, file=self._stream, flush=True)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from engine.config import KVCacheConfig
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 OUTCOMES = ("stop", "length", "timeout", "abort", "error", "rejected", "invalid")
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+OPENMETRICS = "application/openmetrics-text"
+OPENMETRICS_CONTENT_TYPE = openmetrics.CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # else each counter is two series, one of which nobody reads
 
@@ -158,6 +161,11 @@ class Metrics:
     def render(self) -> bytes:
         """All families in Prometheus's text format."""
         return generate_latest(self.registry)
+
+    def render_openmetrics(self) -> bytes:
+        """The same in OpenMetrics' text format, version 1.0.0."""
+        page: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+        return page
 
 
 class EngineCollector(Collector):

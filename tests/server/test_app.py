@@ -167,7 +167,7 @@ def test_a_refused_request_counts_once_and_the_totals_add_up(operate):
         for body in (BODY, BODY | {"model": "other"}, BODY | {"n": 129}, {"model": "tiny"}):
             httpx.post(url, json=body)
         httpx.post(url, content=b"{")
-        operation.call(operation.state.drain)
+        operation.call(operation.state.refuse_requests)
         httpx.post(url, json=BODY)
         text = httpx.get(operation.url + "/metrics").text
         outcomes = {m[1]: float(m[2]) for m in re.finditer(r'requests_total\{.*outcome="(\w+)"\} (\S+)', text)}

@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,32 @@ def test_a_kernel_is_compiled_once_and_read_after_that(tmp_path: Path) -> None:
     assert (was_read(first), was_read(second)) == (False, True)
     assert first(7) == second(7) == 21
     assert the_file(path).stat().st_mode & 0o777 == 0o644
+
+
+COMPILE = """
+import sys, time
+from pathlib import Path
+from kernels.numba.kernel_cache import KernelFolder, kernel
+go = Path(sys.argv[2])
+print("here", flush=True)
+while not go.exists():
+    time.sleep(0.001)
+def triple(number):
+    return 3 * number
+function = kernel("int64(int64)", folder=KernelFolder(Path(sys.argv[1])))(triple)
+print(sum(function.stats.cache_hits.values()), function(7))
+"""
+
+
+def test_of_processes_that_share_a_folder_one_compiles_and_the_others_wait(tmp_path: Path) -> None:
+    """As replicas on one volume do, which start together."""
+    command = [sys.executable, "-c", COMPILE, str(tmp_path / "kernels"), str(tmp_path / "go")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+    (tmp_path / "go").touch()
+    assert sorted(process.communicate()[0] for process in processes) == ["0 21\n", "1 21\n", "1 21\n"]
 
 
 def caller(folder: KernelFolder, called: Callable[[tuple[int]], int]) -> Callable[[int], int]:

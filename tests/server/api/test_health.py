@@ -3,6 +3,8 @@
 import time
 
 import httpx
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
+from prometheus_client.parser import text_string_to_metric_families
 
 from engine.types import StepStats
 from tests.support.server_world import wait_until
@@ -61,11 +63,21 @@ def test_the_seconds_are_those_of_the_state(operate):
         assert body["seconds"] < 0.2 <= body["uptime_seconds"]
 
 
-def test_a_draining_server_is_alive_but_not_ready(operate):
-    with operate() as operation:
-        operation.call(operation.state.drain)
+def test_a_draining_server_is_alive_and_serves_but_is_not_ready(operate):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    with operate() as operation, httpx.Client(base_url=operation.url) as client:
+        operation.engine.say("yes")
+        assert "connection" not in client.post("/v1/completions", json=body).headers
+        operation.call(operation.state.end_readiness)
         assert answers(operation.url) == {"/livez": 200, "/readyz": 503, "/startupz": 200, "/health": 503}
         assert httpx.get(operation.url + "/readyz").json()["state"] == "draining"
+        served = client.post("/v1/completions", json=body)
+        assert (served.status_code, served.headers["connection"]) == (200, "close"), "the next one goes elsewhere"
+        operation.call(operation.state.refuse_requests)
+        refused = client.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["x-should-retry"] == "true"
+        assert answers(operation.url)["/livez"] == 200
 
 
 def test_a_failed_engine_makes_the_process_worth_replacing(operate):
@@ -128,6 +140,23 @@ def test_the_effective_config_says_what_each_matrix_is_kept_as(operate):
         assert settings["weights.layers.mlp.down_proj"]["value"] == "int4 (29), float16 (1)"
         assert "in 30 layers" in settings["weights.layers.mlp.down_proj"]["reason"]
         assert settings["weights.lm_head"]["value"] == "int8"
+
+
+def test_metrics_come_in_the_format_and_the_coding_that_a_scraper_accepts(operate):
+    with operate({"metrics": {"vllm_names": True}}) as operation, httpx.Client(base_url=operation.url) as client:
+        plain = client.get("/metrics", headers={"Accept-Encoding": "identity"})
+        assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert "content-encoding" not in plain.headers
+        assert "# EOF" not in plain.text
+        accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+        opened = client.get("/metrics", headers={"Accept": accept, "Accept-Encoding": "gzip"})
+        assert opened.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+        assert opened.headers["content-encoding"] == "gzip"
+        assert "Accept-Encoding" in opened.headers["vary"]
+        assert opened.text.endswith("# EOF\n")
+        names = {family.name for family in text_string_to_metric_families(plain.text)}
+        again = {family.name for family in openmetrics_families(opened.text)}
+        assert {"peregrine_requests_running", "vllm:num_requests_running"} <= names & again
 
 
 def test_the_version_is_told(operate):

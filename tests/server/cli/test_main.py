@@ -393,6 +393,65 @@ def test_sigterm_refuses_new_requests_and_lets_running_ones_finish(tmp_path):
         assert server.end() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_drain_is_seen_before_requests_are_refused(tmp_path, number):
+    """Told to end, the server is not ready at once, serves until the delay is over, and only then refuses."""
+    with serving(tmp_path, "counting?delay=0.02", "--drain-delay", "1.5") as server:
+        events: list[str] = []
+        thread = start_stream(server.url, events, max_tokens=150)  # longer than the delay
+        server.send(number)
+        wait_for(lambda: httpx.get(server.url + "/readyz").status_code == 503)
+        codes = []
+
+        def is_refused() -> bool:
+            answer = httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1})
+            codes.append(answer.status_code)
+            return answer.status_code == 503
+
+        wait_for(is_refused)
+        assert set(codes[:-1]) == {200}, "requests that come while the drain is announced are served"
+        thread.join()
+        assert events[-1] == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1]) == "0123456789" * 15
+        assert server.end() == 0
+
+
+def test_an_interrupt_does_not_wait_for_a_load_balancer(tmp_path):
+    with serving(tmp_path, "--drain-delay", "3600") as server:
+        server.send(signal.SIGINT)
+        assert server.end() == 0
+        assert "draining" not in server.log.read_text()
+
+
+def test_a_server_that_was_never_ready_does_not_announce_its_end(tmp_path):
+    with serving(tmp_path, "counting?load_until=never", "--drain-delay", "3600", ready=False) as server:
+        wait_for(lambda: httpx.get(server.url + "/livez").status_code == 200)
+        server.send(signal.SIGTERM)
+        assert server.end() == 0
+
+
+def test_sigterm_is_not_lost_while_the_first_process_of_a_container_imports(tmp_path):
+    """As process 1 of a namespace: a signal that it has no handler for yet would be dropped by the kernel."""
+    namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine makes no namespaces of processes")
+    with subprocess.Popen([*namespace, *PEREGRINE, "serve", "--port", "0"], cwd=ROOT, env=environment()) as outer:
+        wait_for(lambda: bool(psutil.Process(outer.pid).children()))
+        [first] = psutil.Process(outer.pid).children()
+        bit = 1 << (signal.SIGTERM - 1)
+        wait_for(
+            lambda: bool(int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{first.pid}/status").read_text())[1], 16) & bit)
+        )
+        assert "pydantic" not in Path(f"/proc/{first.pid}/maps").read_text(), "it listens before it imports"
+        first.send_signal(signal.SIGTERM)
+        assert outer.wait(30) == 0
+
+
+def handled_signals(pid: int) -> set[int]:
+    mask = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
 def test_requests_that_outlast_the_shutdown_end_with_an_error_and_done(tmp_path):
     with serving(tmp_path, "counting?delay=0.02", "--shutdown-timeout", "0.3") as server:
         events: list[str] = []
@@ -428,6 +487,98 @@ def test_sigterm_during_the_start_ends_it(tmp_path):
         wait_for(lambda: httpx.get(server.url + "/livez").status_code == 200)
         server.send(signal.SIGTERM)
         assert server.end() == 0
+
+
+def test_json_is_all_that_a_server_writes_if_it_is_asked_for(tmp_path):
+    with serving(tmp_path, "--log-format", "json", "--set", "access.log=false") as server:
+        wait_for(lambda: "curl" in server.log.read_text())
+        httpx.post(server.url + "/v1/completions", json={"model": "tiny", "prompt": "a", "max_tokens": 1})
+        server.send(signal.SIGTERM)
+        assert server.end() == 0
+        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert {"time", "level", "logger"} <= set.intersection(*(set(line) for line in lines))
+    assert lines[-1]["message"] == "stopped"
+    assert "peregrine.access" not in {line["logger"] for line in lines}
+
+
+def test_sighup_reads_the_key_file_again_and_a_broken_one_is_told_at_the_start(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("acme first\n")
+    with serving(tmp_path, "--api-key-file", str(keys)) as server:
+
+        def status(key: str) -> int:
+            return httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert (status("first"), status("second")) == (200, 401)
+        keys.write_text("acme second\n")
+        server.send(signal.SIGHUP)
+        wait_for(lambda: status("second") == 200)
+        assert status("first") == 401
+        assert server.process.poll() is None
+    keys.write_text("acme\n")
+    result = run(COUNTING, "--api-key-file", str(keys), "--port", "0")
+    assert result.returncode == EXIT_CODES["config"]
+    assert "line 1 has 1 words; write NAME KEY" in last_line(result)
+
+
+def test_the_settings_of_an_image_are_below_those_of_who_runs_it(tmp_path, monkeypatch):
+    image, own = tmp_path / "image.yaml", tmp_path / "own.yaml"
+    image.write_text("server: {host: 0.0.0.0, port: 1, drain_delay: 5}\n")
+    own.write_text("server: {port: 2}\n")
+    monkeypatch.setenv("PEREGRINE_CONFIG", str(image))
+    server = parse("--config", str(own)).config.server
+    assert (server.host, server.port, server.drain_delay) == ("0.0.0.0", 2, 5)
+    monkeypatch.setenv("PEREGRINE_CONFIG", str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match=re.escape("none.yaml: cannot be read")):
+        parse()
+
+
+def test_a_container_asks_the_port_that_its_server_listens_at(tmp_path):
+    """The server has the name of the command, and an engine without a model."""
+    counting = counting_engine.__file__
+    run_it = f"runpy.run_path({counting!r}, run_name='__main__')"
+    (tmp_path / "peregrine").write_text(f"import runpy, sys\nsys.argv = [{counting!r}, *sys.argv[2:]]\n{run_it}\n")
+    loaded, log = tmp_path / "loaded", tmp_path / "log"
+    command = [sys.executable, str(tmp_path / "peregrine"), "serve", f"counting?load_until={loaded}"]
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [*command, "--host", "0.0.0.0", "--port", "0"], cwd=ROOT, env=environment(), stdout=output, stderr=output
+        ) as process,
+    ):
+        check = [sys.executable, "-m", "server.cli.health", "--process", str(process.pid)]
+        try:
+            wait_for(lambda: "GET /readyz" in log.read_text())
+            port = re.search(r"127\.0\.0\.1:(\d+)", log.read_text())[1]
+            wait_for(lambda: run(check).returncode == 0)
+            alive, ready = run(check), run(check, "--ready")
+            assert f"port {port}: 200" in alive.stdout
+            assert (ready.returncode, f"port {port}: 503" in ready.stdout) == (1, True)
+            loaded.touch()
+            wait_for(lambda: run(check, "--ready").returncode == 0)
+        finally:
+            process.kill()
+        process.wait()
+        gone = run(check)
+        assert (gone.returncode, gone.stderr) == (1, "no server listens here\n")
+
+
+def test_shells_complete_commands_flags_and_values(tmp_path):
+    script = run(PEREGRINE, "completion", "bash").stdout
+    (tmp_path / "completion").write_text(script)
+    ask = f'source {tmp_path}/completion; COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); _peregrine; echo "${{COMPREPLY[@]}}"'
+
+    def completed(*words: str) -> list[str]:
+        result = subprocess.run(["bash", "-c", ask, "bash", *words], capture_output=True, text=True, check=True)
+        return result.stdout.split()
+
+    assert completed("peregrine", "s") == ["serve"]
+    assert completed("peregrine", "serve", "--max-m") == ["--max-model-len"]
+    assert completed("peregrine", "serve", "--log-level", "") == ["debug", "info", "warning", "error"]
+    assert completed("peregrine", "train-heads", "--outpu") == ["--output"]
+    assert "-l log-level -x -a 'debug info warning error'" in run(PEREGRINE, "completion", "fish").stdout
+    assert run(PEREGRINE, "completion", "zsh").stdout.endswith(script)
+    assert "invalid choice: 'csh'" in run(PEREGRINE, "completion", "csh").stderr
 
 
 def test_doctor_and_plan_answer_without_tracebacks(monkeypatch):

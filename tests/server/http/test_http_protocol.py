@@ -357,7 +357,7 @@ def test_half_a_body_is_given_up_when_the_server_drains(operate):
     with operate() as operation, connected(operation) as connection:
         connection.sendall(POST + b"Content-Length: 100\r\n\r\n{")
         operation.call(lambda: None)
-        operation.call(operation.state.drain)
+        operation.call(operation.state.refuse_requests)
         [answer] = answers(connection, 1)
         assert (answer[0], error_of(answer)["code"]) == (503, "draining")
 

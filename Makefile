@@ -14,7 +14,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := $(VENV)/.runtime
 TESTING := $(VENV)/.testing
 
-.PHONY: help serve test lint types pytest constraints doctor gpu-wheels clean
+.PHONY: help serve test lint types pytest monitoring-test browser-test constraints doctor gpu-wheels clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve it on http://127.0.0.1:8000 (ARGS='--port 9000')"
@@ -22,6 +22,8 @@ help:
 	@echo "make constraints   resolve constraints.txt against the package index alone, for every Python that is supported"
 	@echo "make doctor  what this machine has, and which kernel each part will use"
 	@echo "make gpu-wheels FOLDER=wheels   what a GPU machine without a network lacks for python -m loadtest.gpu"
+	@echo "make monitoring-test   every panel, rule and alert against a real Prometheus (Debian's package) and two replicas"
+	@echo "make browser-test   the pages of the server in a headless Chromium (Debian's package)"
 	@echo "make clean   remove the environment and caches"
 
 # Not empty where ARGS says which model to serve.
@@ -49,6 +51,20 @@ types: $(TESTING)
 
 pytest: $(TESTING)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# Rules and dashboards against what they are for. It installs Debian's package where that can be done and it is not there.
+monitoring-test: $(TESTING)
+	@command -v prometheus >/dev/null || apt-get install --yes --no-install-recommends prometheus || \
+	  { echo "Prometheus is needed, with promtool: apt-get install prometheus" >&2; exit 1; }
+	promtool check config --syntax-only configs/monitoring/prometheus.yml
+	promtool test rules configs/monitoring/rules.test.yml
+	$(BIN)/pytest -m '' tests/server/monitoring tests/system/test_monitoring.py $(ARGS)
+
+browser-test: $(TESTING)
+	@command -v chromium >/dev/null || apt-get install --yes --no-install-recommends chromium || \
+	  { echo "Chromium is needed: apt-get install chromium" >&2; exit 1; }
+	npm install --silent --no-save --no-audit --no-fund --prefix build/browser playwright-core
+	NODE_PATH=build/browser/node_modules $(BIN)/pytest -m '' tests/server/api/test_pages.py tests/system/test_browser.py $(ARGS)
 
 # Metadata only, without this machine's own wheels and settings of pip: what a stranger's machine will see.
 constraints: $(TESTING)

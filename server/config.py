@@ -33,6 +33,11 @@ class ServerConfig(Section):
         description="keys that clients may send as Authorization: Bearer KEY; empty: none is needed. Safer in the "
         "environment variable PEREGRINE_API_KEY (several with commas)",
     )
+    operator_keys: Texts = Field(
+        default=[],
+        description="keys that also open what belongs to all clients (the trace, explanations of any request); with "
+        "any key, all but the probes needs one. Safer in the environment variable PEREGRINE_OPERATOR_KEY",
+    )
     served_model_name: Annotated[Texts, Flag("--served-model-name")] = Field(
         default=[], description="names by which clients ask for the model, the first is shown; empty: its own"
     )
@@ -44,6 +49,11 @@ class ServerConfig(Section):
         description='web pages whose scripts may call the server, as "https://chat.example"; "*": any; empty: none',
     )
     strict: bool = Field(default=False, description="refuse unknown fields in requests, instead of naming them")
+
+    @property
+    def num_tenants(self) -> int:
+        """Keys that are known, each of a tenant of its own; 0: none is needed."""
+        return len({*self.api_keys, *self.operator_keys})
 
 
 class LimitsConfig(Section):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from engine.ipc.messages import Failed
 from server.config import Config
 from server.generation.active_requests import ActiveRequests
+from server.telemetry.flight_recorder import FlightRecorder
+from server.telemetry.request_timeline import RequestHistory
 
 if TYPE_CHECKING:
     from engine.client.client import EngineClient
@@ -25,7 +27,7 @@ class ServerState:
     """One running server.
 
     A request's own values lie in `request.state`: `request_id` (the caller's X-Request-Id where it is usable, else
-    a new one) and `tenant` (a salt that differs by API key, "" without keys).
+    a new one), `tenant` (a salt that differs by API key, "" without keys) and `is_operator`.
     """
 
     config: Config
@@ -37,6 +39,8 @@ class ServerState:
     started_at: float  # seconds, time.monotonic
     body_budget: BodyBudget
     chat_renderer: ChatRenderer
+    history: RequestHistory = field(default_factory=RequestHistory)
+    recorder: FlightRecorder = field(default_factory=FlightRecorder)
     active_requests: ActiveRequests = field(default_factory=ActiveRequests)
     draining: bool = False  # no new requests; the running ones end
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent

@@ -61,6 +61,7 @@ ROOMS = {
         "text",
         "training",
         "telemetry",
+        "monitoring",
         "generation",
         "http",
         "state state_watch",

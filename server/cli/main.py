@@ -178,7 +178,7 @@ def layers(parsed: argparse.Namespace) -> Iterator[Layer]:
     values: dict[str, JsonValue] = vars(parsed)
     if parsed.config is not None:
         yield read_file(parsed.config)
-    yield read_environment(os.environ)
+    yield from read_environment(os.environ)
     if parsed.model is not None:
         yield Layer("MODEL", {"model.path": parsed.model})
     for setting in flagged_settings():

@@ -61,7 +61,7 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
     host, port = listener.getsockname()[:2]
     url = f"http://{_connectable(host)}:{port}"
     console.timed("listen", f"{url} (GET /readyz tells when the model is ready)")
-    if not config.server.api_keys and not _is_loopback(host):
+    if not config.server.num_tenants and not _is_loopback(host):
         logger.warning("anybody who reaches %s may use the model: no server.api_keys are set", url)
     app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
     state: ServerState = app.state.server

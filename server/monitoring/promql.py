@@ -69,7 +69,7 @@ def ratio(part: str, whole: str, *, on: str = "") -> str:
 
     on: the label that several parts have in common with their whole
     """
-    matching = f" on ({on}) group_left" if on else ""
+    matching = f" on ({on}) group_left ()" if on else ""
     return f"{part} /{matching} ({whole} > 0)"
 
 

@@ -38,8 +38,8 @@ TRAFFIC_SECONDS = 20
 
 
 class Prometheus:
-    def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, timeout=30)
+    def __init__(self, client: httpx.Client) -> None:
+        self._client = client
 
     def query(self, expression: str) -> list[float]:
         """The values of an instant query. Raises where the expression is not valid."""
@@ -86,7 +86,8 @@ def prometheus(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory)
         url = f"http://127.0.0.1:{port}"
         wait_for(url, targets)
         time.sleep(TRAFFIC_SECONDS)
-        yield Prometheus(url)
+        with httpx.Client(base_url=url, timeout=30) as client:
+            yield Prometheus(client)
     finally:
         stop.set()
         for thread in busy:

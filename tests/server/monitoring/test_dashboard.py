@@ -126,7 +126,7 @@ def test_quantiles_are_of_all_replicas_together() -> None:
     assert Scope("", "5m").rate(families.REQUESTS, by=("status",), not_status="2..") == (
         'sum by (status) (rate(peregrine_requests_total{status!~"2.."}[5m]))'
     )
-    assert ratio("a", "b", on="c") == "a / on (c) group_left (b > 0)"
+    assert ratio("a", "b", on="c") == "a / on (c) group_left () (b > 0)"
 
 
 @pytest.mark.parametrize("wrong", [{"outcoem": "stop"}, {"le": "1"}])

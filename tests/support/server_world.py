@@ -60,7 +60,7 @@ class FakeAdmission:
     def check_size(self, num_requests: int, num_tokens: int) -> None:
         """Nothing is too large."""
 
-    def admit(self, num_requests: int, num_tokens: int) -> FakePlace:
+    def admit(self, num_requests: int, num_tokens: int, tenant: str = "") -> FakePlace:
         if self.error is not None:
             raise self.error
         self.admitted.append((num_requests, num_tokens))

@@ -14,7 +14,8 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := $(VENV)/.runtime
 TESTING := $(VENV)/.testing
 
-.PHONY: help serve test lint types pytest lb-test image-test compose-test kubernetes-test constraints doctor gpu-wheels clean
+.PHONY: help serve test lint types pytest lb-test image-test compose-test kubernetes-test monitoring-test browser-test \
+  constraints doctor gpu-wheels clean
 
 help:
 	@echo "make serve   install, fetch the default model, serve it on http://127.0.0.1:8000 (ARGS='--port 9000')"
@@ -23,6 +24,8 @@ help:
 	@echo "make doctor  what this machine has, and which kernel each part will use"
 	@echo "make gpu-wheels FOLDER=wheels   what a GPU machine without a network lacks for python -m loadtest.gpu"
 	@echo "make lb-test image-test compose-test kubernetes-test   the deployment's files, used; docs/deployment.md says what they take"
+	@echo "make monitoring-test   every panel, rule and alert against a real Prometheus (Debian's package) and two replicas"
+	@echo "make browser-test   the pages of the server in a headless Chromium (Debian's package)"
 	@echo "make clean   remove the environment and caches"
 
 # Not empty where ARGS says which model to serve.
@@ -75,6 +78,19 @@ build/kubernetes/bin/kubernetes-validate:
 kubernetes-test: build/kubernetes/bin/kubernetes-validate
 	build/kubernetes/bin/kubernetes-validate --strict --version $(KUBERNETES_VERSION) \
 	  $(filter-out %/podmonitor.yaml,$(wildcard configs/kubernetes/*.yaml))
+# Rules and dashboards against what they are for. It installs Debian's package where that can be done and it is not there.
+monitoring-test: $(TESTING)
+	@command -v prometheus >/dev/null || apt-get install --yes --no-install-recommends prometheus || \
+	  { echo "Prometheus is needed, with promtool: apt-get install prometheus" >&2; exit 1; }
+	promtool check config --syntax-only configs/monitoring/prometheus.yml
+	promtool test rules configs/monitoring/rules.test.yml
+	$(BIN)/pytest -m '' tests/server/monitoring tests/system/test_monitoring.py $(ARGS)
+
+browser-test: $(TESTING)
+	@command -v chromium >/dev/null || apt-get install --yes --no-install-recommends chromium || \
+	  { echo "Chromium is needed: apt-get install chromium" >&2; exit 1; }
+	npm install --silent --no-save --no-audit --no-fund --prefix build/browser playwright-core
+	NODE_PATH=build/browser/node_modules $(BIN)/pytest -m '' tests/server/api/test_pages.py tests/system/test_browser.py $(ARGS)
 
 # Metadata only, without this machine's own wheels and settings of pip: what a stranger's machine will see.
 constraints: $(TESTING)

@@ -115,6 +115,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         trained_context=loaded.trained_context,
         max_model_len=plan.max_model_len,
         num_kv_tokens=plan.num_kv_tokens,
+        num_kv_blocks=plan.num_blocks,
+        num_drafts=plan.num_drafts,
         eos_token_ids=loaded.eos_token_ids,
         generation_defaults=loaded.generation_defaults,
         tokenizer=loaded.tokenizer,

@@ -122,7 +122,14 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_first_prompt_tokens: int = 0  # prompt tokens that were computed for those of them whose first token it is
     is_queued: bool = False  # the forward pass only queued its work, and sampling waited for it
     draft_outcome: DraftOutcome = ""  # what the proposer made for the next step; empty: nobody was to be drafted for
+    started_at: float = 0.0  # time.monotonic, which is the same clock in every process of the machine
+    num_prompt_tokens: int = 0  # of `num_tokens`: chunks of sequences that lack more than their newest token
     degraded_modes: list[str] = []  # of DEGRADED_MODES, what steps do without for now, because it has failed
+
+    @property
+    def seconds(self) -> float:
+        """All of the step."""
+        return self.schedule + self.forward + self.sample + self.update + self.propose
 
     @property
     def computing(self) -> float:

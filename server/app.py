@@ -16,7 +16,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from engine.client.client import EngineClient, EngineObserver
 from engine.config import EngineConfig
 from engine.ipc.messages import Failed
-from server.api import chat, completions, health, models, requests, tokenize
+from server.api import chat, completions, health, models, pages, requests, status, tokenize, trace
 from server.config import Config
 from server.errors import install_error_handlers
 from server.generation.admission import Admission, DrainRate
@@ -33,6 +33,9 @@ from server.telemetry.observers import Observers
 from server.text.chat_renderer import ChatRenderer, TemplateLimits
 from server.version import VERSION
 
+ROUTERS = tuple(
+    module.router for module in (completions, chat, tokenize, requests, models, status, trace, health, pages)
+)
 MakeEngine = Callable[[EngineConfig, EngineObserver], EngineClient]
 
 
@@ -80,17 +83,18 @@ def create_app(
         title="Peregrine",
         version=VERSION,
         lifespan=lifespan,
+        docs_url=None,  # `pages` has one that needs no internet
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from a Host header that anybody may write
         responses={401: {"description": "no valid API key"}},
     )
     app.state.server = state
-    routers = [module.router for module in (completions, chat, tokenize, requests, models, health)]
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(BodyReader, config=config, budget=state.body_budget)  # the last one added is the outermost
     app.add_middleware(Authentication, config=config, keys=state.keys)
-    routes = [route.path for owner in (app, *routers) for route in owner.routes if isinstance(route, Route)]
+    routes = [route.path for owner in (app, *ROUTERS) for route in owner.routes if isinstance(route, Route)]
     app.add_middleware(TidyPath, routes=routes)
     if config.server.cors_origins:  # before the key: browsers send none with a preflight
         app.add_middleware(CrossOrigin, origins=config.server.cors_origins)
@@ -106,7 +110,7 @@ def _make_state(
     config: Config, *, sources: Mapping[str, str], observers: Sequence[EngineObserver], make_engine: MakeEngine
 ) -> ServerState:
     names = config.model_names()
-    keys = ApiKeys(config.server.api_keys, has_file=config.access.key_file is not None)
+    keys = ApiKeys(config.server.api_keys, config.server.operator_keys, has_file=config.access.key_file is not None)
     metrics = Metrics(
         names[0],
         proposer=config.speculation.method,
@@ -115,11 +119,10 @@ def _make_state(
     )
     all_observers = Observers(metrics)
     engine = make_engine(config.engine_config(), all_observers)
-    metrics.registry.register(EngineCollector(engine, names[0]))
     state = ServerState(
         config=config,
         engine=engine,
-        admission=Admission(engine, config.limits, DrainRate(), is_shared=len(set(config.server.api_keys)) > 1),
+        admission=Admission(engine, config.limits, DrainRate(), is_shared=lambda: keys.num_tenants > 1),
         metrics=metrics,
         tokenizer=None,
         model_names=names,
@@ -130,7 +133,8 @@ def _make_state(
         key_file=KeyFile(Path(config.access.key_file), keys) if config.access.key_file is not None else None,
         setting_sources=dict(sources),
     )
-    for observer in (StateWatch(state), *observers):
+    metrics.registry.register(EngineCollector(engine, names[0], is_ready=lambda: state.is_ready))
+    for observer in (state.recorder, StateWatch(state), *observers):
         all_observers.add(observer)
     return state
 

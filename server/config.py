@@ -42,6 +42,11 @@ class ServerConfig(Section):
         description="keys that clients may send as Authorization: Bearer KEY; empty: none is needed. Safer in the "
         "environment variable PEREGRINE_API_KEY (several with commas)",
     )
+    operator_keys: Texts = Field(
+        default=[],
+        description="keys that also open what belongs to all clients (the trace, explanations of any request); with "
+        "any key, all but the probes needs one. Safer in the environment variable PEREGRINE_OPERATOR_KEY",
+    )
     served_model_name: Annotated[Texts, Flag("--served-model-name")] = Field(
         default=[], description="names by which clients ask for the model, the first is shown; empty: its own"
     )
@@ -172,6 +177,10 @@ class Config(EngineConfig):
     def engine_config(self) -> EngineConfig:
         """The engine's part: all that crosses to its process; API keys do not."""
         return EngineConfig.model_validate({name: getattr(self, name) for name in EngineConfig.model_fields})
+
+    @property
+    def needs_key(self) -> bool:
+        return bool(self.server.api_keys or self.server.operator_keys or self.access.key_file)
 
     def model_names(self) -> list[str]:
         """Names that clients may use. A local path shows as its last part: where it lies is nobody's business."""

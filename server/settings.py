@@ -19,7 +19,7 @@ from engine.config import Flag, Section
 from server.complain import print_all
 from server.config import Config
 
-API_KEY_VARIABLE = "PEREGRINE_API_KEY"
+KEY_VARIABLES = {"PEREGRINE_API_KEY": "server.api_keys", "PEREGRINE_OPERATOR_KEY": "server.operator_keys"}
 
 
 class ConfigError(ValueError):
@@ -159,11 +159,14 @@ def read_assignments(assignments: Iterable[str]) -> Layer:
     return Layer("--set", values)
 
 
-def read_environment(environment: Mapping[str, str]) -> Layer:
-    """The layer of the environment: the API keys, which a list of processes would show if they were flags."""
-    keys = [key.strip() for key in environment.get(API_KEY_VARIABLE, "").split(",")]
-    given: list[JsonValue] = [key for key in keys if key]
-    return Layer(API_KEY_VARIABLE, {"server.api_keys": given} if given else {})
+def read_environment(environment: Mapping[str, str]) -> list[Layer]:
+    """The layers of the environment: the keys, which a list of processes would show if they were flags."""
+    layers = []
+    for variable, setting in KEY_VARIABLES.items():
+        keys: list[JsonValue] = [key for key in map(str.strip, environment.get(variable, "").split(",")) if key]
+        if keys:
+            layers.append(Layer(variable, {setting: keys}))
+    return layers
 
 
 def flatten(tree: JsonValue, *, source: str) -> dict[str, JsonValue]:
@@ -241,7 +244,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         path = [str(part) for part in problem["loc"]]
         name = next((n for n in (".".join(path[:2]), *path[:1]) if n in all_settings()), path[0])
         reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        if name != "server.api_keys" and problem["type"] != "value_error":
+        if name not in KEY_VARIABLES.values() and problem["type"] != "value_error":
             reason += f", not {problem['input']!r}"
         reasons.setdefault(name, []).append(reason)
     lines = []

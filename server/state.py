@@ -11,6 +11,8 @@ from engine.ipc.messages import Failed
 from server.config import Config
 from server.generation.active_requests import ActiveRequests
 from server.http.auth import ApiKeys
+from server.telemetry.flight_recorder import FlightRecorder
+from server.telemetry.request_timeline import RequestHistory
 
 if TYPE_CHECKING:
     from engine.client.client import EngineClient
@@ -27,7 +29,7 @@ class ServerState:
     """One running server.
 
     A request's own values lie in `request.state`: `request_id` (the caller's X-Request-Id where it is usable, else
-    a new one) and `tenant` (a salt that differs by API key, "" without keys).
+    a new one), `tenant` (a salt that differs by API key, "" without keys) and `is_operator`.
     """
 
     config: Config
@@ -41,6 +43,8 @@ class ServerState:
     chat_renderer: ChatRenderer
     keys: ApiKeys = field(default_factory=lambda: ApiKeys([]))
     key_file: KeyFile | None = None  # keeps `keys` as it says
+    history: RequestHistory = field(default_factory=RequestHistory)
+    recorder: FlightRecorder = field(default_factory=FlightRecorder)
     active_requests: ActiveRequests = field(default_factory=ActiveRequests)
     draining: bool = False  # it will end, and new requests belong elsewhere; until `refuse_requests` they are served
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent

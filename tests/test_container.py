@@ -10,7 +10,6 @@ import yaml
 
 from engine.config import DEFAULT_MODEL
 from server.settings import load_config, read_file
-from server.telemetry.dashboard import dashboard_page, queries
 from server.telemetry.metric_families import FAMILIES
 from tests import ROOT
 
@@ -248,24 +247,3 @@ def test_a_service_of_systemd_has_time_to_end_and_is_not_started_again_in_vain()
     assert grace_holds(int(unit["TimeoutStopSec"]))
     assert {"2", "3", "4"} == set(unit["RestartPreventExitStatus"].split())
     assert unit["KillMode"] == "mixed"
-
-
-def test_the_dashboard_is_made_from_the_metrics() -> None:
-    path = MONITORING / "dashboard.json"
-    assert path.read_text() == dashboard_page(), (
-        "run: python -m server.telemetry.dashboard > configs/monitoring/dashboard.json"
-    )
-    panels = json.loads(path.read_text())["panels"]
-    assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)
-    names = {family.full_name for family in FAMILIES}
-    for panel in panels:
-        for target in panel["targets"]:
-            assert set(re.findall(r"peregrine_\w+?(?=_bucket\b|\b)", target["expr"])) <= names
-
-
-@pytest.mark.parametrize("kind", ["counter", "gauge", "histogram"])
-def test_each_kind_of_metric_is_asked_for_as_it_must_be(kind: str) -> None:
-    family = next(family for family in FAMILIES if family.kind == kind)
-    expressions = [expression for expression, _ in queries(family)]
-    wanted = {"counter": r"sum by .*rate\(", "gauge": r"^peregrine_\w+$", "histogram": r"histogram_quantile\(0\.\d+, "}
-    assert all(re.search(wanted[kind], expression) for expression in expressions)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from server.api import chat, completions, health, models, requests, tokenize
+from server.app import ROUTERS
 from server.cli import train_heads
 from server.cli.main import COMMANDS, flagged_settings, option_names
 from server.settings import all_settings
@@ -77,10 +77,9 @@ def test_commands_that_are_named_exist(page: Path) -> None:
 
 
 def test_the_page_on_the_api_has_every_route() -> None:
-    routers = [module.router for module in (completions, chat, tokenize, requests, models, health)]
     routes = {
         re.sub(r"{.*}", "{id}", route.path)
-        for router in routers
+        for router in ROUTERS
         for route in router.routes
         if isinstance(route, Route) and route.include_in_schema
     }
@@ -88,4 +87,4 @@ def test_the_page_on_the_api_has_every_route() -> None:
         path for code in codes(ROOT / "docs" / "api.md") for path in re.findall(r"^(?:[A-Z]+ )?(/[\w/{}-]*)$", code)
     }
     assert routes <= named
-    assert named - routes <= {"/docs", "/openapi.json", "/v1/embeddings", "/v1"}
+    assert named - routes <= {"/", "/docs", "/openapi.json", "/v1/embeddings", "/v1"}

@@ -62,6 +62,7 @@ ROOMS = {
         "text",
         "training",
         "telemetry",
+        "monitoring",
         "generation",
         "http",
         "state state_watch",

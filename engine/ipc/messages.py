@@ -34,6 +34,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     trained_context: int  # tokens
     max_model_len: int  # tokens, as served
     num_kv_tokens: int  # tokens that fit into the KV cache
+    num_kv_blocks: int = 0  # of all groups of layers together
+    num_drafts: int = 0  # that a step verifies of a request, at most
     eos_token_ids: list[int]
     generation_defaults: dict[str, float]  # temperature, top_p, top_k, ... where the model's files name them
     tokenizer: TokenizerAssets

@@ -21,6 +21,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.started_at = time.monotonic()
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
@@ -31,18 +32,19 @@ class StepClock:
 
 class StepWork(NamedTuple):
     """num_kv_tokens: that are in the cache when the step is over; num_pairs: of a new token and one that it sees;
-    drafts: of the sequences that have any"""
+    drafts: of the sequences that have any; num_prompt_tokens: of sequences that lack more than their newest token"""
 
     num_tokens: int
     num_logits: int
     num_kv_tokens: int
     num_pairs: int
     drafts: list[int]
+    num_prompt_tokens: int = 0
 
 
 def count_work(batch: list[Scheduled]) -> StepWork:
     """Counts what a step will compute. To be called before the step changes the sequences."""
-    num_tokens = num_logits = num_kv_tokens = num_pairs = 0
+    num_tokens = num_logits = num_kv_tokens = num_pairs = num_prompt_tokens = 0
     drafts: list[int] = []
     for item in batch:
         num_new_tokens, computed = item.num_new_tokens, item.seq.num_computed_tokens
@@ -52,7 +54,10 @@ def count_work(batch: list[Scheduled]) -> StepWork:
         num_logits += item.num_scored + item.samples
         if item.num_drafts:
             drafts.append(item.num_drafts)
-    return StepWork(num_tokens, num_logits + sum(drafts), num_kv_tokens, num_pairs, drafts)
+        num_own_tokens = num_new_tokens - item.num_drafts
+        if num_own_tokens > 1 or not item.samples:
+            num_prompt_tokens += num_own_tokens
+    return StepWork(num_tokens, num_logits + sum(drafts), num_kv_tokens, num_pairs, drafts, num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +166,8 @@ class StepRecorder:
             num_first_prompt_tokens=first_prompt_tokens,
             is_queued=self._cost.is_queued,
             draft_outcome=draft_outcome,
+            started_at=self.clock.started_at,
+            num_prompt_tokens=work.num_prompt_tokens,
             degraded_modes=degraded_modes,
         )
 

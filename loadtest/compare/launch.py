@@ -25,7 +25,7 @@ from loadtest.workload.prompts import Exchange
 POLL = 0.05  # seconds between two attempts to get an answer: how exact a start time is
 STOP_PATIENCE = 15.0  # seconds between asking a server to end and ending it
 _TAIL_BYTES = 2000
-_KEY = re.compile(r"""((?:--api[-_]keys?[ =]|api_keys?[=:]|API_KEYS?=)\s*["']?)[^\s"']+""")
+_KEY = re.compile(r"""((?:--api[-_]keys?[ =]|(?:api|operator)_keys?[=:]|(?:API|OPERATOR)_KEYS?=)\s*["']?)[^\s"']+""")
 
 
 class LaunchedServer:

@@ -47,6 +47,12 @@ class Serving:
     headers: dict[str, str]
 
 
+def make_record(request: HttpRequest) -> RequestRecord:
+    """The record of a request that has just come, to be entered before anything of it is read."""
+    state: ServerState = request.app.state.server
+    return RequestRecord(state.metrics, state.history, request.state)
+
+
 def accept(request: HttpRequest, body: RequestFields, *, arrived_at: float) -> Serving:
     """Checks what needs no prompt. Raises ApiError: 400, 404 for the model, 503 while there is none."""
     state: ServerState = request.app.state.server

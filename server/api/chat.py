@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from server.api.admit_request import Serving, accept, make_generation
+from server.api.admit_request import Serving, accept, make_generation, make_record
 from server.api.token_logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from server.errors import bad_request
 from server.generation.choice import Delta
@@ -51,7 +51,7 @@ router = APIRouter()
 )
 async def create_chat_completion(request: Request) -> Response:
     """Answers the last message of a conversation."""
-    with RequestRecord(request.app.state.server.metrics, request.state) as record:
+    with make_record(request) as record:
         body = await read_body(request, ChatBody)
         serving = accept(request, body, arrived_at=record.started_at)
         generation = await _prepare(body, serving, record)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from server.api.admit_request import Serving, accept, make_generation
+from server.api.admit_request import Serving, accept, make_generation, make_record
 from server.api.echo import Echo, read_echoes
 from server.api.token_logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from server.errors import bad_request
@@ -35,7 +35,7 @@ DEFAULT_MAX_TOKENS = 16
 )
 async def create_completion(request: Request) -> Response:
     """Continues one or several prompts."""
-    with RequestRecord(request.app.state.server.metrics, request.state) as record:
+    with make_record(request) as record:
         body = await read_body(request, CompletionBody)
         serving = accept(request, body, arrived_at=record.started_at)
         generation = await _prepare(body, serving, record)

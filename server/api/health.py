@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from server.state import ServerState
 
 router = APIRouter()
-HIDDEN = frozenset({"server.api_keys"})
+HIDDEN = frozenset({"server.api_keys", "server.operator_keys"})
 GZIP_LEVEL = 3  # the event loop waits for it
 RETRY_AFTER = 2.0  # seconds: how often it makes sense to ask
 

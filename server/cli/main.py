@@ -207,7 +207,7 @@ def layers(parsed: argparse.Namespace) -> Iterator[Layer]:
         yield read_file(Path(base))
     if parsed.config is not None:
         yield read_file(parsed.config)
-    yield read_environment(os.environ)
+    yield from read_environment(os.environ)
     if parsed.model is not None:
         yield Layer("MODEL", {"model.path": parsed.model})
     for setting in flagged_settings():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from server.config import LimitsConfig
 from server.errors import ApiError, bad_request
+from server.telemetry.request_timeline import Ahead
 
 if TYPE_CHECKING:
     from engine.client.client import EngineClient
@@ -72,7 +73,9 @@ class Place:
     """Room in the queue for the choices of one request. A context manager that spans the request's life: what no choice
     has taken is given back at its end."""
 
-    def __init__(self, admission: Admission, tenant: str, num_requests: int, num_tokens: int) -> None:
+    def __init__(self, admission: Admission, tenant: str, num_requests: int, num_tokens: int, *, ahead: Ahead) -> None:
+        """ahead: who was there before"""
+        self.ahead = ahead
         self._admission = admission
         self._tenant, self._unfinished = tenant, (num_requests, num_tokens)
         self._num_requests = num_requests
@@ -112,10 +115,10 @@ class Admission:
         limits: LimitsConfig,
         drain_rate: DrainRate,
         *,
-        is_shared: bool = False,
+        is_shared: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """is_shared: by more than one tenant"""
+        """is_shared: whether there is more than one tenant"""
         self._engine = engine
         self._limits = limits
         self._drain_rate = drain_rate
@@ -212,7 +215,7 @@ class Admission:
                 f"({limit}); try again later",
                 retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
             )
-        if self._is_shared:
+        if self._is_shared():
             self._check_share(tenant, num_requests, num_tokens)
         self._check_wait(num_requests)
         self._num_reserved += num_requests
@@ -220,7 +223,8 @@ class Admission:
         self._unfinished[tenant] += num_requests
         self._unfinished_tokens[tenant] += num_tokens
         self._drain_rate.watch(waited=waiting > 0, waits=True)
-        return Place(self, tenant, num_requests, num_tokens)
+        ahead = Ahead(waiting, waiting_tokens, self._engine.num_running)
+        return Place(self, tenant, num_requests, num_tokens, ahead=ahead)
 
     def _check_share(self, tenant: str, num_requests: int, num_tokens: int) -> None:
         """Raises ApiError 429 where a tenant has more unfinished than the queue has room for. One request at a time is

@@ -15,6 +15,7 @@ from server.generation.admission import Admission, Place
 from server.generation.choice import Choice, ChoiceReader, Delta
 from server.protocol.responses import CompletionDetails, PromptDetails, Timing, Usage
 from server.telemetry.request_record import RequestRecord
+from server.telemetry.request_timeline import Admitted, Ahead
 from server.telemetry.token_counts import TokenCounts
 from server.text.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ class Generation:
         has_begun = False
         with (
             self._admission.admit(len(self.job.choices), num_tokens, self.job.tenant) as place,
-            self._record.running(self),
+            self._record.running(self, place.ahead),
             self._in_engine(place) as outputs,
             self._active_requests.register(self.job.tenant, ids, self.job.deadline, outputs),
         ):
@@ -194,6 +195,32 @@ class Generation:
         """Of each choice, at most."""
         return self.job.choices[0].request.params.max_tokens
 
+    def admitted(self, ahead: Ahead) -> Admitted:
+        first = self.job.choices[0]
+        return Admitted(
+            response_id=self.job.response_id,
+            cache_salt=first.request.cache_salt,
+            num_prompt_tokens=self.counts().num_prompt_tokens,
+            num_choices=len(self.job.choices),
+            ahead=ahead,
+            scores_prompt=first.request.params.prompt_logprobs is not None,
+        )
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """Of the first prompt."""
+        return self.job.choices[0].prompt.token_ids
+
+    @property
+    def num_restarts(self) -> int:
+        """Of the engine, since it was made."""
+        return self._engine.num_restarts - self._num_restarts_before
+
+    def first_timing(self) -> RequestTiming | None:
+        """Of the choice that had the first token."""
+        begun = [reader for reader in self.readers if reader.first_tokens_at is not None]
+        return min(begun or self.readers, key=lambda reader: reader.first_tokens_at or 0.0).timing
+
     def engine_timing(self) -> RequestTiming | None:
         """Of the choice that ended last."""
         return self.last_reader.timing
@@ -220,5 +247,5 @@ class Generation:
             preemptions=sum(timing.num_preemptions for timing in timings),
             drafts_proposed=counts.num_accepted_drafts + counts.num_rejected_drafts,
             drafts_accepted=counts.num_accepted_drafts,
-            restarts_survived=self._engine.num_restarts - self._num_restarts_before,
+            restarts_survived=self.num_restarts,
         )

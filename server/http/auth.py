@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -14,18 +15,23 @@ from server.errors import ApiError, error_response
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping"})
 """The probes of load balancers and orchestrators."""
+PAGES = re.compile(r"/|/docs|/static/[^/]+")
+"""Pages for people, which hold nothing of the server's: what they show they fetch with a key."""
 
 
 class ApiKeys:
     """The API keys, as digests, each with its tenant: a salt that keeps its cached prefixes apart from other keys."""
 
-    def __init__(self, keys: list[str], *, has_file: bool = False) -> None:
-        """has_file: a key is needed even if there are none: `replace_named` will bring some"""
+    def __init__(self, keys: Collection[str], operator_keys: Collection[str] = (), *, has_file: bool = False) -> None:
+        """operator_keys: that open what `keys` do, and what belongs to all tenants as well
+        has_file: a key is needed even if there are none: `replace_named` will bring some
+        """
         self._secret = secrets.token_bytes(16)  # so that a salt does not reveal its key
         self._has_file = has_file
-        digests = [_digest(key.encode()) for key in keys]
+        digests = [_digest(key.encode()) for key in (*keys, *operator_keys)]
         self._tenants = {digest: self._salt(digest) for digest in digests}
-        self._named: dict[bytes, str] = {}  # the same for keys of the file
+        self._operators = {self._tenants[_digest(key.encode())] for key in operator_keys}
+        self._named: dict[bytes, str] = {}  # tenants of the keys of the file
         self._names: dict[str, str] = {}  # by tenant
 
     @property
@@ -53,12 +59,21 @@ class ApiKeys:
                 found = tenant
         return found
 
+    def is_operator(self, tenant: str) -> bool:
+        """Whether a tenant may see what belongs to others. Without keys everybody may."""
+        return self.is_empty or tenant in self._operators
+
+    @property
+    def num_tenants(self) -> int:
+        return len({*self._tenants.values(), *self._named.values()})
+
     def _salt(self, origin: bytes) -> str:
         return hmac.new(self._secret, origin, hashlib.sha256).hexdigest()[:32]
 
 
 class Authentication:
-    """Middleware that answers 401 to requests without a needed key, and sets `request.state.tenant` for others."""
+    """Middleware that answers 401 to requests without a needed key, and sets `tenant` and `is_operator` for others, in
+    `request.state`."""
 
     def __init__(self, app: ASGIApp, *, config: Config, keys: ApiKeys) -> None:
         self._app = app
@@ -76,20 +91,26 @@ class Authentication:
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return
-        scope.setdefault("state", {})["tenant"] = tenant
+        state = scope.setdefault("state", {})
+        state["tenant"], state["is_operator"] = tenant, self._keys.is_operator(tenant)
         if name := self._keys.name_of(tenant):
-            scope["state"]["tenant_name"] = name
+            state["tenant_name"] = name
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:
         """The request's tenant: "" where no key is needed, None where a needed key is missing or unknown."""
-        if self._keys.is_empty or scope["path"] in self._public_paths:
+        path: str = scope["path"]
+        if self._keys.is_empty or path in self._public_paths or _is_page(scope["method"], path):
             return ""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(values) != 1:  # with two headers, a proxy may have checked the other one
             return None
         scheme, _, key = values[0].partition(b" ")
         return self._keys.tenant_of(key.strip()) if scheme.lower() == b"bearer" else None
+
+
+def _is_page(method: str, path: str) -> bool:
+    return method == "GET" and PAGES.fullmatch(path) is not None
 
 
 def _digest(key: bytes) -> bytes:

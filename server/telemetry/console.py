@@ -73,7 +73,7 @@ class StepWindow:
     def add(self, stats: StepStats, now: float) -> str | None:
         """Adds a step. Returns the line of the window when its second is over, else None."""
         if self._is_idle:
-            self._num_steps, self._num_tokens, self._started_at = 0, 0, now - _seconds(stats)
+            self._num_steps, self._num_tokens, self._started_at = 0, 0, now - stats.seconds
         self._is_idle = stats.num_running == stats.num_waiting == 0
         self._num_steps += 1
         self._num_tokens += stats.num_tokens
@@ -87,10 +87,6 @@ class StepWindow:
         )
         self._num_steps, self._num_tokens, self._started_at = 0, 0, now
         return line
-
-
-def _seconds(stats: StepStats) -> float:
-    return stats.schedule + stats.forward + stats.sample + stats.update + stats.propose
 
 
 def banner(config: Config, model: ModelInfo, url: str, *, seconds: float) -> str:
@@ -128,7 +124,7 @@ def example(config: Config, url: str, *, has_chat_template: bool) -> str:
     if has_chat_template:
         messages = [{"role": "user", "content": "What is the capital of France?"}]
         path, body = "/v1/chat/completions", json.dumps({"model": name, "messages": messages})
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.server.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.needs_key else ""
     quoted = body.replace("'", "'\\''")
     return f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '{quoted}'"
 

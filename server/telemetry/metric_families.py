@@ -5,6 +5,7 @@ Conventions are Prometheus's: base units (seconds, bytes), `_total` for counters
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -15,12 +16,35 @@ from server.complain import print_all
 
 PREFIX = "peregrine_"
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
-SHORT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
-STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-CHOICES = (1, 2, 5, 10, 20, 50, 100, 128)
-SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+COARSE = (1, 1.5, 2, 3, 5, 7)  # bounds in a decade: a median is off by a third at most
+FINE = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # by a sixth at most
+
+
+def _decades(first: float, last: float, bounds: tuple[float, ...]) -> tuple[float, ...]:
+    """Bounds of buckets from first to last, both powers of ten, with these in each decade."""
+    exponents = range(round(math.log10(first)), round(math.log10(last)))
+    return (*(float(f"{bound}e{exponent}") for exponent in exponents for bound in bounds), last)
+
+
+def _octaves(last: int, per_octave: int) -> tuple[float, ...]:
+    """Whole bounds of buckets from 1 to last, a power of two: so many between a number and its double, or all."""
+    bounds: list[float] = []
+    octave = 1
+    while octave < last:
+        step = max(octave // per_octave, 1)
+        bounds += range(octave, 2 * octave, step)
+        octave *= 2
+    return (*bounds, last)
+
+
+SECONDS = _decades(0.001, 1000, COARSE)
+FINE_SECONDS = _decades(0.001, 1000, FINE)
+SHORT_SECONDS = _decades(0.0001, 10, COARSE)
+FINE_SHORT_SECONDS = _decades(0.0001, 10, FINE)
+TOKENS = _octaves(262_144, 4)
+STEP_TOKENS = _octaves(16_384, 2)
+CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+SEQUENCES = _octaves(1024, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +93,24 @@ REQUESTS_RECEIVED = Family("requests_received_total", "counter", "HTTP requests 
 REQUESTS = Family(
     "requests_total",
     "counter",
-    "HTTP requests for text that ended, by outcome: stop, length, timeout, abort, error, rejected (no room), invalid. "
-    "All outcomes together, and the requests still open, are the arrivals.",
-    ("outcome",),
+    "HTTP requests for text that ended, by outcome: stop, length, timeout, abort, error, rejected (no room: 429; "
+    "starting, draining or down: 503), invalid. All together, and the requests still open, are the arrivals. The "
+    "status is the answer's, or that of the error which ended a stream; 499: the client left.",
+    ("outcome", "status"),
     vllm=(VllmName("request_success_total", (("outcome", "finished_reason"),), ("stop", "length", "abort")),),
 )
 TIME_TO_FIRST_TOKEN = Family(
     "time_to_first_token_seconds",
     "histogram",
     "From the arrival of a request to its first token.",
-    buckets=SECONDS,
+    buckets=FINE_SECONDS,
     vllm=(VllmName("time_to_first_token_seconds"),),
 )
 INTER_TOKEN_LATENCY = Family(
     "inter_token_latency_seconds",
     "histogram",
     "Between tokens of one choice; k tokens that come together count as k, each with 1/k of the time.",
-    buckets=SHORT_SECONDS,
+    buckets=FINE_SHORT_SECONDS,
     vllm=(VllmName("inter_token_latency_seconds"),),
 )
 REQUEST_DURATION = Family(
@@ -127,7 +152,7 @@ TIME_PER_OUTPUT_TOKEN = Family(
     "request_time_per_output_token_seconds",
     "histogram",
     "Decode time of a request by its tokens after the first.",
-    buckets=SHORT_SECONDS,
+    buckets=FINE_SHORT_SECONDS,
     vllm=(VllmName("request_time_per_output_token_seconds"),),
 )
 REQUEST_PROMPT_TOKENS = Family(
@@ -178,6 +203,9 @@ REQUESTS_RUNNING = Family(
     "gauge",
     "Sequences that the engine has started and not finished.",
     vllm=(VllmName("num_requests_running"),),
+)
+MAX_REQUESTS_RUNNING = Family(
+    "max_requests_running", "gauge", "Sequences that may run at once (scheduler.max_num_seqs); 0 until that is known."
 )
 REQUESTS_WAITING = Family(
     "requests_waiting",
@@ -294,6 +322,7 @@ DRAFTED_STEPS = Family(
     "too_slow (drafting costs more than it gains); failed (the proposer is left out for a while).",
     ("proposer", "outcome"),
 )
+READY = Family("ready", "gauge", "1 while GET /readyz says that requests are taken; not while the server drains.")
 ENGINE_READY = Family("engine_ready", "gauge", "1 while the engine has a model and can run requests.")
 ENGINE_DEATHS = Family("engine_deaths_total", "counter", "Times that the engine process ended without being asked to.")
 ENGINE_RESTARTS = Family("engine_restarts_total", "counter", "Times that the engine process was started again.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from engine.client.client import EngineClient
     from server.telemetry.token_counts import TokenCounts
 
-OUTCOMES = ("stop", "length", "timeout", "abort", "error", "rejected", "invalid")
+ENDS = (
+    ("stop", 200), ("length", 200), ("timeout", 200), ("timeout", 408), ("abort", 409), ("abort", 499), ("error", 500),
+    ("error", 503), ("rejected", 429), ("rejected", 503), ("invalid", 400), ("invalid", 404), ("invalid", 413),
+    ("invalid", 415),
+)  # fmt: skip
+"""Outcomes and statuses that have a series before they occur: a rate begins at the second sample."""
+OUTCOMES = tuple(dict.fromkeys(outcome for outcome, _ in ENDS))
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 OPENMETRICS = "application/openmetrics-text"
 OPENMETRICS_CONTENT_TYPE = openmetrics.CONTENT_TYPE_LATEST
@@ -65,8 +71,9 @@ class Metrics:
     def _make_request_instruments(self) -> None:
         name, registry = self.model_name, self.registry
         self._received = families.REQUESTS_RECEIVED.counter(registry).labels(name)
-        outcomes = families.REQUESTS.counter(registry)
-        self._outcomes = {outcome: outcomes.labels(name, outcome) for outcome in OUTCOMES}
+        self._ends = families.REQUESTS.counter(registry)
+        for outcome, status in ENDS:
+            self._ends.labels(name, outcome, status)
         self._time_to_first_token = families.TIME_TO_FIRST_TOKEN.histogram(registry).labels(name)
         self._duration = families.REQUEST_DURATION.histogram(registry).labels(name)
         self._queue_time = families.QUEUE_TIME.histogram(registry).labels(name)
@@ -86,18 +93,20 @@ class Metrics:
     def request_arrived(self) -> None:
         self._received.inc()
 
-    def request_rejected(self, outcome: str) -> None:
+    def request_rejected(self, outcome: str, status: int) -> None:
         """Counts a request that ended before anything of it ran."""
-        self._outcomes[outcome].inc()
+        self._ends.labels(self.model_name, outcome, status).inc()
 
     def request_started(self, num_choices: int, max_tokens: int) -> None:
         """Observes an admitted request: its choices per prompt, and the most output tokens of each."""
         self._request_choices.observe(num_choices)
         self._request_max_tokens.observe(max_tokens)
 
-    def request_finished(self, outcome: str, counts: TokenCounts, seconds: float, timing: RequestTiming | None) -> None:
+    def request_finished(
+        self, outcome: str, status: int, counts: TokenCounts, seconds: float, timing: RequestTiming | None
+    ) -> None:
         """Counts a request that ran and ended. `timing`: of the choice that ended last, if the engine reported one."""
-        self._outcomes[outcome].inc()
+        self._ends.labels(self.model_name, outcome, status).inc()
         self._duration.observe(seconds)
         self._request_prompt_tokens.observe(counts.num_prompt_tokens)
         self._request_generation_tokens.observe(counts.num_output_tokens)
@@ -126,7 +135,8 @@ class Metrics:
         """Phases are counted when they are over: `on_ready` has their times."""
 
     def on_ready(self, model: ModelInfo) -> None:
-        self.steps.roofline.set_ceilings(model.bytes_per_second, model.flops_per_second)
+        self.steps.roofline.raise_ceilings(model.bytes_per_second, model.flops_per_second)
+        self.steps.begin(model.num_kv_blocks, model.num_drafts)
         self._startup_seconds.clear()
         for phase, seconds in model.phase_seconds.items():
             self._startup_seconds.labels(self.model_name, phase).set(seconds)
@@ -139,7 +149,7 @@ class Metrics:
         block_size, dtype = self._kv_cache.block_size, model.settings.get("kv_cache.dtype")
         return (
             str(block_size),
-            str(model.num_kv_tokens // block_size),
+            str(model.num_kv_blocks),
             str(self._kv_cache.dtype if dtype is None else dtype.value),
             str(self._kv_cache.prefix_caching),
             str(model.num_kv_tokens),
@@ -171,9 +181,11 @@ class Metrics:
 class EngineCollector(Collector):
     """What the engine's client knows at the moment of a scrape."""
 
-    def __init__(self, engine: EngineClient, model_name: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, *, is_ready: Callable[[], bool]) -> None:
+        """is_ready: whether the server takes requests, which takes more than an engine"""
         self._engine = engine
         self._model_name = model_name
+        self._is_ready = is_ready
 
     def describe(self) -> Iterator[Metric]:
         return self.collect()
@@ -181,6 +193,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
         yield self._gauge(families.REQUESTS_RUNNING, engine.num_running)
+        yield self._gauge(families.MAX_REQUESTS_RUNNING, _max_num_seqs(engine.model))
         yield self._gauge(families.REQUESTS_WAITING, engine.num_waiting)
         by_reason = families.WAITING_BY_REASON
         waiting = GaugeMetricFamily(by_reason.full_name, by_reason.help, labels=["model_name", *by_reason.labels])
@@ -188,6 +201,7 @@ class EngineCollector(Collector):
         waiting.add_metric([self._model_name, "deferred"], 0)
         yield waiting
         yield self._gauge(families.WAITING_TOKENS, engine.num_waiting_tokens)
+        yield self._gauge(families.READY, int(self._is_ready()))
         yield self._gauge(families.ENGINE_READY, int(engine.state == "ready"))
         restarts = families.ENGINE_RESTARTS
         counter = CounterMetricFamily(restarts.full_name, restarts.help, labels=["model_name"])
@@ -198,3 +212,8 @@ class EngineCollector(Collector):
         gauge = GaugeMetricFamily(family.full_name, family.help, labels=["model_name"])
         gauge.add_metric([self._model_name], value)
         return gauge
+
+
+def _max_num_seqs(model: ModelInfo | None) -> float:
+    setting = model.settings.get("scheduler.max_num_seqs") if model is not None else None
+    return setting.value if setting is not None and isinstance(setting.value, int | float) else 0.0

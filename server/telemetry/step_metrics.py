@@ -14,6 +14,7 @@ from server.telemetry.distribution import Distribution
 from server.telemetry.metric_families import Family
 
 PHASES = ("schedule", "forward", "sample", "update", "propose")
+MAX_POSITIONS = 16  # of drafts that have a series before one is accepted there
 
 
 class Roofline:
@@ -34,10 +35,10 @@ class Roofline:
         self._flops = 0.0
         self._seconds = 0.0
 
-    def set_ceilings(self, bytes_per_second: float, flops_per_second: float) -> None:
-        """What was measured; 0 where nothing was."""
-        self.max_bytes_per_second = bytes_per_second
-        self.max_flops_per_second = flops_per_second
+    def raise_ceilings(self, bytes_per_second: float, flops_per_second: float) -> None:
+        """What was measured at a start of the engine; 0 where nothing was. What is known to be possible stays so."""
+        self.max_bytes_per_second = max(self.max_bytes_per_second, bytes_per_second)
+        self.max_flops_per_second = max(self.max_flops_per_second, flops_per_second)
 
     def count(self, stats: StepStats) -> None:
         if stats.computing <= 0.0 or not stats.flops:  # nothing was computed, or it failed
@@ -86,7 +87,7 @@ class StepMetrics(Collector):
         self._num_prefix_hits = 0
         self._num_drafts = 0
         self._num_draft_tokens = 0
-        self._num_accepted: list[int] = []  # by position
+        self._num_accepted = [0]  # by position
         self._draft_outcomes = dict.fromkeys(DRAFT_OUTCOMES, 0)
         self._bytes = 0
         self._flops = 0
@@ -116,6 +117,11 @@ class StepMetrics(Collector):
         self._blocks = (num_owned, num_cached, stats.num_blocks - num_owned - num_cached)
         self._degraded_modes = stats.degraded_modes
         self.roofline.count(stats)
+
+    def begin(self, num_blocks: int, num_drafts: int) -> None:
+        """Notes a new engine process: its KV cache, which is free, and the drafts that it may verify of a sequence."""
+        self._blocks = (0, 0, num_blocks)
+        self._num_accepted += [0] * (min(num_drafts, MAX_POSITIONS) - len(self._num_accepted))
 
     def forget_blocks(self) -> None:
         """The memory went with the process, and with it what had failed there."""
@@ -158,7 +164,7 @@ class StepMetrics(Collector):
         yield self._counter(families.DRAFT_TOKENS, {proposer: self._num_draft_tokens})
         accepted = enumerate(self._num_accepted)
         yield self._counter(families.ACCEPTED_DRAFT_TOKENS, {(*proposer, str(position)): n for position, n in accepted})
-        outcomes = self._draft_outcomes.items() if self._proposer != "none" else ()
+        outcomes = self._draft_outcomes.items()
         yield self._counter(families.DRAFTED_STEPS, {(*proposer, outcome): n for outcome, n in outcomes})
         yield self._counter(families.MODEL_BYTES, {(): self._bytes})
         yield self._counter(families.MODEL_FLOPS, {(): self._flops})

@@ -170,8 +170,10 @@ def test_a_refused_request_counts_once_and_the_totals_add_up(operate):
         operation.call(operation.state.refuse_requests)
         httpx.post(url, json=BODY)
         text = httpx.get(operation.url + "/metrics").text
-        outcomes = {m[1]: float(m[2]) for m in re.finditer(r'requests_total\{.*outcome="(\w+)"\} (\S+)', text)}
-        assert {name: count for name, count in outcomes.items() if count} == {"length": 1, "invalid": 4, "rejected": 1}
+        ends = re.findall(r'requests_total\{.*outcome="(\w+)",status="(\d+)"\} (\S+)', text)
+        assert {(outcome, status): float(count) for outcome, status, count in ends if float(count)} == {
+            ("length", "200"): 1, ("invalid", "400"): 3, ("invalid", "404"): 1, ("rejected", "503"): 1,
+        }  # fmt: skip
         assert 'requests_received_total{model_name="tiny"} 6.0' in text
 
 
@@ -188,7 +190,7 @@ def test_a_full_queue_is_429_over_http_at_the_limit_and_one_past_it(operate):
         assert int(refused.headers["retry-after"]) >= 1
         assert int(refused.headers["retry-after-ms"]) >= 1
         metrics = httpx.get(operation.url + "/metrics").text
-        assert 'requests_total{model_name="tiny",outcome="rejected"} 1.0' in metrics
+        assert 'requests_total{model_name="tiny",outcome="rejected",status="429"} 1.0' in metrics
 
 
 def test_the_engine_is_stopped_with_the_application(operate):

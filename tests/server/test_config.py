@@ -190,14 +190,16 @@ def test_every_wrong_value_is_named_with_where_it_came_from():
 
 def test_keys_are_never_part_of_a_complaint():
     with pytest.raises(ConfigError) as caught:
-        load_config([Layer("--set", {"server.api_keys": {"key": "secret"}})])
+        load_config([Layer("--set", {f"server.{name}": {"key": "secret"} for name in ("api_keys", "operator_keys")})])
     assert "secret" not in str(caught.value)
 
 
 def test_the_environment_has_keys_or_nothing():
-    assert read_environment({}).values == {}
-    assert read_environment({"PEREGRINE_API_KEY": " , "}).values == {}
-    assert read_environment({"PEREGRINE_API_KEY": "a, b"}).values == {"server.api_keys": ["a", "b"]}
+    assert read_environment({}) == []
+    assert read_environment({"PEREGRINE_API_KEY": " , ", "PEREGRINE_OPERATOR_KEY": ""}) == []
+    loaded = load_config(read_environment({"PEREGRINE_API_KEY": "a, b", "PEREGRINE_OPERATOR_KEY": "c"}))
+    assert (loaded.config.server.api_keys, loaded.config.server.operator_keys) == (["a", "b"], ["c"])
+    assert loaded.sources["server.operator_keys"] == "PEREGRINE_OPERATOR_KEY"
 
 
 def test_the_model_s_name_does_not_show_where_it_lies(tmp_path):

@@ -21,6 +21,7 @@ from server.config import Config
 from server.errors import ApiError, install_error_handlers
 from server.http.body_reader import BodyBudget
 from server.state import ServerState
+from server.telemetry.request_timeline import Ahead
 from server.text.chat_renderer import ChatRenderer
 from server.text.tokenizer import Tokenizer
 from tests.support.fake_engine import CHAT_TEMPLATE, FakeEngine, make_assets, make_engine, make_model
@@ -35,6 +36,8 @@ def make_renderer() -> ChatRenderer:
 
 
 class FakePlace(AbstractContextManager):
+    ahead = Ahead()
+
     def hand_over(self, num_tokens: int) -> None:
         """Nobody counts."""
 
@@ -57,7 +60,7 @@ class FakeAdmission:
     def check_size(self, num_requests: int, num_tokens: int) -> None:
         """Nothing is too large."""
 
-    def admit(self, num_requests: int, num_tokens: int) -> FakePlace:
+    def admit(self, num_requests: int, num_tokens: int, tenant: str = "") -> FakePlace:
         if self.error is not None:
             raise self.error
         self.admitted.append((num_requests, num_tokens))
@@ -77,15 +80,19 @@ class FakeMetrics:
     def request_arrived(self) -> None:
         self.num_arrived += 1
 
-    def request_rejected(self, outcome: str) -> None:
+    def request_rejected(self, outcome: str, status: int) -> None:
+        assert 400 <= status < 600
         self.outcomes.append(outcome)
 
     def request_started(self, num_choices: int, max_tokens: int) -> None:
         assert num_choices > 0
         assert max_tokens > 0
 
-    def request_finished(self, outcome: str, usage: object, seconds: float, timing: RequestTiming | None) -> None:
+    def request_finished(
+        self, outcome: str, status: int, usage: object, seconds: float, timing: RequestTiming | None
+    ) -> None:
         assert seconds >= 0
+        assert (status == 200) == (outcome in ("stop", "length")) or outcome == "timeout"
         self.outcomes.append(outcome)
         self.usages.append(usage)
 
@@ -107,7 +114,7 @@ class NamesRequests:
             given = dict(scope["headers"]).get(b"x-request-id")
             state = scope.setdefault("state", {})
             state["request_id"] = given.decode() if given else f"made-up-{time.monotonic_ns()}"
-            state["tenant"] = ""
+            state["tenant"], state["is_operator"] = "", True
         await self.app(scope, receive, send)
 
 

@@ -16,6 +16,7 @@ from engine.ipc.messages import Failed
 from server.config import LimitsConfig
 from server.errors import ApiError
 from server.generation.admission import MAX_RETRY_AFTER, MIN_FAR_RETRY_AFTER, SLACK, Admission, DrainRate
+from server.telemetry.request_timeline import Ahead
 
 
 class Clock:
@@ -38,12 +39,12 @@ def make(
 ):
     engine = SimpleNamespace(
         state=state, phase="weights", phase_detail="98 MB", failure=None,
-        num_waiting=waiting, num_waiting_tokens=tokens,
+        num_waiting=waiting, num_waiting_tokens=tokens, num_running=7,
     )  # fmt: skip
     clock = Clock()
     drain_rate = DrainRate(clock=clock)
     limits = LimitsConfig(max_queued_requests=requests, max_queued_tokens=max_tokens, max_queue_seconds=max_seconds)
-    admission = Admission(engine, limits, drain_rate, is_shared=is_shared, clock=clock)
+    admission = Admission(engine, limits, drain_rate, is_shared=lambda: is_shared, clock=clock)
     return SimpleNamespace(admission=admission, engine=engine, clock=clock, drain_rate=drain_rate)
 
 
@@ -55,7 +56,7 @@ def refusal(parts: SimpleNamespace, num_requests: int, num_tokens: int, tenant: 
 
 def test_the_queue_takes_requests_up_to_its_limit_and_not_one_more():
     parts = make(waiting=3, tokens=3)
-    parts.admission.admit(1, 1)
+    assert parts.admission.admit(1, 1).ahead == Ahead(num_waiting=3, num_waiting_tokens=3, num_running=7)
     error = refusal(parts, 2, 2)
     assert (error.status, error.code, error.type) == (429, "queue_full", "rate_limit_error")
     assert "limits.max_queued_requests (4)" in error.message

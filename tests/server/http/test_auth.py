@@ -23,7 +23,14 @@ def test_without_keys_nothing_is_closed(operate):
 
 def test_every_route_needs_a_key_but_the_probes(operate):
     with operate(KEYS) as operation:
-        paths = paths_of(operation) | {"/docs", "/redoc", "/openapi.json", "/no/such/route", "/v1/tokenize", "/"}
+        paths = paths_of(operation) | {
+            "/redoc",
+            "/openapi.json",
+            "/no/such/route",
+            "/v1/tokenize",
+            "/static",
+            "/docs/x",
+        }
         assert len(paths) > 15
         client = httpx.Client(base_url=operation.url)
         for path in paths - PUBLIC_PATHS:
@@ -66,6 +73,7 @@ def test_metrics_are_open_only_if_configured(operate):
         "/livez%2f..%2fv1/models", "/%6civez/../v1/models", "/livez;/v1/models", "/livez%00/v1/models", "/./v1/models",
         "/v1/models?path=/livez", "/v1/models#/livez", "/v1%2fmodels", "/%76%31/models", "/livez/x", "/LIVEZ",
         "http://livez/v1/models", "http://localhost/livez/../v1/models", "/v1/models%3f/livez", "/livez%20", "*",
+        "/static/../v1/models", "/docs/../v1/models", "/static//v1/models", "/docs%2f..%2fv1/models", "/static/",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(

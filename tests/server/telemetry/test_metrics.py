@@ -8,10 +8,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import KVCacheConfig
 from engine.ipc.messages import ModelInfo, Setting, TokenizerAssets
-from engine.types import RequestTiming, StepStats
+from engine.types import DRAFT_OUTCOMES, RequestTiming, StepStats
 from server.telemetry.console import StepWindow
-from server.telemetry.metric_families import FAMILIES, docs_page, docs_table
-from server.telemetry.metrics import OUTCOMES, EngineCollector, Metrics
+from server.telemetry.metric_families import (
+    FAMILIES,
+    FINE_SECONDS,
+    FINE_SHORT_SECONDS,
+    TOKENS,
+    docs_page,
+    docs_table,
+)
+from server.telemetry.metrics import ENDS, OUTCOMES, EngineCollector, Metrics
 from server.telemetry.request_record import TokenCounts
 from server.telemetry.step_metrics import PHASES, Roofline
 from tests import ROOT
@@ -53,7 +60,7 @@ VLLM_GAUGES = [
 
 
 class Engine:
-    state = "ready"
+    state, model = "ready", None
     num_running, num_waiting, num_waiting_tokens, num_restarts = 3, 2, 40, 1
 
 
@@ -70,7 +77,7 @@ def step(**changes: object) -> StepStats:
 def model(**changes: object) -> ModelInfo:
     values: dict[str, object] = {
         "path": "p", "architecture": "a", "num_parameters": 1, "vocab_size": 9, "trained_context": 8,
-        "max_model_len": 8, "num_kv_tokens": 8, "eos_token_ids": [], "generation_defaults": {},
+        "max_model_len": 8, "num_kv_tokens": 8, "num_kv_blocks": 2, "eos_token_ids": [], "generation_defaults": {},
         "fingerprint": "fp", "settings": {"kv_cache.dtype": Setting("float16", "model")},
         "tokenizer": TokenizerAssets(tokenizer_json="{}", chat_template=None, special_tokens={}),
         "phase_seconds": {"weights": 1.5, "measure": 0.1},
@@ -81,7 +88,7 @@ def model(**changes: object) -> ModelInfo:
 
 def make(*, vllm_names: bool = False) -> Metrics:
     metrics = Metrics("tiny", proposer="ngram", kv_cache=KVCacheConfig(block_size=4), vllm_names=vllm_names)
-    metrics.registry.register(EngineCollector(Engine(), "tiny"))
+    metrics.registry.register(EngineCollector(Engine(), "tiny", is_ready=lambda: True))
     return metrics
 
 
@@ -95,7 +102,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.first_token(0.1)
     metrics.tokens_delivered(1, None)
     metrics.tokens_delivered(2, 0.02)
-    metrics.request_finished("stop", TokenCounts(num_prompt_tokens=5, num_output_tokens=3), 0.2, timing())
+    metrics.request_finished("stop", 200, TokenCounts(num_prompt_tokens=5, num_output_tokens=3), 0.2, timing())
     metrics.on_death("killed")
     metrics.on_replay(2)
 
@@ -157,11 +164,83 @@ def test_names_follow_the_conventions():
 
 def test_series_exist_before_the_first_request():
     fresh = make()
-    for outcome in OUTCOMES:
-        assert value(fresh, "peregrine_requests_total", outcome=outcome) == 0
+    for outcome, status in ENDS:
+        assert value(fresh, "peregrine_requests_total", outcome=outcome, status=str(status)) == 0
     for phase in PHASES:
         assert value(fresh, "peregrine_step_seconds_count", phase=phase) == 0
     assert value(fresh, "peregrine_drafts_total") == 0
+    assert value(fresh, "peregrine_accepted_draft_tokens_total", position="0") == 0
+    for proposer in ("none", "ngram"):
+        fresh = Metrics("tiny", proposer=proposer)
+        for outcome in DRAFT_OUTCOMES:
+            assert value(fresh, "peregrine_drafted_steps_total", proposer=proposer, outcome=outcome) == 0
+        fresh.on_ready(model(num_drafts=3))
+        for position in range(3):
+            assert value(fresh, "peregrine_accepted_draft_tokens_total", position=str(position)) == 0
+
+
+def test_every_family_has_its_series_before_the_first_request():
+    """A rate begins at the second sample of a series: what appears with the first error hides it."""
+    fresh = make()
+    fresh.on_ready(model())
+    shown = {name for name, _ in samples(fresh)}
+    for family in FAMILIES:
+        assert {family.full_name, f"{family.full_name}_count"} & shown, family.name
+
+
+def test_the_blocks_are_there_before_the_first_step_and_after_a_restart():
+    metrics = make()
+    assert value(metrics, "peregrine_kv_blocks") == 0, "no engine has any"
+    for _ in range(2):
+        metrics.on_ready(model(num_kv_blocks=100))
+        assert [value(metrics, "peregrine_kv_blocks", state=s) for s in ("owned", "cached", "free")] == [0, 0, 100]
+        assert value(metrics, "peregrine_kv_cache_config_info", num_blocks="100") == 1
+        metrics.on_step(step(num_owned_blocks=40))
+        metrics.on_death("killed")
+        assert value(metrics, "peregrine_kv_blocks") == 0
+
+
+def test_a_restart_lowers_no_ceiling():
+    metrics = make()
+    metrics.on_ready(model(bytes_per_second=100.0, flops_per_second=100.0))
+    metrics.on_step(step(forward=1.0, bytes_moved=5000, flops=7000))
+    metrics.on_ready(model(bytes_per_second=100.0, flops_per_second=100.0))
+    assert value(metrics, "peregrine_ceiling_bytes_per_second") == 5000
+    assert value(metrics, "peregrine_ceiling_flops_per_second") == 7000
+    assert value(metrics, "peregrine_roofline_ratio") == 1.0
+
+
+def test_refusals_for_want_of_room_and_of_a_server_are_told_apart():
+    metrics = make()
+    for status in (429, 429, 503):
+        metrics.request_rejected("rejected", status)
+    assert value(metrics, "peregrine_requests_total", outcome="rejected", status="429") == 2
+    assert value(metrics, "peregrine_requests_total", outcome="rejected", status="503") == 1
+
+
+def median(bounds: tuple[float, ...], observed: float) -> float:
+    """What Prometheus makes of a histogram in which all values are this one."""
+    above = next(bound for bound in bounds if observed <= bound)
+    below = max((bound for bound in bounds if bound < above), default=0.0)
+    return (below + above) / 2
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.buckets], ids=lambda family: family.name)
+def test_buckets_resolve(family):
+    """24 tokens must not look like 35, nor 20 ms like 30."""
+    tolerance = {TOKENS: 1 / 8, FINE_SECONDS: 1 / 6, FINE_SHORT_SECONDS: 1 / 6}.get(family.buckets, 1 / 3)
+    generator = random.Random(1)
+    low, high = family.buckets[0], family.buckets[-1]
+    for _ in range(500):
+        observed = low * (high / low) ** generator.random()
+        if low == 1:  # these count
+            observed = max(round(observed), 2)
+        assert median(family.buckets, observed) == pytest.approx(observed, rel=tolerance, abs=0.5 if low == 1 else 0)
+
+
+def test_all_families_together_stay_small():
+    """A scrape is written in the event loop, where streams wait for it."""
+    assert make(vllm_names=True).render().count(b"\n") < 3000
 
 
 def test_vllm_s_names_are_there_only_if_asked_for():
@@ -181,7 +260,7 @@ def test_vllm_s_numbers_are_ours():
     metrics = make(vllm_names=True)
     exercise(metrics)
     for outcome in ("length", "timeout", "invalid"):
-        metrics.request_rejected(outcome)
+        metrics.request_rejected(outcome, 400)
     for ours, theirs in [
         ("peregrine_generation_tokens_total", "vllm:generation_tokens_total"),
         ("peregrine_time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_sum"),
@@ -225,7 +304,7 @@ def test_random_requests_add_up():
         num_arrived += 1
         outcome = generator.choice(OUTCOMES)
         if outcome in ("rejected", "invalid"):
-            metrics.request_rejected(outcome)
+            metrics.request_rejected(outcome, generator.choice([400, 429, 503]))
             continue
         outputs = [generator.randint(1, 5) for _ in range(generator.randint(1, 6))]
         for index, count in enumerate(outputs):
@@ -233,7 +312,7 @@ def test_random_requests_add_up():
             num_gaps += count if index else 0
         prompt = generator.randint(1, 1000)
         counts = TokenCounts(num_prompt_tokens=prompt, num_cached_tokens=prompt // 2, num_output_tokens=sum(outputs))
-        metrics.request_finished(outcome, counts, 0.5, None)
+        metrics.request_finished(outcome, 200, counts, 0.5, None)
         num_tokens, num_prompt = num_tokens + sum(outputs), num_prompt + prompt
     assert value(metrics, "peregrine_requests_received_total") == num_arrived
     assert value(metrics, "peregrine_requests_total") == num_arrived

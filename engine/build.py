@@ -228,7 +228,6 @@ def _proposer_context(
     model = loaded.model
     windows = windows_of(model.attention_layers)
     return ProposerContext(
-        path=loaded.path,
         target=plan.target,
         full_group=windows.index(None) if None in windows else 0,
         num_blocks=plan.num_blocks + 1,

@@ -139,6 +139,22 @@ class SpeculationConfig(Section):
     ngram_min: Annotated[NgramLength, Flag("--speculative-config", "prompt_lookup_min")] = Field(
         default=2, description="shortest n-gram to look up"
     )
+    parallel_drafting: Annotated[bool | None, Flag("--speculative-config", "parallel_drafting")] = Field(
+        default=None, description="whether all drafts are made in one pass; null: as the method, or the head, has it"
+    )
+
+    @model_validator(mode="after")
+    def _check_passes(self) -> Self:
+        """What an EAGLE head does, only its checkpoint says."""
+        ways = {
+            "medusa": (True, "makes all drafts in one pass"),
+            "draft_model": (False, "makes each in a pass of its own"),
+        }
+        is_parallel, way = ways.get(self.method, (False, "makes drafts without a pass"))
+        if self.method not in ("eagle", "eagle3") and self.parallel_drafting not in (None, is_parallel):
+            given = str(self.parallel_drafting).lower()
+            raise ValueError(f"parallel_drafting is {given}, but the method {self.method} {way}; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -107,9 +107,10 @@ class Engine:
         self.on_batch(batch)
         result = self._compute(batch, recorder.clock)
         recorder.plan(batch)
+        places = self.speculator.places_of(batch)
         outputs = self.scheduler.update(batch, result.sampled)
         recorder.clock.lap("update")
-        self.speculator.propose(batch, result.sampled, result.hidden)
+        self.speculator.propose(batch, result.sampled, result.hidden, places=places)
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")

@@ -217,6 +217,7 @@ def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tu
 
 def _target_shape(facts: ModelFacts, block_size: int) -> TargetShape:
     return TargetShape(
+        path=facts.path,
         vocab_size=facts.vocab_size,
         hidden_size=facts.hidden_size,
         num_layers=len(facts.attention_layers),

@@ -35,10 +35,13 @@ def likely_tokens(
 ) -> list[tuple[int, float]]:
     """The tokens that may stand at a position, and the chance of each, likeliest first.
 
-    Where the request is sampled, they compete with the noise that the target will have there.
+    Where the request is sampled, they compete with the noise that the target will have there. None where the proposer's
+    own numbers have overflowed, which is its sequence's trouble alone.
 
     token_ids, log_probs: [candidates], likeliest first; words: `token_words` of the vocabulary
     """
+    if not np.isfinite(log_probs).all():
+        return []
     if params.temperature >= GREEDY_BELOW:
         noise = gumbel(noise_bits(words[token_ids], noise_key(params.seed, position)))
         scores = log_probs / np.float32(params.temperature) + noise

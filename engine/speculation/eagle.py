@@ -172,7 +172,7 @@ class EagleProposer:
 
     def _texts(self, step: VerifiedStep) -> list[_Text]:
         """The sequences of the step with a place for their rows, and the fused states of all of them."""
-        kept = [text for text in step.kept() if text.seq.block_tables and len(text.rows) and text.first >= 0]
+        kept = [text for text in step.kept() if text.block_tables and len(text.rows) and text.first >= 0]
         if not kept:
             return []
         rows = torch.from_numpy(np.concatenate([text.rows for text in kept])).to(self._head.device)
@@ -187,12 +187,12 @@ class EagleProposer:
     def _text(self, kept: KeptTokens, fused: Tensor, depth: int) -> _Text:
         """A row takes the state of the token before its own: of the first, that is one from before the step."""
         seq, first, end = kept.seq, kept.first, kept.first + len(kept.rows)
-        known, table = self._known.get(seq), np.array(seq.block_tables[self._group], dtype=np.int64)
+        known, table = self._known.get(seq), np.array(kept.block_tables[self._group], dtype=np.int64)
         if known is None:
             known = self._known[seq] = KnownRows()
         known.follow(self._cache, table, seq.block_hashes, first)
         before = known.state_before(self._cache, first)
-        kept_from = seq.num_released_blocks[self._group] * self._cache.block_size  # a window has passed what is before
+        kept_from = kept.num_released_blocks[self._group] * self._cache.block_size  # a window has passed what is before
         start = max(first + (before is None), kept_from)
         states = [fused[max(start - 1 - first, 0) : -1], fused[-1:]]
         if before is not None and start == first:
@@ -351,17 +351,22 @@ class EagleProposer:
         return ids, log_probs
 
     def _likely(self, seq: Sequence, depth: int, ids: Ints, log_probs: Floats, most: int) -> list[tuple[int, float]]:
-        """None where the head's own numbers have overflowed, which is its sequence's trouble alone."""
         position = seq.num_tokens + depth
-        if not np.isfinite(log_probs).all():
-            return []
         return likely_tokens(seq.params, position, ids, log_probs, words=self._words, most=most)
 
 
 def _open(config: SpeculationConfig, target: TargetShape) -> EagleCheckpoint:
     if config.model is None:
         raise ValueError(f"speculation.method is {config.method}: set speculation.model to the directory of a head")
-    return open_eagle_checkpoint(Path(config.model), target)
+    checkpoint = open_eagle_checkpoint(Path(config.model), target)
+    if config.parallel_drafting not in (None, checkpoint.is_parallel):
+        passes = "all drafts in one pass" if checkpoint.is_parallel else "a draft in each pass"
+        given = str(config.parallel_drafting).lower()
+        raise ValueError(
+            f"speculation.parallel_drafting is {given}, but the head in {config.model} was made for {passes}; leave it "
+            "out"
+        )
+    return checkpoint
 
 
 def _needs(config: SpeculationConfig, checkpoint: EagleCheckpoint, target: TargetShape) -> ProposerNeeds:

@@ -5,9 +5,9 @@ and nothing behind it, as the target's own keys and values do. So it lies where 
 finds has its rows too. Beside them lies the fused state of each block's last token, which the first row behind a prefix
 is made of.
 
-The head sees no step that ran in parts, nor the last one of a request, and blocks change hands meanwhile. So each block
-has a stamp, which changes whenever somebody writes into it, and a full one the digest of the text that its rows are of.
-What a sequence believes of a block counts only while the stamp is the one it knows, or the digest is its own.
+The head sees no step that ran in parts, and blocks change hands meanwhile. So each block has a stamp, which changes
+whenever somebody writes into it, and a full one the digest of the text that its rows are of. What a sequence believes
+of a block counts only while the stamp is the one it knows, or the digest is its own.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from engine.speculation.draft_tree import (
     num_candidates,
     set_drafts,
 )
+from engine.speculation.medusa_checkpoint import medusa_bytes
 from engine.speculation.medusa_heads import MedusaHeads
 from engine.speculation.proposer import (
     ProposerContext,
@@ -63,7 +64,7 @@ class MedusaProposer:
     @classmethod
     def from_config(cls, config: SpeculationConfig, context: ProposerContext) -> MedusaProposer:
         heads = MedusaHeads.load(
-            heads_of(config, context.path),
+            heads_of(config, context.target.path),
             hidden_size=context.hidden_size,
             vocab_size=context.vocab_size,
             output_rows=context.output_rows,
@@ -77,10 +78,9 @@ class MedusaProposer:
 
     @classmethod
     def needs_of(cls, config: SpeculationConfig, target: TargetShape) -> ProposerNeeds:
-        path = None if config.model is None else Path(config.model)
-        files = [] if path is None else [path, *path.glob("*")]
-        sizes = [file.stat().st_size for file in files if file.is_file()]
-        return replace(_needs(most_drafts(config)), num_bytes=sum(sizes))
+        path = heads_of(config, target.path)
+        num_bytes = medusa_bytes(path, hidden_size=target.hidden_size, vocab_size=target.vocab_size)
+        return replace(_needs(most_drafts(config)), num_bytes=num_bytes)
 
     def propose(self, step: VerifiedStep) -> None:
         for seq in step.drafting:

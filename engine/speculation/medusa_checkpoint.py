@@ -26,6 +26,7 @@ _OUTPUT = re.compile(r"lm_heads\.(\d{1,4})\.weight")
 _NEWEST = re.compile(r"blocks\.(\d{1,4})\.newest\.weight")
 _SINGLE = ("lm_head.weight", "token_map", "markov_w1.weight", "markov_w2.weight")
 _MAX_HEADS, _MAX_LAYERS = 64, 16
+_BYTES = 2  # of an element of the target's output matrix, at most
 
 Layer = tuple[Tensor, Tensor | None]  # [hidden_size, hidden_size], [hidden_size]
 Accuracies = tuple[tuple[float, ...], ...]
@@ -53,13 +54,26 @@ class MedusaCheckpoint:
 
 def read_medusa_checkpoint(path: Path, *, hidden_size: int, vocab_size: int) -> MedusaCheckpoint:
     """Reads a directory, or a file beside its config.json. ValueError, with what to do, for whatever does not fit."""
-    if not path.exists():
-        raise ValueError(f"there are no Medusa heads in {path}: it does not exist; name a directory that holds them")
-    config = _Config(path, read_config(path))
+    config = _open_config(path)
     tensors = open_tensor_file(path, _FILES)
     names = _own_names(tensors.names(), path)
     reader = _Reader(path, config, tensors, names, hidden_size=hidden_size, vocab_size=vocab_size)
     return reader.read()
+
+
+def medusa_bytes(path: Path, *, hidden_size: int, vocab_size: int) -> int:
+    """What heads take in memory, at most, by the sizes of their files: with the rows of the target's output matrix that
+    some have copies of. ValueError as `read_medusa_checkpoint` where there are none."""
+    config = _open_config(path)
+    files = [path, *path.glob("*")]
+    copied = (config.num_rows or vocab_size) * hidden_size if config.uses_target_output else 0
+    return sum(file.stat().st_size for file in files if file.is_file()) + _BYTES * copied
+
+
+def _open_config(path: Path) -> _Config:
+    if not path.exists():
+        raise ValueError(f"there are no Medusa heads in {path}: it does not exist; name a directory that holds them")
+    return _Config(path, read_config(path))
 
 
 class _Config:

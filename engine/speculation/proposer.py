@@ -41,8 +41,9 @@ class ProposerNeeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetShape:
-    """The sizes of the model that is proposed for, known before it is loaded. block_size: tokens of a KV block"""
+    """The model that is proposed for, as it is known before it is loaded. path: as configured; block_size: tokens"""
 
+    path: str
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -53,7 +54,7 @@ class TargetShape:
 class ProposerContext:
     """What a proposer may use of the model that it proposes for.
 
-    path: the model's, as configured; target: its sizes
+    target: its path and sizes
     output_rows: of the output layer's matrix as float32, those of some tokens [n, hidden_size], or all
     embedding_rows: of the embedding's matrix, unscaled, those of some tokens [n, hidden_size]
     open_draft_model: the model that `speculation.model` names, with a KV cache of its own
@@ -63,7 +64,6 @@ class ProposerContext:
     device, dtype: where the target computes, and in what
     """
 
-    path: str
     target: TargetShape
     full_group: int
     num_blocks: int

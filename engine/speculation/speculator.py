@@ -1,7 +1,8 @@
 """Speculation as the engine sees it: shows a proposer the step, and answers for what comes of it.
 
-A proposer that raises, or proposes nonsense, costs its drafts and never a request: it is left out for a while, and for
-longer each time.
+A proposer that raises costs its drafts and never a request: it is left out for a while, and for longer each time.
+Where it proposes nonsense for a sequence, that one gets no drafts for a while; others do, unless nonsense is all that
+comes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -16,10 +18,13 @@ from engine.circuit_breaker import CircuitBreaker
 from engine.faults import check_device
 from engine.speculation.controller import DraftController
 from engine.speculation.proposer import Proposer
-from engine.speculation.verified_step import VerifiedStep
+from engine.speculation.verified_step import Place, VerifiedStep, places_of
 from engine.types import DraftOutcome, Sampled, Scheduled, Sequence, StepStats
 
 logger = logging.getLogger(__name__)
+
+FIRST_PAUSE = 64  # steps
+MAX_STRANGE = 4  # sequences in a row with nonsense, before the proposer itself counts as failed
 
 
 class Speculator:
@@ -32,31 +37,46 @@ class Speculator:
     def __init__(self, proposer: Proposer, vocab_size: int, controller: DraftController | None = None) -> None:
         self.proposer, self.controller = proposer, controller
         self._vocab_size = vocab_size
-        self._breaker = CircuitBreaker(first_pause=64)
+        self._breaker = CircuitBreaker(first_pause=FIRST_PAUSE)
+        self._strange: WeakKeyDictionary[Sequence, CircuitBreaker] = WeakKeyDictionary()  # that had nonsense
+        self._num_strange = 0  # of them, since there were drafts that made sense
         self.outcome: DraftOutcome = ""  # of the last step
 
     @property
     def is_off(self) -> bool:
         return self._breaker.is_open
 
-    def propose(self, batch: list[Scheduled], sampled: list[Sampled], hidden: Tensor | None) -> None:
+    def places_of(self, batch: list[Scheduled]) -> list[Place] | None:
+        """What `propose` is told of a step whose tokens are about to be appended; None: the proposer need not know."""
+        return places_of(batch) if self.proposer.needs.hidden == "all" else None
+
+    def propose(
+        self,
+        batch: list[Scheduled],
+        sampled: list[Sampled],
+        hidden: Tensor | None,
+        *,
+        places: list[Place] | None = None,
+    ) -> None:
         """Shows the proposer a step that is over, prompt chunks and all, if there is what it wants to see of it."""
         needs = self.proposer.needs
         self.outcome = ""
         if self.controller is not None:
             self.controller.judge([item.seq for item in batch if not item.seq.finish_reason])
         self._breaker.step()
+        left_out = [item.seq for item in batch if self._is_left_out(item.seq)] if self._strange else []
         if self.is_off:
             self.outcome = "failed"
             return
         if needs.hidden != "none" and hidden is None:
             return
-        step = VerifiedStep(batch, sampled, hidden)
+        step = VerifiedStep(batch, sampled, hidden, places=places, left_out=left_out)
         try:
-            self._propose(step, batch)
+            self._propose(step, sum(item.num_new_tokens for item in batch if not item.samples) + len(left_out))
         except Exception as error:  # a guess that could not be made costs time, never the request
             check_device(error)
             self._breaker.trip()
+            self._num_strange = 0
             self.outcome = "failed"
             logger.exception("the proposer failed; going on without drafts for a while")
             for seq in step.drafting:
@@ -67,7 +87,15 @@ class Speculator:
         if self.controller is not None:
             self.controller.costs.learn(stats.num_tokens, stats.forward + stats.sample)
 
-    def _propose(self, step: VerifiedStep, batch: list[Scheduled]) -> None:
+    def _is_left_out(self, seq: Sequence) -> bool:
+        breaker = self._strange.get(seq)
+        if breaker is None:
+            return False
+        breaker.step()
+        return breaker.is_open
+
+    def _propose(self, step: VerifiedStep, num_other_rows: int) -> None:
+        """num_other_rows: of the next step, beside those of the sequences that are drafted for"""
         if not self.proposer.needs.num_drafts:  # it only looks on, if that
             self.proposer.propose(step)
             return
@@ -76,37 +104,61 @@ class Speculator:
             seq.draft_confidences = []
         if controller is None:
             self.proposer.propose(step)
-            self._check(seqs)
+            has_nonsense = self._drop_nonsense(seqs)
             if seqs:
-                self.outcome = "drafted" if any(seq.draft_token_ids for seq in seqs) else "no_guess"
+                self.outcome = "drafted" if _has_drafts(seqs) else "failed" if has_nonsense else "no_guess"
             return
-        num_prompt_rows = sum(item.num_new_tokens for item in batch if not item.samples)
-        step.max_depth = controller.depth(len(seqs), num_prompt_rows, self.proposer.needs.num_drafts)
+        step.max_depth = controller.depth(len(seqs), num_other_rows, self.proposer.needs.num_drafts)
         step.num_wanted = controller.num_wanted
         start = time.perf_counter()
         self.proposer.propose(step)
-        self._check(seqs)
+        has_nonsense = self._drop_nonsense(seqs)
+        is_all_nonsense = has_nonsense and not _has_drafts(seqs)
         if seqs and step.max_depth:
-            controller.choose(seqs, [seq.draft_confidences for seq in seqs], num_prompt_rows)
+            controller.choose(seqs, [seq.draft_confidences for seq in seqs], num_other_rows)
             seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
             controller.note_drafting(len(seqs), step.max_depth, seconds - catching_up, catching_up)
         if seqs:
-            self.outcome = controller.outcome
+            self.outcome = "failed" if is_all_nonsense else controller.outcome
 
-    def _check(self, seqs: list[Sequence]) -> None:
-        """Raises ValueError for drafts that are no tree of known tokens."""
-        most = self.proposer.needs.num_drafts
-        for seq in seqs:
-            tokens, parents = seq.draft_token_ids, seq.draft_parents
-            if not tokens and not parents:
-                continue
-            if len(parents) != len(tokens) or len(tokens) > most:
-                raise ValueError(f"{len(tokens)} drafts with {len(parents)} parents, where at most {most} are allowed")
-            if min(tokens) < 0 or max(tokens) >= self._vocab_size:
-                raise ValueError(f"drafts {min(tokens)} to {max(tokens)} of a vocabulary of {self._vocab_size}")
-            if not all(-1 <= parent < index for index, parent in enumerate(parents)):
-                raise ValueError(f"drafts whose parents do not come before them: {parents}")
-            if seq.draft_confidences and len(seq.draft_confidences) != len(tokens):
-                raise ValueError(f"{len(tokens)} drafts with {len(seq.draft_confidences)} confidences")
-            if any(map(math.isnan, seq.draft_confidences)):  # learned once, nothing else would be known after
-                raise ValueError(f"confidences that are no numbers: {seq.draft_confidences}")
+    def _drop_nonsense(self, seqs: list[Sequence]) -> bool:
+        """Takes drafts that make no sense from their sequences, and says whether there were any.
+
+        ValueError where it is many sequences, and nothing in between made sense.
+        """
+        found = [(seq, reason) for seq in seqs if (reason := self._nonsense(seq))]
+        for seq, _ in found:
+            seq.draft_run([], [])
+        for seq, reason in found:
+            breaker = self._strange.get(seq)
+            if breaker is None:
+                breaker = self._strange[seq] = CircuitBreaker(first_pause=FIRST_PAUSE)
+                self._num_strange += 1
+            breaker.trip()
+            logger.warning("request %s gets no drafts for a while: %s", seq.request.request_id, reason)
+        if _has_drafts(seqs):
+            self._num_strange = 0
+        if self._num_strange >= MAX_STRANGE:
+            raise ValueError(f"{self._num_strange} requests in a row had nonsense for drafts, the last: {found[-1][1]}")
+        return bool(found)
+
+    def _nonsense(self, seq: Sequence) -> str:
+        """What is wrong with drafts that are no tree of known tokens; empty if nothing is."""
+        tokens, parents, most = seq.draft_token_ids, seq.draft_parents, self.proposer.needs.num_drafts
+        if not tokens and not parents:
+            return ""
+        if len(parents) != len(tokens) or len(tokens) > most:
+            return f"{len(tokens)} drafts with {len(parents)} parents, where at most {most} are allowed"
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            return f"drafts {min(tokens)} to {max(tokens)} of a vocabulary of {self._vocab_size}"
+        if not all(-1 <= parent < index for index, parent in enumerate(parents)):
+            return f"drafts whose parents do not come before them: {parents}"
+        if seq.draft_confidences and len(seq.draft_confidences) != len(tokens):
+            return f"{len(tokens)} drafts with {len(seq.draft_confidences)} confidences"
+        if any(map(math.isnan, seq.draft_confidences)):  # learned once, nothing else would be known after
+            return f"confidences that are no numbers: {seq.draft_confidences}"
+        return ""
+
+
+def _has_drafts(seqs: list[Sequence]) -> bool:
+    return any(seq.draft_token_ids for seq in seqs)

@@ -43,7 +43,7 @@ class TextStates:
         self.of_request: dict[str, Tensor] = {}
 
     def propose(self, step: VerifiedStep) -> None:
-        for seq, first, rows in step.kept():
+        for seq, first, rows, *_ in step.kept():
             name = seq.request.request_id
             states = to_half(step.hidden()[torch.from_numpy(rows), : self._hidden_size])
             self.of_request[name] = torch.cat((self.of_request[name][:first], states)) if first else states
@@ -74,7 +74,7 @@ class Collector:
         answers: dict[str, list[int]] = {}
         while True:
             for index, prompt in _take(fitting, self._num_at_once - len(answers)):
-                params = _sampling(index, max_tokens + 1)  # one more: of a request that ended, nothing is shown
+                params = sampling_of(index, max_tokens + 1)  # one more: of a request that ended, nothing is shown
                 engine.add(Request(request_id=str(index), prompt_token_ids=prompt, params=params))
                 answers[str(index)] = []
             if not answers:
@@ -106,7 +106,6 @@ class Collector:
                 name = output.request_id
                 text = running.pop(name)
                 read = states.of_request.pop(name, None)
-                engine.abort(name)
                 if output.error is None and read is not None:
                     yield Transcript(int(name), _ids(text[1:]), read[: len(text) - 1])
 

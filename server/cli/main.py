@@ -59,6 +59,11 @@ NOT_SUPPORTED = {  # vLLM's flags that have no counterpart, and what to do inste
 }
 
 
+ONE_DEVICE = {  # keys of vLLM's JSON flags that are true of us with one value, and what to do with another
+    "draft_tensor_parallel_size": "a draft model runs on one device, beside its model; leave it out or set it to 1",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Unknown flags name the nearest known one; every complaint is the last line, and exit code 2."""
 
@@ -230,6 +235,10 @@ def read_json_flag(name: str, text: str) -> Layer:
         raise ConfigError(f"{name}: not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{name}: must be a JSON object with keys of {', '.join(known)}")
+    for key in ONE_DEVICE.keys() & given.keys():
+        value = given.pop(key)
+        if value is not None and (type(value) is not int or value != 1):
+            raise ConfigError(f"{name}: {key} must be 1: {ONE_DEVICE[key]}")
     for key in given:
         if key not in settings:
             near = difflib.get_close_matches(key, known, n=1)

@@ -224,7 +224,11 @@ def open_tiny(eagle: TinyEagle, *, num_target_layers: int = NUM_TARGET_LAYERS) -
     """In vLLM's layout."""
     fields, tensors = vllm(eagle)
     target = TargetShape(
-        vocab_size=eagle.vocab, hidden_size=eagle.target_hidden, num_layers=num_target_layers, block_size=BLOCK_SIZE
+        path="tiny",
+        vocab_size=eagle.vocab,
+        hidden_size=eagle.target_hidden,
+        num_layers=num_target_layers,
+        block_size=BLOCK_SIZE,
     )
     path = Path("tiny-eagle")
     return EagleCheckpoint(path, read_eagle_config(path, fields, target), TensorsInMemory(tensors))

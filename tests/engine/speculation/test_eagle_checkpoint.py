@@ -33,7 +33,9 @@ from tests.support.eagle_files import (
     write,
 )
 
-TARGET = TargetShape(vocab_size=VOCAB, hidden_size=TARGET_HIDDEN, num_layers=NUM_TARGET_LAYERS, block_size=16)
+TARGET = TargetShape(
+    path="tiny", vocab_size=VOCAB, hidden_size=TARGET_HIDDEN, num_layers=NUM_TARGET_LAYERS, block_size=16
+)
 HEAD = random_eagle()
 Fields = dict[str, object]
 
@@ -48,7 +50,6 @@ def _no_draft_model() -> DraftModel:
 
 
 CONTEXT = ProposerContext(
-    path="tiny",
     target=TARGET,
     full_group=0,
     num_blocks=10,
@@ -120,7 +121,11 @@ def test_what_is_needed_is_known_without_loading(tmp_path: Path, name: str) -> N
         needs = needs_of(config, TARGET)
         assert (needs.hidden, needs.hidden_layers) == ("all", eagle.aux)
         assert needs.num_drafts == (3 if layout == "speculators" else 5)
-        assert needs.depth_costs_time == (eagle.mask_token is None)
+        is_parallel = eagle.mask_token is not None
+        assert needs.depth_costs_time != is_parallel
+        assert needs_of(config.model_copy(update={"parallel_drafting": is_parallel}), TARGET) == needs
+        with pytest.raises(ValueError, match=r"parallel_drafting is .*, but the head in .* was made for"):
+            needs_of(config.model_copy(update={"parallel_drafting": not is_parallel}), TARGET)
         kept = sum(tensor.numel() for key, tensor in eagle.tensors.items() if key not in ("t2d", "embed_tokens.weight"))
         embedding = VOCAB * eagle.hidden if "embed_tokens.weight" in eagle.tensors else 0
         assert needs.num_bytes == 2 * kept + 4 * embedding

@@ -108,6 +108,23 @@ def test_sequences_are_drafted_for_together_as_alone() -> None:
     assert propose(proposer, *(make_sequence(text, temperature=0.7, seed=9) for text in texts)) == alone
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_states_that_are_no_numbers_cost_their_own_sequence_its_drafts(temperature: float) -> None:
+    size = 32  # whose products are compiled
+    proposer = MedusaProposer(make_heads(None, hidden_size=size), num_drafts=8, vocab_size=VOCAB_SIZE)
+    drafts = []
+    for value in (1.0, torch.nan, torch.inf):
+        seqs = [make_sequence([i, 2], num_output=1, temperature=temperature, seed=3) for i in range(3)]
+        states = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+        states[1] *= value
+        items = [Scheduled(seq, 1, 0, samples=True) for seq in seqs]
+        proposer.propose(VerifiedStep(items, [Sampled([2])] * 3, states))
+        drafts.append([seq.draft_token_ids for seq in seqs])
+    assert all(drafts[0])
+    for found in drafts[1:]:
+        assert found == [drafts[0][0], [], drafts[0][2]]
+
+
 def test_heads_that_are_not_there_are_said_to_be_missing() -> None:
     with pytest.raises(ValueError, match=r"no heads come with /models/another-model .*train-heads"):
         heads_of(SpeculationConfig(method="medusa"), "/models/another-model")

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import SpeculationConfig
+from engine.config import DEFAULT_MODEL, SpeculationConfig
+from engine.speculation.medusa import SHIPPED
+from engine.speculation.medusa_heads import MedusaHeads
 from engine.speculation.proposer import (
     PROPOSERS,
     DraftModel,
@@ -20,7 +22,7 @@ from tests.support.conformance.proposer import HIDDEN_SIZE, make_sequence, propo
 from tests.support.faulty_device import VOCAB_SIZE
 from tests.support.speculating import make_draft_model
 
-TARGET = TargetShape(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_layers=2, block_size=4)
+TARGET = TargetShape(path="tiny", vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_layers=2, block_size=4)
 
 
 def _context() -> ProposerContext:
@@ -32,7 +34,6 @@ def _context() -> ProposerContext:
         return make_draft_model(40)
 
     return ProposerContext(
-        path="tiny",
         target=TARGET,
         output_rows=output_rows,
         embedding_rows=output_rows,
@@ -75,6 +76,21 @@ def test_a_model_for_a_method_that_has_none_is_refused(method: str) -> None:
     """Whoever names a draft model and forgets the method would be served without, and never hear of it."""
     with pytest.raises(ValueError, match=f"model is draft, but method is {method}, .*to draft_model, eagle3"):
         SpeculationConfig(method=method, model="draft")
+
+
+def test_the_plan_counts_the_heads_that_come_with_a_model() -> None:
+    """With the rows of the model's own output matrix that they take."""
+    target = TargetShape(path=DEFAULT_MODEL, vocab_size=49152, hidden_size=576, num_layers=30, block_size=16)
+    heads = MedusaHeads.load(
+        SHIPPED / DEFAULT_MODEL,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        output_rows=lambda ids: torch.zeros(target.vocab_size if ids is None else len(ids), target.hidden_size),
+    )
+    num_bytes = needs_of(SpeculationConfig(method="medusa"), target).num_bytes
+    assert heads.num_bytes < num_bytes < 3 * heads.num_bytes
+    with pytest.raises(ValueError, match="no heads come with tiny"):
+        needs_of(SpeculationConfig(method="medusa"), TARGET)
 
 
 def test_the_plan_counts_heads_in_a_folder_and_heads_in_a_file(tmp_path: Path) -> None:

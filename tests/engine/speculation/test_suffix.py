@@ -1,11 +1,12 @@
 """Drafts copied from what a tenant's requests have said lately."""
 
+import gc
 import random
 
 import msgspec
 import pytest
 
-from engine.speculation.suffix import MAX_INDEXED_PER_STEP, MAX_TENANTS, SuffixIndex, SuffixProposer, Text
+from engine.speculation.suffix import MAX_IDLE_TENANTS, MAX_INDEXED_PER_STEP, SuffixIndex, SuffixProposer, Text
 from engine.types import Sequence
 from tests.support.conformance.proposer import ProposerConformance, make_sequence, propose
 
@@ -77,14 +78,36 @@ def test_the_index_is_bounded_and_the_oldest_texts_make_room(seed: int) -> None:
         text = Text()
         index.extend(text, [rng.randrange(6) for _ in range(rng.randrange(1, 60))], 1000)
         texts.append(text)
-        known = [one for one in texts if not one.is_gone]
-        assert index.num_tokens == sum(len(one.token_ids) for one in known) <= 200
-        places = [place for listed in index._places.values() for place in listed]
-        assert all(not one.is_gone for one, _ in places)
+        assert index.num_tokens == sum(len(one.token_ids) - one.num_left for one in texts) <= 200
+        assert all(not one.num_left or one.is_gone for one in texts)
         for anchor, listed in index._places.items():
             assert all(tuple(one.token_ids[end - 2 : end]) == anchor for one, end in listed)
+            assert all(end >= one.num_left for one, end in listed)
     index.forget(texts[-1])
     assert texts[-1].is_gone
+    index.let_leave(1000)
+    assert (index.num_tokens, index._places) == (0, {})
+
+
+def test_a_long_text_leaves_a_token_for_each_that_comes() -> None:
+    """Its own length is nobody's pause."""
+    rng = random.Random(0)
+    index, old, new = SuffixIndex(max_tokens=5000), Text(), Text()
+    index.extend(old, [rng.randrange(4) for _ in range(5000)], 5000)
+    token_ids = [rng.randrange(4) for _ in range(4000)]
+    for end in range(100, 4001, 100):
+        index.extend(new, token_ids[:end], 100)
+        assert old.is_gone
+        assert old.num_left == end
+        assert index.num_tokens == 5000
+    assert not index.has(old)
+
+
+def test_a_text_that_made_room_is_not_drafted_from() -> None:
+    index, (text, _) = _index([1, 2, 3], [7, 8, 9])
+    index.forget(text)
+    assert index.continuation(Text(), [0, 1, 2], 1)[0] == []
+    assert index.continuation(Text(), [0, 7, 8], 1)[0] == [9]
 
 
 def test_a_long_prompt_takes_several_steps_and_keeps_nobody_waiting() -> None:
@@ -105,30 +128,72 @@ def _of_tenant(salt: str, tokens: list[int]) -> Sequence:
     return seq
 
 
-def test_a_request_whose_tenant_had_to_make_room_is_indexed_anew_and_counted_right() -> None:
-    proposer = SuffixProposer(num_drafts=3, max_tokens=300)
-    rng = random.Random(1)
-    seq = _of_tenant("first", [rng.randrange(9) for _ in range(250)])
-    propose(proposer, seq)
-    for i in range(MAX_TENANTS):
-        propose(proposer, _of_tenant(str(i), [1, 2, 3]))
-    assert "first" not in proposer._tenants
-    seq.token_ids += [7, 7]
-    propose(proposer, seq)
-    others = [_of_tenant("first", [rng.randrange(9) for _ in range(90)]) for _ in range(9)]
-    for one in (seq, *others):
-        propose(proposer, one)
-        index = proposer._tenants["first"]
-        assert index.num_tokens == sum(len(text.token_ids) for text in index._texts.values()) <= 300
+def test_tenants_whose_requests_run_never_make_room_for_others() -> None:
+    """However many they are; of the others, those stay that were asked last."""
+    proposer = SuffixProposer(num_drafts=3)
+    running = [_of_tenant(f"running {i}", [1, 2, 3, 1, 2]) for i in range(MAX_IDLE_TENANTS + 40)]
+    for seq in running:
+        propose(proposer, seq)
+    for i in range(MAX_IDLE_TENANTS + 9):
+        propose(proposer, _of_tenant(f"gone {i}", [4, 5, 6]))
+    gc.collect()
+    assert propose(proposer, *running) == [[3, 1, 2]] * len(running)
+    assert [salt for salt in proposer._tenants if salt.startswith("gone")] == [
+        f"gone {i}" for i in range(9, MAX_IDLE_TENANTS + 9)
+    ]
+    assert propose(proposer, _of_tenant("gone 20", [0, 4, 5])) == [[6]]
+    assert propose(proposer, _of_tenant("gone 3", [0, 4, 5])) == [[]]
+
+
+def _num_tokens(proposer: SuffixProposer) -> int:
+    return sum(index.num_tokens for index in (*proposer._leaving, *proposer._tenants.values()))
 
 
 def test_many_tenants_together_are_bounded() -> None:
+    """Those that come first are indexed, the others as soon as there is room: none in turns with another."""
     proposer = SuffixProposer(num_drafts=3, max_tokens=300, max_tokens_of_all=1000)
     rng = random.Random(2)
     running = [_of_tenant(str(i), [rng.randrange(9) for _ in range(200)]) for i in range(20)]
     for _ in range(3):
         for seq in running:
             propose(proposer, seq)
-            assert sum(index.num_tokens for index in proposer._tenants.values()) <= 1000
-    assert len(proposer._tenants) == 5
-    assert propose(proposer, running[-1])[0]
+            assert _num_tokens(proposer) <= 1000
+    assert [index.num_tokens for index in proposer._tenants.values()] == [200] * 5 + [0] * 15
+    del running[:3], seq
+    gc.collect()
+    for one in running:
+        propose(proposer, one)
+        assert _num_tokens(proposer) <= 1000
+    assert [index.num_tokens for index in proposer._tenants.values()] == [200] * 5 + [0] * 12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_comes_and_goes_all_texts_together_are_bounded(seed: int) -> None:
+    proposer = SuffixProposer(num_drafts=3, max_tokens=300, max_tokens_of_all=1000)
+    rng = random.Random(seed)
+    running: list[Sequence] = []
+    for _ in range(300):
+        if rng.random() < 0.4:
+            length = rng.randrange(2, 400)
+            running.append(_of_tenant(str(rng.randrange(6)), [rng.randrange(9) for _ in range(length)]))
+        if running and rng.random() < 0.4:
+            del running[rng.randrange(len(running))]
+        for one in running:
+            one.token_ids += [rng.randrange(9) for _ in range(rng.randrange(1, 4))]
+        propose(proposer, *running)
+        assert _num_tokens(proposer) <= 1000
+        for index in proposer._tenants.values():
+            texts = {id(text): text for listed in index._places.values() for text, _ in listed}
+            assert index.num_tokens >= sum(len(one.token_ids) for one in index._texts.values())
+            assert all(one.is_gone or index.has(one) for one in texts.values())
+
+
+def test_the_end_of_an_answer_is_known_to_the_next_request() -> None:
+    """Of the step that ends a request too, which drafts nothing more for it."""
+    proposer = SuffixProposer(num_drafts=4)
+    seq = make_sequence([1, 2, 3])
+    propose(proposer, seq)
+    seq.token_ids += [4, 5]
+    seq.finish_reason = "stop"
+    assert propose(proposer, seq) == [[]]
+    assert propose(proposer, make_sequence([9, 2, 3])) == [[4, 5]]

@@ -1,4 +1,4 @@
-"""What a proposer is shown of each step: every token that stays, once, with the target's hidden state behind it."""
+"""What a proposer is shown of each step: every token that stays, to the last, with the target's state behind it."""
 
 import random
 
@@ -48,6 +48,7 @@ class Watching:
         self.needs, self.is_tree = needs, is_tree
         self.shown: dict[Sequence, dict[int, torch.Tensor]] = {}  # by position
         self.num_prompt_chunks = 0
+        self.ended: list[Sequence] = []
 
     def propose(self, step: VerifiedStep) -> None:
         if self.needs.hidden == "all":
@@ -59,12 +60,15 @@ class Watching:
             self._draft(seq)
 
     def _note_all(self, step: VerifiedStep) -> None:
-        for seq, first, rows in step.kept():
-            assert seq.num_computed_tokens == first + len(rows)
+        for seq, first, rows, tables, released in step.kept():
+            assert seq.finish_reason or seq.num_computed_tokens == first + len(rows)
+            assert len(tables[0]) * 4 >= first + len(rows)
+            assert len(tables) == len(released)
             known = self.shown.setdefault(seq, {})
             assert first == 0 or first - 1 in known, "no token is left out"
             known |= {first + i: state.clone() for i, state in enumerate(step.hidden()[torch.from_numpy(rows)])}
-            self.num_prompt_chunks += seq not in step.drafting
+            self.num_prompt_chunks += seq not in step.drafting and not seq.finish_reason
+            self.ended += [seq] * (seq in step.ended)
 
     def _draft(self, seq: Sequence) -> None:
         newest = seq.token_ids[-1]
@@ -77,7 +81,10 @@ def _run(engine: Engine) -> None:
     rng = random.Random(4)
     for i, length in enumerate((5, 30, 17, 2)):
         prompt = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
-        params = SamplingParams(seed=i, max_tokens=25, temperature=0.0, prompt_logprobs=1 if i == 1 else None)
+        stops = list(range(0, VOCAB_SIZE, 9)) if i == 3 else []  # which may be a draft that was right
+        params = SamplingParams(
+            seed=i, max_tokens=25, temperature=0.0, prompt_logprobs=1 if i == 1 else None, stop_token_ids=stops
+        )
         engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params))
     while engine.has_work:
         assert all(output.error is None for output in engine.step()[0])
@@ -110,11 +117,13 @@ def test_every_token_that_stays_is_shown_with_the_states_of_the_target(
     assert sum(seq.num_accepted_drafts for seq in watching.shown) > 0
     assert watching.num_prompt_chunks > 3 or hidden == "newest"
     assert len(watching.shown) == 4
+    assert hidden == "newest" or len(watching.ended) == 4
     for seq, known in watching.shown.items():
         with torch.inference_mode():
             states = llama(torch.tensor([seq.token_ids]), output_hidden_states=True).hidden_states
         expected = torch.cat([states[-1][0], *(states[layer][0] for layer in LAYERS)], dim=1)
-        assert len(known) > 5
+        assert len(known) > 5 or seq.finish_reason == "stop"
+        assert hidden == "newest" or len(known) - seq.num_tokens in (-1, 0)
         assert hidden == "newest" or list(known) == list(range(len(known)))
         for position, state in known.items():
             torch.testing.assert_close(state, expected[position], rtol=1e-4, atol=1e-4)

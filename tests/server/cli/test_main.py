@@ -180,11 +180,29 @@ def test_stronger_places_win(tmp_path, monkeypatch):
         ('{"num_speculative_token": 4}', "did you mean num_speculative_tokens?"),
         ('{"num_speculative_tokens": 0}', "--speculative-config: speculation.num_drafts: must be greater"),
         ('{"prompt_lookup_min": 9}', "ngram_min (9) must not be above ngram_max (4)"),
+        ('{"draft_tensor_parallel_size": 2}', "draft_tensor_parallel_size must be 1: a draft model runs on one device"),
+        ('{"draft_tensor_parallel_size": "1"}', "leave it out or set it to 1"),
+        ('{"method": "ngram", "parallel_drafting": true}', "the method ngram makes drafts without a pass"),
+        (
+            '{"method": "draft_model", "parallel_drafting": true}',
+            "parallel_drafting is true, but the method draft_model",
+        ),
+        ('{"method": "medusa", "parallel_drafting": false}', "the method medusa makes all drafts in one pass"),
+        ('{"draft_tensor_parallel_size": true}', "draft_tensor_parallel_size must be 1"),
     ],
 )
 def test_the_speculative_config_is_checked(text, complaint):
     with pytest.raises(ConfigError, match=re.escape(complaint)):
         parse("--speculative-config", text)
+
+
+def test_keys_of_vllm_that_are_true_of_us_are_taken():
+    for given in ({"method": "eagle3", "parallel_drafting": True}, {"method": "medusa", "parallel_drafting": True}):
+        assert parse("--speculative-config", json.dumps(given)).config.speculation.parallel_drafting is True
+    given = {"method": "draft_model", "model": "m", "draft_tensor_parallel_size": 1, "parallel_drafting": False}
+    loaded = parse("--speculative-config", json.dumps(given))
+    assert loaded.config.speculation.model == "m"
+    assert loaded.sources.keys() == {f"speculation.{name}" for name in ("method", "model", "parallel_drafting")}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,10 @@ class ProposerConformance:
         """One that proposes runs of at most so many drafts."""
         raise NotImplementedError
 
+    def sequence(self, tokens: Listing[int], *, num_output: int = 0, **fields: object) -> Sequence:
+        """One with blocks, for a proposer that works in those of the target."""
+        return make_sequence(tokens, num_output=num_output, **fields)
+
     def test_it_says_what_it_needs_before_it_is_asked(self) -> None:
         needs = self.make(self.num_drafts).needs
         assert needs.num_lookahead_tokens >= 0
@@ -81,8 +85,8 @@ class ProposerConformance:
 
     def test_a_prompt_that_is_not_complete_is_seen_and_gets_no_drafts(self) -> None:
         """It comes in three chunks beside a text that goes on; then it is drafted as a new one is."""
-        proposer, other = self.make(self.num_drafts), make_sequence([1, 2, 1, 2], num_output=1)
-        prompt = make_sequence([6, 7] * 6)
+        proposer, other = self.make(self.num_drafts), self.sequence([1, 2, 1, 2], num_output=1)
+        prompt = self.sequence([6, 7] * 6)
         for end in (4, 8, 12):
             chunk = Scheduled(prompt, 4, 0, samples=end == 12)
             prompt.num_computed_tokens = end
@@ -114,7 +118,7 @@ class ProposerConformance:
     def test_no_run_of_drafts_is_longer_than_the_budget(
         self, fields: dict[str, int | None], num_output: int, budget: int
     ) -> None:
-        seq = make_sequence([6] * 20, num_output=num_output, **fields)
+        seq = self.sequence([6] * 20, num_output=num_output, **fields)
         assert draft_budget(seq, 4) == budget
         (drafts,) = propose(self.make(4), seq)
         assert_well_formed(seq, budget)
@@ -123,7 +127,7 @@ class ProposerConformance:
     def test_drafts_are_forests_of_known_tokens_while_texts_grow_and_company_changes(self) -> None:
         rng = random.Random(3)
         proposer = self.make(self.num_drafts)
-        seqs = [make_sequence([rng.randrange(1 + i % 5) for _ in range(rng.randint(1, 12))]) for i in range(8)]
+        seqs = [self.sequence([rng.randrange(1 + i % 5) for _ in range(rng.randint(1, 12))]) for i in range(8)]
         num_drafted = 0
         for _ in range(30):
             chosen = rng.sample(seqs, rng.randint(1, len(seqs)))
@@ -136,7 +140,7 @@ class ProposerConformance:
 
     def test_a_guess_that_is_no_longer_allowed_is_taken_back(self) -> None:
         proposer = self.make(self.num_drafts)
-        seq = make_sequence([6] * 20, num_output=1, max_tokens=4)
+        seq = self.sequence([6] * 20, num_output=1, max_tokens=4)
         propose(proposer, seq)
         seq.token_ids += [6, 6]  # one more may come, which needs no draft
         assert propose(proposer, seq) == [[]]
@@ -145,14 +149,14 @@ class ProposerConformance:
     def test_a_text_that_became_shorter_is_drafted_as_a_new_one_is(self) -> None:
         """A step that failed after its tokens were appended takes them back."""
         proposer = self.make(self.num_drafts)
-        seq = make_sequence([1, 2, 3, 4, 1])
+        seq = self.sequence([1, 2, 3, 4, 1])
         propose(proposer, seq)
         seq.token_ids = [1, 9, 1]
-        assert propose(proposer, seq) == propose(self.make(self.num_drafts), make_sequence([1, 9, 1]))
+        assert propose(proposer, seq) == propose(self.make(self.num_drafts), self.sequence([1, 9, 1]))
 
     def test_a_sequence_that_is_gone_is_forgotten(self) -> None:
         proposer = self.make(self.num_drafts)
-        seq = make_sequence([1, 2, 1])
+        seq = self.sequence([1, 2, 1])
         propose(proposer, seq)
         gone = weakref.ref(seq)
         del seq

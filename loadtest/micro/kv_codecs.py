@@ -1,8 +1,8 @@
 """What does compiled attention take with each way to keep keys and values? `python -m loadtest.micro.kv_codecs`
 
-Microseconds per layer of SmolLM2-135M's shapes, over all of its 30 layers in turn, so that a long context comes from
-memory and not from a cache; and the ratio to the first codec: the median of rounds in which all codecs take turns, as
-the machine's speed changes. A ratio needs no quiet machine, but one that does nothing else meanwhile.
+Microseconds of processor time per layer of SmolLM2-135M's shapes, over all of its 30 layers in turn, so that a long
+context comes from memory and not from a cache; and the ratio to the first codec: the median of rounds in which all codecs
+take turns, as the machine's speed changes.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def measure(
     seconds: list[list[float]] = [[] for _ in codecs]
     for _ in range(num_rounds + 1):
         for backend, times in zip(backends, seconds, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             _attend(backend, q, k, v, batch)
-            times.append((time.perf_counter() - start) / NUM_LAYERS)
+            times.append((time.process_time() - start) / NUM_LAYERS)
     rounds = [times[1:] for times in seconds]  # the first touches new memory
     row: Row = {"seqs": num_seqs, "new": num_queries, "context": context}
     row |= {f"{name}, us": 1e6 * median(times) for name, times in zip(codecs, rounds, strict=True)}

@@ -1,8 +1,8 @@
 """What does compiled attention take with each way to keep keys and values? `python -m loadtest.micro.kv_codecs`
 
 Microseconds of processor time per layer of SmolLM2-135M's shapes, over all of its 30 layers in turn, so that a long
-context comes from memory and not from a cache; and the ratio to the first codec: the median of rounds in which all codecs
-take turns, as the machine's speed changes.
+context comes from memory and not from a cache; and the ratio to the first codec: the median of rounds in which all
+codecs take turns, as the machine's speed changes.
 """
 
 from __future__ import annotations

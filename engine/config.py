@@ -112,7 +112,8 @@ class KVCacheConfig(Section):
     )
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(default=16, description="tokens per block")
     dtype: Annotated[Literal["auto"] | str, Flag("--kv-cache-dtype")] = Field(
-        default="auto", description="auto: the model's dtype; float16 with compiled CPU kernels"
+        default="auto",
+        description="or int8, fp8 (GPU), float16; auto: the model's dtype, float16 with compiled CPU kernels",
     )
     prefix_caching: Annotated[bool, Flag("--enable-prefix-caching")] = Field(
         default=True, description="reuse the KV cache of equal prefixes"

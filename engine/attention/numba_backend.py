@@ -10,7 +10,7 @@ from engine.attention.backend import HeadNorms, Rotation, normalise_rotate_and_a
 from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import MAX_GROUPS, AttentionLayer
 from engine.kv_cache.storage import KVCache
-from kernels.numba.core.formats import FORMAT_OF
+from kernels.numba.core.formats import FORMAT_OF, INT8
 from kernels.numba.core.lanes import LANES
 from kernels.numba.ops.attention import (
     NUM_TILE_FIELDS,
@@ -24,9 +24,12 @@ from kernels.numba.ops.linear import SCRATCH_BYTES
 from kernels.numba.program.program import MAX_BLOCK_TABLES, NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
+KINDS = FORMAT_OF | {torch.int8: INT8}  # of what a cache's elements may be
+
 
 class NumbaAttention:
-    """Attention in float32 over a cache of any float type. A row's result does not depend on what else is in the batch.
+    """Attention in float32 over a cache of any float type or of int8. A row's result does not depend on what else is in
+    the batch.
 
     The cache keeps its keys as columns (`KVCodec.keys_as_columns`), in blocks of a multiple of 16 tokens; heads
     have a multiple of 16 elements. The memory plan sees to that.
@@ -129,7 +132,7 @@ class NumbaAttention:
         cache = self.kv_cache
         keys, values = cache.k[layer.index], cache.v[layer.index]
         strides = [stride * keys.itemsize for stride in keys.stride()[:2]]
-        return keys.data_ptr(), values.data_ptr(), FORMAT_OF[cache.dtype], cache.block_size, *strides
+        return keys.data_ptr(), values.data_ptr(), KINDS[cache.dtype], cache.block_size, *strides
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
         """Attention by itself, for models whose other layers run on torch."""

@@ -32,7 +32,7 @@ class Geometry:
     num_kv_heads: int
     head_dim: int
     window: int | None
-    parts_per_block: int  # as in `KVCache.parts`
+    parts_per_block: int | None  # as in `KVCache.parts`; None: blocks are gathered as they are
     block_size: int
     dtype: torch.dtype  # of the scores
 
@@ -43,7 +43,7 @@ class DecodeGroup:
 
     num_contexts: int  # num_seqs * num_kv_heads
     query_rows: Tensor  # [num_contexts * group * num_queries] rows of q seen as [num_tokens * num_heads, head_dim]
-    parts: Tensor  # as in `gather_context`
+    parts: Tensor  # as in `gather_context`, or blocks
     blank_rows: Tensor | None
     bias: Tensor  # [num_contexts, 1 or group * num_queries, num_tokens]
 
@@ -62,7 +62,7 @@ class PromptChunk:
 class AttentionPlan:
     """The indices of one step for the layers of one geometry."""
 
-    store_rows: Tensor  # [num_tokens * 2 * num_kv_heads] rows of `KVCache.parts` seen as [..., head_dim]
+    places: Tensor  # [num_tokens * 2 * num_kv_heads] rows of `KVCache.parts` seen as [..., head_dim]; or slots
     groups: list[DecodeGroup]
     chunks: list[PromptChunk]
     in_order: bool  # one group whose rows are q's rows in q's order
@@ -109,11 +109,17 @@ class _Planner:
             step = max(1, MAX_GATHERED // (2 * num_tokens * geometry.num_kv_heads * geometry.head_dim))
             for start in range(0, len(seqs), step):
                 groups.append(self._group(np.array(seqs[start : start + step]), num_queries, num_tokens))
+        in_order = not chunks and len(groups) == 1 and next(iter(by_shape))[0] == 1
+        return AttentionPlan(self._places(), groups, chunks, in_order)
+
+    def _places(self) -> Tensor:
+        """Where the step's keys and values go."""
+        geometry = self.geometry
+        if geometry.parts_per_block is None:
+            return self.slots
         size, slots = geometry.block_size, self.slots[:, None]
         parts = slots // size * geometry.parts_per_block + self._tensor(self._parts_of_block())
-        store_rows = (parts * size + slots % size).flatten()
-        in_order = not chunks and len(groups) == 1 and next(iter(by_shape))[0] == 1
-        return AttentionPlan(store_rows, groups, chunks, in_order)
+        return (parts * size + slots % size).flatten()
 
     def _group(self, seqs: Ints, num_queries: int, num_tokens: int) -> DecodeGroup:
         geometry, size = self.geometry, self.geometry.block_size
@@ -155,7 +161,9 @@ class _Planner:
         )
 
     def _parts(self, tables: Ints) -> Tensor:
-        """Rows of `KVCache.parts`, keys first. tables: [num_seqs, blocks per context], block numbers."""
+        """Rows of `KVCache.parts`, keys first, or blocks. tables: [num_seqs, blocks per context], block numbers."""
+        if self.geometry.parts_per_block is None:
+            return self._tensor(tables)
         heads = self._parts_of_block().reshape(2, 1, -1, 1)
         return self._tensor(heads + tables[None, :, None, :] * self.geometry.parts_per_block)
 

@@ -108,8 +108,9 @@ class TritonAttention:
         return rows_per_seq * int((-(-seq_lens // space.split_size)).sum()) <= space.num_items
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> Tensor:
-        cache = self.kv_cache
-        store_kv(k, v, cache.k[layer.index], cache.v[layer.index], batch.slots[layer.group])
+        cache, index = self.kv_cache, layer.index
+        scales = cache.k_scales[index], cache.v_scales[index]
+        store_kv(k, v, cache.k[index], cache.v[index], batch.slots[layer.group], *scales)
         return self._attend(q, layer, batch)
 
     def attend_projection(
@@ -128,6 +129,8 @@ class TritonAttention:
             q_weight=norms.q_weight,
             k_weight=norms.k_weight,
             eps=norms.eps,
+            k_scales=cache.k_scales[layer.index],
+            v_scales=cache.v_scales[layer.index],
         )
         return self._attend(q, layer, batch)
 
@@ -145,6 +148,8 @@ class TritonAttention:
             soft_cap=layer.soft_cap,
             tree_mask=batch.tree_mask,
             positions=batch.positions,
+            k_scales=cache.k_scales[layer.index],
+            v_scales=cache.v_scales[layer.index],
             prepared=self._prepare(q, layer, batch),
         )
         return out

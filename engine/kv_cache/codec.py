@@ -16,6 +16,8 @@ KV_CODECS = {
     "float32": "engine.kv_cache.codec:make_dense",
     "bfloat16": "engine.kv_cache.codec:make_dense",
     "float16": "engine.kv_cache.codec:make_dense",
+    "int8": "engine.kv_cache.scaled_codec:make_scaled",
+    "fp8": "engine.kv_cache.scaled_codec:make_scaled",
 }
 
 
@@ -45,12 +47,19 @@ class KVCodec(Protocol):
         """Of one layer in one block, all that is needed to read it again."""
         ...
 
-    def part_bytes(self, layer: AttentionLayer, block_size: int) -> int:
-        """From the keys of a head to its values and from there to the next head: see `KVCache.parts`."""
+    def alignment(self, layer: AttentionLayer, block_size: int) -> int:
+        """Bytes, of which those of a block with all its layers are a multiple."""
         ...
 
     def views(self, memory: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         """The stored elements of keys and of values. [num_blocks, num_kv_heads, block_size, head_dim] both"""
+        ...
+
+    def scales(self, memory: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor] | None:
+        """What the elements of a token and head are multiplied by. float32 [num_blocks, num_kv_heads, block_size] both
+
+        None where they are numbers as they are. `stride()[:2]` in bytes is that of `views`.
+        """
         ...
 
     def write(self, memory: Tensor, layer: AttentionLayer, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -82,9 +91,10 @@ class DenseCodec:
         return f"{str(self.dtype).removeprefix('torch.')}{' keys as columns' if self.keys_as_columns else ''}"
 
     def bytes_per_block(self, layer: AttentionLayer, block_size: int) -> int:
-        return 2 * layer.num_kv_heads * self.part_bytes(layer, block_size)
+        return 2 * layer.num_kv_heads * self.alignment(layer, block_size)
 
-    def part_bytes(self, layer: AttentionLayer, block_size: int) -> int:
+    def alignment(self, layer: AttentionLayer, block_size: int) -> int:
+        """The keys or values of a head: then `KVCache.parts` run through all blocks."""
         return block_size * layer.head_dim * self.dtype.itemsize
 
     def views(self, memory: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
@@ -95,6 +105,9 @@ class DenseCodec:
         if self.keys_as_columns:
             keys = keys.as_strided(keys.shape, (*keys.stride()[:2], 1, block_size), keys.storage_offset())
         return keys, values
+
+    def scales(self, memory: Tensor, layer: AttentionLayer) -> None:
+        return None
 
     def write(self, memory: Tensor, layer: AttentionLayer, slots: Tensor, k: Tensor, v: Tensor) -> None:
         for stored, tokens in zip(self.views(memory, layer), (k, v), strict=True):

@@ -23,7 +23,8 @@ class KVCache:
     same places, and are read by its own block tables.
     A piece, because blocks are what is shared, copied and moved elsewhere; keys beside their values, because attention
     reads both of one head. What a layer's bytes in a block mean is the codec's. `k[i]` and `v[i]` are layer i's stored
-    elements, [num_blocks, num_kv_heads, block_size, head_dim]; only their strides say how they lie.
+    elements, [num_blocks, num_kv_heads, block_size, head_dim]; only their strides say how they lie. `k_scales[i]` and
+    `v_scales[i]` are what these are multiplied by, [num_blocks, num_kv_heads, block_size], or None.
     """
 
     def __init__(
@@ -45,6 +46,10 @@ class KVCache:
         ]
         views = [codec.views(memory, layer) for memory, layer in zip(self._memory, layers, strict=True)]
         self.k, self.v = [keys for keys, _ in views], [values for _, values in views]
+        scales = [
+            codec.scales(memory, layer) or (None, None) for memory, layer in zip(self._memory, layers, strict=True)
+        ]
+        self.k_scales, self.v_scales = [keys for keys, _ in scales], [values for _, values in scales]
 
     @property
     def num_slots(self) -> int:
@@ -58,8 +63,9 @@ class KVCache:
         """A layer's stored elements as rows, one for all keys or values that a head has in a block.
 
         [rows, block_size * head_dim]; the keys of head h of block b are row `b * parts_per_block(layer) + 2 * h`, and
-        its values are the next one.
+        its values are the next one. Of codecs without scales only, between which they would lie.
         """
+        assert self.v_scales[layer] is None
         values = self.v[layer]
         size = values.shape[2] * values.shape[3]
         num_rows = (self.num_blocks - 1) * self.parts_per_block(layer) + 2 * values.shape[1]
@@ -68,7 +74,12 @@ class KVCache:
 
     def parts_per_block(self, layer: int) -> int:
         """From one block to the next in `parts`: those of other layers are counted."""
-        return int(self.blocks.shape[1]) // self.codec.part_bytes(self._layers[layer], self.block_size)
+        values = self.v[layer]
+        return int(self.blocks.shape[1]) // (values.shape[2] * values.shape[3] * values.itemsize)
+
+    def memory(self, layer: int) -> Tensor:
+        """A layer's bytes, as its codec takes them. uint8 [num_blocks, `KVCodec.bytes_per_block`]"""
+        return self._memory[layer]
 
     def move(self, src_slots: Tensor, dst_slots: Tensor) -> None:
         """Copies tokens between slots in every layer, as if all were read before any is written.
@@ -83,12 +94,12 @@ class KVCache:
 def bytes_per_block(layers: Sequence[AttentionLayer], block_size: int, codec: KVCodec) -> int:
     """Bytes of a block with all layers of a group, the largest one.
 
-    Rounded up where layers differ so much that parts would not run through.
+    Rounded up to what each layer's codec asks for (`KVCodec.alignment`).
     """
     starts = _starts(layers, block_size, codec)
     ends = [start + codec.bytes_per_block(layer, block_size) for start, layer in zip(starts, layers, strict=True)]
-    part = lcm(*(codec.part_bytes(layer, block_size) for layer in layers))
-    return -(-max(ends, default=0) // part) * part
+    unit = lcm(*(codec.alignment(layer, block_size) for layer in layers))
+    return -(-max(ends, default=0) // unit) * unit
 
 
 def _starts(layers: Sequence[AttentionLayer], block_size: int, codec: KVCodec) -> list[int]:

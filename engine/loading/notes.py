@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 from engine.loading.checkpoint import Checkpoint
 from engine.loading.model_facts import ModelFacts
+from engine.models.model import is_kv_scale
 
 
 def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """About its files, whatever it is served with."""
-    return (*_adapter(checkpoint), *_unsaid_window(checkpoint), *_other_parts(checkpoint))
+    return (
+        *_adapter(checkpoint), *_unsaid_window(checkpoint), *_other_parts(checkpoint), *_kv_scales(checkpoint)
+    )  # fmt: skip
 
 
 def length_notes(facts: ModelFacts, max_model_len: int) -> list[str]:
@@ -56,3 +59,11 @@ def _unsaid_window(checkpoint: Checkpoint) -> Iterator[str]:
 def _other_parts(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.is_part:
         yield f"of this {checkpoint.whole_config.model_type} model the language model is served: text only"
+
+
+def _kv_scales(checkpoint: Checkpoint) -> Iterator[str]:
+    if any(map(is_kv_scale, checkpoint.stored)):
+        yield (
+            "the checkpoint's scales of an 8-bit KV cache are not used: with kv_cache.dtype int8 or fp8 each token and "
+            "head has a scale of its own, which rounds less; auto keeps floats"
+        )

@@ -16,7 +16,7 @@ from engine.attention.backend import AttentionBackend, HeadNorms, Rotation
 from engine.batch.device_inputs import ForwardBatch
 from engine.models.architecture import Architecture, read_architecture
 from engine.models.checkpoint_config import CheckpointConfig
-from engine.models.model import Model, Place, check_weight_names
+from engine.models.model import Model, Place, check_weight_names, is_kv_scale
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
 from engine.quantization.linear import PLAIN, KeptMatrix, Linear, LinearMethods, LinearSpec, Part
@@ -226,9 +226,9 @@ class Llama(Model):
         return weights
 
     def _is_derived(self, name: str) -> bool:
-        """Whether old checkpoints hold what is computed from the rest of them."""
+        """Whether checkpoints hold it though it is computed from the rest of them, or from keys and values."""
         is_tied = self.architecture.tie_word_embeddings and name == "lm_head.weight"
-        return is_tied or name.endswith("rotary_emb.inv_freq")
+        return is_tied or name.endswith("rotary_emb.inv_freq") or is_kv_scale(name)
 
     def _places(self) -> Iterator[tuple[str, Place]]:
         """Where each weight of a checkpoint goes: to a layer, as one of its matrix's parts, or to a parameter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.operations import load_operations
 from engine.quantization.linear import KeptMatrix
+
+_KV_SCALE = re.compile(r"\.([kv]_scale|kv_scale|[kv]_proj\.output_scale)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +188,14 @@ class Model(Decoder, nn.Module):
 
         Raises ValueError that names the weights that are missing, unknown or of another shape.
         """
+
+
+def is_kv_scale(name: str) -> bool:
+    """Whether it is a scale that a checkpoint has for a whole layer's keys or values in 8 bits.
+
+    By compressed-tensors' names, ModelOpt's, and older ones of both. Nothing needs them: `kernels.reference.kv_codes`.
+    """
+    return _KV_SCALE.search(name) is not None
 
 
 def check_weight_names(missing: Iterable[str], unexpected: Iterable[str]) -> None:

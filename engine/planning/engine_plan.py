@@ -148,7 +148,7 @@ def plan_memory(
     kernels = resolve_kernels(config, device.value, facts.why_not_compiled)
     dtype = resolve_dtype(config, machine, device.value, kernels.value, is_bfloat16=facts.is_bfloat16)
     quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
-    kv_dtype = resolve_kv_dtype(config, dtype=dtype.value, kernels=kernels.value)
+    kv_dtype = resolve_kv_dtype(config, machine, facts, device=device.value, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
     chosen = device.value, kernels.value, quantization.value
     steps = step_name(facts, *chosen[1:], (dtype.value, config.model.activations), num_threads.value)

@@ -30,6 +30,12 @@ _BFLOAT16_REASON = (
     "this CPU multiplies bfloat16 by bfloat16: activations are rounded to it where they meet weights, and summed in "
     "float32; a perplexity changes by less than 0.1% (docs/performance.md); float32 rounds nothing"
 )
+KV_ALIASES = {"fp8_e4m3": "fp8"}  # vLLM's spelling
+_SCALED = {
+    "int8": "with a scale of each token and head: a 254th of its largest element is the most that one is off",
+    "fp8": "e4m3, with a scale of each token and head: elements round by 2^-4 of themselves or less",
+}
+_FP8_CAPABILITY = (8, 9)
 _CPU_FLOPS = 80e9  # of one thread, with AVX2: where nothing was measured
 
 
@@ -166,14 +172,37 @@ def resolve_quantization(
     )
 
 
-def resolve_kv_dtype(config: EngineConfig, *, dtype: str, kernels: str) -> Resolved[str]:
-    if config.kv_cache.dtype == "auto":
+def resolve_kv_dtype(
+    config: EngineConfig, machine: Machine, facts: ModelFacts, *, device: str, dtype: str, kernels: str
+) -> Resolved[str]:
+    """A key of KV_CODECS. device, dtype, kernels: as resolved"""
+    asked = config.kv_cache.dtype
+    if asked == "auto":
         if kernels == "numba" and (config.model.dtype == "auto" or dtype == "bfloat16"):
             return Resolved("float16", "default", "half the bytes of float32; keys and values round by 2^-11 or less")
         return Resolved(dtype, "model", "as the weights")
-    if config.kv_cache.dtype not in KV_CODECS:
-        raise SettingError(f"kv_cache.dtype is {config.kv_cache.dtype!r}; supported are auto, {', '.join(KV_CODECS)}")
-    return Resolved(config.kv_cache.dtype, "config")
+    name = KV_ALIASES.get(asked, asked)
+    if name not in KV_CODECS:
+        raise SettingError(f"kv_cache.dtype is {asked!r}; supported are auto, {', '.join(KV_CODECS)}")
+    if name not in _SCALED:
+        return Resolved(name, "config")
+    uneven = next((layer.head_dim for layer in facts.attention_layers if layer.head_dim % 4), None)
+    if uneven is not None:
+        raise SettingError(
+            f"kv_cache.dtype is {asked}, which heads of a multiple of 4 elements have; this model's have {uneven}: set "
+            "it to auto"
+        )
+    if name == "fp8" and kernels != "triton":
+        raise SettingError(
+            f"kv_cache.dtype is {asked}, which only Triton's kernels read, but device.kernels is {kernels} here; set "
+            "it to int8, which takes as many bytes and rounds less"
+        )
+    if name == "fp8" and device == "cuda" and machine.gpu and machine.gpu.compute_capability < _FP8_CAPABILITY:
+        raise SettingError(
+            f"kv_cache.dtype is {asked}, but {machine.gpu.name} has no 8-bit floats (compute capability 8.9 has); set "
+            "it to int8, which takes as many bytes and rounds less"
+        )
+    return Resolved(name, "config", _SCALED[name])
 
 
 def resolve_limits(

@@ -120,7 +120,9 @@ class Sizer:
     def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
         facts, size = self.facts, DTYPES[dtype].itemsize
         linear, embedding = self._weights(size)
-        kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, make_codec(kv_dtype))
+        codec = make_codec(kv_dtype)
+        code_size = codec.dtype.itemsize
+        kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, codec)
         of_proposer = self.needs.kv_bytes_per_token * self.num_groups  # it has a block for each block of each group
         kv_per_token = -(-kv_per_block * self.num_groups // self.block_size) + of_proposer
         num_sampled = min(max_num_seqs * (1 + self.needs.num_drafts), max_num_batched_tokens)
@@ -139,8 +141,16 @@ class Sizer:
             graphs=self._graphs(size, max_num_seqs) if self._has_triton else GraphDemand(),
             kv_per_token=kv_per_token,
             span=span_of_step(max_num_batched_tokens, self.block_size, self.num_lookahead),
-            read_per_token=0 if self._reads_in_place else -(-2 * kv_per_token // len(facts.attention_layers)),
+            read_per_token=0 if self._reads_in_place else self._read_per_token(kv_per_token, size, code_size),
         )
+
+    def _read_per_token(self, kv_per_token: int, size: int, code_size: int) -> int:
+        """Bytes of a token in one layer that was laid out in order: as it is kept, and as numbers to multiply.
+
+        size: bytes of a number in the model's dtype; code_size: of one in the cache
+        """
+        copies = 2 if code_size > 1 else 1 + size
+        return -(-copies * kv_per_token // len(self.facts.attention_layers))
 
     @property
     def format(self) -> WeightFormat:

@@ -8,17 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.reference.kv_codes import decode, encode
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
     """Writes the step's keys and values into their slots.
 
     k, v: [num_tokens, num_kv_heads, head_dim]
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset
+    k_scales, v_scales: float32 [num_blocks, num_kv_heads, block_size], of caches of 8-bit codes (`kv_codes.encode`)
     """
     blocks, offsets = slots // k_cache.shape[2], slots % k_cache.shape[2]
-    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    for tokens, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is None:
+            cache[blocks, :, offsets] = tokens.to(cache.dtype)
+            continue
+        codes, scales[blocks, :, offsets] = encode(tokens, cache.dtype)
+        cache.view(torch.int8)[blocks, :, offsets] = codes.view(torch.int8)
 
 
 def paged_attention(
@@ -34,6 +49,8 @@ def paged_attention(
     tree_mask: Tensor | None = None,
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of every sequence's new tokens over its whole context, whose keys are already in the cache.
 
@@ -51,6 +68,7 @@ def paged_attention(
     tree_mask: [num_tokens, >= longest query], True where the row sees its sequence's j-th row of this step
     positions: [num_tokens], needed with a window and a tree only: a draft's position is its depth
     sinks: [num_heads], a score per head that takes part in the softmax and carries no value (gpt-oss)
+    k_scales, v_scales: as in `store_kv`
     """
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -59,7 +77,10 @@ def paged_attention(
     for b, length in enumerate(seq_lens.tolist()):
         rows = slice(starts[b], starts[b + 1])
         num_queries = rows.stop - rows.start
-        k, v = (cache[block_tables[b]].transpose(0, 1).flatten(1, 2)[:, :length] for cache in (k_cache, v_cache))
+        k, v = (
+            _in_order(cache, scales, block_tables[b], length)
+            for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
+        )
         k, v = (x.to(dtype).repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
         sees = visible(
             num_queries,
@@ -78,6 +99,14 @@ def paged_attention(
         v = v.masked_fill(~sees.any(dim=0)[:, None], 0.0)  # 0 * NaN is NaN
         out[rows] = (weights @ v).transpose(0, 1).to(q.dtype)
     return out
+
+
+def _in_order(cache: Tensor, scales: Tensor | None, table: Tensor, length: int) -> Tensor:
+    """The keys or values of one sequence's context. [num_kv_heads, length, head_dim]"""
+    blocks = cache.view(torch.int8)[table].view(cache.dtype) if scales is not None else cache[table]
+    if scales is not None:
+        blocks = decode(blocks, scales[table])
+    return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def visible(

@@ -42,6 +42,8 @@ def rotate_and_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Normalises queries and keys where there are weights, rotates them, writes keys and values.
 
@@ -50,12 +52,13 @@ def rotate_and_store(
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
     slots: [num_tokens], block * block_size + offset
     q_weight, k_weight: [head_dim], a norm of each head (Qwen3), or [heads * head_dim], of all as one (OLMoE)
+    k_scales, v_scales: as in `store_kv`
     Returns the queries, [num_tokens, num_heads, head_dim].
     """
     num_kv_heads = k_cache.shape[1]
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # type: ignore[no-untyped-call]
     q, k = normalise_and_rotate(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps)
-    store_kv(k, v, k_cache, v_cache, slots)
+    store_kv(k, v, k_cache, v_cache, slots, k_scales, v_scales)
     return q
 
 

@@ -33,6 +33,32 @@ def gather_context(
     return k, v
 
 
+def gather_codes(
+    codes: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+    blank_rows: Tensor | None,
+    num_contexts: int,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `gather_context`, of 8-bit codes: what lies in order are their products with the scales.
+
+    codes: those of keys and those of values, [num_blocks, num_kv_heads, block_size, head_dim], the blocks of each
+        sequence one after the other; scales: likewise, float32 [num_blocks, num_kv_heads, block_size]
+    out: [2 * elements of the keys] of the dtype of the result
+    """
+    num_blocks, num_kv_heads, block_size, head_dim = codes[0].shape
+    num_seqs = num_contexts // num_kv_heads
+    contexts = out.view(2, num_seqs, num_kv_heads, num_blocks // num_seqs, block_size, head_dim)
+    for elements, factors, context in zip(codes, scales, contexts, strict=True):
+        parts = (elements, factors.unsqueeze(-1))
+        of_seqs = (x.view(num_seqs, -1, *x.shape[1:]).transpose(1, 2) for x in parts)
+        torch.mul(*of_seqs, out=context)
+    if blank_rows is not None:
+        out.view(-1, head_dim).index_fill_(0, blank_rows, 0.0)
+    k, v = out.view(2, num_contexts, -1, head_dim).unbind(0)
+    return k, v
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, soft_cap: float | None) -> Tensor:
     """softmax(cap(q @ k.T * scale) + bias) @ v for many contexts, as batched products.
 

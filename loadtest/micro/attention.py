@@ -39,7 +39,7 @@ def main() -> None:
 
 def _measure(num_seqs: int, num_queries: int, context: int) -> Row:
     num_calls = max(3, 20_000 // (num_seqs * context))
-    batch = _batch(num_seqs, num_queries, context)
+    batch = make_batch(num_seqs, num_queries, context)
     cache = KVCache(
         [LAYER], num_blocks=num_seqs * context // BLOCK_SIZE, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
     )
@@ -76,7 +76,7 @@ def _products_alone(num_seqs: int, num_queries: int, context: int, num_calls: in
     }
 
 
-def _batch(num_seqs: int, num_queries: int, context: int) -> ForwardBatch:
+def make_batch(num_seqs: int, num_queries: int, context: int) -> ForwardBatch:
     num_blocks = context // BLOCK_SIZE
     blocks = torch.randperm(num_seqs * num_blocks).view(num_seqs, num_blocks)
     plan = []

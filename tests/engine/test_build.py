@@ -75,9 +75,10 @@ def test_the_fingerprint_changes_with_what_changes_numbers(dummy, monkeypatch):
         _build(dummy, device=on_torch, model=int8 | {"max_model_len": 64})[1].fingerprint,
         _build(dummy, device=on_torch, kv_cache={"block_size": 32})[1].fingerprint,
         _build(dummy, device=on_torch, kv_cache={"dtype": "float16"})[1].fingerprint,
+        _build(dummy, device=on_torch, kv_cache={"dtype": "int8"})[1].fingerprint,
         _build(dummy, device={"kernels": "torch", "num_threads": 2})[1].fingerprint,
     }
-    assert len(prints) == 8
+    assert len(prints) == 9
     assert _build(dummy, device=compiled)[1].fingerprint in prints
     monkeypatch.setattr("kernels.numba.core.processor.features", lambda: frozenset({"avx2"}))
     assert _build(dummy, device=compiled)[1].fingerprint not in prints, "another processor"

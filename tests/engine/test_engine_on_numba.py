@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -116,11 +117,12 @@ def test_greedy_tokens_are_those_of_torch(name: str, save) -> None:
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
-ARITHMETICS: dict[str, Section] = {
-    **{name: {"quantization": name} for name in ("auto", *COMPILED_FORMATS)},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8 by 8 bits": {"quantization": "int8", "activations": "int8"},
-    "int4 by 8 bits": {"quantization": "int4", "activations": "int8"},
+ARITHMETICS: dict[str, dict[str, Section]] = {
+    **{name: {"model": {"quantization": name}} for name in ("auto", *COMPILED_FORMATS)},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
+    "int8 by 8 bits": {"model": {"quantization": "int8", "activations": "int8"}},
+    "int4 by 8 bits": {"model": {"quantization": "int4", "activations": "int8"}},
+    "a cache of int8": {"kv_cache": {"dtype": "int8"}},
 }
 
 
@@ -128,23 +130,50 @@ ARITHMETICS: dict[str, Section] = {
 @pytest.mark.parametrize("name", ["llama", "mistral", "mixed windows"])
 def test_a_request_is_the_same_to_the_last_bit_whatever_happens(name: str, arithmetic: str, save) -> None:
     path = save(MODELS[name])
-    model = ARITHMETICS[arithmetic]
+    sections = {"model": {}, "kv_cache": {}} | ARITHMETICS[arithmetic]
     requests = make_requests()
-    engine, _ = build(path, model=model, kv_cache={"prefix_caching": False})
+    engine, _ = build(path, **sections | {"kv_cache": sections["kv_cache"] | {"prefix_caching": False}})
     alone = {}
     for request in requests:
         alone |= answer_all(engine, [request]).answers
-    warm, _ = build(path, model=model, device={"num_threads": 2})
+    warm, _ = build(path, **sections, device={"num_threads": 2})
     assert answer_all(warm, requests, at_once=2).answers == alone
     assert answer_all(warm, requests, at_once=5).answers == alone
     assert warm.scheduler.num_prefix_hits > 0
-    chunked, _ = build(path, model=model, scheduler={"max_num_seqs": 6, "max_num_batched_tokens": 23})
+    chunked, _ = build(path, **sections, scheduler={"max_num_seqs": 6, "max_num_batched_tokens": 23})
     assert answer_all(chunked, requests).answers == alone
-    drafting, _ = build(path, model=model, speculation={"method": "ngram", "depth": 3, "ngram_min": 1})
+    drafting, _ = build(path, **sections, speculation={"method": "ngram", "depth": 3, "ngram_min": 1})
     assert answer_all(drafting, requests, at_once=3).answers == alone
-    few_rows, _ = build(path, model=model, speculation={"method": "ngram", "depth": 3, "ngram_min": 1})
+    few_rows, _ = build(path, **sections, speculation={"method": "ngram", "depth": 3, "ngram_min": 1})
     few_rows.scheduler.limits = replace(few_rows.scheduler.limits, max_num_seqs=5, max_num_logits=9)
     assert answer_all(few_rows, requests).answers == alone
+
+
+def test_a_cache_of_int8_holds_twice_the_tokens_in_the_memory_that_the_plan_says(save) -> None:
+    path = save(MODELS["qwen3"])  # heads of 32
+    sizes = {}
+    for dtype in ("float16", "int8"):
+        config = make_config(path, kv_cache={"dtype": dtype, "memory": "1MB"})
+        made, engine = plan(config), build_engine(config, lambda phase, detail: None)[0]
+        blocks = engine.executor.runner.kv_cache.blocks
+        assert blocks.shape == (made.num_blocks + 1, made.block_size * made.kv_bytes_per_token)
+        assert 0.99e6 < made.num_blocks * blocks.shape[1] <= 1e6
+        sizes[dtype] = made.num_kv_tokens
+        assert all(len(tokens) == 14 for tokens in answer_all(engine, make_requests()).tokens.values())
+    assert sizes["int8"] / sizes["float16"] == pytest.approx(2 * 32 / (32 + 4), rel=0.01)
+
+
+def test_a_cache_of_int8_is_read_by_torch_s_layers_too(save) -> None:
+    """By compiled attention and by torch's: the same tokens, but where a key that lies between two codes tips one."""
+    path, exact = save(MODELS["llama"]), {"dtype": "float32", "quantization": "none"}
+    found = []
+    for device in ({}, {"kernels": "torch"}):
+        engine, model = build(path, model=exact, device=device, kv_cache={"dtype": "int8"})
+        assert model.settings["kv_cache.dtype"].value == "int8"
+        assert engine.executor.runner.kv_cache.dtype == torch.int8
+        found.append(answer_all(engine, make_requests(greedy=True)).tokens)
+    same = [found[0][request_id] == tokens for request_id, tokens in found[1].items()]
+    assert sum(same) >= len(same) - 1
 
 
 def test_layers_with_a_window_keep_that_of_a_text_and_change_no_bit(save, monkeypatch) -> None:
@@ -171,12 +200,12 @@ def test_layers_with_a_window_keep_that_of_a_text_and_change_no_bit(save, monkey
     assert held < 0.6 * held_by_all
 
 
-@pytest.mark.parametrize("name", ["llama", "smollm3"])
-def test_a_request_is_the_same_after_preemption(name: str, save) -> None:
+@pytest.mark.parametrize(("name", "kept"), [("llama", "auto"), ("smollm3", "auto"), ("llama", "int8")])
+def test_a_request_is_the_same_after_preemption(name: str, kept: str, save) -> None:
     path = save(MODELS[name])
     requests = [longer(request) for request in make_requests()]
-    expected = answer_all(build(path)[0], requests, at_once=1).answers
-    tight, _ = build(path, model={"max_model_len": 160}, kv_cache={"memory": "208tokens"})
+    expected = answer_all(build(path, kv_cache={"dtype": kept})[0], requests, at_once=1).answers
+    tight, _ = build(path, model={"max_model_len": 160}, kv_cache={"memory": "208tokens", "dtype": kept})
     assert answer_all(tight, requests).answers == expected
     assert tight.scheduler.num_preemptions > 0
 

@@ -6,7 +6,7 @@ import torch
 from engine.attention.backend import AttentionBackend
 from engine.attention.torch_backend import TorchAttention
 from engine.attention.triton_backend import TritonAttention
-from engine.kv_cache.codec import DenseCodec
+from engine.kv_cache.codec import make_codec
 from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
@@ -44,10 +44,10 @@ PROPOSERS = {
 
 
 def _outputs(
-    model: str, attention: type[AttentionBackend], device: torch.device, proposer: str
+    model: str, attention: type[AttentionBackend], device: torch.device, proposer: str, kept: str
 ) -> dict[str, list[int]]:
     llama = make_model(model).to(device)
-    cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, codec=DenseCodec(torch.float32), device=device)
+    cache = KVCache(llama.attention_layers, num_blocks=60, block_size=4, codec=make_codec(kept), device=device)
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=24, max_model_len=60, headroom=4)
     runner = ModelRunner(llama, cache, attention(cache))
     scheduler = Scheduler(KVCacheManager(60, 4, windows=windows_of(llama.attention_layers)), limits)
@@ -56,8 +56,24 @@ def _outputs(
 
 
 @pytest.mark.parametrize(
-    ("model", "proposer"), [("full", "none"), ("full", "tree"), ("window", "ngram"), ("mixed", "tree")]
+    ("model", "proposer", "kept"),
+    [
+        ("full", "none", "float32"),
+        ("full", "tree", "float32"),
+        ("window", "ngram", "float32"),
+        ("mixed", "tree", "float32"),
+        ("full", "none", "int8"),
+        ("mixed", "tree", "int8"),
+    ],
 )
-def test_the_engine_says_the_same_on_triton_as_on_torch(device: torch.device, model: str, proposer: str) -> None:
-    found = _outputs(model, TritonAttention, device, proposer)
-    assert found == _outputs(model, TorchAttention, torch.device("cpu"), proposer)
+def test_the_engine_says_the_same_on_triton_as_on_torch(
+    device: torch.device, model: str, proposer: str, kept: str
+) -> None:
+    found = _outputs(model, TritonAttention, device, proposer, kept)
+    assert found == _outputs(model, TorchAttention, torch.device("cpu"), proposer, kept)
+
+
+def test_drafts_change_nothing_over_fp8(device: torch.device) -> None:
+    """A tree's accepted path is moved with its scales."""
+    plain, tree = (_outputs("full", TritonAttention, device, proposer, "fp8") for proposer in ("none", "tree"))
+    assert plain == tree

@@ -75,6 +75,7 @@ def _build(
     target: str = "TARGET",
     kernels: str = "numba",
     determinism: str = "fast",
+    kept: str = "auto",
 ) -> Engine:
     named = dict(speculation)
     if "model" in named:
@@ -82,7 +83,7 @@ def _build(
     settings = {
         "model": {"path": str(folder / target), "load_format": "dummy"},
         "device": {"num_threads": 2, "kernels": kernels, "determinism": determinism},
-        "kv_cache": {"memory": f"{tokens}tokens"},
+        "kv_cache": {"memory": f"{tokens}tokens", "dtype": kept},
         "scheduler": {"max_num_seqs": 16, "max_num_batched_tokens": 40},
         "speculation": named,
     }
@@ -129,6 +130,22 @@ def test_tokens_and_log_probabilities_are_the_same_bits(
         assert answer_all(engine, [one]).answers == {one.request_id: answers[one.request_id]}
     assert not engine.speculator.is_off
     assert engine.scheduler.kv.pool.num_owned == 0
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "medusa", "eagle3", "p_eagle"])
+def test_keys_and_values_in_8_bits_are_the_same_bits_with_drafts_and_without(folder: Path, method: str) -> None:
+    """A tree's accepted path is moved with its scales; an EAGLE head's own rows stay in float32 beside the blocks."""
+    requests = _requests(0.8)
+    plain = _build(folder, {"method": "none"}, kept="int8")
+    alone: dict[str, Answer] = {}
+    for one in requests:
+        alone |= answer_all(plain, [one]).answers
+    for tokens in (4000, 256):  # and with preemption
+        engine = _build(folder, METHODS[method], tokens=tokens, kept="int8")
+        for at_once in (3, 16):
+            assert answer_all(engine, requests, at_once=at_once).answers == alone
+        assert not engine.speculator.is_off
+    assert alone != answer_all(_build(folder, {"method": "none"}), requests).answers
 
 
 def test_a_draft_model_with_another_vocabulary_or_none_is_refused(folder: Path, tmp_path: Path) -> None:

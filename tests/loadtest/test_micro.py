@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from kernels.numba.core.formats import NAMES
-from loadtest.micro import host_step, instruction_rates, perplexity, products, scaling, step_profile
+from loadtest.micro import host_step, instruction_rates, kv_codecs, needle, perplexity, products, scaling, step_profile
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
 from loadtest.report.environment import read_environment
@@ -215,3 +215,28 @@ def test_settings_that_round_are_compared_by_perplexity(model: Path, tmp_path: P
     assert first[0] > 100  # random weights know nothing
     assert same == first == [first[0], 0, 0, 0]
     assert rounded[2] > rounded[3] > 0
+
+
+def test_a_needle_is_asked_for_at_every_depth_with_each_setting(model: Path, tmp_path: Path, capsys) -> None:
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. ")
+    settings = ["model.load_format=dummy,kv_cache.dtype=float16", "model.load_format=dummy,kv_cache.dtype=int8"]
+    needle.main(["--model", str(model), "--text", str(text), "--context", "100", *settings])
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["settings", "depth", "tokens", "is", "answer", "found", "log-probability"]
+    assert [row.split()[:4] for row in rows] == [
+        [setting, f"{depth:.0%}", "100", code.strip()]
+        for setting in settings
+        for depth, code in zip(needle.DEPTHS, needle.CODES, strict=True)
+    ]
+    scores = [float(row.split()[-1]) for row in rows]
+    assert max(scores) < -1  # random weights know nothing
+    assert scores[:5] != scores[5:] == pytest.approx(scores[:5], abs=0.1)
+
+
+def test_codecs_of_a_cache_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_codecs, "NUM_LAYERS", 2)
+    row = kv_codecs.measure(2, 1, 32, ["float16", "int8"], num_rounds=2, num_threads=1)
+    assert (row["seqs"], row["new"], row["context"]) == (2, 1, 32)
+    assert min(row["float16, us"], row["int8, us"]) > 0
+    assert float(row["int8 / float16"]) > 0

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from engine.batch.device_inputs import ForwardBatch
+from engine.kv_cache.codec import DenseCodec, KVCodec
 from engine.kv_cache.layer_spec import AttentionLayer
+from engine.kv_cache.scaled_codec import ScaledCodec
 from engine.kv_cache.storage import KVCache
 from engine.types import Request, SamplingParams, Scheduled, Sequence
 from kernels.reference.attention import visible
+from kernels.reference.kv_codes import LARGEST_CODE, decode, encode
 from tests.support.stepping import build_forward_batch
 
 
@@ -110,8 +113,18 @@ class Texts:
     def define(self, index: int, part: Part, *, kept_as: torch.dtype) -> Tensor:
         """What the part's rows are by the definition. kept_as: what the cache keeps keys and values as"""
         rows = slice(part.num_computed, part.num_tokens)
-        k, v = (x[index][: part.num_tokens].to(kept_as) for x in (self.k, self.v))
+        k, v = (kept(x[index][: part.num_tokens], kept_as) for x in (self.k, self.v))
         return attend_densely(self.q[index][rows], k, v, self.layer, part)
+
+
+def codec_of(dtype: torch.dtype, *, keys_as_columns: bool = False) -> KVCodec:
+    """What keeps elements of this type."""
+    return (ScaledCodec if dtype in LARGEST_CODE else DenseCodec)(dtype, keys_as_columns)
+
+
+def kept(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of this type has them."""
+    return decode(*encode(tokens, dtype)) if dtype in LARGEST_CODE else tokens.to(dtype)
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, part: Part) -> Tensor:

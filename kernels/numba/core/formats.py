@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)  # of packed matrices; tables and KV caches have the first three
+FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)  # of packed matrices; tables have the first three, KV caches INT8 too
 ROUNDED_BFLOAT16 = 5  # of products: BFLOAT16, whose other factor is rounded to bfloat16 too
 QUAD_INT8, QUAD_INT4 = 6, 7  # INT8 and INT4 in the layout that rows of 8-bit integers are multiplied by
 IN_QUADS = {INT8: QUAD_INT8, INT4: QUAD_INT4}

@@ -59,6 +59,8 @@ def load_floats(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Va
     """16 consecutive elements as float32, exactly."""
     if element == "float32":
         return load(builder, address, FLOATS, 4)
+    if element == "int8":
+        return builder.sitofp(builder.sext(load(builder, address, ir.VectorType(I8, LANES), 1), INTS), FLOATS)
     bits = load(builder, address, ir.VectorType(I16, LANES), 2)
     if element == "bfloat16":  # the upper half of a float32
         wide = builder.shl(builder.zext(bits, INTS), ir.Constant(INTS, [16] * LANES))
@@ -161,6 +163,43 @@ def largest_of(typing_context, scores, count, floor):
         return call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
 
     return types.float32(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def largest_magnitude(typing_context, x, count):
+    """The largest magnitude of float32 [16 * count] at an address; NaN where any is NaN or infinite."""
+
+    def generate(context, builder, signature, arguments):
+        address, num_vectors = arguments
+        loop = Loop(builder, num_vectors, [constant(0.0), constant(0.0)])
+        values = load_floats(builder, builder.add(address, builder.mul(loop.index, I64(4 * LANES))), "float32")
+        sizes = call_by_name(builder, f"llvm.fabs.v{LANES}f32", FLOATS, values)
+        is_larger = builder.fcmp_ordered(">", sizes, loop.values[0])
+        nothing = builder.fmul(values, constant(0.0))  # but NaN of NaN and of infinity
+        largest, signs = loop.close(
+            [builder.select(is_larger, sizes, loop.values[0]), builder.fadd(loop.values[1], nothing)]
+        )
+        found = call_by_name(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", FLOAT, largest)
+        return builder.fadd(found, sum_lanes(builder, signs))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def multiply_vectors(typing_context, x, factors, count):
+    """x *= factors, float32 [16 * count] each, at addresses."""
+
+    def generate(context, builder, signature, arguments):
+        x, factors, num_vectors = arguments
+        loop = Loop(builder, num_vectors, [])
+        offset = builder.mul(loop.index, I64(4 * LANES))
+        address = builder.add(x, offset)
+        values, by = (load_floats(builder, base, "float32") for base in (address, builder.add(factors, offset)))
+        store(builder, builder.fmul(values, by), address)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
 
 
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:

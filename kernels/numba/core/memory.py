@@ -30,7 +30,9 @@ def _array_of(element):
     return view
 
 
-floats, words, integers, flags = map(_array_of, (types.float32, types.int16, types.int64, types.uint8))
+floats, words, integers, flags, codes = map(
+    _array_of, (types.float32, types.int16, types.int64, types.uint8, types.int8)
+)
 
 
 def _counter(builder, address):

@@ -88,7 +88,8 @@ def _value_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.F
 
 
 def _size(element: str) -> int:
-    return 4 if element == "float32" else 2
+    """Bytes."""
+    return {"float32": 4, "int8": 1}.get(element, 2)
 
 
 def _part(builder: ir.IRBuilder, parts: ir.Value, index: ir.Value) -> ir.Value:
@@ -108,9 +109,9 @@ def _add_products(
     return sums
 
 
-score_float32, score_bfloat16, score_float16 = (
-    dispatching(_score_tile, element, 8) for element in ("float32", "bfloat16", "float16")
+score_float32, score_bfloat16, score_float16, score_int8 = (
+    dispatching(_score_tile, element, 8) for element in ("float32", "bfloat16", "float16", "int8")
 )
-weigh_float32, weigh_bfloat16, weigh_float16 = (
-    dispatching(_value_tile, element, 9) for element in ("float32", "bfloat16", "float16")
+weigh_float32, weigh_bfloat16, weigh_float16, weigh_int8 = (
+    dispatching(_value_tile, element, 9) for element in ("float32", "bfloat16", "float16", "int8")
 )

@@ -70,6 +70,17 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     call_by_name(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(2), I32(1))
 
 
+@intrinsic
+def prefetch_line(typing_context, address):
+    """Prefetches the cache line of an address: see `prefetch`."""
+
+    def generate(context, builder, signature, arguments):
+        prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def prefetch_span(builder: ir.IRBuilder, addresses: list[ir.Value], distance: ir.Value, num_bytes: int) -> None:
     """Prefetches so many bytes at a distance from each address."""
     for address in addresses:

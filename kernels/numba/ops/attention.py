@@ -11,19 +11,21 @@ import math
 import numpy as np
 from numba import njit, types
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT32
-from kernels.numba.core.lanes import LANES, exponentiate, largest_of
-from kernels.numba.core.memory import flags, floats, integers, words
+from kernels.numba.core.formats import BFLOAT16, FLOAT32, INT8
+from kernels.numba.core.lanes import LANES, exponentiate, largest_of, multiply_vectors
+from kernels.numba.core.memory import codes, flags, floats, integers, words
 from kernels.numba.core.paged_tiles import (
     PARTS_AHEAD,
     score_bfloat16,
     score_float16,
     score_float32,
+    score_int8,
     weigh_bfloat16,
     weigh_float16,
     weigh_float32,
+    weigh_int8,
 )
-from kernels.numba.core.tiles import FLOAT_TILES, rows_of_next_tile, shape_of_next_tile
+from kernels.numba.core.tiles import FLOAT_TILES, prefetch_line, rows_of_next_tile, shape_of_next_tile
 from kernels.numba.kernel_cache import by_name, kernel
 
 SPAN = 128  # keys scored at once; a multiple of LANES
@@ -32,7 +34,8 @@ _MASKED = np.float32(-1e30)  # score of a key that the row does not attend to
 _LOWEST = np.float32(-1e29)  # the running maximum before the first score: e^(_MASKED - _LOWEST) is 0
 
 MAX_PARTS = SPAN // LANES  # of a span; a part lies in one block of the cache
-SCRATCH_FLOATS = 4 * (MAX_PARTS + PARTS_AHEAD)  # addresses of parts, keys' and values'
+# of parts, keys' and values': addresses, and scales, which only 8-bit caches have
+SCRATCH_FLOATS = 4 * (MAX_PARTS + PARTS_AHEAD) + 2 * SPAN
 SCRATCH_FLOATS_PER_ROW = SPAN + 3  # beside two times the head size
 NUM_TILE_FIELDS = 6
 
@@ -85,6 +88,8 @@ def _score(kind, rows, x, size, parts, block, num_parts, out, ldo):
                 score_float32(arguments)
             elif kind == BFLOAT16:
                 score_bfloat16(arguments)
+            elif kind == INT8:
+                score_int8(arguments)
             else:
                 score_float16(arguments)
             part += count
@@ -110,6 +115,8 @@ def _add_values(kind, rows, x, ldx, parts, skipped, depth, out, size, element):
                 weigh_float32(arguments)
             elif kind == BFLOAT16:
                 weigh_bfloat16(arguments)
+            elif kind == INT8:
+                weigh_int8(arguments)
             else:
                 weigh_float16(arguments)
             column += panels * LANES
@@ -158,9 +165,39 @@ def _mask(scores, count, start, low, high):
 
 
 @njit
+def _copy_codes(keys, values, block, size, offset, lane, is_token, key_part, value_part, key_scales, value_scales):
+    """Copies the codes and scales of the token at `offset` of a block to place `lane`, or zeros if it is no token."""
+    column, target_column = codes(keys, size * block), codes(key_part, size * block)
+    row, target_row = codes(values + offset * size, size), codes(value_part + lane * size, size)
+    for i in range(size):
+        target_column[i * block + lane] = column[i * block + offset] if is_token else np.int8(0)
+        target_row[i] = row[i] if is_token else np.int8(0)
+    scales_at = block * size
+    for part, target in ((keys, key_scales), (values, value_scales)):
+        scale = floats(part + scales_at, block)[offset] if is_token else np.float32(0.0)
+        floats(target, LANES)[lane] = scale
+
+
+@njit
+def _copy_scales(part, target):
+    source, scales = floats(part, LANES), floats(target, LANES)
+    for lane in range(LANES):
+        scales[lane] = source[lane]
+
+
+@njit
+def _prefetch_scales(keys, values, pages, block, block_bytes, size, first, last):
+    """Of the keys first..last - 1: they are read before the codes that they lie behind."""
+    for key in range(first, last, LANES):
+        distance = pages[key // block] * block_bytes + block * size + key % block * 4
+        prefetch_line(keys + distance)
+        prefetch_line(values + distance)
+
+
+@njit
 def _copy_path(
     keys, values, pages, block, block_bytes, size, element, first_key, count, first_new, tree, ancestor, ancestor_at,
-    key_part, value_part,
+    key_part, value_part, key_scales, value_scales,
 ):  # fmt: skip
     """Copies the keys and values of `count` tokens of a row's path, from position `first_key` on, to where a chain of
     them would have them: a row of a tree is then summed as the same row of a chain is, to the last bit.
@@ -169,7 +206,7 @@ def _copy_path(
     of the step; `ancestor` is the row of the last one that was copied, and `ancestor_at` its position.
     Returns these two as they are then. The rest of a part is zeros.
     """
-    shown, width = flags(tree, 1 << 30), element // 2  # words of an element
+    shown, width = flags(tree, 1 << 30), element // 2  # words of an element, if it is one of those
     for lane in range(LANES):
         source = first_key + lane
         if lane < count and source >= first_new:
@@ -179,6 +216,12 @@ def _copy_path(
                     ancestor_at += 1
             source = first_new + ancestor
         page, offset = pages[source // block] * block_bytes if lane < count else 0, source % block
+        if element == 1:
+            _copy_codes(
+                keys + page, values + page, block, size, offset, lane, lane < count, key_part, value_part, key_scales,
+                value_scales,
+            )  # fmt: skip
+            continue
         column, target_column = words(keys + page, size * block * width), words(key_part, size * block * width)
         row = words(values + page + offset * size * element, size * width)
         target_row = words(value_part + lane * size * element, size * width)
@@ -188,6 +231,47 @@ def _copy_path(
                 target_column[(i * block + lane) * width + word] = value
         for i in range(size * width):
             target_row[i] = row[i] if lane < count else np.int16(0)
+    return ancestor, ancestor_at
+
+
+@njit
+def _find_parts(
+    kind, keys, values, pages, block, block_bytes, size, element, first_key, num_parts, next_span, last, first_copied,
+    first_new, tree, ancestor, ancestor_at, keys_at, values_at, key_scales, value_scales, copied_keys, copied_values,
+):  # fmt: skip
+    """Writes down the addresses of a span's parts, of what is to be prefetched behind them, and their scales.
+
+    first_key: of the first part; next_span: the first key of the next one; last: one past the last key of all spans
+    first_copied: from which on keys and values are copied, as `_copy_path` does, whose state is returned
+    keys_at, values_at: int64 [MAX_PARTS + PARTS_AHEAD]; key_scales, value_scales: float32 [SPAN]
+    """
+    key_parts, value_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD), integers(values_at, MAX_PARTS + PARTS_AHEAD)
+    for part in range(num_parts):
+        key, scales_at = first_key + part * LANES, part * LANES * 4
+        if key + LANES > first_copied and first_copied < last:
+            key_parts[part] = copied_keys + part * size * block * element
+            value_parts[part] = copied_values + part * LANES * size * element
+            ancestor, ancestor_at = _copy_path(
+                keys, values, pages, block, block_bytes, size, element, key, min(LANES, last - key), first_new, tree,
+                ancestor, ancestor_at, key_parts[part], value_parts[part], key_scales + scales_at,
+                value_scales + scales_at,
+            )  # fmt: skip
+            continue
+        page, offset = pages[key // block] * block_bytes, key % block
+        key_parts[part] = keys + page + offset * element
+        value_parts[part] = values + page + offset * size * element
+        if kind == INT8:
+            distance = page + block * size + offset * 4
+            _copy_scales(keys + distance, key_scales + scales_at)
+            _copy_scales(values + distance, value_scales + scales_at)
+    if kind == INT8:
+        _prefetch_scales(keys, values, pages, block, block_bytes, size, next_span, min(next_span + SPAN, last))
+    for ahead in range(PARTS_AHEAD):
+        key_parts[num_parts + ahead] = value_parts[min(ahead, num_parts - 1)]
+        key = min(next_span + ahead * LANES, last - 1)
+        value_parts[num_parts + ahead] = (
+            keys + pages[key // block] * block_bytes + key % block // LANES * LANES * element
+        )
     return ancestor, ancestor_at
 
 
@@ -245,11 +329,12 @@ def _attend_unit(
     """
     group = num_heads // num_kv_heads
     rows = num_tokens * group
-    element = 4 if kind == FLOAT32 else 2
+    element = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
     keys, values = keys + kv_head * head_bytes, values + kv_head * head_bytes
     pages = integers(tables, (context + block - 1) // block)
     keys_at, values_at = scratch, scratch + (MAX_PARTS + PARTS_AHEAD) * 8
-    key_parts, value_parts = integers(keys_at, MAX_PARTS + PARTS_AHEAD), integers(values_at, MAX_PARTS + PARTS_AHEAD)
+    key_scales = scratch + 2 * (MAX_PARTS + PARTS_AHEAD) * 8
+    value_scales = key_scales + SPAN * 4
     queries = scratch + SCRATCH_FLOATS * 4
     sums, scores = queries + rows * size * 4, queries + 2 * rows * size * 4
     states = scores + rows * SPAN * 4
@@ -282,6 +367,7 @@ def _attend_unit(
             start = max(start, first_new // SPAN * SPAN)
             last = row_positions[first_token + index - 1] + 1
         ancestor, ancestor_at = -1, first_new - 1
+        first_copied = last if index == 0 else first_new
         while start < last:
             count = min(SPAN, last - start)
             num_vectors = -(-count // LANES)
@@ -289,26 +375,11 @@ def _attend_unit(
             num_skipped = max(0, low - start)
             first = num_skipped // LANES * LANES  # whole parts before `low` are skipped
             num_parts = num_vectors - first // LANES
-            for part in range(num_parts):
-                key = start + first + part * LANES
-                if index != 0 and key + LANES > first_new:
-                    key_parts[part] = copied_keys + part * size * block * element
-                    value_parts[part] = copied_values + part * LANES * size * element
-                    ancestor, ancestor_at = _copy_path(
-                        keys, values, pages, block, block_bytes, size, element, key, min(LANES, last - key), first_new,
-                        tree + (first_token + index - 1) * tree_width, ancestor, ancestor_at, key_parts[part],
-                        value_parts[part],
-                    )  # fmt: skip
-                    continue
-                page, offset = pages[key // block] * block_bytes, key % block
-                key_parts[part] = keys + page + offset * element
-                value_parts[part] = values + page + offset * size * element
-            for ahead in range(PARTS_AHEAD):  # to be prefetched
-                key_parts[num_parts + ahead] = value_parts[min(ahead, num_parts - 1)]
-                key = min(start + SPAN + ahead * LANES, last - 1)
-                value_parts[num_parts + ahead] = (
-                    keys + pages[key // block] * block_bytes + key % block // LANES * LANES * element
-                )
+            ancestor, ancestor_at = _find_parts(
+                kind, keys, values, pages, block, block_bytes, size, element, start + first, num_parts, start + SPAN,
+                last, first_copied, first_new, tree + (first_token + index - 1) * tree_width, ancestor, ancestor_at,
+                keys_at, values_at, key_scales, value_scales, copied_keys, copied_values,
+            )  # fmt: skip
             _score(
                 kind, end_row - begin_row, queries + begin_row * size * 4, size, keys_at, block, num_parts,
                 scores + (begin_row * SPAN + first) * 4, SPAN,
@@ -316,6 +387,8 @@ def _attend_unit(
             for row in range(begin_row, end_row):
                 own = row_positions[first_token + row // group]
                 row_scores = floats(scores + row * SPAN * 4, num_scored)
+                if kind == INT8:
+                    multiply_vectors(scores + (row * SPAN + first) * 4, key_scales, num_parts)
                 if soft_cap != np.float32(0.0):
                     _cap(row_scores, num_scored, soft_cap)
                 row_low = max(0, own - window + 1) if window != 0 else 0
@@ -323,6 +396,8 @@ def _attend_unit(
                     _mask(row_scores, num_scored, start, row_low, own + 1)
                 row_sums, state = floats(sums + row * size * 4, size), floats(states + row * 8, 2)
                 _update_softmax(scores + row * SPAN * 4, num_vectors, row_sums, size, state)
+                if kind == INT8:
+                    multiply_vectors(scores + (row * SPAN + first) * 4, value_scales, num_parts)
             _add_values(
                 kind, end_row - begin_row, scores + (begin_row * SPAN + first) * 4, SPAN, values_at,
                 num_skipped - first, count - first, sums + begin_row * size * 4, size, element,

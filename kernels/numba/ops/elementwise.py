@@ -10,10 +10,18 @@ import math
 import numpy as np
 from numba import njit
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT32
-from kernels.numba.core.lanes import GROUP, LANES, round_groups, round_groups_to_bytes, silu_and_multiply
+from kernels.numba.core.formats import BFLOAT16, FLOAT32, INT8
+from kernels.numba.core.lanes import (
+    GROUP,
+    LANES,
+    largest_magnitude,
+    round_groups,
+    round_groups_to_bytes,
+    silu_and_multiply,
+)
 from kernels.numba.core.memory import (
     bfloat16_value,
+    codes,
     float16_value,
     floats,
     integers,
@@ -25,6 +33,7 @@ from kernels.numba.core.memory import (
 # sums may be reordered, so that they are vectors; NaN and infinity stay what they are
 REORDERED = {"reassoc", "contract", "nsz"}
 _FUSED = {"contract"}
+_LARGEST_CODE, _SMALLEST = np.float32(127.0), np.float32(1e-30)  # as of `kernels.reference.kv_codes`
 
 
 @njit(fastmath=REORDERED)
@@ -77,6 +86,24 @@ def _store(value, address, kind):
 
 
 @njit
+def _store_codes(new, size, first, stride, scale):
+    """As `kernels.reference.kv_codes.encode` to int8, for one token and head.
+
+    new: address of float32 [size]; first: address of the first code; stride: bytes to the next; scale: its address
+    """
+    values, target = floats(new, size), codes(first, (size - 1) * stride + 1)
+    largest = largest_magnitude(new, size // LANES)
+    floats(scale, 1)[0] = largest / _LARGEST_CODE if not largest <= _SMALLEST else np.float32(0.0)
+    inverse = _LARGEST_CODE / largest if largest > _SMALLEST else np.float32(0.0)
+    if inverse == np.float32(0.0):  # zeros, or no number: what its product with zero is, an integer cannot be
+        for i in range(size):
+            target[i * stride] = np.int8(0)
+        return
+    for i in range(size):
+        target[i * stride] = np.int8(np.rint(values[i] * inverse))
+
+
+@njit
 def rotate_and_store_rows(
     qkv,
     first,
@@ -104,9 +131,10 @@ def rotate_and_store_rows(
     qkv: float32 [rows, (num_heads + 2 * num_kv_heads) * size]; q_norm, k_norm: float32 [size], or 0
     positions, slots: int64 [rows]; cos, sin: float32 [positions, width], width rotated elements of a head, 0 for none
     keys, values: one layer's cache, addresses of the first head of block 0, elements of `kind`: of a block, each head's
-    keys are [size, block] and its values [block, size]; block_bytes, head_bytes: from a block to the next, and a head
+    keys are [size, block] and its values [block, size]; of INT8, float32 [block] are the scales behind each of them
+    block_bytes, head_bytes: from a block to the next, and a head
     """
-    element = 4 if kind == FLOAT32 else 2
+    element = 4 if kind == FLOAT32 else 1 if kind == INT8 else 2
     row_bytes = (num_heads + 2 * num_kv_heads) * size * 4
     row_slots, row_positions = integers(slots, last), integers(positions, last)
     for row in range(first, last):
@@ -126,6 +154,12 @@ def rotate_and_store_rows(
             head_offset = page * block_bytes + head * head_bytes
             key_column = keys + head_offset + offset * element
             value_row = values + head_offset + offset * size * element
+            if kind == INT8:
+                scale = head_offset + block * size + offset * 4
+                _store_codes(heads + (num_heads + head) * size * 4, size, key_column, block, keys + scale)
+                new = heads + (num_heads + num_kv_heads + head) * size * 4
+                _store_codes(new, size, value_row, 1, values + scale)
+                continue
             for i in range(size):
                 _store(new_keys[i], key_column + i * block * element, kind)
             for i in range(size):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.triton.attention.kv_codes import check_scales
 from kernels.triton.attention.prompt_kernel import prompt_kernel
 from kernels.triton.attention.split_kernel import combine_kernel, split_kernel
 from kernels.triton.attention.work_partition import SplitChunk, WorkPartition, Workspace, partition_attention
@@ -49,6 +50,8 @@ def paged_attention(
     tree_mask: Tensor | None = None,
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     prepared: Prepared | None = None,
 ) -> Tensor:
@@ -60,6 +63,7 @@ def paged_attention(
     prepared: the step's partition of the work; without it, the lengths are copied to the host, which waits for them
     """
     _check(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
+    check_scales(k_cache, v_cache, k_scales, v_scales)
     if prepared is None:
         prepared = _prepare(q, query_starts, seq_lens, k_cache.shape[1])
     words = None
@@ -67,7 +71,7 @@ def paged_attention(
         words = pack_tree(tree_mask) if prepared.tree_words is None else prepared.tree_words
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     inputs = (q, k_cache, v_cache, out, block_tables, query_starts, seq_lens)
-    call = _Call(inputs, words, positions, sinks, scale, window, soft_cap)
+    call = _Call(inputs, words, positions, sinks, k_scales, v_scales, scale, window, soft_cap)
     partition = prepared.partition
     if len(partition.prompt_tiles):
         _start_prompts(call, prepared)
@@ -87,15 +91,20 @@ class _Call:
     tree_words: Tensor | None
     positions: Tensor | None
     sinks: Tensor | None
+    k_scales: Tensor | None
+    v_scales: Tensor | None
     scale: float
     window: int | None
     soft_cap: float | None
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
-        unread = self.inputs[5]  # the pointer for an option that is None, which the kernel does not read
-        options = (self.tree_words, self.positions, self.sinks)
-        return *self.inputs, *(unread if option is None else option for option in options)
+        options = (self.tree_words, self.positions, self.sinks, self.k_scales, self.v_scales)
+        return *self.inputs, *map(self.pointer, options)
+
+    def pointer(self, option: Tensor | None) -> Tensor:
+        """Of an option that is None, some pointer, which the kernel does not read."""
+        return self.inputs[5] if option is None else option
 
     @property
     def numbers(self) -> tuple[float, int, float]:
@@ -131,6 +140,7 @@ class _Call:
             "BLOCK_SIZE": k_cache.shape[2],
             "HAS_SOFT_CAP": self.soft_cap is not None,
             "HAS_DEPTHS": has_depths,
+            "HAS_SCALES": self.k_scales is not None,
             **self.features,
         }
 
@@ -180,7 +190,7 @@ def _start_combine(call: _Call, config: AttentionConfig, chunk: SplitChunk, part
         out,
         query_starts,
         seq_lens,
-        call.pointers[-1],
+        call.pointer(call.sinks),
         chunk.queries,
         chunk.partial_starts,
         call.window or 0,

@@ -20,6 +20,8 @@ def prompt_kernel(
     mask_ptr,
     depths_ptr,
     sinks_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     tiles_ptr,
     scale,
     window,
@@ -42,6 +44,7 @@ def prompt_kernel(
     HAS_TREE: tl.constexpr,
     HAS_DEPTHS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     NUM_ROWS: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -84,6 +87,9 @@ def prompt_kernel(
     table_ptr = tables_ptr + seq * stride_table
     k_ptr += kv_head * stride_cache_head
     v_ptr += kv_head * stride_cache_head
+    if HAS_SCALES:
+        k_scales_ptr += kv_head * (stride_cache_head // 4)
+        v_scales_ptr += kv_head * (stride_cache_head // 4)
     for IS_MASKED in tl.static_range(1 if HAS_WINDOW else 0, 2):
         acc, l_i, m_i = attend(
             acc,
@@ -101,6 +107,8 @@ def prompt_kernel(
             table_ptr,
             k_ptr,
             v_ptr,
+            k_scales_ptr,
+            v_scales_ptr,
             mask_ptr,
             depths_ptr,
             scale,
@@ -120,6 +128,7 @@ def prompt_kernel(
             HAS_SOFT_CAP,
             HAS_TREE,
             HAS_DEPTHS,
+            HAS_SCALES,
         )
     _, _, outputs = finish(acc, l_i, m_i, sinks_ptr, heads, is_row, HAS_SINKS)
     row_offsets = tokens * stride_out_token + heads * stride_out_head

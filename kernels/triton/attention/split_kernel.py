@@ -25,6 +25,8 @@ def split_kernel(
     mask_ptr,
     depths_ptr,
     sinks_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     tiles_ptr,
     partial_starts_ptr,
     values_ptr,
@@ -50,6 +52,7 @@ def split_kernel(
     HAS_TREE: tl.constexpr,
     HAS_DEPTHS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_ROWS: tl.constexpr,
     NUM_KEYS: tl.constexpr,
@@ -87,6 +90,9 @@ def split_kernel(
     table_ptr = tables_ptr + seq * stride_table
     k_ptr += kv_head * stride_cache_head
     v_ptr += kv_head * stride_cache_head
+    if HAS_SCALES:
+        k_scales_ptr += kv_head * (stride_cache_head // 4)
+        v_scales_ptr += kv_head * (stride_cache_head // 4)
     first_partial = tl.load(partial_starts_ptr + seq).to(tl.int64)
     first_partials = first_partial + queries.to(tl.int64) * tl.cdiv(seq_len, SPLIT_SIZE)
 
@@ -108,6 +114,8 @@ def split_kernel(
             table_ptr,
             k_ptr,
             v_ptr,
+            k_scales_ptr,
+            v_scales_ptr,
             mask_ptr,
             depths_ptr,
             scale,
@@ -127,6 +135,7 @@ def split_kernel(
             HAS_SOFT_CAP,
             HAS_TREE,
             HAS_DEPTHS,
+            HAS_SCALES,
         )
         values, sums, outputs = finish(acc, l_i, m_i, sinks_ptr, heads, is_row, HAS_SINKS)
         if end_split - first_split == 1:  # the only split: nothing to combine

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton.attention.kv_codes import widen
 from kernels.triton.compat import LOG2E, dot, tanh
 
 
@@ -51,6 +52,8 @@ def attend(
     table_ptr,
     k_ptr,
     v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     mask_ptr,
     depths_ptr,
     scale,
@@ -70,6 +73,7 @@ def attend(
     HAS_SOFT_CAP: tl.constexpr,
     HAS_TREE: tl.constexpr,
     HAS_DEPTHS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     """Adds the keys first_key .. end_key to the softmax of a tile. Without IS_MASKED, all rows see all of them."""
     dims = tl.arange(0, PADDED_DIM)
@@ -93,20 +97,24 @@ def attend(
             is_dim = (dims < HEAD_DIM)[None, :]
             k = tl.load(k_ptr + offsets, mask=is_dim, other=0.0)
             v = tl.load(v_ptr + offsets, mask=is_dim, other=0.0)
+        if HAS_SCALES:
+            places = block * (stride_cache_block // 4) + keys % BLOCK_SIZE
+            is_scale = (keys >= first_seen) & (keys < end_key) if IS_MASKED else None
+            k_scales = tl.load(k_scales_ptr + places, mask=is_scale, other=0.0 if IS_MASKED else None)
+            v_scales = tl.load(v_scales_ptr + places, mask=is_scale, other=0.0 if IS_MASKED else None)
+            k = widen(k, q.dtype)
+            # not float16: a weight times a scale may be too small for it
+            v = widen(v, tl.float32 if q.dtype == tl.float32 else tl.bfloat16)
         scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], NUM_KEYS], tl.float32))
+        if HAS_SCALES:
+            scores *= k_scales[None, :]
         scores = tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2E) if HAS_SOFT_CAP else scores * (scale * LOG2E)
         if IS_MASKED:
             own = keys - num_computed  # the key's row among the sequence's new tokens
             is_own = (own >= 0) & is_key
             if HAS_TREE:
-                marks = tl.zeros([q.shape[0], NUM_KEYS], tl.int32)
                 first_word = (start - num_computed) >> 5
-                for i in tl.static_range((NUM_KEYS + 31) // 32 + 1):  # keys begin inside a word
-                    words = tl.where(is_row, first_word + i, -1)
-                    is_word = (words >= 0) & (words < stride_mask)
-                    bits = tl.load(mask_ptr + query_tokens * stride_mask + words, mask=is_word, other=0)
-                    marks = tl.where(((own >> 5) == first_word + i)[None, :], bits[:, None], marks)
-                is_marked = ((marks >> (own & 31)[None, :]) & 1) != 0
+                is_marked = tree_marks(mask_ptr + query_tokens * stride_mask, stride_mask, first_word, own, is_row)
                 sees = (is_marked & is_own[None, :]) | (is_key & (own < 0))[None, :]
             else:
                 sees = (keys[None, :] <= last_keys[:, None]) & is_key[None, :]
@@ -122,9 +130,25 @@ def attend(
         shrink = tl.exp2(m_i - base)
         weights = tl.exp2(scores - base[:, None])
         l_i = l_i * shrink + tl.sum(weights, 1)
+        if HAS_SCALES:
+            weights *= v_scales[None, :]
         acc = dot(weights, v, acc * shrink[:, None])
         m_i = top
     return acc, l_i, m_i
+
+
+@triton.jit
+def tree_marks(row_ptrs, num_words, first_word, own, is_row):
+    """Whether each row's mask names each key: that of the sequence's new token `own`, which may be none of them.
+
+    row_ptrs: [NUM_ROWS], each row's words, num_words of them; first_word: in which the first key's bit lies
+    """
+    marks = tl.zeros([is_row.shape[0], own.shape[0]], tl.int32)
+    for i in tl.static_range((own.shape[0] + 31) // 32 + 1):  # keys begin inside a word
+        words = tl.where(is_row, first_word + i, -1)
+        bits = tl.load(row_ptrs + words, mask=(words >= 0) & (words < num_words), other=0)
+        marks = tl.where(((own >> 5) == first_word + i)[None, :], bits[:, None], marks)
+    return ((marks >> (own & 31)[None, :]) & 1) != 0
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.attention.kv_codes import check_scales, encode
 from kernels.triton.compat import next_power_of_2
 
 
@@ -21,6 +22,8 @@ def rotate_and_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """As `kernels.reference.qkv.rotate_and_store`, in float32.
 
@@ -33,6 +36,7 @@ def rotate_and_store(
     assert k_cache.shape[3] == head_dim, f"heads of {head_dim} for a cache of {k_cache.shape[3]}"
     assert k_cache.stride() == v_cache.stride(), "keys and values lie alike"
     assert qkv.stride(2) == k_cache.stride(3) == 1, "rows are contiguous"
+    check_scales(k_cache, v_cache, k_scales, v_scales)
     width = 0 if cos is None or sin is None else _rotated_width(cos, sin, num_tokens, head_dim)
     is_joint = q_weight is not None and k_weight is not None and _is_joint(q_weight, k_weight, qkv, num_heads)
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
@@ -47,6 +51,8 @@ def rotate_and_store(
             q,
             k_cache,
             v_cache,
+            k_cache if k_scales is None else k_scales,
+            v_cache if v_scales is None else v_scales,
             eps,
             *qkv.stride()[:2],
             0 if cos is None else cos.stride(0),
@@ -60,6 +66,7 @@ def rotate_and_store(
             BLOCK_SIZE=block_size,
             HAS_NORM=q_weight is not None,
             IS_JOINT=is_joint,
+            HAS_SCALES=k_scales is not None,
             num_warps=4 if is_joint else 1,
         )
     return q
@@ -95,6 +102,8 @@ def qkv_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     eps,
     stride_token,
     stride_head,
@@ -111,6 +120,7 @@ def qkv_kernel(
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     IS_JOINT: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     # grid: [num_tokens, num_heads + 2 * num_kv_heads]; one program normalises, rotates and stores one head of one token
     token = tl.program_id(0).to(tl.int64)
@@ -148,8 +158,14 @@ def qkv_kernel(
         slot = tl.load(slots_ptr + token).to(tl.int64)
         if slot >= 0:
             kv_head = ((head - NUM_HEADS) % NUM_KV_HEADS).to(tl.int64)
-            offset = kv_head * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
-            offset += (slot % BLOCK_SIZE) * stride_cache_slot
+            place = kv_head * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
+            offset = place + (slot % BLOCK_SIZE) * stride_cache_slot
+            if HAS_SCALES:
+                x, scale = encode(x, 0, k_cache_ptr.dtype.element_ty)
+                if head < NUM_HEADS + NUM_KV_HEADS:
+                    tl.store(k_scales_ptr + place // 4 + slot % BLOCK_SIZE, scale)
+                else:
+                    tl.store(v_scales_ptr + place // 4 + slot % BLOCK_SIZE, scale)
             if head < NUM_HEADS + NUM_KV_HEADS:
                 tl.store(k_cache_ptr + offset + dims, x.to(k_cache_ptr.dtype.element_ty), mask=is_dim)
             else:

@@ -1,5 +1,7 @@
 """Attention by torch's own operations."""
 
+import torch
+
 from engine.attention.torch_backend import TorchAttention
 from engine.attention.torch_plan import MAX_GROUPED_QUERIES
 from engine.kv_cache.storage import KVCache
@@ -12,3 +14,8 @@ class TestTorchAttention(AttentionConformance):
 
     def make(self, cache: KVCache) -> TorchAttention:
         return TorchAttention(cache)
+
+
+class TestTorchAttentionOverInt8(TestTorchAttention):
+    kept_as = torch.int8
+    precisions = ((torch.float32, torch.int8), (torch.bfloat16, torch.int8))

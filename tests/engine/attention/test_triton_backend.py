@@ -43,6 +43,18 @@ class TestTritonAttention(AttentionConformance):
         return TritonAttention(cache)
 
 
+class TestTritonAttentionOverInt8(TestTritonAttention):
+    kept_as = torch.int8
+    stores_what_torch_rounds = False
+    precisions = ((torch.float32, torch.int8), (torch.bfloat16, torch.int8))
+
+
+class TestTritonAttentionOverFp8(TestTritonAttention):
+    kept_as = torch.float8_e4m3fn
+    stores_what_torch_rounds = False
+    precisions = ((torch.float32, torch.float8_e4m3fn), (torch.float16, torch.float8_e4m3fn))
+
+
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(
     ("num_heads", "chunkings"),

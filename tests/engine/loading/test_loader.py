@@ -248,6 +248,18 @@ def test_an_adapter_beside_the_weights_is_ignored_and_said_so(directory: Path, o
     assert same_weights(load(directory), original)
 
 
+def test_a_checkpoint_s_scales_of_an_8_bit_cache_are_not_needed(
+    directory: Path, original: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    names = ("self_attn.k_scale", "self_attn.v_scale", "self_attn.k_proj.output_scale", "self_attn.v_proj.v_scale")
+    scales = {f"model.layers.{layer}.{name}": torch.ones(1) for layer in range(3) for name in names}
+    original.save_pretrained(tmp_path / "scaled", state_dict=original.state_dict() | scales)
+    make_tokenizer().save_pretrained(tmp_path / "scaled")
+    (note,) = read_model_facts(ModelConfig(path=str(tmp_path / "scaled"))).notes
+    assert note.startswith("the checkpoint's scales of an 8-bit KV cache are not used")
+    assert same_weights(load(tmp_path / "scaled"), original)
+
+
 def test_an_adapter_alone_is_refused_as_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "meta/base", "r": 8}))
     save_file({"base_model.model.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "adapter_model.safetensors")

@@ -15,7 +15,7 @@ from engine.kv_cache.manager import KVCacheManager
 from engine.loading.loading_peak import OTHER_BYTES, Matrix
 from engine.loading.model_facts import ModelFacts
 from engine.planning.engine_plan import MemoryPlan, PlanError, plan_memory, render_plan
-from engine.planning.machine import Ceilings, Machine
+from engine.planning.machine import Ceilings, Gpu, Machine
 from engine.planning.resolve import CacheSize, SettingError, parse_cache_size
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
@@ -96,6 +96,35 @@ def test_a_token_takes_its_keys_and_values_in_every_layer() -> None:
     assert plan(make_machine()).kv_bytes_per_token == KV_BYTES
     assert plan(make_machine(), kv_cache={"dtype": "bfloat16"}).kv_bytes_per_token == KV_BYTES // 2
     assert plan(make_machine(), model={"dtype": "bfloat16"}).kv_bytes_per_token == KV_BYTES // 2
+
+
+def test_8_bits_double_the_tokens_that_fit() -> None:
+    layers = tuple(AttentionLayer(i, 8, 2, 128, 0.1) for i in range(4))
+    facts = replace(FACTS, attention_layers=layers)
+
+    def make(dtype: str) -> MemoryPlan:
+        machine = make_machine(2**34, device="cuda")
+        return plan(machine, facts, kv_cache={"dtype": dtype, "memory": "1GiB"})
+
+    narrow, wide = make("int8"), make("bfloat16")
+    assert (narrow.kv_bytes_per_token, wide.kv_bytes_per_token) == (4 * 2 * 2 * (128 + 4), 4 * 2 * 2 * 128 * 2)
+    assert 1.93 < narrow.num_kv_tokens / wide.num_kv_tokens < 1.94
+    assert f"{narrow.num_kv_tokens:,} in" in render_plan(narrow)
+    assert narrow.kv_dtype == torch.int8
+    assert make("fp8_e4m3").settings["kv_cache.dtype"].value == make("fp8").kv_codec == "fp8"
+
+
+def test_8_bits_are_refused_where_nothing_reads_them() -> None:
+    odd = replace(FACTS, attention_layers=(AttentionLayer(0, 2, 2, 18, 0.1),))
+    with pytest.raises(SettingError, match="heads of a multiple of 4 elements have; this model's have 18"):
+        plan(make_machine(), odd, kv_cache={"dtype": "int8"})
+    machine = make_machine(2**34, device="cuda")
+    ampere = replace(machine, gpu=Gpu("NVIDIA A100", 2**34, 2**34, (8, 0)))
+    assert plan(ampere, kv_cache={"dtype": "int8"}).kv_codec == "int8"
+    with pytest.raises(SettingError, match=r"NVIDIA A100 has no 8-bit floats .* set it to int8"):
+        plan(ampere, kv_cache={"dtype": "fp8"})
+    ada = replace(machine, gpu=Gpu("NVIDIA L4", 2**34, 2**34, (8, 9)))
+    assert plan(ada, kv_cache={"dtype": "fp8"}).kv_codec == "fp8"
 
 
 def test_auto_holds_the_longest_sequence_and_a_chat_for_each_request() -> None:
@@ -414,7 +443,9 @@ def test_one_limit_set_moves_the_other() -> None:
         ({"model": {"quantization": "int3"}}, "supported with torch kernels are auto, none, fp16, int8"),
         ({"model": {"quantization": "int4"}}, "supported with torch kernels are auto, none, fp16, int8"),
         ({"device": {"kernels": "numba"}}, "cannot run layers of another kind; set it to"),
-        ({"kv_cache": {"dtype": "fp8"}}, "supported are auto, float32"),
+        ({"kv_cache": {"dtype": "fp4"}}, "supported are auto, float32"),
+        ({"kv_cache": {"dtype": "fp8"}}, "Triton's kernels read, but device.kernels is torch here; set it to int8"),
+        ({"kv_cache": {"dtype": "fp8_e4m3"}}, "only Triton's kernels read"),
         ({"kv_cache": {"memory": "lots"}}, "kv_cache.memory"),
         ({"scheduler": {"max_num_seqs": 10, "max_num_batched_tokens": 9}}, "raise the first or lower the second"),
     ],

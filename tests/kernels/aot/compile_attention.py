@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 
 import numpy as np
@@ -27,11 +28,14 @@ class Shape:
     has_tree: bool = False
     has_sinks: bool = False
     block_size: int = 16
+    codes: torch.dtype | None = None  # of the cache; None: as the queries
 
 
 SHORT = {
     "llama-8b": Shape(32, 8, 128),
     "llama-8b tree": Shape(32, 8, 128, has_tree=True),
+    "llama-8b int8": Shape(32, 8, 128, codes=torch.int8),
+    "llama-8b fp8": Shape(32, 8, 128, codes=torch.float8_e4m3fn),
 }
 LONG = {
     "gemma2-9b": Shape(16, 8, 256, window=4096, soft_cap=50.0),
@@ -48,7 +52,30 @@ LONG = {
     "gpt-oss": Shape(64, 8, 64, window=128, has_sinks=True),
     "gemma-7b": Shape(16, 16, 256),
     "gemma2-9b float32": Shape(16, 8, 256, torch.float32, soft_cap=50.0),
+    "llama-8b tree int8": Shape(32, 8, 128, has_tree=True, codes=torch.int8),
+    "llama-8b window tree fp8": Shape(32, 8, 128, window=512, has_tree=True, codes=torch.float8_e4m3fn),
+    "gemma2-9b int8": Shape(16, 8, 256, window=4096, soft_cap=50.0, codes=torch.int8),
+    "gemma2-9b fp8": Shape(16, 8, 256, window=4096, soft_cap=50.0, codes=torch.float8_e4m3fn),
+    "smollm2 float32 int8": Shape(9, 3, 64, torch.float32, codes=torch.int8),
+    "llama-8b float16 int8": Shape(32, 8, 128, torch.float16, codes=torch.int8),
+    "falcon-7b int8": Shape(71, 1, 64, codes=torch.int8),
+    "qwen2-7b fp8": Shape(28, 4, 128, codes=torch.float8_e4m3fn),
+    "phi2 int8": Shape(32, 32, 80, torch.float16, codes=torch.int8),
+    "gpt-oss int8": Shape(64, 8, 64, window=128, has_sinks=True, codes=torch.int8),
 }
+FIRST_WITH_FP8 = 89  # chips before it have no 8-bit floats, and `kv_cache.dtype: fp8` is refused there
+
+
+def make_cache(shape: Shape) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """A layer's keys and values where all layers of a block are one piece, and their scales."""
+    dtype, sizes = shape.codes or shape.dtype, (shape.block_size, shape.head_dim)
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    of_scales = 4 * shape.block_size if shape.codes else 0
+    memory = torch.empty(64, 32, shape.num_kv_heads, 2, num_bytes + of_scales, dtype=torch.uint8)[:, 5]
+    elements, scales = memory.split([num_bytes, of_scales], dim=-1)
+    parts = elements.view(dtype).unflatten(-1, sizes).unbind(2)
+    named = zip(("k_scales", "v_scales"), scales.view(torch.float32).unbind(2), strict=True)
+    return list(parts), dict(named) if shape.codes else {}
 
 
 def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) -> None:
@@ -64,8 +91,7 @@ def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) 
         device=torch.device("cpu"),
     )
     q = torch.empty(34, shape.num_heads, shape.head_dim, dtype=shape.dtype)
-    cache = torch.empty(64, 32, shape.num_kv_heads, 2, shape.block_size, shape.head_dim, dtype=shape.dtype)[:, 5]
-    k_cache, v_cache = cache.unbind(2)  # a layer's, where all layers of a block are one piece
+    (k_cache, v_cache), scales = make_cache(shape)
     integers = torch.zeros(64, dtype=torch.int64)
     with compile_for(arch, name, compiled):
         paged_attention(
@@ -81,14 +107,16 @@ def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) 
             tree_mask=torch.zeros(34, 48, dtype=torch.bool) if shape.has_tree else None,
             positions=integers[:34],
             sinks=torch.zeros(shape.num_heads) if shape.has_sinks else None,
+            **scales,
             prepared=Prepared(partition, config, Workspace(0, 0, q.device)),
         )
         k, v = torch.empty(34, 2 * shape.num_kv_heads, shape.head_dim, dtype=shape.dtype).chunk(2, dim=1)
-        store_kv(k, v, k_cache, v_cache, integers[:34])
+        store_kv(k, v, k_cache, v_cache, integers[:34], **scales)
 
 
 if __name__ == "__main__":
     results: list[Compiled] = []
     for case_name, case_shape in (SHORT if sys.argv[2] == "short" else LONG).items():
-        compile_shape(int(sys.argv[1]), case_name, case_shape, results)
+        if case_shape.codes != torch.float8_e4m3fn or int(sys.argv[1]) >= FIRST_WITH_FP8:
+            compile_shape(int(sys.argv[1]), case_name, case_shape, results)
     print(json.dumps([dataclasses.asdict(result) for result in results]))

@@ -35,4 +35,5 @@ def test_attention_uses_tensor_cores_and_spills_nothing(compile_kernels, arch: i
             assert instructions["HMMA" if is_small else EXPECTED[arch]], one
         if one.kernel in ("prompt_kernel", "split_kernel"):
             assert instructions["LDGSTS"], f"{one}: copies should run ahead of the products"
-            assert one.shared >= TWO_TILES[one.case.split()[0]], f"{one}: too little for keys and values in flight"
+            tiles = TWO_TILES[one.case.split()[0]] // (2 if one.case.endswith("8") else 1)
+            assert one.shared >= tiles, f"{one}: too little for keys and values in flight"

@@ -109,14 +109,43 @@ class KVCodecConformance:
         k, v = (x.abs() + 1 for x in self.tokens(layer, 1))
         codec.write(memory, layer, torch.tensor([2 * BLOCK_SIZE + 7]), k, v)
         for view in (keys, values):
-            assert view[2, :, 7].all()
-            assert view.count_nonzero() == layer.num_kv_heads * layer.head_dim
+            assert view.float()[2, :, 7].all()
+            assert view.float().count_nonzero() == layer.num_kv_heads * layer.head_dim
+
+    def test_scales_are_shown_where_tokens_are(self, layer: AttentionLayer, memory: Tensor) -> None:
+        codec = self.make()
+        slots = torch.arange(NUM_BLOCKS * BLOCK_SIZE)
+        k, v = self.tokens(layer, len(slots))
+        codec.write(memory, layer, slots, k, v)
+        shown = codec.scales(memory, layer)
+        assert (shown is None) == (codec.dtype.itemsize > 1)
+        if shown is None:
+            return
+        tokens = codec.read(memory, layer, slots)
+        for elements, scales, expected in zip(codec.views(memory, layer), shown, tokens, strict=True):
+            assert scales.shape == elements.shape[:3]
+            assert [4 * stride for stride in scales.stride()[:2]] == list(elements.stride()[:2])
+            numbers = elements.float() * scales[..., None]
+            assert torch.equal(numbers.transpose(1, 2).flatten(0, 1), expected)
+
+    def test_what_is_no_number_stays_that(self, layer: AttentionLayer, memory: Tensor) -> None:
+        """And zeros stay zeros, and so do the neighbours."""
+        codec, slots = self.make(), torch.tensor([3, 17, 40, 41])
+        k, v = self.tokens(layer, 4)
+        k[0], v[1], k[2, :, 5] = 0.0, 0.0, torch.nan
+        codec.write(memory, layer, slots, k, v)
+        keys, values = codec.read(memory, layer, slots)
+        assert not keys[0].any()
+        assert not values[1].any()
+        assert keys[2, :, 5].isnan().all()
+        for found in (keys[[0, 1, 3]], values):
+            assert found.isfinite().all()
 
     def test_a_cache_has_each_layer_s_bytes_in_every_block(self) -> None:
         codec = self.make()
         cache = KVCache(LAYERS, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, codec=codec)
         assert cache.blocks.shape == (NUM_BLOCKS, bytes_per_block(LAYERS, BLOCK_SIZE, codec))
-        for layer in LAYERS:
+        for layer in LAYERS if codec.scales(cache.blocks[:, :0], LAYERS[0]) is None else []:
             parts, step = cache.parts(layer.index), cache.parts_per_block(layer.index)
             assert parts.data_ptr() == min(x[layer.index].data_ptr() for x in (cache.k, cache.v))
             last = (NUM_BLOCKS - 1) * step + 2 * layer.num_kv_heads - 1

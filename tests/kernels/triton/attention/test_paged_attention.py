@@ -21,6 +21,17 @@ SMALL = AttentionConfig(split_size=64, max_split_queries=8, decode_keys=32, prom
 MIX = [(1, 1), (1, 130), (5, 70), (20, 20), (13, 90), (1, 64)]  # new tokens, all tokens
 
 
+def make_cache(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and values, or their scales, that are all NaN. shape: [num_blocks, num_kv_heads, 2, block_size, head_dim]"""
+    if dtype.itemsize > 1:
+        return torch.full(shape, math.nan, dtype=dtype).unbind(2), ()
+    *outer, block_size, head_dim = shape
+    memory = torch.full((*outer, block_size * (head_dim + 4)), 255, dtype=torch.uint8)
+    codes, scales = memory.split([block_size * head_dim, block_size * 4], dim=-1)
+    codes = codes.view(dtype).unflatten(-1, (block_size, head_dim))
+    return codes.unbind(2), scales.view(torch.float32).unbind(2)
+
+
 @dataclass
 class Case:
     """A cache that holds NaN wherever no sequence has a token, and one step's batch over it."""
@@ -31,6 +42,7 @@ class Case:
     head_dim: int = 64
     block_size: int = 16
     dtype: torch.dtype = torch.float32
+    codes: torch.dtype | None = None  # that the cache keeps, instead of the queries' type
     trees: dict[int, list[int]] = field(default_factory=dict)  # parents of the drafts of some sequences
     features: dict[str, object] = field(default_factory=dict)
     seed: int = 0
@@ -40,7 +52,7 @@ class Case:
         num_blocks = sum(-(-length // self.block_size) for _, length in self.lens) + 3
         order = torch.randperm(num_blocks, generator=generator).tolist()
         shape = (num_blocks, self.num_kv_heads, 2, self.block_size, self.head_dim)
-        self.kv = torch.full(shape, math.nan, dtype=self.dtype).unbind(2)
+        self.kv, self.scales = make_cache(shape, self.codes or self.dtype)
         width = max(-(-length // self.block_size) for _, length in self.lens)
         self.tables = torch.zeros(len(self.lens), width, dtype=torch.int64)
         for table, (_, length) in zip(self.tables, self.lens, strict=True):
@@ -49,7 +61,7 @@ class Case:
             token = torch.arange(length)
             slots = table[token // self.block_size] * self.block_size + token % self.block_size
             k, v = (torch.randn(length, *shape[1::3], generator=generator).to(self.dtype) for _ in range(2))
-            define_store(k, v, self.kv[0], self.kv[1], slots)
+            define_store(k, v, *self.kv, slots, *self.scales)
         num_new = torch.tensor([new for new, _ in self.lens])
         self.starts = torch.cat((torch.zeros(1, dtype=torch.int64), num_new.cumsum(0)))
         self.seq_lens = torch.tensor([length for _, length in self.lens])
@@ -92,15 +104,20 @@ class Case:
             device=device,
         )
         tensors = [self.q[rows], self.kv[0], self.kv[1], self.tables[chosen], starts, self.seq_lens[chosen]]
+        features |= self.named_scales
         features = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in features.items()}
         prepared = Prepared(partition, SMALL, Workspace(0, 0, device))
         out = paged_attention(*(x.to(device) for x in tensors), 0.17, **features, prepared=prepared)
         return list(out.cpu().split(num_new.tolist()))
 
+    @property
+    def named_scales(self) -> dict[str, Tensor]:
+        return dict(zip(("k_scales", "v_scales"), self.scales, strict=False))
+
     def check(self, device: torch.device) -> None:
         wide = {name: x.double() if name == "sinks" else x for name, x in self.features.items()}
         expected = definition(
-            self.q.double(), self.kv[0], self.kv[1], self.tables, self.starts, self.seq_lens, 0.17, **wide
+            self.q.double(), *self.kv, self.tables, self.starts, self.seq_lens, 0.17, **wide, **self.named_scales
         )
         found = torch.cat(self.run(device)).double()
         tolerance = TOLERANCES[self.dtype]
@@ -110,6 +127,27 @@ class Case:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_a_mixed_batch_attends_as_defined(device: torch.device, dtype: torch.dtype) -> None:
     Case(MIX, dtype=dtype).check(device)
+
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_codes_are_read_as_they_are(device: torch.device, codes: torch.dtype, dtype: torch.dtype) -> None:
+    Case(MIX, dtype=dtype, codes=codes).check(device)
+    Case([(1, 70), (17, 40)], 3, 1, 80, block_size=4, dtype=dtype, codes=codes).check(device)
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_codes_behind_windows_and_in_trees(device: torch.device, codes: torch.dtype) -> None:
+    Case(MIX, codes=codes, features={"window": 7, "soft_cap": 1.5, "sinks": torch.tensor([0.0, 1.0, 2.0, -3.0])}).check(
+        device
+    )
+    trees = {1: [-1, -1, 0, 0], 2: [-1, 0, -1, 2, 2, 1], 3: [-1, 0, 1]}
+    lens = [(1, 33), (5, 66), (7, 130), (14, 40), (20, 20)]
+    for window in (None, 40):
+        Case(lens, codes=codes, trees=trees, features={"window": window}).check(device)
 
 
 HEADS = {64: (3, 1), 80: (4, 4), 96: (7, 1), 128: (8, 2), 256: (2, 1)}
@@ -266,3 +304,21 @@ def test_padding_has_no_slot(device: torch.device) -> None:
     cache = torch.zeros(2, 2, 1, 4, 16, device=device)
     store_kv(k, k, cache[0], cache[1], torch.tensor([-1, 5], device=device))
     assert cache[0, :, 0].flatten(0, 1).sum(1).nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_codes_and_scales_go_to_their_slots(device: torch.device, codes: torch.dtype) -> None:
+    k, v = torch.randn(2, 6, 3, 20) * torch.logspace(-6, 6, 6)[:, None, None]
+    k[2, 1], k[3, 0, 0], v[4, 2, 19] = 0.0, math.nan, math.inf
+    slots = torch.tensor([5, 0, 19, 2, 11, 10])
+    found, expected = (make_cache((5, 3, 2, 4, 20), codes) for _ in range(2))
+    define_store(k, v, *expected[0], slots, *expected[1])
+    store_kv(k.to(device), v.to(device), *found[0], slots.to(device), *found[1])
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        if codes == torch.int8:  # 1 where a quotient that rounds otherwise lies between two
+            assert (ours.int() - theirs.int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-3, atol=2**-9, equal_nan=True)
+        assert (ours.view(torch.int8) == theirs.view(torch.int8)).float().mean() > 0.99

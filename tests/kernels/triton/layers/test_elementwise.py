@@ -87,6 +87,33 @@ def test_rotation_and_store(device: torch.device, dtype: torch.dtype, norm: str,
     check_rotation_and_store(device, dtype, norm, head_dim=head_dim, width=width)
 
 
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("norm", ["none", "head", "projection"])
+def test_rotation_and_store_of_codes(device: torch.device, norm: str, codes: torch.dtype) -> None:
+    """What the codes and their scales stand for is what a float cache has, within half a step."""
+    num_heads, num_kv_heads, head_dim = 3, 2, 80
+    qkv = torch.randn(3, num_heads + 2 * num_kv_heads, head_dim, device=device)
+    cos, sin = rope_factors(5 * torch.randn(3, 16, device=device))
+    num_normed = {"none": (0, 0), "head": (1, 1), "projection": (num_heads, num_kv_heads)}[norm]
+    q_weight, k_weight = (torch.randn(n * head_dim, device=device) if n else None for n in num_normed)
+    options = {"num_heads": num_heads, "q_weight": q_weight, "k_weight": k_weight, "eps": 1e-5}
+    slots = torch.tensor([5, -1, 19], device=device)
+    memory = torch.zeros(5, num_kv_heads, 2, 4 * (head_dim + 4), dtype=torch.uint8, device=device)
+    elements = memory[..., : 4 * head_dim].view(codes).unflatten(-1, (4, head_dim)).unbind(2)
+    scales = memory[..., 4 * head_dim :].view(torch.float32).unbind(2)
+    named = dict(zip(("k_scales", "v_scales"), scales, strict=True))
+    q = kernels.triton.layers.qkv.rotate_and_store(qkv, cos, sin, *elements, slots, **options, **named)
+    expected = torch.zeros(2, 5, num_kv_heads, 4, head_dim, device=device)
+    keep = [0, 2]  # the second token is padding
+    factors = cos[keep], sin[keep]
+    wide = kernels.reference.qkv.rotate_and_store(qkv[keep], *factors, *expected, slots[keep], **options)
+    check(q[keep], wide.double(), torch.float32)
+    for part, factor, numbers in zip(elements, scales, expected, strict=True):
+        largest = numbers.abs().amax(-1, keepdim=True)
+        bound = largest / 253 if codes == torch.int8 else 2**-4 * numbers.abs() + largest * 2**-18
+        assert ((part.float() * factor[..., None] - numbers).abs() <= bound + 1e-6).all()
+
+
 @pytest.mark.parametrize("norm", ["none", "head", "projection"])
 def test_layers_without_positions_are_stored_as_they_are(device: torch.device, norm: str) -> None:
     check_rotation_and_store(device, torch.float32, norm, head_dim=16, width=None)

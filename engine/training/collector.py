@@ -110,7 +110,7 @@ class Collector:
                     yield Transcript(int(name), _ids(text[1:]), read[: len(text) - 1])
 
 
-def _sampling(index: int, max_tokens: int) -> SamplingParams:
+def sampling_of(index: int, max_tokens: int) -> SamplingParams:
     temperature = 0.0 if index % 2 == 0 else 0.7 + 0.1 * (index // 2 % 4)
     return SamplingParams(seed=index, max_tokens=max_tokens, temperature=temperature)
 

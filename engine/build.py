@@ -230,7 +230,7 @@ def _proposer_context(
         full_group=windows.index(None) if None in windows else 0,
         num_blocks=plan.num_blocks + 1,
         output_rows=model.output_rows,
-        embedding_rows=lambda token_ids: torch.nn.functional.embedding(token_ids, model.embedding),
+        embedding_rows=model.embedding_rows,
         open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
         verifies_trees=runner.verifies_trees,
         device=torch.device(plan.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from engine.loading.checkpoint import Checkpoint, open_checkpoint, read_generati
 from engine.loading.default_model import Report
 from engine.loading.dummy import byte_tokenizer, fill_with_random_weights
 from engine.loading.generation_defaults import find_eos_token_ids, read_generation_defaults
-from engine.loading.gguf.tensors import gguf_exact_bytes, gguf_weights
+from engine.loading.gguf.tensors import gguf_exact_bytes, gguf_stored_weights, gguf_weights
 from engine.loading.loading_peak import Matrix
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import checkpoint_notes
@@ -74,7 +75,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_linear_parameters=sum(module.in_features * module.out_features for module in inner),
         num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
-        embedding_bytes=2 if exact_bytes.get("model.embed_tokens.weight") == 2 else 0,
+        embedding_bytes=exact_bytes.get("model.embed_tokens.weight"),
         is_bfloat16=config.load_format != "dummy" and _is_bfloat16(checkpoint, model),
         ties_output=len(inner) < len(linears),
         attention_layers=tuple(model.attention_layers),
@@ -103,18 +104,22 @@ def _exact_bytes(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, fl
 
 def _matrices(model: Model, shared: set[int], exact_bytes: Mapping[str, float]) -> tuple[Matrix, ...]:
     """shared: the ids of weights that are embeddings too"""
-    found = []
+    shapes, found = model.stored_shapes(), []
     for path, layer in model.named_modules():
         if type(layer) not in (nn.Linear, Linear):
             continue
         assert isinstance(layer, nn.Linear | Linear)
-        sizes = [exact_bytes.get(name, 0.0) for name in model.stored_names(path) if name.endswith(".weight")]
+        names = [name for name in model.stored_names(path) if name.endswith(".weight")]
+        known = [name for name in names if name in exact_bytes]
+        in_file = sum(math.prod(shapes[name]) * exact_bytes[name] for name in known)
+        num_weights = layer.in_features * layer.out_features
         found.append(
             Matrix(
-                layer.in_features * layer.out_features,
+                num_weights,
                 is_output=path.rpartition(".")[2] == "lm_head",
                 is_shared=id(layer.weight) in shared,
-                exact_bytes=max(sizes) if sizes and all(sizes) else None,
+                exact_bytes=in_file / num_weights if known and known == names else None,
+                has_levels=bool(known) and all(exact_bytes.get(name, 4) < 2 for name in names),
             )
         )
     return tuple(found)
@@ -232,6 +237,10 @@ def _is_bfloat16(checkpoint: Checkpoint, model: Model) -> bool:
 def _fill(model: Model, checkpoint: Checkpoint) -> None:
     num_threads, source = torch.get_num_threads(), checkpoint.source
     try:
+        if source.kind == "gguf" and model.keeps_levels:
+            with closing(gguf_stored_weights(source.gguf_header)) as levels:
+                model.load_weights(levels)
+            return
         with closing(_weights(source, num_threads)) as stored:
             if checkpoint.is_part:
                 model.load_weights(text_weights(stored, hidden_size=model.hidden_size))

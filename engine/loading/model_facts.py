@@ -18,7 +18,7 @@ class ModelFacts:
     num_parameters: int
     num_linear_parameters: int  # weights of linear layers; without the output's, where it shares the embedding's
     num_embedding_parameters: int
-    embedding_bytes: int = 0  # of each of them in the file, where that has 16 bits; 0: of more, or not known
+    embedding_bytes: float | None = None  # of each of them as compiled layers keep it exactly; None: as floats of more
     is_bfloat16: bool = False  # all that the model reads of a directory of safetensors
     ties_output: bool  # the output layer shares the embedding's matrix
     attention_layers: tuple[AttentionLayer, ...]

@@ -108,7 +108,7 @@ def test_the_peak_is_what_stays_and_the_largest_matrix() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count peaks of memory")
 def test_a_gguf_takes_little_more_than_what_stays_of_it_and_its_largest_matrix(tmp_path: Path, tied: bool) -> None:
     shape = LlamaConfig(**DEEP, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=tied)
-    path = gguf_files.write_random_q4_0(tmp_path / "m.gguf", shape)
+    path = gguf_files.write_random_blocks(tmp_path / "m.gguf", shape)
     sections = {"model": {"path": str(path)}, "device": {"name": "cpu", "kernels": "numba", "num_threads": 2}}
     config = EngineConfig.model_validate(sections)
     facts = read_model_facts(config.model)
@@ -122,7 +122,7 @@ def test_a_gguf_takes_little_more_than_what_stays_of_it_and_its_largest_matrix(t
 
 def test_a_7b_of_four_bits_starts_on_a_machine_of_8_gib(tmp_path: Path) -> None:
     shape = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    path = gguf_files.write_random_q4_0(tmp_path / "m.gguf", shape, is_hole=True)
+    path = gguf_files.write_random_blocks(tmp_path / "m.gguf", shape, is_hole=True)
     config = EngineConfig.model_validate({"model": {"path": str(path)}, "device": {"name": "cpu", "kernels": "numba"}})
     facts = read_model_facts(config.model)
     assert facts.num_parameters == pytest.approx(6.74e9, rel=0.01)

@@ -10,7 +10,12 @@ from engine.loading.model_facts import ModelFacts
 
 def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """About its files, whatever it is served with."""
-    return (*_adapter(checkpoint), *_unsaid_window(checkpoint), *_other_parts(checkpoint))
+    return (
+        *_adapter(checkpoint),
+        *_unsaid_window(checkpoint),
+        *_other_parts(checkpoint),
+        *_activations_of_config(checkpoint),
+    )
 
 
 def length_notes(facts: ModelFacts, max_model_len: int) -> list[str]:
@@ -56,3 +61,11 @@ def _unsaid_window(checkpoint: Checkpoint) -> Iterator[str]:
 def _other_parts(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.is_part:
         yield f"of this {checkpoint.whole_config.model_type} model the language model is served: text only"
+
+
+def _activations_of_config(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.quantized.rounds_activations:
+        yield (
+            "activations keep 16 bits or more where the checkpoint's config has 8 or fewer, which loses less; scales "
+            "of activations and of the KV cache are not read"
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,7 +199,7 @@ class _Layers:
             values = self._floats(bias)
             filled = [operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds))]
             adds = True
-        return [*filled, *self._products.operations(x, matrix, out, self.buffers.rounded, adds=adds)]
+        return [*filled, *self._products.operations(x, matrix, out, self.buffers.scratch, adds=adds)]
 
     def _floats(self, parameter: Tensor) -> int:
         """Address of a parameter's values as float32."""
@@ -214,11 +216,11 @@ class OutputProgram:
         self.hidden = torch.empty(num_rows, depth)
         self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
-        rounded = _memory_for_rounding(num_rows, depth)
+        scratch = _product_scratch(num_rows, depth, [matrix])
         self.operations = products.operations(
-            self.hidden, matrix, self.logits, rounded, adds=False, rows=Step.NUM_LOGITS
+            self.hidden, matrix, self.logits, scratch, adds=False, rows=Step.NUM_LOGITS
         )
-        self.program = Program(self.operations, self.step, keeps=rounded)
+        self.program = Program(self.operations, self.step, keeps=scratch)
 
     def multiply(self, hidden: Tensor, team: Team) -> Tensor:
         """The logits of these rows, with the columns that fill the last panel up; valid until the next call."""
@@ -255,13 +257,27 @@ class _Buffers:
         self.attended = torch.empty(num_rows, heads)
         self.gate_up = torch.empty(num_rows, 2 * a.intermediate_size)
         self.activated = torch.empty(num_rows, a.intermediate_size)
-        self.rounded = _memory_for_rounding(num_rows, max(a.hidden_size, heads, a.intermediate_size))
+        stacks = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+        depth = max(a.hidden_size, heads, a.intermediate_size)
+        self.scratch = _product_scratch(num_rows, depth, [one for one in stacks if isinstance(one, Stack)])
 
 
-def _memory_for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
-    """For rows as integers of 16 bits or fewer, and the factors of each group of them; or for rows of bfloat16."""
+class ProductScratch(NamedTuple):
+    """What rows become before a product."""
+
+    rounded: Tensor  # as integers of 16 bits or fewer, or as bfloat16
+    factors: Tensor  # of each group of integers
+    ordered: Tensor  # in the order in which a matrix has its columns; empty where none has another than rows
+
+
+def _product_scratch(num_rows: int, depth: int, matrices: Iterable[Stack]) -> ProductScratch:
     groups = -(-depth // GROUP)
-    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 4)
+    parts = [part for matrix in matrices for part in matrix.parts if part.order is not None]
+    return ProductScratch(
+        torch.empty(num_rows, groups * GROUP, dtype=torch.int16),
+        torch.empty(num_rows, groups, 4),
+        torch.empty(num_rows, max((part.depth for part in parts), default=0)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,28 +298,41 @@ class Products:
         x: Tensor,
         matrix: Stack,
         out: Tensor,
-        rounded: tuple[Tensor, Tensor],
+        scratch: ProductScratch,
         *,
         adds: bool,
         rows: Step = Step.ROWS,
     ) -> list[list[int]]:
-        """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
-        operations, rounds = [], None
+        """out = x @ matrix.T, or added to out."""
+        operations: list[list[int]] = []
+        taken: tuple[Operation | None, int] | None = None  # what the rows became for the part before: they may stay so
         source, factors, first = x.data_ptr(), 0, 0
         for part in matrix.parts:
             kind = self.kind_with(part)
-            wanted = _rounding_of(kind)
-            if wanted != rounds:  # all parts that take the same rows have them rounded once
-                rounds, source, factors = wanted, x.data_ptr(), 0
-                if wanted is not None:
-                    source, where = rounded[0].data_ptr(), [rounded[0].data_ptr()]
-                    if wanted != Operation.ROUND:
-                        factors = rounded[1].data_ptr()
-                        where.append(factors)
-                    operations.append(operation(wanted, x.data_ptr(), *where, x.shape[1], rows=rows))
+            wanted = _rounding_of(kind), 0 if part.order is None else part.order.data_ptr()
+            if wanted != taken:
+                taken = wanted
+                made, source, factors = self._prepare(x, *wanted, scratch, rows=rows)
+                operations += made
             operations.append(self._product(part, kind, (source, factors), out, first, adds=adds, rows=rows))
             first += part.num_rows
         return operations
+
+    def _prepare(
+        self, x: Tensor, rounding: Operation | None, order: int, scratch: ProductScratch, *, rows: Step
+    ) -> tuple[list[list[int]], int, int]:
+        """(operations, address of the rows that come of them, and of their factors). order: an address, or 0"""
+        operations, source = [], x.data_ptr()
+        if order:
+            ordered = scratch.ordered.data_ptr()
+            operations.append(operation(Operation.PERMUTE, source, order, ordered, x.shape[1], rows=rows))
+            source = ordered
+        if rounding is None:
+            return operations, source, 0
+        narrow, factors = scratch.rounded.data_ptr(), scratch.factors.data_ptr()
+        where = [narrow] if rounding == Operation.ROUND else [narrow, factors]
+        operations.append(operation(rounding, source, *where, x.shape[1], rows=rows))
+        return operations, narrow, factors
 
     def _product(
         self, part: PackedMatrix, kind: int, x: tuple[int, int], out: Tensor, first: int, *, adds: bool, rows: Step

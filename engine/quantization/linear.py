@@ -7,7 +7,7 @@ final layout, and the floats are freed: a model is never all floats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast
@@ -152,6 +152,7 @@ class LinearMethod(ABC, Generic[W]):
         self._finish(layer, [weight])
 
     def _finish(self, layer: KeptMatrix, parts: list[Tensor | StoredLevels]) -> None:
+        layer.note_stored(parts)
         shards = Shards(layer.spec, layer.dtype, parts)
         kept = self.pack(shards)
         if kept is None:
@@ -194,6 +195,7 @@ class PlainMethod(LinearMethod[nn.Parameter]):
         """Parts are copied to their rows as they come, in any order, and any number of times."""
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
+        layer.note_stored([tensor])
         weight.data[layer.spec.rows(part)].copy_(as_floats(tensor))
 
     def load_whole(self, layer: KeptMatrix, weight: Tensor | StoredLevels) -> None:
@@ -244,6 +246,7 @@ class KeptMatrix(nn.Module):
         super().__init__()
         self.spec, self.method, self.dtype = spec, method, dtype
         self.waiting: dict[tuple[str, str], Tensor | StoredLevels] = {}  # parts that came, until all are there
+        self.stored_as: tuple[str, ...] = ()  # how a checkpoint has its parts, in its own words
         self.weight = method.create(spec, dtype)
 
     @property
@@ -266,6 +269,10 @@ class KeptMatrix(nn.Module):
         """All parts at once, [num_outputs, num_inputs]."""
         self.method.load_whole(self, weight)
 
+    def note_stored(self, parts: Iterable[Tensor | StoredLevels]) -> None:
+        labels = [part.label for part in parts if isinstance(part, StoredLevels) and part.label]
+        self.stored_as = tuple(dict.fromkeys((*self.stored_as, *labels)))
+
     def keep(self, weight: object) -> None:
         del self.weight  # a parameter, in whose place torch takes nothing else
         self.weight = weight
@@ -280,7 +287,8 @@ class KeptMatrix(nn.Module):
         return self.method.dense(self.weight, rows)
 
     def describe(self) -> str:
-        return self.method.describe(self.weight)
+        kept = self.method.describe(self.weight)
+        return f"{kept}, stored as {' and '.join(self.stored_as)}" if self.stored_as else kept
 
 
 class Linear(KeptMatrix):

@@ -70,17 +70,19 @@ class CompiledMethod(LinearMethod[Stack]):
     @torch.no_grad()
     def pack(self, shards: Shards) -> Stack:
         wanted = self.of_output if shards.spec.is_output else self.wanted
-        runs = [(kind, list(run)) for kind, run in groupby(shards.tensors, partial(self._kept_kind, wanted))]
-        if any(sum(map(len, run)) % LANES for _, run in runs[:-1]):  # a panel would have two formats
-            runs = [(None, shards.tensors)]
+        runs = [list(run) for _, run in groupby(shards.tensors, partial(self._kept_as, wanted))]
+        if any(sum(map(len, run)) % LANES for run in runs[:-1]):  # a panel would have two formats
+            return Stack((self._pack_floats(shards, wanted),))
         packed = []
-        for kind, run in runs:
-            part = replace(shards, spec=_spec_of(run, shards.spec), tensors=run)
+        for run in runs:
+            part, kind = replace(shards, spec=_spec_of(run, shards.spec), tensors=run), self._kept_kind(wanted, run[0])
             packed.append(self._pack_floats(part, wanted) if kind is None else self._pack_levels(part, kind))
         return Stack(tuple(packed))
 
     @torch.no_grad()
-    def keep_table(self, table: StoredLevels, output: object) -> PackedTable:
+    def keep_table(self, table: StoredLevels, output: object) -> PackedTable | None:
+        if table.kind is None or table.order is not None:
+            return None
         if isinstance(output, Stack) and [part.kind for part in output.parts] == [self._lay_out(table.kind)]:
             return PackedTable(output.parts[0])
         shards = Shards(_spec_of([table], None), torch.float32, [table])
@@ -88,9 +90,14 @@ class CompiledMethod(LinearMethod[Stack]):
 
     def _kept_kind(self, wanted: int, tensor: Tensor | StoredLevels) -> int | None:
         """The format of integers that a part stays in; None where it has to be floats first."""
-        if isinstance(tensor, Tensor) or not self.keeps(tensor.kind, wanted):
+        if isinstance(tensor, Tensor) or tensor.kind is None or not self.keeps(tensor.kind, wanted):
             return None
         return tensor.kind
+
+    def _kept_as(self, wanted: int, tensor: Tensor | StoredLevels) -> tuple[int | None, bytes]:
+        """What parts that are packed together have in common: the format, and the order of the columns."""
+        kind, order = self._kept_kind(wanted, tensor), None if isinstance(tensor, Tensor) else tensor.order
+        return kind, b"" if kind is None or order is None else order.numpy().tobytes()
 
     def keeps(self, kind: int, wanted: int) -> bool:
         """Whether the setting allows a format of integers that a file has."""
@@ -109,9 +116,10 @@ class CompiledMethod(LinearMethod[Stack]):
                 first += len(tensor)
             return pack_levels(concatenate(pieces), kind)
 
-        packed = self._in_blocks(shards.spec, pack_rows)
+        packed, stored = self._in_blocks(shards.spec, pack_rows), shards.tensors[0]
         assert packed is not None
-        return packed
+        assert isinstance(stored, StoredLevels)
+        return replace(packed, order=stored.order)
 
     def _pack_floats(self, shards: Shards, wanted: int) -> PackedMatrix:
         for kind in self._exact_formats(wanted):

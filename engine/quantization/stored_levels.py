@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,11 +15,16 @@ from kernels.numba.core.formats import Levels
 class StoredLevels(ABC):
     """A matrix as a file has it, often its very pages; rows are read when somebody wants them, by any threads.
 
-    kind: the format of `kernels.numba.core.formats` that holds it as it is
+    kind: the format of `kernels.numba.core.formats` that holds it as it is; None: there is none, so it becomes floats
+    label: what the file calls it, for people, where that is not the kind's name
+    order: int64 [depth], the element of a row that each column of the levels belongs to; None: its own
     """
 
     shape: tuple[int, int]
-    kind: int
+    kind: int | None
+
+    label: str = field(default="", kw_only=True)
+    order: Tensor | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def levels(self, start: int, stop: int) -> Levels:

@@ -90,7 +90,7 @@ def _matrix(kind: int, depth: int) -> PackedMatrix:
     shape, dtype = (NUM_OUTPUTS, depth // GROUP, weights.num_factors), torch.float16
     commons = torch.ones(NUM_OUTPUTS, depth // 256, 1 + weights.has_offsets, dtype=dtype)
     if weights.scales != "float16":
-        dtype = torch.int8 if weights.is_two_level else torch.bfloat16
+        dtype = torch.int8 if weights.is_two_level else getattr(torch, weights.scales)
     levels = levels.to(torch.int8 if weights.bits == 8 else torch.uint8)
     return pack_levels(Levels(kind & ~QUADS, levels, torch.ones(shape, dtype=dtype), commons), kind)
 

@@ -17,9 +17,11 @@ def random_levels(kind: int, num_rows: int, depth: int) -> Levels:
         levels = torch.randint(0, 1 << weights.bits, (num_rows, depth)).to(torch.uint8)
     shape = (num_rows, depth // GROUP, weights.num_factors)
     if not weights.is_two_level:
-        dtype = torch.bfloat16 if weights.scales == "bfloat16" else torch.float16
+        dtype = getattr(torch, weights.scales)
         factors = torch.randn(shape) / weights.largest
         factors[..., weights.num_scales :] *= weights.largest
+        if weights.has_zeros:
+            factors[..., weights.num_scales :] = torch.randint(0, 1 << weights.bits, (*shape[:2], 1)).float()
         return Levels(kind & ~QUADS, levels, factors.to(dtype))
     small = torch.randint(-128, 128, shape).to(torch.int8)
     commons = torch.randn(num_rows, depth // SUPER_GROUP, 1 + weights.has_offsets) / 128
@@ -38,6 +40,7 @@ def weights_of(rows: Levels) -> Tensor:
         per_group = rows.commons.float().repeat_interleave(SUPER_GROUP // GROUP, 1)
         factors = factors * per_group.repeat_interleave(weights.num_scales, 2)
     scales, offsets = factors[..., : weights.num_scales], factors[..., weights.num_scales :]
+    offsets = -offsets * scales if weights.has_zeros else offsets
     scales = scales.reshape(num_rows, -1).repeat_interleave(weights.per_scale, 1)
     product = values * scales
     if not weights.has_offsets:

@@ -20,6 +20,7 @@ SUPER_GROUP = 256  # elements that share what scales of two levels are multiples
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 = range(5)  # of packed matrices; tables and KV caches have the first three
 ROUNDED_BFLOAT16 = 5  # of products: BFLOAT16, whose other factor is rounded to bfloat16 too
 Q4_0, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4 = range(8, 19)  # of GGUF files
+INT4_ZEROS, NVFP4 = range(19, 21)  # of other checkpoints
 QUADS = 32  # added to a format of integers: in the layout that rows of 8-bit integers are multiplied by
 QUAD_INT8, QUAD_INT4 = QUADS + INT8, QUADS + INT4
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16}
@@ -34,7 +35,8 @@ class IntegerFormat:
     """Weights that are small integers, *levels*, times scales that groups of them share.
 
     A weight is scale * (level - zero), or scale * table[level], or scale * level + offset. Scales and offsets of "two
-    levels" are small integers (int8) times a float16 of each 256 weights; float32 products of them are exact.
+    levels" are small integers (int8) times a float16 of each 256 weights; float32 products of them are exact. With
+    `has_zeros`, what stands where an offset would is a whole number, the group's own zero: the offset is -zero * scale.
 
     Levels of fewer than 8 bits lie in planes, the lower bits first: of a group, 16 words of 32 bits after 16 words, one
     for each column of a panel. A word has the levels of two depths side by side, in 16 bits each, those of the next two
@@ -45,8 +47,9 @@ class IntegerFormat:
     name: str
     bits: int
     per_scale: int = GROUP
-    scales: Literal["float16", "bfloat16", "two levels"] = "float16"
+    scales: Literal["float16", "bfloat16", "float32", "two levels"] = "float16"
     has_offsets: bool = False
+    has_zeros: bool = False
     zero: int = 0
     table: tuple[int, ...] = ()
     depths: int = 2  # side by side: 2, or 4 in quads
@@ -77,10 +80,15 @@ class IntegerFormat:
         return GROUP * PANEL * self.bits // 8
 
     @property
+    def factor_width(self) -> int:
+        """Bytes of a scale or an offset of one level."""
+        return 4 if self.scales == "float32" else 2
+
+    @property
     def scale_bytes(self) -> int:
         """Of the scales and offsets of 32 depths of a panel; of 256, an eighth of theirs."""
         if not self.is_two_level:
-            return 2 * PANEL * self.num_factors
+            return self.factor_width * PANEL * self.num_factors
         return PANEL * self.num_factors + 2 * PANEL * (1 + self.has_offsets) * GROUP // SUPER_GROUP
 
     @property
@@ -128,6 +136,8 @@ _OF_PAIRS = {
     IQ4_NL: IntegerFormat("IQ4_NL", 4, table=_NORMAL_FLOATS),
     IQ4_XS: IntegerFormat("IQ4_XS", 4, scales="two levels", table=_NORMAL_FLOATS),
     MXFP4: IntegerFormat("MXFP4", 4, scales="bfloat16", table=_TWICE_E2M1),
+    INT4_ZEROS: IntegerFormat("int4 with zero points", 4, has_offsets=True, has_zeros=True),
+    NVFP4: IntegerFormat("NVFP4", 4, per_scale=16, scales="float32", table=_TWICE_E2M1),
 }
 _OF_QUADS = {
     QUADS + kind: replace(one, name=f"{one.name}, by activations of 8 bits", depths=4)
@@ -147,7 +157,7 @@ class Levels:
     """Rows of a matrix as integers and scales, in no layout yet.
 
     levels: [num_rows, depth], uint8, or int8 for INT8
-    factors: of each group of 32 its scales, then its offsets, [num_rows, depth / 32, factors]: float16 or bfloat16, or
+    factors: of each group of 32 its scales, then its offsets, [num_rows, depth / 32, factors]: the format's floats, or
     int8 with scales of two levels, and then `commons`, by which they are multiplied: float16 [num_rows, depth / 256, 1
     or 2], that of the scales and that of the offsets
     """

@@ -97,18 +97,20 @@ class Scales(NamedTuple):
 
 
 def load_scales(builder: ir.IRBuilder, base: ir.Value, weights: IntegerFormat, group: ir.Value) -> list[Scales]:
-    """Those of a group, of its parts that have their own in order. base: the address of a panel's scales, float16 or
-    bfloat16 [groups, factors, 16], or records of 256 depths: float16 [1 or 2, 16], and int8 [8, factors, 16]
+    """Those of a group, of its parts that have their own in order. base: the address of a panel's scales, floats
+    [groups, factors, 16], or records of 256 depths: float16 [1 or 2, 16], and int8 [8, factors, 16]
 
     Factors are the scales, then the offsets.
     """
     num_scales, num_factors = weights.num_scales, weights.num_factors
     if not weights.is_two_level:
-        first = builder.add(base, builder.mul(group, I64(weights.scale_bytes)))
-        factors = [
-            load_floats(builder, builder.add(first, I64(2 * LANES * i)), weights.scales) for i in range(num_factors)
-        ]
-        return [Scales(scale, None) for scale in factors] if not weights.has_offsets else [Scales(*factors)]
+        first, width = builder.add(base, builder.mul(group, I64(weights.scale_bytes))), weights.factor_width
+        places = [builder.add(first, I64(width * LANES * index)) for index in range(num_factors)]
+        factors = [load_floats(builder, place, weights.scales) for place in places]
+        if not weights.has_offsets:
+            return [Scales(scale, None) for scale in factors]
+        scale, offset = factors
+        return [Scales(scale, builder.fneg(builder.fmul(scale, offset)) if weights.has_zeros else offset)]
     groups = SUPER_GROUP // GROUP
     record = builder.add(base, builder.mul(builder.lshr(group, I64(3)), I64(groups * weights.scale_bytes)))
     commons = [

@@ -193,6 +193,16 @@ def copy_rows(source, out, first, last, size):
 
 
 @njit
+def permute_rows(source, order, out, first, last, size):
+    """out[row, i] = source[row, order[i]], `size` float32 each. order: int64 [size]"""
+    places = integers(order, size)
+    for row in range(first, last):
+        values, target = floats(source + row * size * 4, size), floats(out + row * size * 4, size)
+        for i in range(size):
+            target[i] = values[places[i]]
+
+
+@njit
 def gather_rows(table, kind, indices, out, first, last, size):
     """out[row] = table[indices[row]] as float32. table: [any, size] of `kind`; indices: int64 [rows]"""
     rows = integers(indices, last)

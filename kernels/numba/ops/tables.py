@@ -25,7 +25,7 @@ def row_kernel(kind: int):
     weights = INTEGERS[kind]
     read_level, read_factor = _level_reader(weights), _factor_reader(weights)
     group_bytes, scale_bytes, per_scale = weights.group_bytes, weights.scale_bytes, weights.per_scale
-    num_scales, has_offsets = weights.num_scales, weights.has_offsets
+    num_scales, has_offsets, has_zeros = weights.num_scales, weights.has_offsets, weights.has_zeros
 
     def read_row(values, scales, depth, row, out):
         panel, column, groups = row // LANES, row % LANES, depth // GROUP
@@ -38,6 +38,7 @@ def row_kernel(kind: int):
                 offset = np.float32(0.0)
                 if has_offsets:
                     offset = read_factor(scales, group, num_scales + part, column)
+                    offset = -offset * scale if has_zeros else offset
                 for i in range(part * per_scale, (part + 1) * per_scale):
                     value = read_level(base, i, column) * scale
                     target[group * GROUP + i] = value + offset if has_offsets else value
@@ -81,6 +82,10 @@ def _factor_reader(weights: IntegerFormat):
     skipped = 2 * LANES * (1 + weights.has_offsets)
 
     @njit
+    def read_float(scales, group, factor, column):
+        return floats(scales + group * scale_bytes + 4 * (factor * LANES + column), 1)[0]
+
+    @njit
     def read_number(scales, group, factor, column):
         bits = words(scales + group * scale_bytes + 2 * (factor * LANES + column), 1)[0]
         return bfloat16_value(bits) if is_bfloat16 else float16_value(bits)
@@ -92,4 +97,6 @@ def _factor_reader(weights: IntegerFormat):
         small = flags(record + skipped + (group % groups * num_factors + factor) * LANES + column, 1)[0]
         return np.float32(np.int8(small)) * common
 
-    return read_product if weights.is_two_level else read_number
+    if weights.is_two_level:
+        return read_product
+    return read_float if weights.scales == "float32" else read_number

@@ -36,6 +36,7 @@ class PackedMatrix:
     depth: int  # input features, a multiple of 32 or 256 for formats of integers
     values: Tensor  # [panels, ...], as tiles read them
     scales: Tensor  # [panels, ...], as `kernels.numba.core.levels.load_scales` has them, or empty
+    order: Tensor | None = None  # int64 [depth]: the element of a row that each depth meets; None: its own
 
     @property
     def format_name(self) -> str:
@@ -47,7 +48,7 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.scales.nbytes + (0 if self.order is None else self.order.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,9 @@ def pack_levels(rows: Levels, kind: int) -> PackedMatrix:
 
 
 def unpack(packed: PackedMatrix) -> Tensor:
-    """The float32 matrix that the products multiply by: [num_rows, depth]."""
+    """The float32 matrix that the products multiply by: [num_rows, depth], its columns where rows have them."""
+    if packed.order is not None:
+        return unpack(replace(packed, order=None))[:, torch.argsort(packed.order)]
     if packed.kind in DTYPES:
         values = packed.values.transpose(2, 3).flatten(1, 2) if packed.kind == BFLOAT16 else packed.values
         return values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()
@@ -185,7 +188,10 @@ def _factors(packed: PackedMatrix, weights: IntegerFormat) -> tuple[Tensor, Tens
     else:
         found = packed.scales.float().view(num_panels, groups, 1 + weights.has_offsets, weights.num_scales, LANES)
     of_columns = found.permute(2, 0, 4, 1, 3).flatten(3)  # [1 or 2, panels, 16, groups * scales]
-    return of_columns[0].contiguous(), of_columns[1].contiguous() if weights.has_offsets else None
+    if not weights.has_offsets:
+        return of_columns[0].contiguous(), None
+    scales, offsets = of_columns[0].contiguous(), of_columns[1].contiguous()
+    return scales, -offsets * scales if weights.has_zeros else offsets
 
 
 def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:

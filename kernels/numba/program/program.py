@@ -25,6 +25,7 @@ from kernels.numba.ops.elementwise import (
     fill_rows,
     gather_rows,
     normalise_rows,
+    permute_rows,
     quantise_rows,
     quantise_rows_to_bytes,
     rotate_and_store_rows,
@@ -54,6 +55,7 @@ class Operation(IntEnum):
     ROUND = 9
     QUANTISE_TO_BYTES = 10
     GATHER_PACKED = 11
+    PERMUTE = 12
 
 
 class Step(IntEnum):
@@ -82,9 +84,8 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND, _TO_BYTES, _GATHER_PACKED = (
-    map(int, Operation)
-)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND = map(int, list(Operation)[:7])
+_SILU, _COPY, _ROUND, _TO_BYTES, _GATHER_PACKED, _PERMUTE = map(int, list(Operation)[7:])
 _POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
 _NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
 _ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
@@ -172,6 +173,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
         silu_and_multiply_rows(op[1], op[2], first, last, op[3])
     elif kind == _COPY:
         copy_rows(op[1], op[2], first, last, op[3])
+    elif kind == _PERMUTE:
+        permute_rows(op[1], op[2], op[3], first, last, op[4])
     elif kind == _FILL:
         fill_rows(op[1], op[2], first, last, op[3], op[4])
     elif kind == _GATHER:

@@ -123,7 +123,7 @@ ifeq ($(GPU)$(filter Darwin,$(shell uname)),)
 endif
 	$(call install,.$(if $(GPU),[gpu]))
 	@echo "compiling the CPU kernels (once, about fifteen seconds)"
-	@$(BIN)/python -c 'import kernels.numba.program.team, kernels.numba.packing.levels, kernels.numba.ops.sampling'
+	@$(BIN)/python -m kernels.numba.compile_usual
 	@touch $@
 
 $(TESTING): $(RUNTIME)

@@ -20,7 +20,6 @@ from engine.kv_cache.layer_spec import windows_of
 from engine.kv_cache.manager import KVCacheManager
 from engine.kv_cache.storage import KVCache
 from engine.loading.loader import LoadedModel, load_model, read_model_facts
-from engine.loading.notes import length_notes, rounding_notes
 from engine.planning.ceilings import ceilings_file, release, with_ceilings
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
@@ -84,8 +83,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     clock.enter("plan", config.model.path)
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
-    notes = [*facts.notes, *length_notes(facts, plan.max_model_len), *rounding_notes(config.model.activations)]
-    for note in notes:
+    for note in plan.notes:
         report("note", note)
     back_end = KernelBackend(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
     with freeing_at_once():
@@ -232,7 +230,7 @@ def _proposer_context(
         full_group=windows.index(None) if None in windows else 0,
         num_blocks=plan.num_blocks + 1,
         output_rows=model.output_rows,
-        embedding_rows=lambda token_ids: torch.nn.functional.embedding(token_ids, model.embedding),
+        embedding_rows=model.embedding_rows,
         open_draft_model=lambda: open_draft_model(config, plan, loaded, runner),
         verifies_trees=runner.verifies_trees,
         device=torch.device(plan.device),

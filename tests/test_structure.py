@@ -86,7 +86,7 @@ ROOMS = {
         "gpu",
     ),
     "kernels": ("layout configs", "reference", "torch_cpu numba triton"),
-    "kernels/numba": ("core", "kernel_cache", "packing", "ops", "program"),
+    "kernels/numba": ("core", "kernel_cache", "packing", "ops", "program", "compile_usual"),
     "kernels/triton": ("compat configs", "attention sampling layers"),
 }
 MAX_FILE_LINES = 500

@@ -13,6 +13,8 @@ from engine.loading.config_numbers import check_numbers
 from engine.loading.gguf.tensors import gguf_config
 from engine.loading.json_file import JsonObject, read_json_object
 from engine.loading.plain_config import read_plain_config
+from engine.loading.quantized.checkpoint import QuantizedWeights, read_quantized
+from engine.loading.quantized.scheme import find_scheme
 from engine.loading.source import ModelSource, files_that_are_there
 from engine.loading.stored_weights import (
     StoredTensor,
@@ -21,7 +23,7 @@ from engine.loading.stored_weights import (
     has_output_of_its_own,
     read_stored_weights,
 )
-from engine.loading.text_part import text_config
+from engine.loading.text_part import name_in_text_part, text_config
 from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
 
@@ -34,12 +36,14 @@ class Checkpoint:
     """config: of the language model; whole_config: the same, or that of the multimodal model around it.
 
     stored: what its safetensors files hold; empty for GGUF files, random weights, and files that are not here yet
+    quantized: the matrices among that which are quantised
     """
 
     source: ModelSource
     config: CheckpointConfig
     whole_config: CheckpointConfig
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+    quantized: QuantizedWeights = field(default_factory=QuantizedWeights)
 
     @property
     def is_part(self) -> bool:
@@ -61,18 +65,36 @@ def open_checkpoint(source: ModelSource, settings: ModelConfig) -> Checkpoint:
     whole = _read_config(source, settings, fields)
     try:
         config = text_config(whole)
+        _forget_quantization(whole, config)  # the layers are those of any model, whatever fills them
         if settings.load_format == "dummy":
             return Checkpoint(source, config, whole)
         stored = read_stored_weights(source.weight_files or files_that_are_there(source.path))
-        if getattr(config, "quantization_config", None) is None:
-            check_is_not_quantised(stored)
+        quantized = _read_quantized(source, fields, stored if config is whole else _of_text_part(stored))
         check_num_layers(stored, getattr(config, "num_hidden_layers", 0))
     except ModelError:
         raise
     except ValueError as error:
         raise ModelError(f"{source.path}: {error}") from error
-    _settle_output_layer(config, stored)
-    return Checkpoint(source, config, whole, stored)
+    _settle_output_layer(config, stored, quantized)
+    return Checkpoint(source, config, whole, stored, quantized)
+
+
+def _of_text_part(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in stored.items() if name_in_text_part(name) is not None}
+
+
+def _read_quantized(source: ModelSource, fields: JsonObject, stored: Mapping[str, StoredTensor]) -> QuantizedWeights:
+    """ValueError for what is quantised in a way that is not known. fields: of config.json"""
+    scheme = find_scheme(fields, source.path, stored)
+    quantized = QuantizedWeights() if scheme is None else read_quantized(stored, scheme)
+    check_is_not_quantised(quantized.rest(stored), None if scheme is None else scheme.method)
+    return quantized
+
+
+def _forget_quantization(*configs: CheckpointConfig) -> None:
+    for config in configs:
+        for name in ("quantization_config", "compression_config", "quantization"):
+            vars(config).pop(name, None)
 
 
 def _read_config(source: ModelSource, settings: ModelConfig, fields: JsonObject) -> CheckpointConfig:
@@ -106,13 +128,15 @@ def _reason(fields: JsonObject, error: Exception) -> str:
     return f"{' '.join(str(error).split())[:300] or type(error).__name__}; download it again"
 
 
-def _settle_output_layer(config: CheckpointConfig, stored: Mapping[str, StoredTensor]) -> None:
+def _settle_output_layer(
+    config: CheckpointConfig, stored: Mapping[str, StoredTensor], quantized: QuantizedWeights
+) -> None:
     """Whether the output layer shares the embedding's matrix is what the files say, where they say it.
 
     Configs are often wrong about it: a fine-tuned output layer beside `tie_word_embeddings: true`, or a field that
     moved between the config of a multimodal model and that of its text part.
     """
-    is_own = has_output_of_its_own(stored)
+    is_own = quantized.has_output or has_output_of_its_own(stored)
     if is_own and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +20,12 @@ from engine.loading.checkpoint import Checkpoint, open_checkpoint, read_generati
 from engine.loading.default_model import Report
 from engine.loading.dummy import byte_tokenizer, fill_with_random_weights
 from engine.loading.generation_defaults import find_eos_token_ids, read_generation_defaults
-from engine.loading.gguf.tensors import gguf_exact_bytes, gguf_weights
+from engine.loading.gguf.tensors import gguf_exact_bytes, gguf_stored_weights, gguf_weights
 from engine.loading.loading_peak import Matrix
-from engine.loading.model_facts import ModelFacts
+from engine.loading.model_facts import ModelFacts, StoredKind
 from engine.loading.notes import checkpoint_notes
 from engine.loading.source import ModelSource, digest_weights, find_source, safetensors_weights
-from engine.loading.stored_weights import StoredTensor, check_shapes
+from engine.loading.stored_weights import check_shapes
 from engine.loading.text_part import name_in_text_part, text_weights
 from engine.loading.tokenizer_assets import check_token_ids, load_tokenizer_assets
 from engine.memory_errors import is_out_of_memory
@@ -30,7 +34,11 @@ from engine.models.model import Model
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
 from engine.models.registry import build_model
 from engine.quantization.linear import Linear, LinearMethods
+from engine.quantization.stored_levels import StoredLevels
+from kernels.numba.core.formats import SIZES
 
+T = TypeVar("T")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -74,7 +82,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_linear_parameters=sum(module.in_features * module.out_features for module in inner),
         num_embedding_parameters=sum(weight.numel() for weight in embeddings.values()),
-        embedding_bytes=2 if exact_bytes.get("model.embed_tokens.weight") == 2 else 0,
+        embedding_bytes=exact_bytes.get("model.embed_tokens.weight"),
         is_bfloat16=config.load_format != "dummy" and _is_bfloat16(checkpoint, model),
         ties_output=len(inner) < len(linears),
         attention_layers=tuple(model.attention_layers),
@@ -87,9 +95,17 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         longest_context=longest_context,
         rope_changes_at=length_where_rope_changes(checkpoint.config),
         notes=checkpoint_notes(checkpoint),
+        stored=_stored_kinds(checkpoint),
         loads_whole=model.loads_whole,
         matrices=_matrices(model, set(embeddings), exact_bytes),
     )
+
+
+def _stored_kinds(checkpoint: Checkpoint) -> tuple[StoredKind, ...]:
+    headers = _as_named_in_model(checkpoint, checkpoint.quantized.matrices)
+    names = {name: _NUMBER.sub("", name).removesuffix(".weight").removeprefix("model.") for name in headers}
+    kinds = Counter((names[name], one.label, one.kind, one.why_float) for name, one in headers.items())
+    return tuple(StoredKind(*kind, count) for kind, count in kinds.items())
 
 
 def _exact_bytes(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, float]:
@@ -98,23 +114,30 @@ def _exact_bytes(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, fl
         return {}
     if checkpoint.source.kind == "gguf":
         return gguf_exact_bytes(checkpoint.source.gguf_header)
-    return {name: 2 for name, tensor in checkpoint.stored.items() if tensor.dtype in ("F16", "BF16")}
+    sizes = {name: 2.0 for name, tensor in checkpoint.stored.items() if tensor.dtype in ("F16", "BF16")}
+    kinds = {name: matrix.kind for name, matrix in checkpoint.quantized.matrices.items()}
+    sizes |= {name: SIZES[kind] for name, kind in kinds.items() if kind is not None}
+    return _as_named_in_model(checkpoint, sizes)
 
 
 def _matrices(model: Model, shared: set[int], exact_bytes: Mapping[str, float]) -> tuple[Matrix, ...]:
     """shared: the ids of weights that are embeddings too"""
-    found = []
+    shapes, found = model.stored_shapes(), []
     for path, layer in model.named_modules():
         if type(layer) not in (nn.Linear, Linear):
             continue
         assert isinstance(layer, nn.Linear | Linear)
-        sizes = [exact_bytes.get(name, 0.0) for name in model.stored_names(path) if name.endswith(".weight")]
+        names = [name for name in model.stored_names(path) if name.endswith(".weight")]
+        known = [name for name in names if name in exact_bytes]
+        in_file = sum(math.prod(shapes[name]) * exact_bytes[name] for name in known)
+        num_weights = layer.in_features * layer.out_features
         found.append(
             Matrix(
-                layer.in_features * layer.out_features,
+                num_weights,
                 is_output=path.rpartition(".")[2] == "lm_head",
                 is_shared=id(layer.weight) in shared,
-                exact_bytes=max(sizes) if sizes and all(sizes) else None,
+                exact_bytes=in_file / num_weights if known and known == names else None,
+                has_levels=bool(known) and all(exact_bytes.get(name, 4) < 2 for name in names),
             )
         )
     return tuple(found)
@@ -208,23 +231,27 @@ def _build(
 
 
 def _check_shapes(checkpoint: Checkpoint, model: Model) -> None:
+    shapes = {name: tensor.shape for name, tensor in checkpoint.stored.items()}
+    shapes |= {name: matrix.shape for name, matrix in checkpoint.quantized.matrices.items()}
     try:
-        check_shapes(_stored(checkpoint), model.stored_shapes())
+        check_shapes(_as_named_in_model(checkpoint, shapes), model.stored_shapes())
     except ValueError as error:
         raise ModelError(f"{checkpoint.source.path}: {error}") from error
 
 
-def _stored(checkpoint: Checkpoint) -> Mapping[str, StoredTensor]:
-    """What the files hold, by the names that the model knows."""
+def _as_named_in_model(checkpoint: Checkpoint, found: Mapping[str, T]) -> Mapping[str, T]:
+    """What was found of the files' tensors, by the names that the model knows."""
     if not checkpoint.is_part:
-        return checkpoint.stored
-    named = ((name_in_text_part(name), tensor) for name, tensor in checkpoint.stored.items())
-    return {name: tensor for name, tensor in named if name is not None}
+        return found
+    named = ((name_in_text_part(name), one) for name, one in found.items())
+    return {name: one for name, one in named if name is not None}
 
 
 def _is_bfloat16(checkpoint: Checkpoint, model: Model) -> bool:
     """Whether all that the model reads is bfloat16, vectors too. (Those of a GGUF file are float32.)"""
-    stored = _stored(checkpoint)
+    if checkpoint.quantized:
+        return False
+    stored = _as_named_in_model(checkpoint, checkpoint.stored)
     found = {stored[name].dtype for name in model.stored_shapes() if name in stored}
     return found == {"BF16"}
 
@@ -232,11 +259,18 @@ def _is_bfloat16(checkpoint: Checkpoint, model: Model) -> bool:
 def _fill(model: Model, checkpoint: Checkpoint) -> None:
     num_threads, source = torch.get_num_threads(), checkpoint.source
     try:
+        if source.kind == "gguf" and model.keeps_levels:
+            with closing(gguf_stored_weights(source.gguf_header)) as levels:
+                model.load_weights(levels)
+            return
         with closing(_weights(source, num_threads)) as stored:
+            weights: Iterable[tuple[str, Tensor | StoredLevels]] = stored
+            if checkpoint.quantized:
+                known = None if checkpoint.is_part else model.stored_shapes()
+                weights = checkpoint.quantized.restore(stored, known=known)
             if checkpoint.is_part:
-                model.load_weights(text_weights(stored, hidden_size=model.hidden_size))
-            else:
-                model.load_weights(stored)
+                weights = text_weights(weights, hidden_size=model.hidden_size)
+            model.load_weights(weights)
     except ModelError:
         raise
     except ValueError as error:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 COMPILER_BYTES = 128 << 20  # Numba and LLVM, once imported
 OTHER_BYTES = 32 << 20  # tokenizer, configs, the rows that threads have in work, and what a load leaves in caches
-READ_BYTES = 4  # of a weight as it is read: blocks of a GGUF file become float32, whatever the model's dtype
+READ_BYTES = 4  # of a weight as it is read, where it becomes float32, whatever the model's dtype
 
 
 class Matrix(NamedTuple):
@@ -22,6 +22,7 @@ class Matrix(NamedTuple):
     is_output: bool = False  # the products are the logits
     is_shared: bool = False  # with the embedding, which keeps the floats
     exact_bytes: float | None = None  # per weight, in which compiled layers keep what the file has, if they can
+    has_levels: bool = False  # the file's weights are integers, of which compiled layers read some rows at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.loading.loading_peak import Matrix
 from engine.models.model import ExpertFacts
+
+
+class StoredKind(NamedTuple):
+    """The matrices of one name, in all layers, that a checkpoint has quantised in one format."""
+
+    name: str  # without the layer's number
+    label: str  # of the format, for people
+    kept_in: int | None  # the format of `kernels.numba.core.formats` that compiled layers are expected to keep it in
+    why_float: str  # where that is None
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +29,7 @@ class ModelFacts:
     num_parameters: int
     num_linear_parameters: int  # weights of linear layers; without the output's, where it shares the embedding's
     num_embedding_parameters: int
-    embedding_bytes: int = 0  # of each of them in the file, where that has 16 bits; 0: of more, or not known
+    embedding_bytes: float | None = None  # of each of them as compiled layers keep it exactly; None: as floats of more
     is_bfloat16: bool = False  # all that the model reads of a directory of safetensors
     ties_output: bool  # the output layer shares the embedding's matrix
     attention_layers: tuple[AttentionLayer, ...]
@@ -32,6 +43,7 @@ class ModelFacts:
     rope_changes_at: int | None = None  # tokens, beyond which the rotations of a text depend on its length
     loads_whole: bool = False  # as of the model
     notes: tuple[str, ...] = ()  # what is different from what the files may seem to say
+    stored: tuple[StoredKind, ...] = ()  # what is quantised in its files
     matrices: tuple[Matrix, ...] = ()  # those of linear layers, in the order in which they are packed
 
     @property

@@ -12,8 +12,12 @@ from engine.models.model import is_kv_scale
 def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """About its files, whatever it is served with."""
     return (
-        *_adapter(checkpoint), *_unsaid_window(checkpoint), *_other_parts(checkpoint), *_kv_scales(checkpoint)
-    )  # fmt: skip
+        *_adapter(checkpoint),
+        *_unsaid_window(checkpoint),
+        *_other_parts(checkpoint),
+        *_activations_of_config(checkpoint),
+        *_kv_scales(checkpoint),
+    )
 
 
 def length_notes(facts: ModelFacts, max_model_len: int) -> list[str]:
@@ -66,4 +70,12 @@ def _kv_scales(checkpoint: Checkpoint) -> Iterator[str]:
         yield (
             "the checkpoint's scales of an 8-bit KV cache are not used: with kv_cache.dtype int8 or fp8 each token and "
             "head has a scale of its own, which rounds less; auto keeps floats"
+        )
+
+
+def _activations_of_config(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.quantized.rounds_activations:
+        yield (
+            "activations keep 16 bits or more where the checkpoint's config has 8 or fewer, which loses less; scales "
+            "of activations are not read"
         )

@@ -44,7 +44,7 @@ def read_plain_config(directory: Path) -> BareConfig | None:
         return None
     if str(fields["model_type"]).startswith("qwen"):
         fields["sliding_window"] = None  # the class drops a window that `use_sliding_window` turns off
-    left_out = ("rope_theta", "rope_scaling", "layer_types", "_name_or_path")
+    left_out = ("rope_theta", "rope_scaling", "layer_types", "_name_or_path", "quantization_config")
     kept = {name: value for name, value in fields.items() if name not in left_out}
     return BareConfig(**kept | {"rope_parameters": rope, "name_or_path": str(directory)})
 
@@ -57,7 +57,7 @@ def _is_plain(fields: Fields) -> bool:
         return False
     if kinds is not None and not (isinstance(kinds, list) and kinds and all(k == "full_attention" for k in kinds)):
         return False
-    if fields.get("quantization_config") or fields.get("auto_map"):
+    if fields.get("auto_map"):
         return False
     return (
         all(type(fields.get(name)) is int for name in _COUNTS)

@@ -53,14 +53,24 @@ def read_stored_weights(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
     return stored
 
 
-def check_is_not_quantised(stored: Mapping[str, StoredTensor]) -> None:
-    """ValueError for weights that are quantised though no config says so: as numbers they would mean something else."""
+def check_is_not_quantised(stored: Mapping[str, StoredTensor], method: str | None = None) -> None:
+    """ValueError for weights that are quantised though no config says so, or otherwise than it says: as numbers they
+    would mean something else. method: by which the rest of the checkpoint is quantised
+    """
     for name, tensor in stored.items():
         if _QUANTISED.search(name) or (name.endswith(".weight") and tensor.dtype not in _FLOATS):
-            raise ValueError(
-                f"the checkpoint's weights are quantised ({name} is {tensor.dtype}), though its config.json does not "
-                "say so; use the original checkpoint, with model.quantization if its weights are to be small"
+            says = (
+                "though its config.json does not say so" if method is None else f"which is no part of {method}'s layout"
             )
+            raise ValueError(
+                f"the checkpoint's weights are quantised ({name} is {tensor.dtype}), {says}; use the original "
+                "checkpoint, with model.quantization if its weights are to be small"
+            )
+
+
+def is_output(name: str) -> bool:
+    """Whether a tensor is the output layer's matrix."""
+    return _OUTPUTS.search(name) is not None
 
 
 def check_num_layers(stored: Mapping[str, StoredTensor], num_layers: int) -> None:
@@ -73,15 +83,15 @@ def check_num_layers(stored: Mapping[str, StoredTensor], num_layers: int) -> Non
         )
 
 
-def check_shapes(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError for the first weight of another shape than the config asks for. expected: by the names of the files
+def check_shapes(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError for the first weight of another shape than the config asks for. Both by the names of the files.
 
     Which dimension comes first is left to those who load: some families keep a matrix the other way round.
     """
     for name, shape in expected.items():
-        if name in stored and sorted(stored[name].shape) != sorted(shape):
+        if name in stored and sorted(stored[name]) != sorted(shape):
             raise ValueError(
-                f"the checkpoint's {name} has shape {list(stored[name].shape)}, but the config asks for {list(shape)}"
+                f"the checkpoint's {name} has shape {list(stored[name])}, but the config asks for {list(shape)}"
             )
 
 

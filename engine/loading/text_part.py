@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
+from engine.quantization.stored_levels import StoredLevels
 
 FAMILIES = (  # config.model_type
     "gemma3",
@@ -68,7 +69,7 @@ def text_config(config: CheckpointConfig) -> CheckpointConfig:
         text = _of_plain_family(text, plain)
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     text.architectures = config.architectures
-    for field in ("quantization_config", "eos_token_id", "bos_token_id"):
+    for field in ("eos_token_id", "bos_token_id"):
         if getattr(text, field, None) is None and getattr(config, field, None) is not None:
             setattr(text, field, getattr(config, field))
     return text
@@ -83,14 +84,21 @@ def _of_plain_family(text: CheckpointConfig, family: str) -> CheckpointConfig:
     return BareConfig(**fields, model_type=family).of_family()
 
 
-def text_weights(weights: Iterable[tuple[str, Tensor]], *, hidden_size: int) -> Iterator[tuple[str, Tensor]]:
+def text_weights(
+    weights: Iterable[tuple[str, Tensor | StoredLevels]], *, hidden_size: int
+) -> Iterator[tuple[str, Tensor | StoredLevels]]:
     """The weights of the language model, under the names and in the shapes that it has as a checkpoint of its own."""
     for name, weight in weights:
         text_name = name_in_text_part(name)
         if text_name is None:
             continue
         stacked = _STACKED_EXPERTS.search(name)
-        if stacked and weight.dim() == 3 and weight.shape[_HIDDEN_DIM[stacked[1]]] != hidden_size:
+        if (
+            stacked
+            and isinstance(weight, Tensor)
+            and weight.dim() == 3
+            and weight.shape[_HIDDEN_DIM[stacked[1]]] != hidden_size
+        ):
             weight = weight.transpose(1, 2)  # Qwen3-VL's experts are kept as [experts, inputs, outputs]
         yield text_name, weight
 

@@ -83,19 +83,12 @@ def read_architecture(config: CheckpointConfig, *, dtype: torch.dtype, max_model
 
 
 def check_is_causal_lm(config: CheckpointConfig) -> None:
-    """Raises ValueError for checkpoints that are no plain next-token model, or whose weights are quantised."""
+    """Raises ValueError for checkpoints that are no plain next-token model."""
     names = config.architectures or []
     if names and not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
         raise ValueError(f"{names[0]} does not generate text; use a checkpoint whose architecture ends in ForCausalLM")
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder; only decoders are supported")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise ValueError(
-            f"the checkpoint's weights are quantised ({method}), which is not supported; use the original checkpoint, "
-            "with model.quantization if its weights are to be small"
-        )
 
 
 def check_attention_layers(config: CheckpointConfig, layers: list[AttentionLayer]) -> None:

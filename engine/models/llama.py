@@ -19,13 +19,28 @@ from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.model import Model, Place, check_weight_names, is_kv_scale
 from engine.models.operations import Operations
 from engine.models.rope import RotaryEmbedding
-from engine.quantization.linear import PLAIN, KeptMatrix, Linear, LinearMethods, LinearSpec, Part
+from engine.quantization.linear import PLAIN, KeptMatrix, Linear, LinearMethods, LinearSpec, Part, Table
+from engine.quantization.stored_levels import StoredLevels, as_floats
 from kernels.layout import MAX_ROTATIONS, PANEL
 
 
 def make_linear(spec: LinearSpec, methods: LinearMethods, *, bias: bool, dtype: torch.dtype) -> Linear:
     """A layer that keeps its matrix by the method that is chosen for it."""
     return Linear(spec, methods.of(spec, dtype), bias=bias, dtype=dtype)
+
+
+class TokenTable(nn.Embedding):
+    """The embedding: floats, or what compiled layers look rows up in, and then `weight` is empty."""
+
+    table: Table | None = None
+
+    def keep(self, table: Table) -> None:
+        self.table = table
+        self.weight = nn.Parameter(self.weight.data[:0].clone(), requires_grad=False)
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        """[n] -> [n, hidden_size]"""
+        return F.embedding(token_ids, self.weight) if self.table is None else self.table.rows(token_ids)
 
 
 class RMSNorm(nn.Module):
@@ -109,7 +124,7 @@ class Llama(Model):
         super().__init__(list(a.attention_layers), vocab_size=a.vocab_size, hidden_size=a.hidden_size)
         self.architecture, self.methods = a, methods
         table = torch.empty(a.vocab_size, a.hidden_size, dtype=a.dtype)
-        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size, _weight=table)
+        self.embed_tokens = TokenTable(a.vocab_size, a.hidden_size, _weight=table)
         self.layers = nn.ModuleList(
             Block(a, i, self.make_mlp(a, i, methods), methods) for i in range(len(a.attention_layers))
         )
@@ -180,15 +195,18 @@ class Llama(Model):
     def output_layer(self) -> nn.Module:
         return self.lm_head
 
+    def embedding_rows(self, token_ids: Tensor) -> Tensor:
+        return self.embed_tokens.rows(token_ids)
+
     @property
-    def embedding(self) -> Tensor:
-        return self.embed_tokens.weight
+    def keeps_levels(self) -> bool:
+        return self.methods.keeps_tables
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor | StoredLevels]]) -> None:
         places = dict(self._places())
         unexpected = []
         loaded: set[str] = set()
@@ -204,7 +222,7 @@ class Llama(Model):
     def fill(self, name: str, values: Tensor) -> None:
         super().fill(name, values)
         if name == "embed_tokens.weight":
-            self._pack_tied_output()
+            self._pack_tied_output(self.embed_tokens.weight.data)
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: place.shape for name, place in self._places()}
@@ -221,7 +239,9 @@ class Llama(Model):
             assert isinstance(block, Block)
             yield block
 
-    def _one_by_one(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    def _one_by_one(
+        self, weights: Iterable[tuple[str, Tensor | StoredLevels]]
+    ) -> Iterable[tuple[str, Tensor | StoredLevels]]:
         """The weights under the names of `_destinations`, where checkpoints have several ways to name one."""
         return weights
 
@@ -237,7 +257,8 @@ class Llama(Model):
             if isinstance(module, KeptMatrix):
                 yield from self._places_of(name, module)
             elif module is self.embed_tokens:
-                yield f"{name}.weight", Place((self.vocab_size, self.hidden_size), self._load_table)
+                shape = (self.vocab_size, self.hidden_size)
+                yield f"{name}.weight", Place(shape, self._load_table, self._keep_table)
             else:
                 for kind, parameter in module.named_parameters(recurse=False):
                     yield f"{name}.{kind}", Place(tuple(parameter.shape), parameter.data.copy_)
@@ -248,10 +269,20 @@ class Llama(Model):
         for part in layer.spec.parts:
             place = f"{parent}.{part.name}" if part.name else name
             for kind, shape in {} if is_tied else layer.method.stored(layer.spec, part).items():
-                yield f"{place}.{kind}", Place(shape, partial(layer.load, part.name, name=kind))
+                load = partial(layer.load, part.name, name=kind)
+                yield f"{place}.{kind}", Place(shape, load, load)
             if isinstance(layer, Linear) and layer.bias is not None:
                 rows = layer.bias.data[layer.spec.rows(part.name)]
                 yield f"{place}.bias", Place(tuple(rows.shape), rows.copy_)
+
+    def _keep_table(self, table: StoredLevels) -> None:
+        """The embedding in integers; an output layer that shares it has them too."""
+        self._pack_tied_output(table)
+        kept = self.methods.method.keep_table(table, self.lm_head.weight)
+        if kept is None:
+            self._load_table(as_floats(table))
+        else:
+            self.embed_tokens.keep(kept)
 
     def _load_table(self, table: Tensor) -> None:
         """The embedding, in the 16 bits that a file has it in where who runs the model reads those; they are exact."""
@@ -263,11 +294,11 @@ class Llama(Model):
                 self.lm_head.weight = self.embed_tokens.weight
         else:
             own.data.copy_(table)
-        self._pack_tied_output()
+        self._pack_tied_output(self.embed_tokens.weight.data)
 
-    def _pack_tied_output(self) -> None:
+    def _pack_tied_output(self, table: Tensor | StoredLevels) -> None:
         if self.architecture.tie_word_embeddings and self.lm_head.method is not PLAIN:
-            self.lm_head.load_whole(self.embed_tokens.weight.data)
+            self.lm_head.load_whole(table)
 
 
 def merged_parts(architecture: Architecture, sizes: dict[str, int]) -> tuple[Part, ...]:

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.attention.numba_backend import NumbaAttention
 from engine.batch.device_inputs import ForwardBatch
-from engine.models.llama import MLP, Block, Llama
+from engine.models.llama import MLP, Block, Llama, TokenTable
 from engine.models.model import Decoder, DecoderOutput
 from engine.models.rope import RotaryEmbedding, RotationTable
 from engine.quantization.linear import Linear
-from kernels.numba.core.formats import (
-    BFLOAT16,
-    FORMAT_OF,
-    INT4,
-    INT8,
-    QUAD_INT4,
-    QUAD_INT8,
-    ROUNDED_BFLOAT16,
-)
-from kernels.numba.core.lanes import GROUP, LANES
-from kernels.numba.ops.linear import BLOCK_ROWS
-from kernels.numba.packing.packing import PackedMatrix
+from engine.quantization.numba_cpu import PackedTable
+from kernels.numba.core.formats import BFLOAT16, FORMAT_OF, GROUP, INTEGERS, ROUNDED_BFLOAT16
+from kernels.numba.core.lanes import LANES
+from kernels.numba.ops.linear import BLOCK_ROWS, product_address
+from kernels.numba.ops.tables import row_address
+from kernels.numba.packing.packing import PackedMatrix, Stack
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
-
-_QUANTISE = {
-    INT8: Operation.QUANTISE,
-    INT4: Operation.QUANTISE,
-    QUAD_INT8: Operation.QUANTISE_TO_BYTES,
-    QUAD_INT4: Operation.QUANTISE_TO_BYTES,
-}
 
 
 class NumbaLlama(Decoder):
@@ -64,7 +53,7 @@ class NumbaLlama(Decoder):
     def product_kind(self) -> int:
         """What the products of its layers are, of `kernels.numba.core.formats`: as the first layer's first."""
         block = next(iter(self._model.blocks()))
-        return self._products.kind_with(_packed(block.self_attn.qkv_proj))
+        return self._products.kind_with(_packed(block.self_attn.qkv_proj).parts[0])
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
         """As `Decoder.forward`, valid until the next call; the attention is the one that the program was made for."""
@@ -140,13 +129,23 @@ class _Layers:
 
     def _operations(self) -> list[list[int]]:
         model, buffers = self._model, self.buffers
-        table = model.embed_tokens.weight
-        where = (table.data_ptr(), FORMAT_OF[table.dtype], buffers.residual.data_ptr())
-        operations = [operation(Operation.GATHER, *where, model.hidden_size, Step.INPUT_IDS)]
-        self._keeps.append(table)
+        operations = [self._embed(model.embed_tokens, buffers.residual)]
         for index, block in enumerate(model.blocks()):
             operations += [*self._keep_input(index), *self._block(block)]
         return [*operations, self._normalise(model.norm.weight, model.norm.eps)]
+
+    def _embed(self, tokens: TokenTable, out: Tensor) -> list[int]:
+        if tokens.table is None:
+            where = (tokens.weight.data_ptr(), FORMAT_OF[tokens.weight.dtype], out.data_ptr())
+            self._keeps.append(tokens.weight)
+            gather: list[int] = operation(Operation.GATHER, *where, out.shape[1], Step.INPUT_IDS)
+            return gather
+        assert isinstance(tokens.table, PackedTable)
+        packed = tokens.table.packed
+        where = (row_address(packed.kind), packed.values.data_ptr(), packed.scales.data_ptr())
+        self._keeps += [packed.values, packed.scales]
+        look_up: list[int] = operation(Operation.GATHER_PACKED, *where, out.data_ptr(), out.shape[1], Step.INPUT_IDS)
+        return look_up  # typed
 
     def _keep_input(self, layer: int) -> list[list[int]]:
         """Copies the residual stream, where somebody wants it."""
@@ -192,7 +191,7 @@ class _Layers:
         return normalise
 
     def _multiply(
-        self, x: Tensor, matrix: PackedMatrix, bias: Tensor | None, out: Tensor, *, adds: bool = False
+        self, x: Tensor, matrix: Stack, bias: Tensor | None, out: Tensor, *, adds: bool = False
     ) -> list[list[int]]:
         """out = x @ matrix.T + bias, or added to out."""
         filled = []
@@ -200,7 +199,7 @@ class _Layers:
             values = self._floats(bias)
             filled = [operation(Operation.FILL, values, out.data_ptr(), out.shape[1], int(adds))]
             adds = True
-        return [*filled, *self._products.operations(x, matrix, out, self.buffers.rounded, adds=adds)]
+        return [*filled, *self._products.operations(x, matrix, out, self.buffers.scratch, adds=adds)]
 
     def _floats(self, parameter: Tensor) -> int:
         """Address of a parameter's values as float32."""
@@ -212,16 +211,16 @@ class _Layers:
 class OutputProgram:
     """The program of the output layer, and what it reads and writes, for up to `num_rows` rows."""
 
-    def __init__(self, matrix: PackedMatrix, num_rows: int, products: Products) -> None:
-        self.num_rows = num_rows
-        self.hidden = torch.empty(num_rows, matrix.depth)
+    def __init__(self, matrix: Stack, num_rows: int, products: Products) -> None:
+        self.num_rows, depth = num_rows, matrix.depth
+        self.hidden = torch.empty(num_rows, depth)
         self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
-        rounded = _memory_for_rounding(num_rows, matrix.depth)
+        scratch = _product_scratch(num_rows, depth, [matrix])
         self.operations = products.operations(
-            self.hidden, matrix, self.logits, rounded, adds=False, rows=Step.NUM_LOGITS
+            self.hidden, matrix, self.logits, scratch, adds=False, rows=Step.NUM_LOGITS
         )
-        self.program = Program(self.operations, self.step, keeps=rounded)
+        self.program = Program(self.operations, self.step, keeps=scratch)
 
     def multiply(self, hidden: Tensor, team: Team) -> Tensor:
         """The logits of these rows, with the columns that fill the last panel up; valid until the next call."""
@@ -258,13 +257,27 @@ class _Buffers:
         self.attended = torch.empty(num_rows, heads)
         self.gate_up = torch.empty(num_rows, 2 * a.intermediate_size)
         self.activated = torch.empty(num_rows, a.intermediate_size)
-        self.rounded = _memory_for_rounding(num_rows, max(a.hidden_size, heads, a.intermediate_size))
+        stacks = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+        depth = max(a.hidden_size, heads, a.intermediate_size)
+        self.scratch = _product_scratch(num_rows, depth, [one for one in stacks if isinstance(one, Stack)])
 
 
-def _memory_for_rounding(num_rows: int, depth: int) -> tuple[Tensor, Tensor]:
-    """For rows as integers of 16 bits or fewer, and the factors of each group of them; or for rows of bfloat16."""
+class ProductScratch(NamedTuple):
+    """What rows become before a product."""
+
+    rounded: Tensor  # as integers of 16 bits or fewer, or as bfloat16
+    factors: Tensor  # of each group of integers
+    ordered: Tensor  # in the order in which a matrix has its columns; empty where none has another than rows
+
+
+def _product_scratch(num_rows: int, depth: int, matrices: Iterable[Stack]) -> ProductScratch:
     groups = -(-depth // GROUP)
-    return torch.empty(num_rows, groups * GROUP, dtype=torch.int16), torch.empty(num_rows, groups, 4)
+    parts = [part for matrix in matrices for part in matrix.parts if part.order is not None]
+    return ProductScratch(
+        torch.empty(num_rows, groups * GROUP, dtype=torch.int16),
+        torch.empty(num_rows, groups, 4),
+        torch.empty(num_rows, max((part.depth for part in parts), default=0)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,34 +296,67 @@ class Products:
     def operations(
         self,
         x: Tensor,
-        matrix: PackedMatrix,
+        matrix: Stack,
         out: Tensor,
-        rounded: tuple[Tensor, Tensor],
+        scratch: ProductScratch,
         *,
         adds: bool,
         rows: Step = Step.ROWS,
     ) -> list[list[int]]:
-        """out = x @ matrix.T, or added to out. rounded: of `_memory_for_rounding`"""
-        kind, operations = self.kind_with(matrix), []
-        source, scales = x.data_ptr(), 0
-        if (quantise := _QUANTISE.get(kind)) is not None:
-            integers, factors = rounded
-            source, scales = integers.data_ptr(), factors.data_ptr()
-            operations.append(operation(quantise, x.data_ptr(), source, scales, x.shape[1], rows=rows))
-        elif kind == ROUNDED_BFLOAT16:
-            source = rounded[0].data_ptr()
-            operations.append(operation(Operation.ROUND, x.data_ptr(), source, x.shape[1], rows=rows))
+        """out = x @ matrix.T, or added to out."""
+        operations: list[list[int]] = []
+        taken: tuple[Operation | None, int] | None = None  # what the rows became for the part before: they may stay so
+        source, factors, first = x.data_ptr(), 0, 0
+        for part in matrix.parts:
+            kind = self.kind_with(part)
+            wanted = _rounding_of(kind), 0 if part.order is None else part.order.data_ptr()
+            if wanted != taken:
+                taken = wanted
+                made, source, factors = self._prepare(x, *wanted, scratch, rows=rows)
+                operations += made
+            operations.append(self._product(part, kind, (source, factors), out, first, adds=adds, rows=rows))
+            first += part.num_rows
+        return operations
+
+    def _prepare(
+        self, x: Tensor, rounding: Operation | None, order: int, scratch: ProductScratch, *, rows: Step
+    ) -> tuple[list[list[int]], int, int]:
+        """(operations, address of the rows that come of them, and of their factors). order: an address, or 0"""
+        operations, source = [], x.data_ptr()
+        if order:
+            ordered = scratch.ordered.data_ptr()
+            operations.append(operation(Operation.PERMUTE, source, order, ordered, x.shape[1], rows=rows))
+            source = ordered
+        if rounding is None:
+            return operations, source, 0
+        narrow, factors = scratch.rounded.data_ptr(), scratch.factors.data_ptr()
+        where = [narrow] if rounding == Operation.ROUND else [narrow, factors]
+        operations.append(operation(rounding, source, *where, x.shape[1], rows=rows))
+        return operations, narrow, factors
+
+    def _product(
+        self, part: PackedMatrix, kind: int, x: tuple[int, int], out: Tensor, first: int, *, adds: bool, rows: Step
+    ) -> list[int]:
+        """x: addresses of rows and of their factors; first: the column of out"""
         # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
-        at_once = max(2, min(16, matrix.num_panels // (6 * self.num_threads) // 2 * 2))
-        where = (matrix.values.data_ptr(), matrix.scales.data_ptr(), matrix.num_panels, at_once)
-        multiply = operation(
-            Operation.MULTIPLY, kind, source, scales, matrix.depth, *where, out.data_ptr(), out.shape[1], int(adds),
-            rows=rows,
+        at_once = max(2, min(16, part.num_panels // (6 * self.num_threads) // 2 * 2))
+        where = (part.values.data_ptr(), part.scales.data_ptr(), part.num_panels, at_once)
+        multiply: list[int] = operation(
+            Operation.MULTIPLY, product_address(kind), *x, part.depth, *where, out.data_ptr() + 4 * first,
+            out.shape[1], int(adds), rows=rows,
         )  # fmt: skip
-        return [*operations, multiply]
+        return multiply
 
 
-def _packed(linear: object) -> PackedMatrix:
+def _rounding_of(kind: int) -> Operation | None:
+    """What rows go through before such a product."""
+    if kind in INTEGERS:
+        return Operation.QUANTISE if INTEGERS[kind].depths == 2 else Operation.QUANTISE_TO_BYTES
+    rounded: int = ROUNDED_BFLOAT16
+    return Operation.ROUND if kind == rounded else None
+
+
+def _packed(linear: object) -> Stack:
     assert isinstance(linear, Linear)
-    assert isinstance(linear.weight, PackedMatrix)
+    assert isinstance(linear.weight, Stack)
     return linear.weight

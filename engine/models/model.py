@@ -16,6 +16,7 @@ from engine.batch.device_inputs import ForwardBatch
 from engine.kv_cache.layer_spec import AttentionLayer
 from engine.models.operations import load_operations
 from engine.quantization.linear import KeptMatrix
+from engine.quantization.stored_levels import StoredLevels, as_floats
 
 _KV_SCALE = re.compile(r"\.([kv]_scale|kv_scale|[kv]_proj\.output_scale)$")
 
@@ -74,17 +75,23 @@ class Decoder(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight of a checkpoint goes."""
+    """Where a weight of a checkpoint goes. take_levels: what takes integers as they are; None: they become floats"""
 
     shape: tuple[int, ...]
     take: Callable[[Tensor], object]
+    take_levels: Callable[[StoredLevels], object] | None = None
 
-    def fill(self, name: str, weight: Tensor) -> None:
+    def fill(self, name: str, weight: Tensor | StoredLevels) -> None:
         """ValueError that names the weight if it has another shape."""
         if tuple(weight.shape) != self.shape:
             shapes = f"{list(weight.shape)}, but the config asks for {list(self.shape)}"
             raise ValueError(f"the checkpoint's {name} has shape {shapes}")
-        self.take(weight)
+        if isinstance(weight, Tensor):
+            self.take(weight)
+        elif self.take_levels is not None:
+            self.take_levels(weight)
+        else:
+            self.take(as_floats(weight))
 
 
 _ROWS_AT_ONCE = 4096  # of the output layer, which are floats while they are looked at
@@ -146,10 +153,14 @@ class Model(Decoder, nn.Module):
         out[torch.cat(places)] = torch.cat(pieces)
         return out
 
-    @property
     @abstractmethod
-    def embedding(self) -> Tensor:
-        """The matrix of the input embedding, as it is kept. [vocab_size, hidden_size]"""
+    def embedding_rows(self, token_ids: Tensor) -> Tensor:
+        """Rows of the input embedding, as it is kept. [n] -> [n, hidden_size]"""
+
+    @property
+    def keeps_levels(self) -> bool:
+        """Whether `load_weights` takes matrices as `StoredLevels`, where a file has integers."""
+        return False
 
     @property
     def why_not_compiled(self) -> str:
@@ -183,8 +194,9 @@ class Model(Decoder, nn.Module):
             parameter.data.copy_(values)
 
     @abstractmethod
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes a checkpoint by Hugging Face's names, each tensor in any floating dtype.
+    def load_weights(self, weights: Iterable[tuple[str, Tensor | StoredLevels]]) -> None:
+        """Takes a checkpoint by Hugging Face's names, each tensor in any floating dtype, or with `keeps_levels` as
+        integers.
 
         Raises ValueError that names the weights that are missing, unknown or of another shape.
         """

@@ -17,6 +17,7 @@ from engine.models.llama import MLP, Llama
 from engine.models.model import ExpertFacts
 from engine.models.operations import Operations
 from engine.quantization.linear import PLAIN, KeptMatrix, LinearMethods, LinearSpec, Part
+from engine.quantization.stored_levels import StoredLevels
 
 _NAMES_OF_MIXTRAL = {  # in its first checkpoints
     ".block_sparse_moe.": ".mlp.",
@@ -102,12 +103,15 @@ class SparseLlama(Llama):
             return Llama.make_mlp(architecture, index, methods)
         return SparseMLP(architecture, mixture, methods)
 
-    def _one_by_one(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _one_by_one(
+        self, weights: Iterable[tuple[str, Tensor | StoredLevels]]
+    ) -> Iterator[tuple[str, Tensor | StoredLevels]]:
         """Every expert's matrices under their own names, whether the checkpoint keeps them apart or stacked."""
         for name, weight in weights:
             for old, new in _NAMES_OF_MIXTRAL.items():
                 name = name.replace(old, new)
-            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and weight.dim() == 3:
+            is_stack = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+            if is_stack and isinstance(weight, Tensor) and weight.dim() == 3:
                 yield from _matrices(name, weight)
             else:
                 yield name, weight

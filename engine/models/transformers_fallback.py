@@ -29,6 +29,7 @@ from engine.models.context_length import length_where_rope_changes, read_trained
 from engine.models.model import Model, check_weight_names
 from engine.models.model_error import FOREIGN_ERRORS
 from engine.quantization.linear import LinearMethods, exchange_linear, exchange_linears, plain_linears
+from engine.quantization.stored_levels import StoredLevels, as_floats
 
 _LONGEST_REASON = 300  # characters; lists of weights or classes are longer
 ATTENTION_NAME = "peregrine"  # in transformers' table
@@ -197,10 +198,9 @@ class TransformersModel(Model):
         layer: nn.Module = self.head.get_output_embeddings()
         return layer
 
-    @property
-    def embedding(self) -> Tensor:
+    def embedding_rows(self, token_ids: Tensor) -> Tensor:
         layer = cast(PreTrainedModel, self.decoder).get_input_embeddings()
-        return cast(Tensor, layer.weight)
+        return torch.nn.functional.embedding(token_ids, cast(Tensor, layer.weight))
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits
@@ -218,13 +218,13 @@ class TransformersModel(Model):
             if child.weight is weight:
                 exchange_linear(parent, child_name, self.methods)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor | StoredLevels]]) -> None:
         """transformers loads: it knows which names changed, and which weights it merges (experts)."""
         kind, config = type(self.head), self.head.config
         parameter = next(self.parameters())
         device, dtype = parameter.device, parameter.dtype
         del self.decoder, self.head, parameter  # their memory is needed
-        model, info = _load_quietly(kind, config, dict(weights), dtype)
+        model, info = _load_quietly(kind, config, {name: as_floats(weight) for name, weight in weights}, dtype)
         shapes = [str(mismatch) for mismatch in info["mismatched_keys"]]
         if shapes:
             raise ValueError(f"the checkpoint's shapes do not fit its config.json: {', '.join(shapes[:5])}")

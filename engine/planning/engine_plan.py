@@ -29,6 +29,7 @@ from engine.planning.resolve import (
     step_name,
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
+from engine.planning.stored_formats import stored_notes
 from engine.speculation.proposer import ProposerNeeds, TargetShape, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
@@ -80,6 +81,21 @@ class MemoryPlan:
     max_num_batched_tokens: int
     max_num_logits: int  # rows of logits in one step
     settings: dict[str, Setting]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is served otherwise than files suggest, and what becomes of stored formats."""
+        return [
+            *self.facts.notes,
+            *self.stored_notes,
+            *length_notes(self.facts, self.max_model_len),
+            *rounding_notes(self.model_config.activations),
+        ]
+
+    @property
+    def stored_notes(self) -> list[str]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return stored_notes(self.facts, kernels=self.kernels, quantization=self.quantization, dtype=dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -252,11 +268,7 @@ def render_plan(plan: MemoryPlan) -> str:
     width = max(len(name) for name in [*(name for name, _ in rows), *plan.settings])
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", *(_setting_line(name, setting, width) for name, setting in plan.settings.items())]
-    notes = [
-        *facts.notes,
-        *length_notes(facts, plan.max_model_len),
-        *rounding_notes(plan.model_config.activations),
-    ]
+    notes = plan.notes
     lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     return "\n".join(lines)
 

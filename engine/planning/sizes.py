@@ -169,14 +169,27 @@ class Sizer:
         others = (facts.num_parameters - facts.num_linear_parameters) * size
         if self.kernels == "numba":  # which keeps what files have in few bits as it is
             linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
-            others -= facts.num_embedding_parameters * max(0, size - (facts.embedding_bytes or size))
-        return int(linear), others
+            others -= facts.num_embedding_parameters * (size - self._table_bytes(size))
+        return int(linear), int(others)
+
+    def _table_bytes(self, size: int) -> float:
+        """Of a weight of the embedding under compiled layers, beside the output layer's, if that shares it."""
+        facts, exact = self.facts, self.facts.embedding_bytes
+        if exact is None or exact >= size:
+            return size
+        has_levels = exact < 2
+        is_output_s = has_levels and facts.ties_output and self._keeps(exact) and exact <= (self.format.output or size)
+        return 0 if is_output_s else exact
+
+    def _keeps(self, exact: float) -> bool:
+        """Whether matrices that a file has in so many bytes a weight may stay so: "none" knows floats only."""
+        return self.format.num_bytes is not None or exact == 2
 
     def _saved(self, matrix: Matrix, size: int) -> float:
         """Bytes of a compiled matrix that is kept in fewer than its format has at most."""
         fmt, exact = self.format, matrix.exact_bytes
         planned = (fmt.output if matrix.is_output else fmt.num_bytes) or size
-        if exact is None or (fmt.num_bytes is None and exact != 2):  # "none" knows floats only
+        if exact is None or not self._keeps(exact):
             return 0
         return matrix.num_weights * max(0.0, planned - exact)
 
@@ -185,8 +198,10 @@ class Sizer:
         facts, is_random = self.facts, self.config.model.load_format == "dummy"
         if is_random:
             return loading_peak(stays, facts.matrices, WeightSizes(size, self.format.scratch))
-        table = Matrix(facts.num_embedding_parameters)  # is read like any other
-        peak = loading_peak(stays, (*facts.matrices, table), WeightSizes(READ_BYTES, self.format.scratch))
+        has_levels = facts.embedding_bytes is not None and facts.embedding_bytes < 2
+        table = Matrix(facts.num_embedding_parameters, has_levels=has_levels)  # is read like any other
+        whole = [one for one in (*facts.matrices, table) if not (one.has_levels and self.kernels == "numba")]
+        peak = loading_peak(stays, whole, WeightSizes(READ_BYTES, self.format.scratch))
         return max(peak, facts.num_parameters * size + OTHER_BYTES) if facts.loads_whole else peak
 
     @property

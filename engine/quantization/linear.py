@@ -7,7 +7,7 @@ final layout, and the floats are freed: a model is never all floats.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast
@@ -15,6 +15,8 @@ from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.quantization.stored_levels import StoredLevels, as_floats, floats_of
 
 W = TypeVar("W")
 ALL_ROWS = slice(None)
@@ -65,11 +67,12 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The floats of one matrix, in parts, from top to bottom. dtype: the model's, to which each is rounded first"""
+    """One matrix, in parts, from top to bottom: floats, or what a file has instead. dtype: the model's, to which what
+    becomes floats is rounded first"""
 
     spec: LinearSpec
     dtype: torch.dtype
-    tensors: list[Tensor]
+    tensors: list[Tensor | StoredLevels]
 
     @classmethod
     def of(cls, weight: Tensor, *, is_output: bool = False) -> Shards:
@@ -81,7 +84,7 @@ class Shards:
         for tensor in self.tensors:
             low, high = max(start - first, 0), min(stop - first, len(tensor))
             if low < high:
-                found.append(tensor[low:high].to(self.dtype))
+                found.append(floats_of(tensor, low, high, self.dtype))
             first += len(tensor)
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -89,14 +92,26 @@ class Shards:
         """The matrix on the default device, and the parts are let go: each when it was copied, if there are several."""
         device = torch.get_default_device()
         if len(self.tensors) == 1:
-            return self.tensors.pop().to(device, self.dtype)
+            return as_floats(self.tensors.pop()).to(device, self.dtype)
         whole = torch.empty(self.spec.shape, dtype=self.dtype, device=device)
         start = 0
         while self.tensors:
             tensor = self.tensors.pop(0)
-            whole[start : start + len(tensor)].copy_(tensor)
+            whole[start : start + len(tensor)].copy_(as_floats(tensor))
             start += len(tensor)
         return whole
+
+
+class Table(ABC):
+    """The rows of an embedding, kept in what a file has them in."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Some rows, [n, hidden_size] float32."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it is kept in, for people."""
 
 
 class LinearMethod(ABC, Generic[W]):
@@ -122,7 +137,7 @@ class LinearMethod(ABC, Generic[W]):
         """The tensors that a checkpoint has for a part, by the last word of their names, and their shapes."""
         return {"weight": (part.num_rows, spec.num_inputs)}
 
-    def load(self, layer: KeptMatrix, part: str, name: str, tensor: Tensor) -> None:
+    def load(self, layer: KeptMatrix, part: str, name: str, tensor: Tensor | StoredLevels) -> None:
         """Takes one of the `stored` tensors; with the last of them, the layer's weight is there."""
         layer.waiting[part, name] = tensor
         wanted = [(part.name, name) for part in layer.spec.parts for name in self.stored(layer.spec, part)]
@@ -132,17 +147,22 @@ class LinearMethod(ABC, Generic[W]):
         layer.waiting.clear()
         self._finish(layer, parts)
 
-    def load_whole(self, layer: KeptMatrix, weight: Tensor) -> None:
-        """Takes all parts at once, [num_outputs, num_inputs] floats."""
+    def load_whole(self, layer: KeptMatrix, weight: Tensor | StoredLevels) -> None:
+        """Takes all parts at once, [num_outputs, num_inputs]."""
         self._finish(layer, [weight])
 
-    def _finish(self, layer: KeptMatrix, parts: list[Tensor]) -> None:
+    def _finish(self, layer: KeptMatrix, parts: list[Tensor | StoredLevels]) -> None:
+        layer.note_stored(parts)
         shards = Shards(layer.spec, layer.dtype, parts)
         kept = self.pack(shards)
         if kept is None:
             layer.keep_plainly(shards)
         else:
             layer.keep(kept)
+
+    def keep_table(self, table: StoredLevels, output: object) -> Table | None:
+        """An embedding as it is; None where it has to be floats. output: what is kept of the layer that shares it"""
+        return None
 
     def finish(self) -> None:
         """Frees what only loading needed, when a model is loaded or was given up; another one may follow."""
@@ -171,14 +191,15 @@ class PlainMethod(LinearMethod[nn.Parameter]):
         """Memory, not initialised: random numbers that the checkpoint overwrites take longer than the checkpoint."""
         return nn.Parameter(torch.empty(spec.shape, dtype=dtype), requires_grad=False)
 
-    def load(self, layer: KeptMatrix, part: str, name: str, tensor: Tensor) -> None:
+    def load(self, layer: KeptMatrix, part: str, name: str, tensor: Tensor | StoredLevels) -> None:
         """Parts are copied to their rows as they come, in any order, and any number of times."""
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
-        weight.data[layer.spec.rows(part)].copy_(tensor)
+        layer.note_stored([tensor])
+        weight.data[layer.spec.rows(part)].copy_(as_floats(tensor))
 
-    def load_whole(self, layer: KeptMatrix, weight: Tensor) -> None:
-        layer.dense().copy_(weight)
+    def load_whole(self, layer: KeptMatrix, weight: Tensor | StoredLevels) -> None:
+        layer.dense().copy_(as_floats(weight))
 
     def pack(self, shards: Shards) -> nn.Parameter:
         whole = shards.take_whole()
@@ -201,7 +222,8 @@ PLAIN = cast(LinearMethod[object], PlainMethod())
 class LinearMethods:
     """Which method keeps each matrix of a model, chosen before anything is loaded: one, or plainly where it gains none.
 
-    keeps_tables: embeddings stay in the 16 bits in which a file has them, since who runs the model reads those too
+    keeps_tables: embeddings stay as a file has them, in 16 bits or as integers, since who runs the model reads those
+    too; and of all matrices the file's integers are asked for, not what they stand for
     """
 
     method: LinearMethod[object] = PLAIN
@@ -223,7 +245,8 @@ class KeptMatrix(nn.Module):
     def __init__(self, spec: LinearSpec, method: LinearMethod[object], *, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec, self.method, self.dtype = spec, method, dtype
-        self.waiting: dict[tuple[str, str], Tensor] = {}  # parts that came, until all are there
+        self.waiting: dict[tuple[str, str], Tensor | StoredLevels] = {}  # parts that came, until all are there
+        self.stored_as: tuple[str, ...] = ()  # how a checkpoint has its parts, in its own words
         self.weight = method.create(spec, dtype)
 
     @property
@@ -238,13 +261,17 @@ class KeptMatrix(nn.Module):
     def is_plain(self) -> bool:
         return isinstance(self.weight, nn.Parameter)
 
-    def load(self, part: str, tensor: Tensor, name: str = "weight") -> None:
+    def load(self, part: str, tensor: Tensor | StoredLevels, name: str = "weight") -> None:
         """One tensor of a checkpoint; with the last one, the matrix is brought into its final layout."""
         self.method.load(self, part, name, tensor)
 
-    def load_whole(self, weight: Tensor) -> None:
-        """All parts at once, [num_outputs, num_inputs] floats."""
+    def load_whole(self, weight: Tensor | StoredLevels) -> None:
+        """All parts at once, [num_outputs, num_inputs]."""
         self.method.load_whole(self, weight)
+
+    def note_stored(self, parts: Iterable[Tensor | StoredLevels]) -> None:
+        labels = [part.label for part in parts if isinstance(part, StoredLevels) and part.label]
+        self.stored_as = tuple(dict.fromkeys((*self.stored_as, *labels)))
 
     def keep(self, weight: object) -> None:
         del self.weight  # a parameter, in whose place torch takes nothing else
@@ -260,7 +287,8 @@ class KeptMatrix(nn.Module):
         return self.method.dense(self.weight, rows)
 
     def describe(self) -> str:
-        return self.method.describe(self.weight)
+        kept = self.method.describe(self.weight)
+        return f"{kept}, stored as {' and '.join(self.stored_as)}" if self.stored_as else kept
 
 
 class Linear(KeptMatrix):

@@ -57,7 +57,7 @@ COMPILED_FORMATS = {  # whose module is imported only where it runs
     ),
     "fp16": WeightFormat(
         f"{_COMPILED}:HalfMethod", 2, 2,
-        meaning="float16, or what is smaller and holds every weight: bfloat16, or the int8 or int4 of a GGUF file",
+        meaning="float16, or what is smaller and holds every weight: bfloat16, or the integers of a GGUF file",
     ),
     "int8": WeightFormat(f"{_COMPILED}:Int8Method", 1.0625, 1.0625, meaning="8 bits and a scale for each 32 weights"),
     "int4": WeightFormat(

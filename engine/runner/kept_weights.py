@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from engine.models.llama import TokenTable
 from engine.models.model import Model
 from engine.quantization.linear import KeptMatrix
 from engine.runner.padded_rows import PaddedRows
@@ -31,6 +32,8 @@ def _matrices(model: Model) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         if isinstance(module, KeptMatrix):
             yield name, module.describe()
+        elif isinstance(module, TokenTable) and module.table is not None:
+            yield name, module.table.describe()
         elif not isinstance(module, PaddedRows):
             yield from _own_parameters(name, module)
 

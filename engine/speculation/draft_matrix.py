@@ -54,10 +54,10 @@ class _CompiledMatrix:
     def __init__(self, matrix: Tensor) -> None:
         from kernels.numba.core.formats import INT8  # which compile where no start has compiled them yet
         from kernels.numba.ops.linear import SCRATCH_BYTES
-        from kernels.numba.packing.packing import pack
+        from kernels.numba.packing.packing import Stack, pack
         from kernels.numba.program.team import Team
 
-        self._packed = pack(matrix.float(), INT8)
+        self._packed = Stack((pack(matrix.float(), INT8),))
         self._team = Team(1, scratch_bytes=SCRATCH_BYTES)
         self._program: OutputProgram | None = None
         self.num_rows, self.num_bytes = len(matrix), self._packed.num_bytes

@@ -21,7 +21,7 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 import numba
-from numba import njit
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
@@ -188,27 +188,53 @@ def kernel(*signatures, folder: KernelFolder = FOLDER, **options):
     return decorate
 
 
+def address_of(compiled) -> int:
+    """Where a kernel's code is, for `by_address`, as long as the kernel is kept."""
+    (overload,) = compiled.overloads.values()
+    return overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name)
+
+
+def by_address(signature):
+    """An intrinsic (address, tuple of arguments) that calls any kernel of this signature from others: one that need not
+    be there, or compiled, when its caller is."""
+    returned, argument_types = signature.return_type, signature.args
+
+    @intrinsic
+    def call(typing_context, address, arguments):
+        def generate(context, builder, _, values):
+            kind = context.call_conv.get_function_type(returned, argument_types)
+            function = builder.inttoptr(values[0], kind.as_pointer())
+            return _call(context, builder, function, returned, argument_types, values[1])
+
+        return returned(types.int64, arguments), generate
+
+    return call
+
+
+def _call(context, builder, function, returned, argument_types, packed):
+    """A call with a tuple of arguments in Numba's convention; an exception goes on to the caller's caller."""
+    convention = context.call_conv
+    unpacked = cgutils.unpack_tuple(builder, packed, len(argument_types))
+    status, result = convention.call_function(builder, function, returned, argument_types, unpacked)
+    with cgutils.if_unlikely(builder, status.is_error):
+        convention.return_status_propagate(builder, status)
+    return result
+
+
 def by_name(compiled):
     """An intrinsic that calls a kernel from others, with a tuple of its arguments: its one copy, found by name when the
     caller is linked. A plain call would compile another copy of all that it contains into each caller.
     """
     (overload,) = compiled.overloads.values()
     signature, name = overload.signature, f"peregrine.{compiled.py_func.__module__}.{compiled.__name__}"
-    llvm.add_symbol(name, overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name))
+    llvm.add_symbol(name, address_of(compiled))
 
     @intrinsic
     def call(typing_context, arguments):
         def generate(context, builder, _, values):
-            convention = context.call_conv
-            kind = convention.get_function_type(signature.return_type, signature.args)
+            kind = context.call_conv.get_function_type(signature.return_type, signature.args)
             function = cgutils.get_or_insert_function(builder.module, kind, name)
-            unpacked = cgutils.unpack_tuple(builder, values[0], len(signature.args))
-            status, result = convention.call_function(
-                builder, function, signature.return_type, signature.args, unpacked
-            )
-            with cgutils.if_unlikely(builder, status.is_error):
-                convention.return_status_propagate(builder, status)
-            return result
+            return _call(context, builder, function, signature.return_type, signature.args, values[0])
 
         return signature.return_type(arguments), generate
 

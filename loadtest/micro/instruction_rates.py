@@ -17,7 +17,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from kernels.numba.core import integer_tiles, tiles
-from kernels.numba.core.formats import INT4, INT8, QUAD_INT4, QUAD_INT8, ROUNDED_BFLOAT16
+from kernels.numba.core.formats import INTEGERS, ROUNDED_BFLOAT16
 from kernels.numba.core.lanes import FLOATS, I32, I64, INTS, LANES, Loop, fma, load
 from kernels.numba.core.processor import level
 from loadtest.micro.measure import Row, parse_arguments, report
@@ -40,10 +40,8 @@ _KINDS: dict[str, tuple[Add, ir.Type, ir.Type, int]] = {
 
 def instruction_of(kind: int) -> str:
     """What products of this kind (of `kernels.numba.core.formats`) multiply: a name of `rates`."""
-    if kind in (QUAD_INT8, QUAD_INT4):
-        return "int8"
-    if kind in (INT8, INT4):
-        return "int16"
+    if kind in INTEGERS:
+        return "int16" if INTEGERS[kind].depths == 2 else "int8"
     return "bfloat16" if kind == ROUNDED_BFLOAT16 else "float32"
 
 

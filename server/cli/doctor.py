@@ -6,11 +6,16 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.ipc.messages import EXIT_CODES
 from server.complain import complain
 from server.settings import LoadedConfig
 from server.version import VERSION
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.planning.machine import Machine
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numba", "triton", "fastapi", "uvicorn")
 NAMESAKE = "kernels"  # a distribution of Hugging Face, whose package has the name of a folder of ours
@@ -95,7 +100,8 @@ def default_model() -> Iterator[Row]:
 
 
 def kernels(loaded: LoadedConfig) -> Iterator[Row]:
-    """For the configured dtype and weight format, and a model of Llama's kind, since no model is read here.
+    """For the configured dtype and weight format, and a model of Llama's kind; of a directory, what its headers say of
+    quantised weights too.
 
     Raises ValueError for settings that this machine cannot honour.
     """
@@ -125,6 +131,23 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
         parts = describe_kernels(found, dtype=DTYPES[dtype.value], quantization=quantization.value)
     for part, kernel in parts.items():
         yield f"  {part}", kernel
+    if Path(config.model.path).is_dir():
+        yield from _stored_weights(config, found)
+
+
+def _stored_weights(config: EngineConfig, machine: Machine) -> Iterator[Row]:
+    """What becomes of the quantised weights of a directory; from its headers."""
+    from engine.loading.loader import read_model_facts
+    from engine.planning.engine_plan import plan_memory
+    from engine.planning.sizes import PlanError
+
+    facts = read_model_facts(config.model)
+    try:
+        plan = plan_memory(facts, config, machine)
+    except PlanError:
+        return  # `peregrine plan` says why
+    for note in plan.stored_notes:
+        yield "stored weights", note
 
 
 def _installed(name: str) -> str:

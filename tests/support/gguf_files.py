@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -172,9 +173,50 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
 
 
-def write_random_q4_0(path: Path, config: LlamaConfig, *, is_hole: bool = False) -> Path:
-    """A Llama of any size. is_hole: as zeros that take no room on the disk; reading its header is all that is cheap"""
-    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+BLOCKS = {  # where the float16 scale of a block lies, and the minimum's, if it has one
+    Format.Q4_0: (0,), Format.Q4_1: (0, 2), Format.Q5_0: (0,), Format.Q5_1: (0, 2), Format.Q8_0: (0,),
+    Format.Q2_K: (80, 82), Format.Q3_K: (108,), Format.Q4_K: (0, 2), Format.Q5_K: (0, 2), Format.Q6_K: (208,),
+    Format.IQ4_NL: (0,), Format.IQ4_XS: (0,), Format.MXFP4: (),
+}  # fmt: skip
+
+
+_MINIMA = {  # as multiples of the scale, so that weights are around zero: the mean level, negative where it is added
+    Format.Q4_1: -7.5, Format.Q5_1: -15.5, Format.Q2_K: 1.5, Format.Q4_K: 7.5, Format.Q5_K: 15.5,
+}  # fmt: skip
+
+
+def random_blocks(
+    rng: np.random.Generator, shape: tuple[int, int], format: Format = Format.Q4_0, *, size: float = 0.05
+) -> np.ndarray:
+    """Any bits, but for scales with which the root of the weights' mean square is about `size`; [rows, bytes]"""
+    num_elements, num_bytes = gguf.GGML_QUANT_SIZES[format]
+    raw = rng.integers(0, 256, (shape[0] * shape[1] // num_elements, num_bytes), np.uint8)
+    if format is Format.MXFP4:
+        raw[:, 0] = rng.integers(120, 124, len(raw)) + round(np.log2(size / 0.1))
+        return raw.reshape(shape[0], -1)
+    scales = rng.uniform(0.5, 1.0, len(raw))
+    for factor in (1.0, None):
+        if factor is None:
+            factor = size / np.sqrt(np.mean(gguf.dequantize(raw[:64], format) ** 2))
+        for place, ratio in zip(BLOCKS[format], (1.0, _MINIMA.get(format, 0.0)), strict=False):
+            halves = (factor * ratio * scales).astype(np.float16)
+            raw[:, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)
+    return raw.reshape(shape[0], -1)
+
+
+def write_random_blocks(
+    path: Path,
+    config: LlamaConfig,
+    format_of: Callable[[str], Format] = lambda name: Format.Q4_0,
+    *,
+    is_hole: bool = False,
+    **split: int,
+) -> Path:
+    """A Llama of any size. format_of: a matrix, by the name of its tensor without the layer
+
+    is_hole: as zeros that take no room on the disk; reading its header is all that is cheap
+    """
+    writer, rng = gguf.GGUFWriter(path, "llama", **split), np.random.default_rng(0)
     hidden, inner, num_bytes = config.hidden_size, config.intermediate_size, 0
     keys = hidden // config.num_attention_heads * config.num_key_value_heads
     writer.add_context_length(config.max_position_embeddings)
@@ -196,17 +238,18 @@ def write_random_q4_0(path: Path, config: LlamaConfig, *, is_hole: bool = False)
     for i in range(config.num_hidden_layers):
         matrices |= {f"blk.{i}.{name}": shape for name, shape in of_layer.items()}
         norms += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
-    tensors = {f"{name}.weight": (_random_q4_0, shape, Format.Q4_0) for name, shape in matrices.items()}
-    tensors |= {f"{name}.weight": (_ones, (hidden,), Format.F32) for name in norms}
-    for name, (make, shape, kind) in tensors.items():
+    kinds = {name: format_of(name.rpartition(".")[2]) for name in matrices} | dict.fromkeys(norms, Format.F32)
+    for name, shape in {**matrices, **dict.fromkeys(norms, (hidden,))}.items():
+        kind, is_blocks = kinds[name], kinds[name] in BLOCKS
         if is_hole:
-            raw_shape = gguf.quant_shape_to_byte_shape(shape, kind) if kind == Format.Q4_0 else shape
-            dtype = np.dtype(np.uint8 if kind == Format.Q4_0 else np.float32)
+            raw_shape = gguf.quant_shape_to_byte_shape(shape, kind) if is_blocks else shape
+            dtype = np.dtype(np.uint8 if is_blocks else np.float32)
             size = int(np.prod(raw_shape)) * dtype.itemsize
-            writer.add_tensor_info(name, raw_shape, dtype, size, raw_dtype=kind)
+            writer.add_tensor_info(f"{name}.weight", raw_shape, dtype, size, raw_dtype=kind)
             num_bytes += -(-size // 32) * 32
         else:
-            writer.add_tensor(name, make(rng, shape), raw_dtype=kind)
+            raw = random_blocks(rng, shape, kind) if is_blocks else _plain(rng, shape, kind)
+            writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
     if not is_hole:
         finish(writer)
         return path
@@ -219,16 +262,10 @@ def write_random_q4_0(path: Path, config: LlamaConfig, *, is_hole: bool = False)
     return path
 
 
-def _random_q4_0(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Blocks as the quantiser makes them: one element is the extreme, at level 0, of which the scale is an eighth."""
-    raw = rng.integers(0, 256, (shape[0] * shape[1] // 32, 18), np.uint8)
-    raw[:, :2] = rng.uniform(0.001, 0.01, len(raw)).astype(np.float16).view(np.uint8).reshape(-1, 2)
-    raw[:, 2] &= 0xF0
-    return raw.reshape(shape[0], -1)
-
-
-def _ones(rng: np.random.Generator, shape: tuple[int]) -> np.ndarray:
-    return np.ones(shape, np.float32)
+def _plain(rng: np.random.Generator, shape: tuple[int, ...], kind: Format) -> np.ndarray:
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    return gguf.quantize((0.05 * rng.standard_normal(shape)).astype(np.float32), kind)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

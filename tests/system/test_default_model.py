@@ -12,8 +12,10 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.loading.default_model import ensure_model
 from engine.loading.gguf.header import read_gguf_header
-from engine.loading.gguf.tensors import gguf_config, gguf_weights
-from engine.quantization.method import has_float16_weights
+from engine.loading.gguf.tensors import gguf_config, gguf_stored_weights, gguf_weights
+from engine.models.registry import build_model
+from engine.quantization.linear import KeptMatrix
+from engine.quantization.method import COMPILED_FORMATS, has_float16_weights, make_methods
 from engine.types import Request, SamplingParams
 from server.text.chat_renderer import ChatRenderer
 from server.text.tokenizer import Tokenizer
@@ -133,15 +135,14 @@ def test_greedy_text_equals_transformers(
 
 
 def test_the_default_keeps_its_matrices_in_the_bits_of_the_file(reference: LlamaForCausalLM) -> None:
-    from engine.quantization.linear import Shards
-    from engine.quantization.numba_cpu import HalfMethod
-    from kernels.numba.packing.packing import unpack
-
-    blocks = reference.model.layers[0], reference.model.layers[-1]
-    matrices = [
-        module.weight.detach() for block in blocks for module in block.modules() if isinstance(module, nn.Linear)
-    ]
-    for weight in [*matrices, reference.lm_head.weight.detach()[:4096]]:
-        packed = HalfMethod().pack(Shards.of(weight))
-        assert packed.format_name in ("int4", "int8")
-        assert torch.equal(unpack(packed), weight)
+    header = read_gguf_header(ensure_model(report=lambda phase, detail: None))
+    model = build_model(gguf_config(header), dtype=torch.float32, methods=make_methods(COMPILED_FORMATS, "fp16"))
+    model.load_weights(gguf_stored_weights(header))
+    kept = {name: module for name, module in model.named_modules() if isinstance(module, KeptMatrix)}
+    assert {module.describe() for module in kept.values()} <= {"int4", "int8"}
+    for number in (0, len(reference.model.layers) - 1):
+        theirs = reference.model.layers[number]
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            expected = theirs.get_submodule(name).weight
+            assert torch.equal(kept[f"layers.{number}.{name}"].dense(), expected), name
+    assert torch.equal(kept["lm_head"].dense(slice(4096)), reference.lm_head.weight[:4096])

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType as Format
 from torch import Tensor
 
+from engine.loading.gguf.blocks import KINDS, Blocks
 from engine.loading.gguf.config_fields import config_fields
 from engine.loading.gguf.dequantize import ONE_THREAD, dequantize
 from engine.loading.gguf.header import GGUFHeader, TensorInfo
 from engine.models.checkpoint_config import BareConfig, CheckpointConfig
 from engine.models.model_error import ModelError
 from engine.models.registry import MODELS
+from engine.quantization.stored_levels import StoredLevels
 from engine.quantization.threads import Threads
+from kernels.numba.core.formats import SIZES
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -46,7 +50,7 @@ _FAMILY_LAYER_NAMES = {  # where a family's names mean something else
 _FAMILY_LAYER_NAMES["gemma3"] = _FAMILY_LAYER_NAMES["gemma2"]
 _INTERLEAVED_ROPE = {"llama", "smollm3"}  # the writer reorders q and k so that a rotation's pair lies side by side
 _NORMS_PLUS_ONE = {"gemma2", "gemma3"}  # the writer adds the 1 that the layer adds
-_EXACT_BYTES = {"F16": 2, "BF16": 2, "Q8_0": 1.0625, "Q4_0": 0.625, "Q4_1": 0.625}  # with 16 bits of scale or offset
+_EXACT_BYTES = {Format.F16: 2.0, Format.BF16: 2.0} | {format: SIZES[kind] for format, kind in KINDS.items()}
 _ROPE_FREQS = "rope_freqs.weight"  # read for the config, no weight of the model
 
 
@@ -66,24 +70,38 @@ def gguf_weights(header: GGUFHeader, *, num_threads: int = 1) -> Generator[tuple
 
     One at a time, each computed by all threads: the consumer's copy is all that stays of one when the next is made.
     """
-    heads = _rope_heads(header)
-    data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
     with closing(Threads(num_threads)) as threads:
-        for info in header.tensors.values():
-            if info.name != _ROPE_FREQS:
-                pages = data[info.file]
-                yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, threads), heads)
-                _drop(pages, info)
+        for info, pages in _mapped(header):
+            yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, threads))
+
+
+def gguf_stored_weights(header: GGUFHeader) -> Generator[tuple[str, Tensor | StoredLevels], None, None]:
+    """As `gguf_weights`, but matrices of blocks as they are, of which rows are read when somebody wants them."""
+    for info, pages in _mapped(header):
+        is_matrix = len(info.shape) == 2 and info.type in KINDS
+        weight = _blocks(header, info, pages) if is_matrix else _restore(header, info, _read(pages, info))
+        yield hugging_face_name(header, info.name), weight
+
+
+def _mapped(header: GGUFHeader) -> Iterator[tuple[TensorInfo, mmap.mmap]]:
+    """Each tensor of the model and its file's pages, which are dropped when the next one is asked for."""
+    data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
+    for info in header.tensors.values():
+        if info.name != _ROPE_FREQS:
+            yield info, data[info.file]
+            _drop(data[info.file], info)
+
+
+def _blocks(header: GGUFHeader, info: TensorInfo, pages: mmap.mmap) -> Blocks:
+    rows, depth = info.shape
+    raw = torch.frombuffer(pages, dtype=torch.uint8, offset=info.offset, count=info.num_bytes).view(rows, -1)
+    return Blocks.of(_in_order(header, info, raw), info.type, (rows, depth), f"{info.file}: tensor {info.name!r}")
 
 
 def gguf_exact_bytes(header: GGUFHeader) -> dict[str, float]:
-    """Bytes per weight in which compiled layers keep a tensor exactly, where they can, by its Hugging Face name.
-
-    Levels and scales are found from the weights, which finds those of the format's own quantiser; where another one
-    chose the scales, a matrix may take more.
-    """
-    infos = [info for info in header.tensors.values() if info.type.name in _EXACT_BYTES and info.name != _ROPE_FREQS]
-    return {hugging_face_name(header, info.name): _EXACT_BYTES[info.type.name] for info in infos}
+    """Bytes per weight in which compiled layers keep a tensor exactly, where they can, by its Hugging Face name."""
+    infos = [info for info in header.tensors.values() if info.type in _EXACT_BYTES and info.name != _ROPE_FREQS]
+    return {hugging_face_name(header, info.name): _EXACT_BYTES[info.type] for info in infos}
 
 
 def hugging_face_name(header: GGUFHeader, name: str) -> str:
@@ -128,17 +146,26 @@ def _read(data: mmap.mmap, info: TensorInfo, threads: Threads = ONE_THREAD) -> T
         raise ModelError(f"{info.file}: tensor {info.name!r}: {error}") from error
 
 
-def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor, heads: dict[str, int]) -> Tensor:
+def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor) -> Tensor:
     """Undoes what the writer changed."""
-    stem = info.name.split(".")[-2]
-    if stem in heads:
-        if weight.shape[0] % (2 * heads[stem]):
-            raise ModelError(f"{header.path}: {info.name!r} has {weight.shape[0]} rows for {heads[stem]} heads")
-        pairs = weight.view(heads[stem], -1, 2, *weight.shape[1:])
-        return pairs.transpose(1, 2).reshape(weight.shape)
-    if header.architecture in _NORMS_PLUS_ONE and stem.endswith("norm"):
+    if header.architecture in _NORMS_PLUS_ONE and _stem(info).endswith("norm"):
         return weight.float() - 1
-    return weight
+    return _in_order(header, info, weight)
+
+
+def _in_order(header: GGUFHeader, info: TensorInfo, rows: Tensor) -> Tensor:
+    """The rows of a tensor as the checkpoint had them."""
+    heads = _rope_heads(header).get(_stem(info))
+    if heads is None:
+        return rows
+    if rows.shape[0] % (2 * heads):
+        raise ModelError(f"{header.path}: {info.name!r} has {rows.shape[0]} rows for {heads} heads")
+    pairs = rows.view(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def _stem(info: TensorInfo) -> str:
+    return info.name.split(".")[-2]
 
 
 def _read_rope_freqs(header: GGUFHeader) -> np.ndarray:

@@ -5,16 +5,18 @@ Rows are integers too: of 16 bits, two depths side by side in a panel, or of 8 b
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import partial, reduce
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from kernels.numba.core.formats import GROUP, IntegerFormat
 from kernels.numba.core.lanes import (
     FLOAT,
     FLOATS,
-    GROUP,
     I8,
     I16,
     I32,
@@ -26,16 +28,16 @@ from kernels.numba.core.lanes import (
     define,
     fma,
     load,
-    load_floats,
     splat,
     store,
 )
+from kernels.numba.core.levels import WORDS, Scales, load_levels, load_scales, splat_word
 from kernels.numba.core.processor import TileRows, features, level
 from kernels.numba.core.tiles import dispatching, prefetch_span, write_sums
 
 INTEGER_TILES = level().integers
-MAX_SUMS_WRITTEN_OUT = {"int4": 12, "int8": 8, "unpacked int4": 0}  # of a tile
-UNPACKS = INTEGER_TILES.two_panels < INTEGER_TILES.one_panel  # whether tiles of int4 have no register to unpack
+MAX_SUMS_WRITTEN_OUT = {8: 8, 16: 0}  # of a tile, by bits of its levels; with fewer bits, any
+UNPACKS = INTEGER_TILES.two_panels < INTEGER_TILES.one_panel  # whether tiles have no register to unpack levels
 MIN_ROWS_TO_UNPACK = 12  # with fewer, each tile unpacks a panel itself
 UNPACKED_TILES = TileRows(0, 6 if UNPACKS else 0)
 
@@ -70,86 +72,140 @@ def add_pair_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir
     return builder.add(total, _multiply_pairs(builder, a, b))
 
 
-def _load_pairs(builder: ir.IRBuilder, base: ir.Value, element: str, pair: ir.Value) -> ir.Value:
-    """The integers of two depths in 16 columns, [32] int16: columns in order, the two depths side by side.
+def _integer_tile(module: ir.Module, rows: int, panels: int, weights: IntegerFormat) -> ir.Function:
+    """(x, ldx, factors, ldg, w, panel_stride, scales, scale_stride, num_groups, ahead, out, ldo, adds): exact sums of
+    integer products within what shares a scale, then float32 sums of those, each times its two scales.
 
-    base: the address of a group; pair: its index in the group. Four pairs of int4 are in one vector.
+    x: int16 [rows, num_groups * GROUP], or uint8 for weights in quads; ldx: elements from row to row
+    factors: [rows, ldg, 4] of 32 bits, as `round_groups` leaves them, or `round_groups_to_bytes`
+    w, scales: of the first panel, as `formats.IntegerFormat` and `load_scales` have them; their strides: bytes from
+    panel to panel; ahead: as of `_float_tile`; the scales of those panels are prefetched too
     """
-    words = ir.VectorType(I16, 2 * LANES)
-    if element == "unpacked int4":
-        return load(builder, builder.add(base, builder.mul(pair, I64(4 * LANES))), words, 2)
-    if element == "int8":
-        address = builder.add(base, builder.mul(pair, I64(2 * LANES)))
-        return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), words)
-    address = builder.add(base, builder.mul(builder.lshr(pair, I64(2)), I64(4 * LANES)))
-    four = load(builder, address, INTS, 1)
-    shift = builder.trunc(builder.mul(builder.and_(pair, I64(3)), I64(4)), I32)
-    both = builder.and_(builder.lshr(four, splat(builder, shift)), ir.Constant(INTS, [0x000F000F] * LANES))
-    return builder.bitcast(both, words)
-
-
-def _integer_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
-    """(x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds): exact sums of
-    integer products within a group of `GROUP` elements, then float32 sums of the groups, each times its two scales.
-
-    x: int16 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 2], the scale of each group and scale * sum
-    w: each panel is int8 [num_groups, GROUP / 2, 16, 2], or int32 [num_groups, GROUP / 8, 16] with eight int4, those of
-    depths 2i and 2i + 1 from bits 4i and 16 + 4i on, or the same as int16 [num_groups, GROUP / 2, 16, 2]
-    scales: float16, each panel is [panel_groups, 16] (int8), or [panel_groups, 2, 16] with the offset too (int4)
-    panel_stride: bytes of a panel of w; ahead: as of `_float_tile`; the scales of those panels are prefetched too
-    """
-    function, is_new = define(module, f"integer_tile_{rows}x{panels}_{element.replace(' ', '_')}", 13)
+    function, is_new = define(module, f"tile_{rows}x{panels}_{re.sub(r'[^A-Za-z0-9]', '_', weights.name)}", 13)
     if not is_new:
         return function
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds = function.args
-    has_offset = element != "int8"
-    pair_bytes = {"int4": LANES, "int8": 2 * LANES, "unpacked int4": 4 * LANES}[element]
-    group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
-    zero = ir.Constant(FLOATS, [0.0] * LANES)
-    outer = Loop(builder, num_groups, [zero] * (rows * panels))
+    x, ldx, factors, ldg, w, panel_stride, scales, scale_stride, num_groups, ahead, out, ldo, adds = function.args
+    x_bytes = 4 // weights.depths
+    outer = Loop(builder, num_groups, [ir.Constant(FLOATS, [0.0] * LANES)] * (rows * panels))
     group = outer.index
-    first_x = builder.mul(group, I64(2 * GROUP))
-    x_groups = [builder.add(builder.add(x, builder.mul(ldx, I64(2 * row))), first_x) for row in range(rows)]
-    first_pair = builder.mul(group, I64(pair_bytes * (GROUP // 2)))
-    w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_pair) for p in range(panels)]
-    scale_stride, first_scale = builder.mul(panel_groups, I64(group_scales)), builder.mul(group, I64(group_scales))
-    s_groups = [builder.add(builder.add(scales, builder.mul(scale_stride, I64(p))), first_scale) for p in range(panels)]
-    if element != "unpacked int4":
-        prefetch_span(builder, w_groups, ahead, pair_bytes * (GROUP // 2))
-        prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
-    totals = _pair_products(builder, x_groups, w_groups, element)
-    sums = []
-    for row in range(rows):
-        scale_offset = builder.add(builder.mul(ldg, I64(8 * row)), builder.mul(group, I64(8)))
-        row_scale = splat(builder, load(builder, builder.add(x_scales, scale_offset), FLOAT, 4))
-        row_sum = splat(builder, load(builder, builder.add(x_scales, builder.add(scale_offset, I64(4))), FLOAT, 4))
-        for panel in range(panels):
-            total = builder.sitofp(totals[row * panels + panel], FLOATS)
-            before, offset_by = outer.values[row * panels + panel], row_sum if has_offset else None
-            sums.append(_add_group(builder, before, total, s_groups[panel], row_scale, offset_by))
+    first_x = builder.add(x, builder.mul(group, I64(x_bytes * GROUP)))
+    x_groups = [builder.add(first_x, builder.mul(ldx, I64(x_bytes * row))) for row in range(rows)]
+    first_w = builder.add(w, builder.mul(group, I64(weights.group_bytes)))
+    w_groups = [builder.add(first_w, builder.mul(panel_stride, I64(panel))) for panel in range(panels)]
+    s_panels = [builder.add(scales, builder.mul(scale_stride, I64(panel))) for panel in range(panels)]
+    if not weights.is_unpacked:
+        prefetch_span(builder, w_groups, ahead, weights.group_bytes)
+        spread = builder.mul(group, I64(weights.scale_bytes))
+        distance = builder.add(builder.mul(scale_stride, I64(panels)), spread)
+        prefetch_span(builder, s_panels, distance, weights.scale_bytes)
+    of_rows = [
+        builder.add(factors, builder.shl(builder.add(builder.mul(ldg, I64(row)), group), I64(4))) for row in range(rows)
+    ]
+    of_panels = [load_scales(builder, base, weights, group) for base in s_panels]
+    sums = list(outer.values)
+    for part in range(weights.num_scales):
+        totals = _sums_of_part(builder, x_groups, w_groups, weights, part, of_rows)
+        for row, address in enumerate(of_rows):
+            row_scale = splat(builder, load(builder, address, FLOAT, 4))
+            row_sum = _sum_of_row(builder, address, weights, part) if weights.has_offsets else None
+            for panel in range(panels):
+                index = row * panels + panel
+                sums[index] = _add_part(builder, sums[index], totals[index], of_panels[panel][part], row_scale, row_sum)
     sums = outer.close(sums)
     write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
     return function
 
 
-def _pair_products(
-    builder: ir.IRBuilder, x_groups: list[ir.Value], w_groups: list[ir.Value], element: str
-) -> list[ir.Value]:
-    """Of a group, at these addresses: sum(x * w) of each row and panel, as [16] int32.
+def _add_part(
+    builder: ir.IRBuilder,
+    before: ir.Value,
+    total: ir.Value,
+    scales: Scales,
+    row_scale: ir.Value,
+    row_sum: ir.Value | None,
+) -> ir.Value:
+    """before + a sum of integer products, times the row's scale and the columns', and the columns' offsets times the
+    row's sum where they have some."""
+    value = fma(builder, total, builder.fmul(row_scale, scales.scale), before)
+    return value if row_sum is None else fma(builder, row_sum, scales.offset, value)
 
-    Tiles of few rows are written out: what four pairs of int4 share is then loaded once. In those of many, LLVM would
-    order it anew, and then has no registers for it.
+
+def _sum_of_row(builder: ir.IRBuilder, factors: ir.Value, weights: IntegerFormat, part: int) -> ir.Value:
+    """The sum of a row's elements, which meets the columns' offsets: of a group, whose factors are at this address, or
+    of the part that has offsets of its own. [16] float32"""
+    if weights.num_scales == 1:
+        place = 4 if weights.depths == 2 else 8
+        return splat(builder, load(builder, builder.add(factors, I64(place)), FLOAT, 4))
+    scale, whole = load(builder, factors, FLOAT, 4), _integer_sum(builder, factors, weights, part)
+    return splat(builder, builder.fmul(scale, builder.sitofp(whole, FLOAT)))
+
+
+def _integer_sum(builder: ir.IRBuilder, factors: ir.Value, weights: IntegerFormat, part: int) -> ir.Value:
+    """The sum of a row's integers, less the one that stands for zero, in a group or in the half with a scale of its
+    own: int32."""
+    size, first = (4, 8) if weights.depths == 2 else (2, 12)
+    halves = (part,) if weights.num_scales > 1 else (0, 1)
+    sums = [
+        load(builder, builder.add(factors, I64(first + size * half)), I32 if size == 4 else I16, size)
+        for half in halves
+    ]
+    wide = [one if size == 4 else builder.sext(one, I32) for one in sums]
+    return reduce(builder.add, wide)
+
+
+def _sums_of_part(
+    builder: ir.IRBuilder,
+    x_groups: list[ir.Value],
+    w_groups: list[ir.Value],
+    weights: IntegerFormat,
+    part: int,
+    of_rows: list[ir.Value],
+) -> list[ir.Value]:
+    """sum(x * (level - zero)) of what shares a scale, part by part of a group, of each row and panel: [16] float32.
+
+    It is sum(x * level) - zero * sum(x), with which a sum begins. In bytes, x is an integer less the one that stands
+    for zero: that one times sum(level) is taken away too. sum(level) is taken here: it costs less than to read it.
     """
-    zeros = [ir.Constant(INTS, [0] * LANES)] * (len(x_groups) * len(w_groups))
-    if len(zeros) <= MAX_SUMS_WRITTEN_OUT[element]:
-        totals = zeros
-        for pair in range(GROUP // 2):
-            totals = _add_pair(builder, totals, x_groups, w_groups, element, I64(pair))
+    starts = [ir.Constant(INTS, [0] * LANES)] * len(x_groups)
+    if weights.zero:
+        wholes = [_integer_sum(builder, address, weights, part) for address in of_rows]
+        starts = [splat(builder, builder.mul(whole, I32(-weights.zero))) for whole in wholes]
+    steps = range(part * weights.num_steps, (part + 1) * weights.num_steps)
+    begin = [start for start in starts for _ in w_groups]
+    if weights.depths == 2:
+        totals = _pair_products(builder, x_groups, w_groups, weights, steps, begin)
+        return [builder.sitofp(total, FLOATS) for total in totals]
+    of_panels = [builder.sitofp(_weight_sums(builder, base, weights, steps), FLOATS) for base in w_groups]
+    totals = _byte_products(builder, x_groups, w_groups, weights, steps, begin)
+    zeros = [splat(builder, load(builder, builder.add(address, I64(4)), FLOAT, 4)) for address in of_rows]
+    pairs = [(zero, of_panel) for zero in zeros for of_panel in of_panels]
+    return [  # of whole numbers below 2^24
+        fma(builder, *pair, builder.sitofp(total, FLOATS)) for pair, total in zip(pairs, totals, strict=True)
+    ]
+
+
+def _pair_products(
+    builder: ir.IRBuilder,
+    x_groups: list[ir.Value],
+    w_groups: list[ir.Value],
+    weights: IntegerFormat,
+    steps: range,
+    totals: list[ir.Value],
+) -> list[ir.Value]:
+    """The totals, and the products of these pairs of depths.
+
+    Tiles of few rows are written out: what several pairs share is then loaded once. In those of many, LLVM would order
+    it anew, and then has no registers for it.
+    """
+    if weights.bits < 8 or len(totals) <= MAX_SUMS_WRITTEN_OUT.get(weights.bits, 0):
+        for step in steps:
+            totals = _add_pair(builder, totals, x_groups, w_groups, weights, step)
         return totals
-    loop = Loop(builder, I64(GROUP // 2), zeros)
-    return loop.close(_add_pair(builder, loop.values, x_groups, w_groups, element, loop.index))
+    loop = Loop(builder, I64(len(steps)), totals)
+    step = builder.add(loop.index, I64(steps.start)) if steps.start else loop.index
+    return loop.close(_add_pair(builder, loop.values, x_groups, w_groups, weights, step))
 
 
 def _add_pair(
@@ -157,40 +213,23 @@ def _add_pair(
     totals: list[ir.Value],
     x_groups: list[ir.Value],
     w_groups: list[ir.Value],
-    element: str,
-    pair: ir.Value,
+    weights: IntegerFormat,
+    step: int | ir.Value,
 ) -> list[ir.Value]:
     """The totals, and the products of two depths."""
-    weights = [_load_pairs(builder, base, element, pair) for base in w_groups]
-    offset = builder.shl(pair, I64(2))
+    levels = [load_levels(builder, base, weights, step) for base in w_groups]
+    offset = I64(4 * step) if isinstance(step, int) else builder.shl(step, I64(2))
     sums = []
     for row, base in enumerate(x_groups):
         both = splat(builder, load(builder, builder.add(base, offset), I32, 2))
-        broadcast = builder.bitcast(both, ir.VectorType(I16, 2 * LANES))
-        own = totals[row * len(weights) : (row + 1) * len(weights)]
-        sums += [add_pair_products(builder, total, broadcast, one) for total, one in zip(own, weights, strict=True)]
+        broadcast = builder.bitcast(both, WORDS)
+        own = totals[row * len(levels) : (row + 1) * len(levels)]
+        sums += [add_pair_products(builder, total, broadcast, one) for total, one in zip(own, levels, strict=True)]
     return sums
 
 
-def _add_group(
-    builder: ir.IRBuilder,
-    before: ir.Value,
-    total: ir.Value,
-    scales: ir.Value,
-    scale: ir.Value,
-    row_sum: ir.Value | None,
-) -> ir.Value:
-    """before + a group's sum of integer products, times the row's scale and the columns', and the columns' offsets
-    times the row's sum where they have some. scales: the address of the columns'"""
-    scale = builder.fmul(scale, load_floats(builder, scales, "float16"))
-    value = fma(builder, total, scale, before)
-    if row_sum is None:
-        return value
-    return fma(builder, row_sum, load_floats(builder, builder.add(scales, I64(2 * LANES)), "float16"), value)
-
-
 _ONE_BYTES = ir.Constant(INTS, [0x01010101] * LANES)
-_ONE_WORDS = ir.Constant(ir.VectorType(I16, 2 * LANES), [1] * (2 * LANES))
+_ONE_WORDS = ir.Constant(WORDS, [1] * (2 * LANES))
 
 
 def _multiplies_bytes_in_pairs() -> bool:
@@ -238,88 +277,46 @@ def add_quad_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir
     return total
 
 
-def _load_quad(builder: ir.IRBuilder, address: ir.Value, element: str, quad: ir.Value) -> ir.Value:
-    """The integers of four depths in 16 columns, the depths side by side, as [16] int32; quad: the index of the four in
-    a group. Two quads of int4 are in one."""
-    if element == "int8":
-        return load(builder, builder.add(address, builder.mul(quad, I64(4 * LANES))), INTS, 1)
-    both = load(builder, builder.add(address, builder.mul(builder.lshr(quad, I64(1)), I64(4 * LANES))), INTS, 1)
-    shift = builder.trunc(builder.mul(builder.and_(quad, I64(1)), I64(4)), I32)
-    return builder.and_(builder.lshr(both, splat(builder, shift)), ir.Constant(INTS, [0x0F0F0F0F] * LANES))
-
-
-def _byte_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
-    """The arguments, and the sums, of `_integer_tile`, for rows of unsigned 8-bit integers, one of which is zero.
-
-    x: uint8 [rows, num_groups * GROUP]; x_scales: float32 [rows, ldg, 4], as `round_groups_to_bytes` leaves them
-    w: each panel is int8 [num_groups, GROUP / 4, 16, 4], or uint8 [num_groups, GROUP / 8, 16, 4] with two int4, the
-    upper one of four depths further on
-
-    sum((x - zero) * w) is sum(x * w) - zero * sum(w), and sum(w) is taken here: it costs less than to read it.
-    """
-    function, is_new = define(module, f"byte_tile_{rows}x{panels}_{element}", 13)
-    if not is_new:
-        return function
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    x, ldx, x_scales, ldg, w, panel_stride, scales, panel_groups, num_groups, ahead, out, ldo, adds = function.args
-    has_offset = element == "int4"
-    group_bytes = GROUP * LANES // (2 if has_offset else 1)
-    group_scales = 2 * LANES * (2 if has_offset else 1)  # bytes
-    zero = ir.Constant(FLOATS, [0.0] * LANES)
-    outer = Loop(builder, num_groups, [zero] * (rows * panels))
-    group = outer.index
-    first_x = builder.add(x, builder.mul(group, I64(GROUP)))
-    x_groups = [builder.add(first_x, builder.mul(ldx, I64(row))) for row in range(rows)]
-    first_w, first_scale = builder.mul(group, I64(group_bytes)), builder.mul(group, I64(group_scales))
-    w_groups = [builder.add(builder.add(w, builder.mul(panel_stride, I64(p))), first_w) for p in range(panels)]
-    scale_stride = builder.mul(panel_groups, I64(group_scales))
-    s_groups = [builder.add(builder.add(scales, builder.mul(scale_stride, I64(p))), first_scale) for p in range(panels)]
-    prefetch_span(builder, w_groups, ahead, group_bytes)
-    prefetch_span(builder, s_groups, builder.mul(scale_stride, I64(panels)), group_scales)
-    weight_sums = [builder.sitofp(_weight_sums(builder, base, element), FLOATS) for base in w_groups]
-    totals = _byte_products(builder, x_groups, w_groups, element)
-    sums = []
-    for row in range(rows):
-        factors = builder.add(x_scales, builder.shl(builder.add(builder.mul(ldg, I64(row)), group), I64(4)))
-        row_scale, row_zero, row_sum = (
-            splat(builder, load(builder, builder.add(factors, I64(4 * place)), FLOAT, 4)) for place in range(3)
-        )
-        for panel in range(panels):
-            total = builder.sitofp(totals[row * panels + panel], FLOATS)
-            total = fma(builder, row_zero, weight_sums[panel], total)  # whole numbers below 2^24
-            before, offset_by = outer.values[row * panels + panel], row_sum if has_offset else None
-            sums.append(_add_group(builder, before, total, s_groups[panel], row_scale, offset_by))
-    sums = outer.close(sums)
-    write_sums(builder, sums, panels, out, ldo, adds)
-    builder.ret_void()
-    return function
-
-
 def _byte_products(
-    builder: ir.IRBuilder, x_groups: list[ir.Value], w_groups: list[ir.Value], element: str
+    builder: ir.IRBuilder,
+    x_groups: list[ir.Value],
+    w_groups: list[ir.Value],
+    weights: IntegerFormat,
+    steps: range,
+    totals: list[ir.Value],
 ) -> list[ir.Value]:
-    """Of a group, at these addresses: sum(x * w) of each row and panel, as [16] int32.
-
-    A loop has one quad at a time, and one of its parts: LLVM orders what is in one step anew, and then has no registers
-    for it.
-    """
-    is_narrow = element == "int4" and _multiplies_bytes_in_pairs()
-    totals = [ir.Constant(_ONE_WORDS.type if is_narrow else INTS, None)] * (len(x_groups) * len(w_groups))
-    for part in range(1 if is_narrow else len(_byte_parts(builder, _ONE_BYTES, signed=False))):
-        loop = Loop(builder, I64(GROUP // 4), totals)
-        offset = builder.mul(loop.index, I64(4))
-        x_quads = [splat(builder, load(builder, builder.add(base, offset), I32, 1)) for base in x_groups]
-        weights = [_load_quad(builder, base, element, loop.index) for base in w_groups]
-        if is_narrow:
-            products = [_multiply_bytes(builder, x, weight) for x in x_quads for weight in weights]
-            totals = [builder.add(total, one) for total, one in zip(loop.values, products, strict=True)]
-        else:
-            weights = [_byte_parts(builder, weight, signed=True)[part] for weight in weights]
+    """The totals, and the products of these quads of depths."""
+    if not weights.is_signed and _multiplies_bytes_in_pairs():
+        at_once = min(len(steps), 0xFFFF // (2 * 255 * weights.largest))  # in 16 bits, unsigned
+        for first in range(steps.start, steps.stop, at_once):
+            some = range(first, first + at_once)
+            narrow = _narrow_products(builder, x_groups, w_groups, weights, some)
+            totals = [
+                builder.add(total, _add_neighbours(builder, one)) for total, one in zip(totals, narrow, strict=True)
+            ]
+        return totals
+    for part in range(len(_byte_parts(builder, _ONE_BYTES, signed=False))):
+        for step in steps:
+            x_quads = [splat_word(builder, builder.add(base, I64(4 * step))) for base in x_groups]
             x_quads = [_byte_parts(builder, x, signed=False)[part] for x in x_quads]
-            pairs = zip(loop.values, [(x, weight) for x in x_quads for weight in weights], strict=True)
+            levels = [load_levels(builder, base, weights, step) for base in w_groups]
+            levels = [_byte_parts(builder, one, signed=True)[part] for one in levels]
+            pairs = zip(totals, [(x, one) for x in x_quads for one in levels], strict=True)
             totals = [_add_byte_products(builder, total, *pair) for total, pair in pairs]
-        totals = loop.close(totals)
-    return [_add_neighbours(builder, total) for total in totals] if is_narrow else totals
+    return totals
+
+
+def _narrow_products(
+    builder: ir.IRBuilder, x_groups: list[ir.Value], w_groups: list[ir.Value], weights: IntegerFormat, steps: range
+) -> list[ir.Value]:
+    """The products of these quads, in unsigned 16-bit integers, of two depths each: [32] int16."""
+    totals = [ir.Constant(WORDS, None)] * (len(x_groups) * len(w_groups))
+    for step in steps:
+        x_quads = [splat_word(builder, builder.add(base, I64(4 * step))) for base in x_groups]
+        levels = [load_levels(builder, base, weights, step) for base in w_groups]
+        products = [_multiply_bytes(builder, x, one) for x in x_quads for one in levels]
+        totals = [builder.add(total, one) for total, one in zip(totals, products, strict=True)]
+    return totals
 
 
 def _add_neighbours(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
@@ -329,17 +326,17 @@ def _add_neighbours(builder: ir.IRBuilder, words: ir.Value) -> ir.Value:
     return builder.add(low, builder.lshr(both, ir.Constant(INTS, [16] * LANES)))
 
 
-def _weight_sums(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
-    """Of a group of a panel, at this address: sum(w), as [16] int32. By itself, since no register is free beside the
-    sums of many rows.
+def _weight_sums(builder: ir.IRBuilder, address: ir.Value, weights: IntegerFormat, steps: range) -> ir.Value:
+    """Of these quads of a panel's group, at this address: sum(level), as [16] int32. By itself, since no register is
+    free beside the sums of many rows.
     """
-    quads = [_load_quad(builder, address, element, I64(quad)) for quad in range(GROUP // 4)]
-    if element == "int4":  # 8 * 15 at most, in a byte
-        quads = [reduce(partial(_add_bytes, builder), quads)]
-    elif _multiplies_bytes_in_pairs():
+    quads = [load_levels(builder, address, weights, step) for step in steps]
+    total = ir.Constant(INTS, [0] * LANES)
+    if not weights.is_signed and weights.largest * len(steps) <= 0xFF:
+        return add_quad_products(builder, total, reduce(partial(_add_bytes, builder), quads), _ONE_BYTES)
+    if _multiplies_bytes_in_pairs():
         words = [_multiply_bytes(builder, _ONE_BYTES, quad) for quad in quads]
         return _multiply_pairs(builder, reduce(builder.add, words), _ONE_WORDS)
-    total = ir.Constant(INTS, [0] * LANES)
     for quad in quads:
         total = add_quad_products(builder, total, _ONE_BYTES, quad)
     return total
@@ -351,25 +348,36 @@ def _add_bytes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.bitcast(builder.add(a, b), INTS)
 
 
-multiply_int8 = dispatching(_integer_tile, "int8", 13, INTEGER_TILES)
-multiply_int4 = dispatching(_integer_tile, "int4", 13, INTEGER_TILES)
-multiply_unpacked_int4 = dispatching(_integer_tile, "unpacked int4", 13, UNPACKED_TILES, min_rows=4)
-multiply_quad_int8 = dispatching(_byte_tile, "int8", 13, INTEGER_TILES)
-multiply_quad_int4 = dispatching(_byte_tile, "int4", 13, INTEGER_TILES)
+def multiply_integers(weights: IntegerFormat) -> Callable[..., None]:
+    """An intrinsic (rows, panels, *arguments of a tile) for products with such weights."""
+    return dispatching(_integer_tile, weights, 13, INTEGER_TILES)
 
 
-@intrinsic
-def unpack_int4(typing_context, packed, out, num_groups):
-    """int32 [num_groups, GROUP / 8, 16] with eight int4 each -> int16 [num_groups, GROUP / 2, 16, 2], addresses."""
+def must_unpack(weights: IntegerFormat) -> bool:
+    """Whether many rows are multiplied by what `unpack_levels` makes of such weights."""
+    return UNPACKS and weights.bits < 8 and weights.depths == 2
 
-    def generate(context, builder, signature, arguments):
-        loop = Loop(builder, arguments[2], [])
-        source = builder.add(arguments[0], builder.mul(loop.index, I64(GROUP * LANES // 2)))
-        target = builder.add(arguments[1], builder.mul(loop.index, I64(2 * GROUP * LANES)))
-        for pair in range(GROUP // 2):
-            both = _load_pairs(builder, source, "int4", I64(pair))
-            store(builder, both, builder.add(target, I64(4 * LANES * pair)), 2)
-        loop.close([])
-        return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 3), generate
+def multiply_unpacked(weights: IntegerFormat) -> Callable[..., None]:
+    """The same with what `unpack_levels` makes of them."""
+    return dispatching(_integer_tile, weights.unpacked, 13, UNPACKED_TILES, min_rows=4)
+
+
+def unpack_levels(weights: IntegerFormat) -> Callable[..., None]:
+    """An intrinsic (w, out, num_groups) of addresses: the levels of a panel's groups as they are multiplied."""
+
+    @intrinsic
+    def unpack(typing_context, packed, out, num_groups):
+        def generate(context, builder, signature, arguments):
+            loop = Loop(builder, arguments[2], [])
+            source = builder.add(arguments[0], builder.mul(loop.index, I64(weights.group_bytes)))
+            target = builder.add(arguments[1], builder.mul(loop.index, I64(weights.unpacked.group_bytes)))
+            for step in range(GROUP // weights.depths):
+                levels = load_levels(builder, source, weights, step)
+                store(builder, levels, builder.add(target, I64(4 * LANES * step)), 2)
+            loop.close([])
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), generate
+
+    return unpack

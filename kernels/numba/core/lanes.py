@@ -13,9 +13,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.layout import PANEL
+from kernels.numba.core.formats import GROUP
 
 LANES = PANEL  # a vector is one row of a panel
-GROUP = 32  # elements along the depth that share the scale of an integer format, as in GGUF's blocks
 STEPS = 32767.0  # of a 16-bit integer, on either side of zero
 BYTE_STEPS = 254.0  # from the smallest to the largest of a group as 8-bit integers: with zero rounded, at most 255
 
@@ -234,12 +234,12 @@ def silu_and_multiply(typing_context, gate, up, out, count):
 
 
 @intrinsic
-def round_groups(typing_context, x, out, scales, count):
-    """Rounds groups of 32 to 16-bit integers: float32 [count, 32] -> int16 [count, 32], and float32 [count, 2], the
-    scale of each group and the scale times the sum of its integers."""
+def round_groups(typing_context, x, out, factors, count):
+    """Rounds groups of 32 to 16-bit integers: float32 [count, 32] -> int16 [count, 32], and of each group four times 32
+    bits: its scale and the scale times the sum of its integers, float32, and the sums of either half of them, int32."""
 
     def generate(context, builder, signature, arguments):
-        source, target, factors, num_groups = arguments
+        source, target, out_factors, num_groups = arguments
         loop = Loop(builder, num_groups, [])
         start = builder.add(source, builder.mul(loop.index, I64(4 * GROUP)))
         halves = [load_floats(builder, builder.add(start, I64(4 * LANES * half)), "float32") for half in (0, 1)]
@@ -249,20 +249,17 @@ def round_groups(typing_context, x, out, scales, count):
         is_some = builder.fcmp_ordered(">", absmax, ir.Constant(FLOAT, 1e-30))
         steps = ir.Constant(FLOAT, STEPS)
         inverse = builder.select(is_some, builder.fdiv(steps, absmax), ir.Constant(FLOAT, 0.0))
-        inverses = splat(builder, inverse)
-        total = ir.Constant(INTS, [0] * LANES)
-        for half, values in enumerate(halves):
-            whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
-            integers = builder.fptosi(whole, INTS)
-            total = builder.add(total, integers)
-            address = builder.add(target, builder.mul(loop.index, I64(2 * GROUP)))
-            words = builder.trunc(integers, ir.VectorType(I16, LANES))
+        integers = [_round(builder, half, splat(builder, inverse)) for half in halves]
+        address = builder.add(target, builder.mul(loop.index, I64(2 * GROUP)))
+        for half, values in enumerate(integers):
+            words = builder.trunc(values, ir.VectorType(I16, LANES))
             store(builder, words, builder.add(address, I64(2 * LANES * half)), 2)
-        summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        sums = [_sum_of_integers(builder, values) for values in integers]
         scale = _unless_nan(builder, halves, builder.fdiv(absmax, steps))
-        address = builder.add(factors, builder.mul(loop.index, I64(8)))
-        store(builder, scale, address)
-        store(builder, builder.fmul(scale, builder.sitofp(summed, FLOAT)), builder.add(address, I64(4)))
+        weighed = builder.fmul(scale, builder.sitofp(builder.add(*sums), FLOAT))
+        address = builder.add(out_factors, builder.mul(loop.index, I64(16)))
+        for place, factor in enumerate((scale, weighed, *sums)):
+            store(builder, factor, builder.add(address, I64(4 * place)))
         loop.close([])
         return context.get_dummy_value()
 
@@ -272,8 +269,8 @@ def round_groups(typing_context, x, out, scales, count):
 @intrinsic
 def round_groups_to_bytes(typing_context, x, out, factors, count):
     """Rounds groups of 32 to unsigned 8-bit integers, of which one stands for zero: float32 [count, 32] -> uint8
-    [count, 32], and float32 [count, 4]: of each group its scale, that integer with a minus, the scale times the sum of
-    the integers less it, and nothing."""
+    [count, 32], and of each group four times 32 bits: its scale, that integer with a minus, the scale times the sum of
+    the integers less it, float32; and of either half of them that sum, int16."""
 
     def generate(context, builder, signature, arguments):
         source, target, out_factors, num_groups = arguments
@@ -285,26 +282,35 @@ def round_groups_to_bytes(typing_context, x, out, factors, count):
         scale = builder.fsub(builder.fmul(high, share), builder.fmul(low, share))
         is_some = builder.fcmp_ordered(">", scale, ir.Constant(FLOAT, 1e-30))
         inverse = builder.select(is_some, builder.fdiv(ir.Constant(FLOAT, 1.0), scale), ir.Constant(FLOAT, 0.0))
-        inverses = splat(builder, inverse)
         zero = call_by_name(builder, "llvm.rint.f32", FLOAT, builder.fmul(low, inverse))  # negative, or nothing
         zeros = builder.fptosi(splat(builder, zero), INTS)
-        total = ir.Constant(INTS, [0] * LANES)
-        for half, values in enumerate(halves):
-            whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
-            integers = builder.fptosi(whole, INTS)
-            total = builder.add(total, integers)
-            address = builder.add(target, builder.mul(loop.index, I64(GROUP)))
-            narrow = builder.trunc(builder.sub(integers, zeros), ir.VectorType(I8, LANES))
+        integers = [_round(builder, half, splat(builder, inverse)) for half in halves]
+        address = builder.add(target, builder.mul(loop.index, I64(GROUP)))
+        for half, values in enumerate(integers):
+            narrow = builder.trunc(builder.sub(values, zeros), ir.VectorType(I8, LANES))
             store(builder, narrow, builder.add(address, I64(LANES * half)), 1)
-        summed = call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, total)
+        sums = [_sum_of_integers(builder, values) for values in integers]
         scale = _unless_nan(builder, halves, scale)
+        weighed = builder.fmul(scale, builder.sitofp(builder.add(*sums), FLOAT))
         address = builder.add(out_factors, builder.mul(loop.index, I64(16)))
-        for place, factor in enumerate((scale, zero, builder.fmul(scale, builder.sitofp(summed, FLOAT)))):
+        for place, factor in enumerate((scale, zero, weighed)):
             store(builder, factor, builder.add(address, I64(4 * place)))
+        for half, total in enumerate(sums):
+            store(builder, builder.trunc(total, I16), builder.add(address, I64(12 + 2 * half)), 2)
         loop.close([])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+def _round(builder: ir.IRBuilder, values: ir.Value, inverses: ir.Value) -> ir.Value:
+    """values * inverses as the nearest integers, [16] int32."""
+    whole = call_by_name(builder, f"llvm.rint.v{LANES}f32", FLOATS, builder.fmul(values, inverses))
+    return builder.fptosi(whole, INTS)
+
+
+def _sum_of_integers(builder: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    return call_by_name(builder, f"llvm.vector.reduce.add.v{LANES}i32", I32, values)
 
 
 def _extreme(builder: ir.IRBuilder, halves: list[ir.Value], sign: str, name: str) -> ir.Value:

@@ -15,6 +15,7 @@ Addresses are integers, strides count elements. The callers are compiled by Numb
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from llvmlite import ir
 from numba import njit
@@ -174,11 +175,17 @@ def add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b
     return fma(builder, a_low, b_low, fma(builder, a_high, b_high, total))
 
 
-_Writer = Callable[[ir.Module, int, int, str], ir.Function]
+_Element = TypeVar("_Element")  # of the weights: a name, or what says more
+_Writer = Callable[[ir.Module, int, int, _Element], ir.Function]
 
 
 def dispatching(
-    write: _Writer, element: str, num_arguments: int, most: TileRows = FLOAT_TILES, *, min_rows: int = 1
+    write: _Writer[_Element],
+    element: _Element,
+    num_arguments: int,
+    most: TileRows = FLOAT_TILES,
+    *,
+    min_rows: int = 1,
 ) -> Callable[..., None]:
     """An intrinsic (rows, panels, *arguments) that calls the tile of so many rows, `min_rows` or more, and panels.
 

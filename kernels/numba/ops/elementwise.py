@@ -10,9 +10,8 @@ import math
 import numpy as np
 from numba import njit
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT32, INT8
+from kernels.numba.core.formats import BFLOAT16, FLOAT32, GROUP, INT8
 from kernels.numba.core.lanes import (
-    GROUP,
     LANES,
     largest_magnitude,
     round_groups,
@@ -175,27 +174,27 @@ def silu_and_multiply_rows(x, out, first, last, size):
 
 
 @njit
-def quantise_rows(x, out, scales, first, last, size):
+def quantise_rows(x, out, factors, first, last, size):
     """Rounds rows to 16-bit integers, with a scale for each group of 32: within 2^-16 of the group's largest element.
 
-    x: float32 [rows, size]; out: int16 [rows, size]; scales: float32 [rows, size / 32, 2], the scale of each group and
-    the sum of its rounded elements.
+    x: float32 [rows, size]; out: int16 [rows, size]; factors: [rows, size / 32, 4] of 32 bits, as `round_groups` has
+    them
     """
     groups = size // GROUP
     for row in range(first, last):
-        round_groups(x + row * size * 4, out + row * size * 2, scales + row * groups * 8, groups)
+        round_groups(x + row * size * 4, out + row * size * 2, factors + row * groups * 16, groups)
 
 
 @njit
-def quantise_rows_to_bytes(x, out, scales, first, last, size):
+def quantise_rows_to_bytes(x, out, factors, first, last, size):
     """As `quantise_rows`, to unsigned 8-bit integers: within a 508th of the span from the smallest of the group to its
     largest, or to zero.
 
-    out: uint8 [rows, size]; scales: float32 [rows, size / 32, 4], of each group as `round_groups_to_bytes` has it
+    out: uint8 [rows, size]; factors: as `round_groups_to_bytes` has them
     """
     groups = size // GROUP
     for row in range(first, last):
-        round_groups_to_bytes(x + row * size * 4, out + row * size, scales + row * groups * 16, groups)
+        round_groups_to_bytes(x + row * size * 4, out + row * size, factors + row * groups * 16, groups)
 
 
 @njit
@@ -224,6 +223,16 @@ def copy_rows(source, out, first, last, size):
         values, target = floats(source + row * size * 4, size), floats(out + row * size * 4, size)
         for i in range(size):
             target[i] = values[i]
+
+
+@njit
+def permute_rows(source, order, out, first, last, size):
+    """out[row, i] = source[row, order[i]], `size` float32 each. order: int64 [size]"""
+    places = integers(order, size)
+    for row in range(first, last):
+        values, target = floats(source + row * size * 4, size), floats(out + row * size * 4, size)
+        for i in range(size):
+            target[i] = values[places[i]]
 
 
 @njit

@@ -1,6 +1,13 @@
-"""Matrix products with packed weights. A unit of work, done by one thread, is a block of rows by some panels."""
+"""Matrix products with packed weights. A unit of work, done by one thread, is a block of rows by some panels.
+
+Each kind of product is a kernel of its own, which is compiled, or read from the cache, when it is first asked for.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 from numba import njit, types
 
@@ -8,8 +15,10 @@ from kernels.numba.core.formats import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    GROUP,
     INT4,
     INT8,
+    INTEGERS,
     QUAD_INT4,
     QUAD_INT8,
     ROUNDED_BFLOAT16,
@@ -18,15 +27,13 @@ from kernels.numba.core.integer_tiles import (
     INTEGER_TILES,
     MIN_ROWS_TO_UNPACK,
     UNPACKED_TILES,
-    UNPACKS,
-    multiply_int4,
-    multiply_int8,
-    multiply_quad_int4,
-    multiply_quad_int8,
-    multiply_unpacked_int4,
-    unpack_int4,
+    multiply_integers,
+    multiply_unpacked,
+    must_unpack,
+    unpack_levels,
 )
-from kernels.numba.core.lanes import GROUP, LANES
+from kernels.numba.core.lanes import LANES
+from kernels.numba.core.processor import TileRows
 from kernels.numba.core.tiles import (
     FLOAT_TILES,
     multiply_bfloat16,
@@ -36,146 +43,185 @@ from kernels.numba.core.tiles import (
     rows_of_next_tile,
     shape_of_next_tile,
 )
-from kernels.numba.kernel_cache import by_name, kernel
+from kernels.numba.kernel_cache import address_of, by_address, kernel
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
-BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of GROUP
-SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2  # of a thread: a panel of int4 that is unpacked once for all tiles
+BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of SUPER_GROUP
+SCRATCH_BYTES = BLOCK_DEPTH * LANES * 2  # of a thread: a panel of levels that is unpacked once for all tiles
+FACTOR_BYTES = 16  # of each GROUP elements of a row of integers
+USUAL = (FLOAT32, BFLOAT16, ROUNDED_BFLOAT16, FLOAT16, INT8, INT4, QUAD_INT8, QUAD_INT4)  # compiled at installation
+
+_SIGNATURE = types.void(*[types.int64] * 13)
+call_product = by_address(_SIGNATURE)
 
 
-@njit
-def panel_bytes(kind, depth):
-    """Bytes of the elements of one panel. depth: a multiple of GROUP for the integer formats"""
-    if kind == FLOAT32:
-        return depth * LANES * 4
-    if kind in (INT8, QUAD_INT8):
-        return depth * LANES
-    if kind in (INT4, QUAD_INT4):
-        return depth * LANES // 2
-    return depth * LANES * 2
+class _Product(NamedTuple):
+    """What products of one kind are made of. Bits are of an element, bytes of 32 depths.
 
-
-@njit
-def _row_bytes(kind, depth):
-    """Bytes of a row that such a matrix is multiplied by."""
-    if kind in (QUAD_INT8, QUAD_INT4):
-        return depth
-    return depth * (2 if kind in (INT8, INT4, ROUNDED_BFLOAT16) else 4)
-
-
-@njit
-def _factor_bytes(kind, depth):
-    """Bytes of the factors of the row's groups."""
-    return depth // GROUP * (16 if kind in (QUAD_INT8, QUAD_INT4) else 8)
-
-
-@njit(inline="always")  # as the next one: tiles are compiled where they are called
-def _multiply(kind, rows, panels, x, scales, depth, w, w_scales, first, count, unpacked, out, ldo, adds):
-    """One tile over elements first..first + count of the depth; addresses are of the tile's first row and panel.
-
-    unpacked: those elements of an int4 panel as int16, or 0
+    multiply: (rows, panels, x, depth, factors, w, scales, count, out, ldo, adds), addresses of the tile's first row,
+    panel and depth: one tile over `count` elements of the depth
+    unpack: (w, scratch, count), the levels of a panel; multiply_unpacked: as `multiply`, with those
     """
-    stride = panel_bytes(kind, depth)
-    skipped = panel_bytes(kind, first)
-    ahead = panels * stride  # the panels of the next tile
+
+    name: str
+    row_bits: int
+    weight_bits: int
+    factor_bytes: int
+    scale_bytes: int
+    tiles: TileRows
+    multiply: Callable[..., None]
+    unpack: Callable[..., None] | None = None
+    multiply_unpacked: Callable[..., None] | None = None
+
+
+def _of_floats(name: str, tile: Callable[..., None], *, row_bits: int, weight_bits: int) -> _Product:
+    size = weight_bits // 8
+
+    @njit(inline="always")  # as the next ones: tiles are compiled where they are called
+    def multiply(rows, panels, x, depth, factors, w, scales, count, out, ldo, adds):
+        stride = depth * LANES
+        tile((rows, panels, x, depth, w, LANES, stride, count, panels * stride * size, out, ldo, adds))
+
+    return _Product(name, row_bits, weight_bits, 0, 0, FLOAT_TILES, multiply)
+
+
+def _of_integers(kind: int) -> _Product:
+    weights = INTEGERS[kind]
+    group_bytes, scale_bytes = weights.group_bytes, weights.scale_bytes
+    tile = multiply_integers(weights)
+
+    @njit(inline="always")
+    def multiply(rows, panels, x, depth, factors, w, scales, count, out, ldo, adds):
+        groups = depth // GROUP
+        stride = groups * group_bytes
+        tile(
+            (rows, panels, x, depth, factors, groups, w, stride, scales, groups * scale_bytes, count // GROUP,
+             panels * stride, out, ldo, adds)
+        )  # fmt: skip
+
+    name = weights.name.replace(", by activations of 8 bits", " x 8 bits")
+    sizes = (32 // weights.depths, weights.bits, FACTOR_BYTES, scale_bytes, INTEGER_TILES)
+    if not must_unpack(weights):
+        return _Product(name, *sizes, multiply)
+    unpack_groups, unpacked_tile = unpack_levels(weights), multiply_unpacked(weights)
+
+    @njit(inline="always")
+    def unpack(w, scratch, count):
+        unpack_groups(w, scratch, count // GROUP)
+
+    @njit(inline="always")
+    def multiply_levels(rows, panels, x, depth, factors, w, scales, count, out, ldo, adds):
+        groups = depth // GROUP
+        unpacked_tile(
+            (rows, panels, x, depth, factors, groups, w, 0, scales, groups * scale_bytes, count // GROUP, 0, out, ldo,
+             adds)
+        )  # fmt: skip
+
+    return _Product(name, *sizes, multiply, unpack, multiply_levels)
+
+
+def _product(kind: int) -> _Product:
     if kind == FLOAT32:
-        multiply_float32(
-            (rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 4, count, ahead, out, ldo, adds)
-        )
-    elif kind == BFLOAT16:
-        multiply_bfloat16(
-            (rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, ahead, out, ldo, adds)
-        )
-    elif kind == ROUNDED_BFLOAT16:
-        multiply_rounded_bfloat16(
-            (rows, panels, x + first * 2, depth, w + skipped, LANES, stride // 2, count, ahead, out, ldo, adds)
-        )
-    elif kind == FLOAT16:
-        multiply_float16(
-            (rows, panels, x + first * 4, depth, w + skipped, LANES, stride // 2, count, ahead, out, ldo, adds)
-        )
-    else:
-        groups, group = depth // GROUP, first // GROUP
-        x_scales = scales + _factor_bytes(kind, first)
-        if unpacked != 0:
-            multiply_unpacked_int4(
-                (rows, panels, x + first * 2, depth, x_scales, groups, unpacked, 0,
-                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
-            )  # fmt: skip
-        elif kind == INT8:
-            multiply_int8(
-                (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
-                 w_scales + group * LANES * 2, groups, count // GROUP, ahead, out, ldo, adds)
-            )  # fmt: skip
-        elif kind == QUAD_INT8:
-            multiply_quad_int8(
-                (rows, panels, x + first, depth, x_scales, groups, w + skipped, stride,
-                 w_scales + group * LANES * 2, groups, count // GROUP, ahead, out, ldo, adds)
-            )  # fmt: skip
-        elif kind == QUAD_INT4:
-            multiply_quad_int4(
-                (rows, panels, x + first, depth, x_scales, groups, w + skipped, stride,
-                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
-            )  # fmt: skip
-        else:
-            multiply_int4(
-                (rows, panels, x + first * 2, depth, x_scales, groups, w + skipped, stride,
-                 w_scales + group * LANES * 4, groups, count // GROUP, ahead, out, ldo, adds)
-            )  # fmt: skip
+        return _of_floats("float32", multiply_float32, row_bits=32, weight_bits=32)
+    if kind == FLOAT16:
+        return _of_floats("float16", multiply_float16, row_bits=32, weight_bits=16)
+    if kind == BFLOAT16:
+        return _of_floats("bfloat16", multiply_bfloat16, row_bits=32, weight_bits=16)
+    if kind == ROUNDED_BFLOAT16:
+        return _of_floats("rounded bfloat16", multiply_rounded_bfloat16, row_bits=16, weight_bits=16)
+    return _of_integers(kind)
 
 
-@njit(inline="always")
-def _multiply_panels(
-    kind, rows, x, scales, depth, w, w_scales, start, first_panel, last_panel, out, ldo, adds, scratch
-):
-    count = min(BLOCK_DEPTH, depth - start)
-    row_bytes, factor_bytes = _row_bytes(kind, depth), _factor_bytes(kind, depth)
-    panel_scales = depth // GROUP * LANES * (4 if kind in (INT4, QUAD_INT4) else 2)
-    tallest = INTEGER_TILES if kind in (INT8, INT4, QUAD_INT8, QUAD_INT4) else FLOAT_TILES
-    panel = first_panel
-    while panel < last_panel:
-        panels, most = shape_of_next_tile(rows, last_panel - panel, tallest)
-        unpacked = 0
-        if UNPACKS and kind == INT4 and rows >= MIN_ROWS_TO_UNPACK:
-            unpacked, most = scratch, UNPACKED_TILES.one_panel
-            unpack_int4(w + panel * panel_bytes(kind, depth) + panel_bytes(kind, start), scratch, count // GROUP)
-        row = 0
-        while row < rows:
-            tile = rows_of_next_tile(rows - row, most)
-            _multiply(
-                kind, tile, panels, x + row * row_bytes, scales + row * factor_bytes, depth,
-                w + panel * panel_bytes(kind, depth), w_scales + panel * panel_scales, start, count, unpacked,
-                out + (row * ldo + panel * LANES) * 4, ldo, adds,
-            )  # fmt: skip
-            row += tile
-        panel += panels
+def _tile_loop(product: _Product) -> Callable[..., None]:
+    """(rows, x, factors, depth, w, scales, panels, out, ldo, adds, count, scratch): the tiles of a block of rows and a
+    run of panels, over `count` elements of the depth; addresses of the first of each."""
+    row_bits, weight_bits, tiles = product.row_bits, product.weight_bits, product.tiles
+    factor_bytes, scale_bytes, multiply = product.factor_bytes, product.scale_bytes, product.multiply
+
+    @njit(inline="always")
+    def packed_panels(rows, x, factors, depth, w, scales, num_panels, out, ldo, adds, count, scratch):
+        groups, panel = depth // GROUP, 0
+        while panel < num_panels:
+            panels, most = shape_of_next_tile(rows, num_panels - panel, tiles)
+            row = 0
+            while row < rows:
+                tile = rows_of_next_tile(rows - row, most)
+                multiply(
+                    tile, panels, x + row * (depth * row_bits // 8), depth, factors + row * groups * factor_bytes,
+                    w + panel * (depth * LANES * weight_bits // 8), scales + panel * groups * scale_bytes, count,
+                    out + (row * ldo + panel * LANES) * 4, ldo, adds,
+                )  # fmt: skip
+                row += tile
+            panel += panels
+
+    if product.unpack is None or product.multiply_unpacked is None:
+        return packed_panels
+    unpack, multiply_levels, tallest = product.unpack, product.multiply_unpacked, UNPACKED_TILES.one_panel
+
+    @njit(inline="always")
+    def unpacked_panels(rows, x, factors, depth, w, scales, num_panels, out, ldo, adds, count, scratch):
+        if rows < MIN_ROWS_TO_UNPACK:
+            packed_panels(rows, x, factors, depth, w, scales, num_panels, out, ldo, adds, count, scratch)
+            return
+        groups = depth // GROUP
+        for panel in range(num_panels):
+            unpack(w + panel * (depth * LANES * weight_bits // 8), scratch, count)
+            row = 0
+            while row < rows:
+                tile = rows_of_next_tile(rows - row, tallest)
+                multiply_levels(
+                    tile, 1, x + row * (depth * row_bits // 8), depth, factors + row * groups * factor_bytes,
+                    scratch, scales + panel * groups * scale_bytes, count, out + (row * ldo + panel * LANES) * 4, ldo,
+                    adds,
+                )  # fmt: skip
+                row += tile
+
+    return unpacked_panels
 
 
-@kernel(types.void(*[types.int64] * 14))
-def _multiply_unit(
-    unit, kind, x, scales, rows, depth, w, w_scales, num_panels, panels_at_once, out, ldo, adds, scratch
-):
-    """One unit of out (+)= x @ w.T; there are ceil(num_panels / panels_at_once) for each BLOCK_ROWS rows.
+@cache
+def product_kernel(kind: int):
+    """The kernel of products of one kind: one unit of out (+)= x @ w.T.
 
-    x: float32 [rows, depth], or for ROUNDED_BFLOAT16 bfloat16, or for integers int16 with scales as `quantise_rows`
+    There are ceil(num_panels / panels_at_once) units for each BLOCK_ROWS rows.
+    x: float32 [rows, depth], or for ROUNDED_BFLOAT16 bfloat16, or for integers int16 with factors as `quantise_rows`
     leaves them, or for those in quads uint8 as `quantise_rows_to_bytes` does; out: float32, ldo elements a row
     scratch: SCRATCH_BYTES of this thread
     """
-    groups = -(-num_panels // panels_at_once)
-    block, group = unit // groups, unit % groups
-    first_row = block * BLOCK_ROWS
-    first_panel = group * panels_at_once
-    last_panel = min(first_panel + panels_at_once, num_panels)
-    x += first_row * _row_bytes(kind, depth)
-    scales += first_row * _factor_bytes(kind, depth)
-    out += first_row * ldo * 4
-    start = 0
-    while start < depth:
-        _multiply_panels(
-            kind, min(BLOCK_ROWS, rows - first_row), x, scales, depth, w, w_scales, start, first_panel, last_panel,
-            out, ldo, 1 if adds != 0 or start > 0 else 0, scratch,
-        )  # fmt: skip
-        start += BLOCK_DEPTH
+    product = _product(kind)
+    row_bits, weight_bits, factor_bytes, scale_bytes = product[1:5]
+    multiply_panels = _tile_loop(product)
+
+    def multiply_unit(unit, x, factors, rows, depth, w, scales, num_panels, panels_at_once, out, ldo, adds, scratch):
+        runs, groups = -(-num_panels // panels_at_once), depth // GROUP
+        block, run = unit // runs, unit % runs
+        first_row, first_panel = block * BLOCK_ROWS, run * panels_at_once
+        x += first_row * (depth * row_bits // 8)
+        factors += first_row * groups * factor_bytes
+        w += first_panel * (depth * LANES * weight_bits // 8)
+        scales += first_panel * groups * scale_bytes
+        out += (first_row * ldo + first_panel * LANES) * 4
+        start = 0
+        while start < depth:
+            group = start // GROUP
+            multiply_panels(
+                min(BLOCK_ROWS, rows - first_row), x + start * row_bits // 8, factors + group * factor_bytes, depth,
+                w + start * LANES * weight_bits // 8, scales + group * scale_bytes,
+                min(panels_at_once, num_panels - first_panel), out, ldo, 1 if adds != 0 or start > 0 else 0,
+                min(BLOCK_DEPTH, depth - start), scratch,
+            )  # fmt: skip
+            start += BLOCK_DEPTH
+
+    multiply_unit.__name__ = f"multiply {product.name}".replace(" ", "_")
+    return kernel(_SIGNATURE)(multiply_unit)
 
 
-multiply_unit = by_name(_multiply_unit)
+def product_address(kind: int) -> int:
+    """Of the `product_kernel`, as operations name it."""
+    return address_of(product_kernel(kind))
+
+
+def compile_usual_products() -> None:
+    """Compiles those that most models have, or reads them from the cache. Others wait for a model that has them."""
+    for kind in USUAL:
+        product_kernel(kind)

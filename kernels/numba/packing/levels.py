@@ -1,78 +1,65 @@
-"""Exact recovery of the integers and scales of a dequantised matrix (of GGUF's Q4_0, Q4_1 or Q8_0).
-
-A loader hands matrices over as floats; with their integers back, they are stored as small as in the file, without loss.
-
-A *level* is the integer of a weight. A group of 32 weights is accepted if level * scale + offset, computed in float32,
-gives each of them back bit for bit.
-"""
+"""Levels of weights, the small integers that scales multiply, to and from the planes of bits that tiles read."""
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+import torch
+from torch import Tensor
 
-from kernels.numba.core.lanes import GROUP
-from kernels.numba.core.memory import flags, float16_value, floats, to_float16_bits, words
+from kernels.numba.core.formats import GROUP, IntegerFormat
+from kernels.numba.core.lanes import LANES
+from kernels.numba.core.memory import flags, integers
 from kernels.numba.kernel_cache import kernel
 
 
-@njit
-def _match(values, levels, scale, offset):
-    """Fills the levels of a group for a scale and an offset, and returns whether they give back every weight."""
-    inverse = np.float32(1.0) / scale if scale != np.float32(0.0) else np.float32(0.0)
-    is_exact = True
-    for i in range(GROUP):
-        level = np.float32(int((values[i] - offset) * inverse + np.float32(0.5)))
-        level = min(max(level, np.float32(0.0)), np.float32(15.0))
-        levels[i] = np.uint8(level)
-        is_exact = is_exact and level * scale + offset == values[i]
-    return is_exact
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)", nogil=True)
+def _fill_planes(levels, words, num_panels, num_groups, depths, planes, num_planes):
+    """Writes the words of levels. levels: uint8 [num_panels * 16, num_groups * 32]; planes: int64 [num_planes, 2], bits
+    and place of each. All but the numbers are addresses."""
+    of_planes, depth, lane_bits = integers(planes, 2 * num_planes), num_groups * GROUP, 32 // depths
+    target = words
+    for panel in range(num_panels):
+        for group in range(num_groups):
+            for plane in range(num_planes):
+                bits, place = of_planes[2 * plane], of_planes[2 * plane + 1]
+                mask, num_steps = (1 << bits) - 1, lane_bits // bits
+                for word in range(bits * GROUP // 32):
+                    first = group * GROUP + word * num_steps * depths
+                    for column in range(LANES):
+                        own = flags(levels + (panel * LANES + column) * depth + first, num_steps * depths)
+                        total = 0
+                        for step in range(num_steps):
+                            for lane in range(depths):
+                                level = (np.int64(own[step * depths + lane]) >> place) & mask
+                                total |= level << (lane * lane_bits + bits * step)
+                        out = flags(target + column * 4, 4)
+                        for byte in range(4):
+                            out[byte] = np.uint8((total >> (8 * byte)) & 255)
+                    target += 4 * LANES
 
 
-@kernel("boolean(int64, int64, int64, int64, int64)", nogil=True)
-def read_int4(weight, levels, scales, offsets, num_groups):
-    """Fills levels (uint8 [num_groups, 32]), scales and offsets (float16 [num_groups]); false at the first group whose
-    elements are not 16 levels: evenly spaced from the smallest (GGUF's Q4_1), or around zero (Q4_0).
-
-    weight: float32 [num_groups, 32]. The arguments are addresses.
-    """
-    steps, starts = words(scales, num_groups), words(offsets, num_groups)
-    for group in range(num_groups):
-        values, own = floats(weight + group * GROUP * 4, GROUP), flags(levels + group * GROUP, GROUP)
-        low, high = values[0], values[0]
-        for i in range(GROUP):
-            low, high = min(low, values[i]), max(high, values[i])
-        steps[group] = to_float16_bits((high - low) / np.float32(15.0))
-        starts[group] = to_float16_bits(low)
-        if _match(values, own, float16_value(steps[group]), float16_value(starts[group])):
-            continue
-        extreme = high if high > -low else low  # Q4_0's step is an eighth of it, with the other sign
-        steps[group] = to_float16_bits(extreme / np.float32(-8.0))
-        starts[group] = to_float16_bits(extreme)
-        if not _match(values, own, float16_value(steps[group]), float16_value(starts[group])):
-            return False
-    return True
+def pack_planes(levels: Tensor, weights: IntegerFormat) -> Tensor:
+    """uint8 [panels, 16, depth] -> int32 [panels, groups, words, 16], as `formats.IntegerFormat` has them."""
+    num_panels, _, depth = levels.shape
+    groups, levels = depth // GROUP, levels.contiguous()
+    words = torch.empty(num_panels, groups, weights.group_bytes // (4 * LANES), LANES, dtype=torch.int32)
+    planes = torch.tensor(weights.planes)
+    sizes = (num_panels, groups, weights.depths, planes.data_ptr(), len(planes))
+    _fill_planes(levels.data_ptr(), words.data_ptr(), *sizes)
+    return words
 
 
-@kernel("boolean(int64, int64, int64, int64)", nogil=True)
-def read_int8(weight, levels, scales, num_groups):
-    """Fills levels (int8 [num_groups, 32]) and scales (float16 [num_groups]); false at the first group whose elements
-    are not whole multiples of a 127th of the largest (GGUF's Q8_0).
-    """
-    steps = words(scales, num_groups)
-    for group in range(num_groups):
-        values, own = floats(weight + group * GROUP * 4, GROUP), flags(levels + group * GROUP, GROUP)
-        largest = np.float32(0.0)
-        for i in range(GROUP):
-            largest = max(largest, abs(values[i]))
-        steps[group] = to_float16_bits(largest / np.float32(127.0))
-        scale = float16_value(steps[group])
-        inverse = np.float32(1.0) / scale if scale != np.float32(0.0) else np.float32(0.0)
-        for i in range(GROUP):
-            half = np.float32(0.5) if values[i] >= np.float32(0.0) else np.float32(-0.5)
-            level = np.float32(int(values[i] * inverse + half))
-            level = min(max(level, np.float32(-127.0)), np.float32(127.0))
-            own[i] = np.uint8(np.int8(level))
-            if level * scale != values[i]:
-                return False
-    return True
+def unpack_planes(words: Tensor, weights: IntegerFormat) -> Tensor:
+    """The inverse of `pack_planes`."""
+    num_panels, groups = words.shape[:2]
+    lane_bits, skipped = 32 // weights.depths, 0
+    levels = torch.zeros(num_panels, LANES, groups, GROUP, dtype=torch.uint8)
+    for bits, place in weights.planes:
+        num_words, num_steps = bits, lane_bits // bits  # of a group, and steps in each
+        some = words[:, :, skipped : skipped + num_words]
+        lanes = [lane_bits * lane for lane in range(weights.depths)]
+        shifts = torch.tensor([[bits * step + lane for lane in lanes] for step in range(num_steps)])
+        parts = (some.unsqueeze(-1) >> shifts.flatten().int()) & ((1 << bits) - 1)
+        levels |= parts.permute(0, 3, 1, 2, 4).flatten(3).to(torch.uint8) << place
+        skipped += num_words
+    return levels.flatten(2)

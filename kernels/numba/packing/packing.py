@@ -1,21 +1,29 @@
-"""Packing of weight matrices: the layout that the register tiles read, and the smallest format that is exact.
+"""Packing of weight matrices: the layout that the register tiles read, and formats that are exact.
 
 A panel is 16 output features, with its input features in order, so that a tile reads memory sequentially.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import BFLOAT16, DTYPES, FLOAT16, IN_QUADS, INT4, INT8, NAMES, QUAD_INT4, QUAD_INT8
-from kernels.numba.core.lanes import GROUP, LANES
-from kernels.numba.packing.levels import read_int4, read_int8
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    DTYPES,
+    GROUP,
+    INTEGERS,
+    NAMES,
+    QUADS,
+    SUPER_GROUP,
+    IntegerFormat,
+    Levels,
+)
+from kernels.numba.core.lanes import LANES
+from kernels.numba.packing.levels import pack_planes, unpack_planes
 
-SMALLEST_FIRST = (INT4, INT8, BFLOAT16, FLOAT16)
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -25,9 +33,10 @@ class PackedMatrix:
 
     kind: int
     num_rows: int  # output features
-    depth: int  # input features, a multiple of 32 for the integer formats
-    values: Tensor  # [panels, ...], as `kernels.numba.core.tiles` reads them
-    scales: Tensor  # [panels, groups, (2,) 16] float16, or empty
+    depth: int  # input features, a multiple of 32 or 256 for formats of integers
+    values: Tensor  # [panels, ...], as tiles read them
+    scales: Tensor  # [panels, ...], as `kernels.numba.core.levels.load_scales` has them, or empty
+    order: Tensor | None = None  # int64 [depth]: the element of a row that each depth meets; None: its own
 
     @property
     def format_name(self) -> str:
@@ -39,11 +48,55 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
+        return self.values.nbytes + self.scales.nbytes + (0 if self.order is None else self.order.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A matrix in one part or several, from top to bottom, in formats that may differ. All but the last fill panels."""
+
+    parts: tuple[PackedMatrix, ...]
+
+    @property
+    def format_name(self) -> str:
+        return " + ".join(dict.fromkeys(part.format_name for part in self.parts))
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
+    @property
+    def num_panels(self) -> int:
+        return sum(part.num_panels for part in self.parts)
+
+    @property
+    def depth(self) -> int:
+        return self.parts[0].depth
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """Some rows of the matrix that products multiply by, float32."""
+        found, first = [], 0
+        for part in self.parts:
+            low, high = max(start - first, 0), min(stop - first, part.num_rows)
+            if low < high:
+                found.append(_dense_rows(part, low, high))
+            first += part.num_rows
+        return torch.cat(found) if found else torch.empty(0, self.depth)
+
+
+def _dense_rows(packed: PackedMatrix, start: int, stop: int) -> Tensor:
+    first, last = start // LANES, -(-stop // LANES)
+    scales = packed.scales[first:last] if packed.scales.numel() else packed.scales
+    some = replace(packed, num_rows=stop - first * LANES, values=packed.values[first:last], scales=scales)
+    return unpack(some)[start - first * LANES :]
 
 
 def pack(weight: Tensor, kind: int) -> PackedMatrix:
-    """Packs [num_rows, depth] floats, rounding to what the format can hold.
+    """Packs [num_rows, depth] floats, rounding to what the format can hold: floats, int8 or int4, either in quads too.
 
     float16: within 2^-11 of each element, or 2^-25 where that is more. int8: within 1/254 of the largest element of
     its group of 32, and half the step of a float16 scale. int4: within 1/30 of the span of its group and
@@ -52,97 +105,93 @@ def pack(weight: Tensor, kind: int) -> PackedMatrix:
     """
     if kind in DTYPES:
         return _pack_floats(weight, kind)
-    padded = weight.float().view(weight.shape[0], -1, GROUP)
-    if kind == INT8:
+    padded = weight.float().reshape(weight.shape[0], -1, GROUP)
+    if INTEGERS[kind].bits == 8:
         scales = _round_up(padded.abs().amax(-1) / 127)
         steps = torch.where(scales > 0, scales.float(), 1.0)
-        return _pack_int8(weight, (padded / steps.unsqueeze(-1)).round_().to(torch.int8), scales)
+        levels = (padded / steps.unsqueeze(-1)).round_().to(torch.int8)
+        return pack_levels(Levels(kind & ~QUADS, levels.flatten(1), scales.unsqueeze(-1)), kind)
     low, high = padded.aminmax(dim=-1)
     offsets = low.half()
     scales = _round_up((high - offsets.float()) / 15)
     steps = torch.where(scales > 0, scales.float(), 1.0)
     levels = ((padded - offsets.float().unsqueeze(-1)) / steps.unsqueeze(-1)).round_().clamp_(0, 15)
-    return _pack_int4(weight, levels.to(torch.uint8), scales, offsets)
+    both = torch.stack((scales, offsets), -1)
+    return pack_levels(Levels(kind & ~QUADS, levels.to(torch.uint8).flatten(1), both), kind)
 
 
-def pack_exactly(weight: Tensor, *, among: Sequence[int]) -> PackedMatrix | None:
-    """The first of these formats, FLOAT32 not among them, that holds every element as it is; None where none does.
-
-    Matrices that were quantised to GGUF's Q4_0, Q4_1 or Q8_0 get their integers and scales back.
-    """
+def pack_exactly(weight: Tensor, kind: int) -> PackedMatrix | None:
+    """In a format of 16 bits; None where that does not hold every element as it is."""
+    if kind == BFLOAT16 and weight.shape[1] % 2:
+        return None
     weight = weight.float().contiguous()
-    is_bfloat16 = BFLOAT16 in among and not weight.shape[1] % 2 and _is_exact(weight, torch.bfloat16)
-    for kind in among:
-        if kind == INT4 and not is_bfloat16 and (packed := _find_int4(weight)):
-            return packed
-        if kind == INT8 and not is_bfloat16 and (packed := _find_int8(weight)):
-            return packed
-        if kind == BFLOAT16 and is_bfloat16:
-            return _pack_floats(weight, BFLOAT16)
-        if kind == FLOAT16 and _is_exact(weight, torch.float16):
-            return _pack_floats(weight, FLOAT16)
-    return None
+    return _pack_floats(weight, kind) if _is_exact(weight, DTYPES[kind]) else None
 
 
-def in_quads(packed: PackedMatrix) -> PackedMatrix:
-    """The same matrix for rows of 8-bit integers, with four depths side by side; as it is where it has no integers."""
-    if packed.kind not in IN_QUADS:
-        return packed
-    pairs = _pairs_of_octets(packed.values) if packed.kind == INT4 else packed.values
-    quads = pairs.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # [panels, depth / 4, 16, 4]
-    if packed.kind == INT4:
-        quads = quads[:, ::2] | (quads[:, 1::2] << 4)
-    return replace(packed, kind=IN_QUADS[packed.kind], values=quads.contiguous())
-
-
-def _in_pairs(packed: PackedMatrix) -> PackedMatrix:
-    """The inverse of `in_quads`."""
-    kind, quads = (INT8, packed.values) if packed.kind == QUAD_INT8 else (INT4, _interleave(packed.values))
-    pairs = quads.unflatten(3, (2, 2)).transpose(2, 3).flatten(1, 2)  # [panels, depth / 2, 16, 2]
-    return replace(packed, kind=kind, values=(pairs if kind == INT8 else _octets(pairs)).contiguous())
-
-
-def _interleave(values: Tensor) -> Tensor:
-    """uint8 [panels, depth / 8, 16, 4] with two int4 each -> [panels, depth / 4, 16, 4]"""
-    return torch.stack((values & 15, values >> 4), 2).flatten(1, 2)
-
-
-def _octets(pairs: Tensor) -> Tensor:
-    """Pairs of levels, uint8 [panels, depth / 2, 16, 2] -> int32 [panels, depth / 8, 16], as int4 tiles read them:
-    those of four pairs of depths, the first of each in the lower half."""
-    four = pairs.unflatten(1, (-1, 4)).int()  # [panels, depth / 8, 4, 16, 2]
-    packed = torch.zeros(four.shape[0], four.shape[1], LANES, dtype=torch.int32)
-    for pair in range(4):
-        for place in range(2):
-            packed |= four[:, :, pair, :, place] << (4 * pair + 16 * place)
-    return packed
-
-
-def _pairs_of_octets(octets: Tensor) -> Tensor:
-    """The inverse of `_octets`."""
-    levels = [[(octets >> (4 * pair + 16 * place)) & 15 for place in range(2)] for pair in range(4)]
-    pairs = torch.stack([torch.stack(both, -1) for both in levels], 2)  # [panels, depth / 8, 4, 16, 2]
-    return pairs.flatten(1, 2).to(torch.uint8)
+def pack_levels(rows: Levels, kind: int) -> PackedMatrix:
+    """Rows of integers and scales as they are, in their format's layout. kind: the rows', or the same in quads"""
+    assert kind in (rows.kind, rows.kind + QUADS), (kind, rows.kind)
+    weights, (num_rows, depth) = INTEGERS[kind], rows.levels.shape
+    assert depth % weights.depth_multiple == 0, f"a depth of {depth} in {weights.name}"
+    levels = _panels(rows.levels)
+    if weights.bits == 8:
+        values = levels.unflatten(2, (-1, weights.depths)).transpose(1, 2).contiguous()
+    else:
+        values = pack_planes(levels, weights)
+    factors = _panels(rows.factors).permute(0, 2, 3, 1).contiguous()  # [panels, groups, factors, 16]
+    if rows.commons is not None:
+        records = factors.view(len(factors), depth // SUPER_GROUP, -1)  # int8
+        commons = _panels(rows.commons).permute(0, 2, 3, 1).contiguous().view(torch.int8).flatten(2)
+        factors = torch.cat((commons, records), 2)
+    return PackedMatrix(kind, num_rows, depth, values, factors)
 
 
 def unpack(packed: PackedMatrix) -> Tensor:
-    """The float32 matrix that the products multiply by: [num_rows, depth]."""
-    if packed.kind in (QUAD_INT8, QUAD_INT4):
-        packed = _in_pairs(packed)
+    """The float32 matrix that the products multiply by: [num_rows, depth], its columns where rows have them."""
+    if packed.order is not None:
+        return unpack(replace(packed, order=None))[:, torch.argsort(packed.order)]
     if packed.kind in DTYPES:
         values = packed.values.transpose(2, 3).flatten(1, 2) if packed.kind == BFLOAT16 else packed.values
         return values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()
-    groups = packed.depth // GROUP
-    if packed.kind == INT8:
-        steps = packed.scales.float().transpose(1, 2)  # [panels, 16, groups]
-        levels = packed.values.view(-1, packed.depth // 2, LANES, 2).transpose(1, 2).reshape(-1, LANES, groups, GROUP)
-        wide = levels.float() * steps.unsqueeze(-1)
-    else:
-        steps, offsets = packed.scales.float().permute(2, 0, 3, 1)
-        pairs = _pairs_of_octets(packed.values)
-        levels = pairs.transpose(1, 2).reshape(-1, LANES, groups, GROUP)
-        wide = levels.float() * steps.unsqueeze(-1) + offsets.unsqueeze(-1)
+    weights, groups = INTEGERS[packed.kind], packed.depth // GROUP
+    is_bytes = weights.bits == 8
+    levels = packed.values.transpose(1, 2).flatten(2) if is_bytes else unpack_planes(packed.values, weights)
+    if weights.table:
+        table = torch.tensor(weights.table, dtype=torch.int8)
+        levels = table[levels.int()]
+    wide = (levels.float() - weights.zero).view(-1, LANES, groups * weights.num_scales, weights.per_scale)
+    scales, offsets = _factors(packed, weights)
+    wide *= scales.unsqueeze(-1)
+    if offsets is not None:
+        wide += offsets.unsqueeze(-1)
     return wide.reshape(-1, packed.depth)[: packed.num_rows].contiguous()
+
+
+def unpack_rows(packed: PackedMatrix, rows: Tensor) -> Tensor:
+    """Some rows of `unpack`, by their numbers."""
+    panels = rows // LANES
+    scales = packed.scales[panels] if packed.scales.numel() else packed.scales
+    some = replace(packed, num_rows=len(rows) * LANES, values=packed.values[panels], scales=scales)
+    return unpack(some).view(len(rows), LANES, -1)[torch.arange(len(rows)), rows % LANES]
+
+
+def _factors(packed: PackedMatrix, weights: IntegerFormat) -> tuple[Tensor, Tensor | None]:
+    """The scales, and the offsets if it has any, float32 [panels, 16, groups * scales of each]."""
+    num_panels, groups = packed.num_panels, packed.depth // GROUP
+    if weights.is_two_level:
+        skipped = 2 * LANES * (1 + weights.has_offsets)
+        commons = packed.scales[:, :, :skipped].contiguous().view(torch.float16).float()
+        commons = commons.view(num_panels, -1, 1, 1 + weights.has_offsets, 1, LANES)
+        small = packed.scales[:, :, skipped:].float()
+        small = small.reshape(num_panels, -1, SUPER_GROUP // GROUP, 1 + weights.has_offsets, weights.num_scales, LANES)
+        found = (small * commons).flatten(1, 2)
+    else:
+        found = packed.scales.float().view(num_panels, groups, 1 + weights.has_offsets, weights.num_scales, LANES)
+    of_columns = found.permute(2, 0, 4, 1, 3).flatten(3)  # [1 or 2, panels, 16, groups * scales]
+    if not weights.has_offsets:
+        return of_columns[0].contiguous(), None
+    scales, offsets = of_columns[0].contiguous(), of_columns[1].contiguous()
+    return scales, -offsets * scales if weights.has_zeros else offsets
 
 
 def _is_exact(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -172,43 +221,7 @@ def _pack_floats(weight: Tensor, kind: int) -> PackedMatrix:
     return PackedMatrix(kind, weight.shape[0], weight.shape[1], values, torch.empty(0, dtype=torch.float16))
 
 
-def _pack_int8(weight: Tensor, levels: Tensor, scales: Tensor) -> PackedMatrix:
-    """levels: int8 [num_rows, groups, 32]; scales: float16 [num_rows, groups]"""
-    depth = levels.shape[1] * GROUP
-    pairs = _panels(levels.reshape(-1, depth // 2, 2)).transpose(1, 2).contiguous()  # [panels, depth / 2, 16, 2]
-    return PackedMatrix(INT8, weight.shape[0], depth, pairs, _panels(scales).transpose(1, 2).contiguous())
-
-
-def _pack_int4(weight: Tensor, levels: Tensor, scales: Tensor, offsets: Tensor) -> PackedMatrix:
-    """levels: uint8 [num_rows, groups, 32] below 16; scales, offsets: float16 [num_rows, groups]"""
-    depth = levels.shape[1] * GROUP
-    pairs = _panels(levels.reshape(-1, depth // 2, 2)).transpose(1, 2)  # [panels, depth / 2, 16, 2]
-    both = torch.stack((_panels(scales).transpose(1, 2), _panels(offsets).transpose(1, 2)), dim=2).contiguous()
-    return PackedMatrix(INT4, weight.shape[0], depth, _octets(pairs), both)
-
-
 def _round_up(scales: Tensor) -> Tensor:
     """To float16, never down: a smaller step would push the largest level out of its range."""
     rounded = scales.half()
     return torch.where(rounded.float() < scales, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded)
-
-
-def _find_int4(weight: Tensor) -> PackedMatrix | None:
-    groups = weight.shape[1] // GROUP
-    levels = torch.empty(weight.shape[0], groups, GROUP, dtype=torch.uint8)
-    scales = torch.empty(weight.shape[0], groups, dtype=torch.int16)
-    offsets = torch.empty_like(scales)
-    addresses = (part.data_ptr() for part in (weight, levels, scales, offsets))
-    if weight.shape[1] % GROUP or not read_int4(*addresses, weight.shape[0] * groups):
-        return None
-    return _pack_int4(weight, levels, scales.view(torch.float16), offsets.view(torch.float16))
-
-
-def _find_int8(weight: Tensor) -> PackedMatrix | None:
-    groups = weight.shape[1] // GROUP
-    levels = torch.empty(weight.shape[0], groups, GROUP, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], groups, dtype=torch.int16)
-    addresses = (part.data_ptr() for part in (weight, levels, scales))
-    if weight.shape[1] % GROUP or not read_int8(*addresses, weight.shape[0] * groups):
-        return None
-    return _pack_int8(weight, levels, scales.view(torch.float16))

@@ -25,13 +25,15 @@ from kernels.numba.ops.elementwise import (
     fill_rows,
     gather_rows,
     normalise_rows,
+    permute_rows,
     quantise_rows,
     quantise_rows_to_bytes,
     rotate_and_store_rows,
     round_rows,
     silu_and_multiply_rows,
 )
-from kernels.numba.ops.linear import BLOCK_ROWS, multiply_unit
+from kernels.numba.ops.linear import BLOCK_ROWS, call_product
+from kernels.numba.ops.tables import call_row
 
 MAX_BLOCK_TABLES = 8  # of a sequence: one for each group of layers
 NUM_STEP_FIELDS = 40
@@ -52,6 +54,8 @@ class Operation(IntEnum):
     COPY = 8
     ROUND = 9
     QUANTISE_TO_BYTES = 10
+    GATHER_PACKED = 11
+    PERMUTE = 12
 
 
 class Step(IntEnum):
@@ -80,7 +84,8 @@ class Control(IntEnum):
     COUNTERS = 3  # of each operation: units taken, units done
 
 
-_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND, _SILU, _COPY, _ROUND, _TO_BYTES = map(int, Operation)
+_GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND = map(int, list(Operation)[:7])
+_SILU, _COPY, _ROUND, _TO_BYTES, _GATHER_PACKED, _PERMUTE = map(int, list(Operation)[7:])
 _POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
 _NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
 _ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
@@ -139,8 +144,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
     first = unit * _ROWS_AT_ONCE
     last = min(first + _ROWS_AT_ONCE, rows)
     if kind == _MULTIPLY:
-        multiply_unit(
-            (unit, op[1], op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch)
+        call_product(
+            op[1], (unit, op[2], op[3], rows, op[4], op[5], op[6], op[7], op[8], op[9], op[10], op[11], scratch)
         )
     elif kind == _ATTEND:
         kv_head, tile = unit % op[4], integers(step[_TILES] + unit // op[4] * NUM_TILE_FIELDS * 8, NUM_TILE_FIELDS)
@@ -168,10 +173,16 @@ def _run_unit(unit, op, op_floats, step, scratch):
         silu_and_multiply_rows(op[1], op[2], first, last, op[3])
     elif kind == _COPY:
         copy_rows(op[1], op[2], first, last, op[3])
+    elif kind == _PERMUTE:
+        permute_rows(op[1], op[2], op[3], first, last, op[4])
     elif kind == _FILL:
         fill_rows(op[1], op[2], first, last, op[3], op[4])
     elif kind == _GATHER:
         gather_rows(op[1], op[2], step[op[5]], op[3], first, last, op[4])
+    elif kind == _GATHER_PACKED:
+        indices = integers(step[op[6]], last)
+        for row in range(first, last):
+            call_row(op[1], (op[2], op[3], op[5], indices[row], op[4] + row * op[5] * 4))
 
 
 @njit(inline="always")

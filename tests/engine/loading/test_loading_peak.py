@@ -16,6 +16,7 @@ from engine.loading.loading_peak import OTHER_BYTES, Matrix, WeightSizes, loadin
 from engine.planning.engine_plan import plan_memory
 from engine.planning.machine import read_machine
 from tests.support import gguf_files
+from tests.support.quantized_files import write_random_gptq
 
 LOAD = """
 import json, re, sys
@@ -45,9 +46,28 @@ print(json.dumps({"peak": read("VmHWM") - before, "kept": read("VmRSS") - before
 """
 
 
-def count(config: EngineConfig) -> dict[str, int]:
+# pages of a file that the kernel can drop do not count there: memory of the process's own is looked at, again and again
+LOAD_BESIDE_FILES = (
+    LOAD.replace("VmRSS", "RssAnon")
+    .replace(
+        "with freeing_at_once():",
+        "seen, done = [], threading.Event()\n"
+        "def look():\n"
+        "    while not done.wait(0.001):\n"
+        "        seen.append(read('RssAnon'))\n"
+        "looking = threading.Thread(target=look)\n"
+        "looking.start()\n"
+        "with freeing_at_once():",
+    )
+    .replace("print(json", "done.set()\nlooking.join()\nprint(json")
+    .replace('read("VmHWM")', "max(seen)")
+    .replace("import json", "import threading, json")
+)
+
+
+def count(config: EngineConfig, program: str = LOAD) -> dict[str, int]:
     """Bytes at the peak of a load, and those that stay, in a process of its own."""
-    command = [sys.executable, "-c", LOAD, config.model_dump_json()]
+    command = [sys.executable, "-c", program, config.model_dump_json()]
     counted: dict[str, int] = json.loads(
         subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]
     )
@@ -108,7 +128,7 @@ def test_the_peak_is_what_stays_and_the_largest_matrix() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not count peaks of memory")
 def test_a_gguf_takes_little_more_than_what_stays_of_it_and_its_largest_matrix(tmp_path: Path, tied: bool) -> None:
     shape = LlamaConfig(**DEEP, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=tied)
-    path = gguf_files.write_random_q4_0(tmp_path / "m.gguf", shape)
+    path = gguf_files.write_random_blocks(tmp_path / "m.gguf", shape)
     sections = {"model": {"path": str(path)}, "device": {"name": "cpu", "kernels": "numba", "num_threads": 2}}
     config = EngineConfig.model_validate(sections)
     facts = read_model_facts(config.model)
@@ -120,9 +140,25 @@ def test_a_gguf_takes_little_more_than_what_stays_of_it_and_its_largest_matrix(t
     assert counted["kept"] <= 1.1 * plan.weight_bytes + OTHER_BYTES
 
 
+@pytest.mark.parametrize("quantization", ["auto", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not count memory")
+def test_integers_of_a_checkpoint_take_little_more_than_what_stays(tmp_path: Path, quantization: str) -> None:
+    shape = LlamaConfig(**DEEP, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
+    write_random_gptq(tmp_path, shape)
+    model = {"path": str(tmp_path), "quantization": quantization}
+    config = EngineConfig.model_validate({"model": model, "device": {"name": "cpu", "num_threads": 2}})
+    facts = read_model_facts(config.model)
+    plan = plan_memory(facts, config, read_machine())
+    counted = count(config, LOAD_BESIDE_FILES)
+    largest = 4 * max(matrix.num_weights for matrix in facts.matrices)
+    assert counted["peak"] <= 1.15 * (counted["kept"] + (largest if quantization == "none" else 0)) + OTHER_BYTES
+    assert counted["peak"] <= plan.loading_bytes
+    assert counted["kept"] <= 1.1 * plan.weight_bytes + OTHER_BYTES
+
+
 def test_a_7b_of_four_bits_starts_on_a_machine_of_8_gib(tmp_path: Path) -> None:
     shape = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    path = gguf_files.write_random_q4_0(tmp_path / "m.gguf", shape, is_hole=True)
+    path = gguf_files.write_random_blocks(tmp_path / "m.gguf", shape, is_hole=True)
     config = EngineConfig.model_validate({"model": {"path": str(path)}, "device": {"name": "cpu", "kernels": "numba"}})
     facts = read_model_facts(config.model)
     assert facts.num_parameters == pytest.approx(6.74e9, rel=0.01)

@@ -98,7 +98,6 @@ def test_a_plain_config_says_what_transformers_reads(name: str, is_old: bool, tm
         {"num_hidden_layers": "3"},
         {"num_attention_heads": True},
         {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        {"quantization_config": {"quant_method": "gptq"}},
         {"auto_map": {"AutoConfig": "configuration.Mine"}},
         {"model_type": "gemma2"},
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32},
@@ -110,6 +109,12 @@ def test_whatever_needs_a_familys_rules_is_left_to_transformers(change: dict[str
     fields = {name: value for name, value in CONFIGS["llama"].to_dict().items() if name != "head_dim"}
     assert read_plain_config(write(tmp_path, fields)) is not None
     assert read_plain_config(write(tmp_path, fields | change)) is None
+
+
+def test_quantised_weights_change_nothing_about_the_layers(tmp_path: Path) -> None:
+    fields = CONFIGS["llama"].to_dict()
+    plain = read_plain_config(write(tmp_path, fields | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    assert plain == read_plain_config(write(tmp_path, fields))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": ["llama"]}', "\udcff"])

@@ -39,7 +39,6 @@ from engine.quantization.method import COMPILED_FORMATS, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
 from kernels.layout import MAX_ROTATIONS
-from kernels.numba.packing.packing import unpack
 from kernels.numba.program.program import Step
 from kernels.numba.program.team import Team
 from tests.support.stepping import forward, inputs_for
@@ -123,7 +122,7 @@ def unpacked(packed: Llama) -> Llama:
         child = getattr(parent, name)
         if isinstance(child, Linear):
             linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-            linear.weight.data, linear.bias = unpack(child.weight), child.bias
+            linear.weight.data, linear.bias = child.dense(), child.bias
             setattr(parent, name, linear)
     return model.requires_grad_(False)
 

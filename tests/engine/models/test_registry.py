@@ -119,7 +119,6 @@ def test_asking_for_own_layers_that_do_not_exist_is_an_error(config: PreTrainedC
         (DbrxConfig(), r"transformers' code for it does not run from this config\.json"),
         (Llama4TextConfig(**sizes(head_dim=8)), "no decoder"),
         (LlamaConfig(**sizes(architectures=["LlamaForSequenceClassification"])), "does not generate text"),
-        (LlamaConfig(**sizes(quantization_config={"quant_method": "gptq"})), "quantised .gptq."),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )

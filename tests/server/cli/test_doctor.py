@@ -11,6 +11,8 @@ import torch
 
 from engine.planning.triton_check import TRITON_PARTS, describe_triton_kernels
 from server.cli.main import main
+from tests.support.quantized_files import write_checkpoint
+from tests.support.quantizers import gptq
 
 ROOT = Path(__file__).parents[3]
 
@@ -66,6 +68,24 @@ def test_doctor_tells_compiled_layers_from_torch_s(run_doctor: Doctor) -> None:
     assert run_doctor("device.kernels=numba", "model.quantization=int4")[1]["linear layers"].startswith(
         "compiled; weights as 4 bits"
     )
+
+
+def test_doctor_and_plan_say_what_becomes_of_a_quantised_checkpoint(
+    run_doctor: Doctor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "dynamic": {"+:.*mlp.*": {"bits": 8}}}
+    write_checkpoint(tmp_path, {"self_attn": gptq(3), "mlp": gptq(8, symmetric=False)}, config)
+    code, table, _ = run_doctor(f"model.path={tmp_path}")
+    assert code == 0
+    line = "stored as GPTQ, 8 bits, groups of 32: layers.mlp.down_proj (2), layers.mlp.gate_proj (2)"
+    assert table["stored weights"].startswith("stored as GPTQ, ")
+    assert main(["plan", str(tmp_path), "--set=device.name=cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert f"note: {line}" in printed
+    assert "GPTQ, 3 bits, groups of 32" in printed
+    assert "kept as Q4_0, multiplied by compiled integer tiles" in printed
+    assert main(["plan", str(tmp_path), "--set=device.name=cpu", "--set=device.kernels=torch"]) == 0
+    assert "torch layers read no stored integers" in capsys.readouterr().out
 
 
 def test_doctor_refuses_what_the_kernels_cannot_do(run_doctor: Doctor) -> None:

@@ -9,7 +9,8 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from kernels.numba.core import integer_tiles, paged_tiles, tiles
+from kernels.numba.core import integer_tiles, levels, paged_tiles, tiles
+from kernels.numba.core.formats import INT4, INT8, INTEGERS, QUAD_INT4, QUAD_INT8
 from kernels.numba.core.processor import LEVELS, Level, TileRows, level_of
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -18,11 +19,11 @@ TILES = {
     "float16": (tiles._float_tile, "float16"),
     "bfloat16": (tiles._bfloat16_tile, "float32"),
     "rounded bfloat16": (tiles._bfloat16_tile, "bfloat16"),
-    "int8": (integer_tiles._integer_tile, "int8"),
-    "int4": (integer_tiles._integer_tile, "int4"),
-    "unpacked int4": (integer_tiles._integer_tile, "unpacked int4"),
-    "int8 by bytes": (integer_tiles._byte_tile, "int8"),
-    "int4 by bytes": (integer_tiles._byte_tile, "int4"),
+    "int8": (integer_tiles._integer_tile, INTEGERS[INT8]),
+    "int4": (integer_tiles._integer_tile, INTEGERS[INT4]),
+    "unpacked int4": (integer_tiles._integer_tile, INTEGERS[INT4].unpacked),
+    "int8 by bytes": (integer_tiles._integer_tile, INTEGERS[QUAD_INT8]),
+    "int4 by bytes": (integer_tiles._integer_tile, INTEGERS[QUAD_INT4]),
     "scores": (paged_tiles._score_tile, "float16"),
     "values": (paged_tiles._value_tile, "float16"),
 }
@@ -60,10 +61,10 @@ def assemble(monkeypatch):
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
 
-    def make(processor: Processor, tile: str, rows: int, panels: int) -> str:
-        for module in (tiles, integer_tiles):
+    def make(processor: Processor, tile: str | int, rows: int, panels: int) -> str:
+        for module in (tiles, integer_tiles, levels):
             monkeypatch.setattr(module, "features", lambda: processor.features)
-        write, element = TILES[tile]
+        write, element = TILES[tile] if isinstance(tile, str) else (integer_tiles._integer_tile, INTEGERS[tile])
         module = ir.Module()
         module.triple = processor.triple
         write(module, rows, panels, element).linkage = "external"
@@ -82,6 +83,16 @@ def test_every_tile_compiles_for_every_processor(assemble, processor: Processor,
     tallest = tallest_of(processor, tile)
     for rows, panels in ((tallest.one_panel, 1), (tallest.two_panels, 2), (1, 2), (1, 1)):
         assert "ret" in assemble(processor, tile, rows, panels)
+
+
+@pytest.mark.parametrize("processor", [AVX2, ZEN4, NEOVERSE], ids=lambda processor: processor.name)
+@pytest.mark.parametrize("kind", INTEGERS, ids=(one.name for one in INTEGERS.values()))
+def test_every_format_of_integers_compiles_for_every_kind_of_processor(
+    assemble, processor: Processor, kind: int
+) -> None:
+    assembly = assemble(processor, kind, 1, 2)
+    if INTEGERS[kind].table and processor is not NEOVERSE:
+        assert "vpshufb" in assembly  # sixteen values that lie in a register
 
 
 @pytest.mark.parametrize(

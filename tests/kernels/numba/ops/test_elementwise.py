@@ -10,8 +10,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kernels.numba.core.formats import DTYPES, FLOAT16
-from kernels.numba.core.lanes import GROUP, LANES, exponentiate
+from kernels.numba.core.formats import DTYPES, FLOAT16, GROUP
+from kernels.numba.core.lanes import LANES, exponentiate
 from kernels.numba.program.program import Operation, Step
 from kernels.reference.activation import silu_and_mul
 from kernels.reference.attention import store_kv
@@ -65,9 +65,13 @@ def test_scores_are_taken_relative_to_the_largest() -> None:
 def rounded(execute, op, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(integers, scales, scale times sum of the integers) by group"""
     groups = x.shape[1] // GROUP
-    integers, factors = torch.empty(x.shape, dtype=torch.int16), torch.full((x.shape[0], groups, 2), torch.nan)
+    integers, factors = torch.empty(x.shape, dtype=torch.int16), torch.full((x.shape[0], groups, 4), torch.nan)
     execute([op(Operation.QUANTISE, x, integers, factors, x.shape[1])], num_rows=x.shape[0])
-    return integers.view(x.shape[0], groups, GROUP), factors[..., 0], factors[..., 1]
+    integers = integers.view(x.shape[0], groups, GROUP)
+    if x.isfinite().all():
+        halves = integers.int().view(x.shape[0], groups, 2, -1).sum(-1)
+        assert torch.equal(factors.view(torch.int32)[..., 2:].long(), halves)
+    return integers, factors[..., 0], factors[..., 1]
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e30])
@@ -90,7 +94,11 @@ def rounded_to_bytes(execute, op, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     groups = x.shape[1] // GROUP
     integers, factors = torch.empty(x.shape, dtype=torch.uint8), torch.full((x.shape[0], groups, 4), torch.nan)
     execute([op(Operation.QUANTISE_TO_BYTES, x, integers, factors, x.shape[1])], num_rows=x.shape[0])
-    return integers.view(x.shape[0], groups, GROUP), *factors[..., :3].unbind(-1)
+    integers = integers.view(x.shape[0], groups, GROUP)
+    if x.isfinite().all():
+        halves = (integers.int() + factors[..., 1:2].int()).view(x.shape[0], groups, 2, -1).sum(-1)
+        assert torch.equal(factors[..., 3:].contiguous().view(torch.int16).long(), halves)
+    return integers, *factors[..., :3].unbind(-1)
 
 
 @pytest.mark.parametrize("offset", [0.0, -0.5, 3.0, -100.0])

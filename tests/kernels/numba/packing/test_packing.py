@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import random
+from dataclasses import replace
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, FORMAT_OF, IN_QUADS, INT4, INT8
-from kernels.numba.core.lanes import GROUP
-from kernels.numba.packing.packing import SMALLEST_FIRST, fits_float16, in_quads, pack, pack_exactly, unpack
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FORMAT_OF,
+    GROUP,
+    IN_QUADS,
+    INT4,
+    INT8,
+    INTEGERS,
+    QUADS,
+    SIZES,
+    concatenate,
+)
+from kernels.numba.packing.packing import (
+    Stack,
+    fits_float16,
+    pack,
+    pack_exactly,
+    pack_levels,
+    unpack,
+    unpack_rows,
+)
+from tests.support.quantised import random_levels, weights_of
 
 SHAPES = ((1, 32), (16, 64), (50, 96), (129, 576))
-BLOCKS = {"Q4_0": INT4, "Q4_1": INT4, "Q8_0": INT8}
-
-
-def as_in_a_file(weight: Tensor, block: str) -> Tensor:
-    """The matrix that a GGUF file with such blocks gives back."""
-    kind = gguf.GGMLQuantizationType[block]
-    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind).copy())
+FORMATS = pytest.mark.parametrize("kind", INTEGERS, ids=(one.name for one in INTEGERS.values()))
 
 
 def half_step(size: Tensor) -> Tensor:
@@ -73,46 +87,48 @@ def test_int4_is_within_half_a_step_or_the_rounding_of_its_offset(shape: tuple[i
     assert (unpack(packed)[0, :GROUP] == 0).all()
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gguf_blocks_get_their_integers_back(shape: tuple[int, int], block: str) -> None:
-    for scale in (1e-3, 0.02, 1.0, 40.0):
-        weight = torch.randn(shape) * scale
-        weight[1:2, :GROUP] = 0.0
-        stored = as_in_a_file(weight, block)
-        packed = pack_exactly(stored, among=SMALLEST_FIRST)
-        assert packed is not None
-        assert packed.kind == BLOCKS[block]
-        assert torch.equal(unpack(packed), stored)
+@FORMATS
+def test_levels_come_back_as_the_weights_they_stand_for(kind: int) -> None:
+    step = INTEGERS[kind].depth_multiple
+    for num_rows, depth in ((1, step), (16, 3 * step), (50, 2 * step), (129, 5 * step)):
+        rows = random_levels(kind, num_rows, depth)
+        packed, expected = pack_levels(rows, kind), weights_of(rows)
+        assert packed.num_bytes == packed.num_panels * 16 * depth * SIZES[kind]
+        assert torch.equal(unpack(packed), expected)
+        chosen = torch.randint(0, num_rows, (7,))
+        assert torch.equal(unpack_rows(packed, chosen), expected[chosen])
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_groups_that_are_no_noise_are_given_back_too(block: str) -> None:
-    rng = random.Random(7)
-    for _ in range(40):
-        rows = [
-            torch.full((GROUP,), rng.uniform(-3, 3)),  # constant
-            torch.randint(0, 2, (GROUP,)) * rng.uniform(-1, 1),  # two levels
-            -torch.rand(GROUP),  # all negative
-            torch.rand(GROUP) + 1,
-            torch.eye(GROUP)[rng.randrange(GROUP)] * -1e3,  # one large negative
-            torch.randn(GROUP) * 1e-6,  # scales among float16's subnormal numbers
-        ]
-        stored = as_in_a_file(torch.stack(rows), block)
-        packed = pack_exactly(stored, among=SMALLEST_FIRST)
-        if packed is not None:
-            assert torch.equal(unpack(packed), stored)
-        for row in stored[[0, 2, 3, 4]]:  # what real files hold
-            alone = pack_exactly(row[None], among=SMALLEST_FIRST)
-            assert alone is not None
-            assert torch.equal(unpack(alone)[0], row)
+@FORMATS
+def test_every_bit_of_a_level_has_a_place_of_its_own(kind: int) -> None:
+    """One level after the other that is not like the rest."""
+    weights, depth = INTEGERS[kind], 256
+    rows = random_levels(kind, 16, depth)
+    for element in range(GROUP):
+        for bit in range(weights.bits):
+            levels = torch.zeros_like(rows.levels)
+            levels[:, element::GROUP] = (1 << bit) if bit < 7 else -128
+            one = replace(rows, levels=levels)
+            assert torch.equal(unpack(pack_levels(one, kind)), weights_of(one))
+
+
+def test_a_stack_is_its_parts_from_top_to_bottom() -> None:
+    kinds = [kind for kind in INTEGERS if kind < QUADS]
+    pieces = [random_levels(kind, 16 * (1 + i % 3), 256) for i, kind in enumerate(kinds)]
+    stack = Stack(tuple(pack_levels(piece, piece.kind) for piece in pieces))
+    expected = torch.cat([weights_of(piece) for piece in pieces])
+    assert stack.num_rows == len(expected)
+    for start, stop in ((0, len(expected)), (5, 6), (15, 40), (16, 16), (100, len(expected))):
+        assert torch.equal(stack.dense(start, stop), expected[start:stop])
+    halves = random_levels(kinds[0], 5, 64), random_levels(kinds[0], 3, 64)
+    assert torch.equal(weights_of(concatenate(halves)), torch.cat([weights_of(half) for half in halves]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_checkpoints_stay_as_they_are(dtype: torch.dtype) -> None:
     for shape in (*SHAPES, (40, 34)):  # 34: no groups
         weight = (torch.randn(shape) * torch.logspace(-3, 1, shape[1])).to(dtype).float()
-        packed = pack_exactly(weight, among=SMALLEST_FIRST)
+        packed = pack_exactly(weight, FORMAT_OF[dtype])
         assert packed is not None
         assert packed.kind == FORMAT_OF[dtype]
         assert torch.equal(unpack(packed), weight)
@@ -120,50 +136,30 @@ def test_half_precision_checkpoints_stay_as_they_are(dtype: torch.dtype) -> None
 
 def test_float32_noise_fits_no_smaller_format() -> None:
     for shape in SHAPES:
-        assert pack_exactly(torch.randn(shape), among=SMALLEST_FIRST) is None
-
-
-def test_one_weight_of_another_value_decides() -> None:
-    for block in BLOCKS:
-        weight = as_in_a_file(torch.randn(40, 64), block)
-        row, column = random.Random(1).randrange(40), 50
-        weight[row, column] = torch.nextafter(weight[row, column], torch.tensor(10.0))
-        packed = pack_exactly(weight, among=SMALLEST_FIRST)
-        assert packed is None
+        for kind in (BFLOAT16, FLOAT16):
+            assert pack_exactly(torch.randn(shape), kind) is None
 
 
 @pytest.mark.parametrize("outlier", [torch.nan, torch.inf, -torch.inf, 3e38, 1e-45])
 def test_no_format_is_said_to_hold_what_it_does_not(outlier: float) -> None:
-    for block in (*BLOCKS, ""):
-        weight = torch.randn(20, 64)
-        weight = as_in_a_file(weight, block) if block else weight.bfloat16().float()
-        weight[17, 40] = outlier
-        for among in (SMALLEST_FIRST, (INT4,), (INT8,), (BFLOAT16,), (FLOAT16,)):
-            packed = pack_exactly(weight, among=among)
-            if packed is not None:
-                assert torch.equal(unpack(packed), weight)  # bfloat16 does have infinities
-                assert not weight.isnan().any()
+    weight = torch.randn(20, 64).bfloat16().float()
+    weight[17, 40] = outlier
+    for kind in (BFLOAT16, FLOAT16):
+        packed = pack_exactly(weight, kind)
+        if packed is not None:
+            assert torch.equal(unpack(packed), weight)  # bfloat16 does have infinities
+            assert not weight.isnan().any()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_integers_in_quads_are_the_same_in_as_many_bytes(shape: tuple[int, int]) -> None:
-    for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8, INT4):
-        packed = pack(torch.randn(shape), kind)
-        quads = in_quads(packed)
-        assert quads.kind == IN_QUADS.get(kind, kind)
+    weight = torch.randn(shape)
+    for kind in (INT8, INT4):
+        packed, quads = pack(weight, kind), pack(weight, IN_QUADS[kind])
+        assert quads.kind == IN_QUADS[kind]
         assert torch.equal(unpack(quads), unpack(packed))
         assert quads.num_bytes == packed.num_bytes
         assert quads.num_panels == packed.num_panels
-        assert (quads is packed) == (kind not in IN_QUADS)
-
-
-def test_only_what_is_asked_for_is_tried() -> None:
-    weight = as_in_a_file(torch.randn(16, 64), "Q8_0")
-    assert pack_exactly(weight, among=(INT4,)) is None
-    assert pack_exactly(weight, among=(INT4, INT8)).kind == INT8
-    narrow = torch.randint(-4, 4, (16, 64)).float()  # whole numbers: many formats hold them
-    for kind in (FLOAT16, BFLOAT16):
-        assert pack_exactly(narrow, among=(kind,)).kind == kind
 
 
 def test_a_matrix_beyond_float16_is_recognised() -> None:

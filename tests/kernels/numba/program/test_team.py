@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import FLOAT32, INT4
-from kernels.numba.core.lanes import GROUP
-from kernels.numba.ops.linear import SCRATCH_BYTES
+from kernels.numba.core.formats import FLOAT32, GROUP, INT4
+from kernels.numba.ops.linear import SCRATCH_BYTES, product_address
 from kernels.numba.packing.packing import pack
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team
@@ -44,7 +43,7 @@ class Chain:
         self.x = torch.randn(num_rows, WIDTH)
         self.out = torch.empty(num_rows, WIDTH)
         normed, wide, narrow = torch.empty(num_rows, WIDTH), torch.empty(num_rows, width), torch.empty(num_rows, WIDTH)
-        integers, scales = torch.empty(num_rows, WIDTH, dtype=torch.int16), torch.empty(num_rows, WIDTH // GROUP, 2)
+        integers, scales = torch.empty(num_rows, WIDTH, dtype=torch.int16), torch.empty(num_rows, WIDTH // GROUP, 4)
         up, down = pack(torch.randn(width, WIDTH), INT4), pack(torch.randn(WIDTH, WIDTH), FLOAT32)
         up_sizes, down_sizes, weight = (up.num_panels, 2), (down.num_panels, 2), torch.ones(WIDTH)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
@@ -54,9 +53,33 @@ class Chain:
             operations += [
                 op(Operation.NORMALISE, self.out, weight, normed, WIDTH, factors=(1e-6, 0.0)),
                 op(Operation.QUANTISE, normed, integers, scales, WIDTH),
-                op(Operation.MULTIPLY, INT4, integers, scales, WIDTH, up.values, up.scales, *up_sizes, wide, width, 0),
+                op(
+                    Operation.MULTIPLY,
+                    product_address(INT4),
+                    integers,
+                    scales,
+                    WIDTH,
+                    up.values,
+                    up.scales,
+                    *up_sizes,
+                    wide,
+                    width,
+                    0,
+                ),
                 op(Operation.SILU_AND_MULTIPLY, wide, narrow, WIDTH),
-                op(Operation.MULTIPLY, FLOAT32, narrow, 0, WIDTH, down.values, 0, *down_sizes, self.out, WIDTH, 1),
+                op(
+                    Operation.MULTIPLY,
+                    product_address(FLOAT32),
+                    narrow,
+                    0,
+                    WIDTH,
+                    down.values,
+                    0,
+                    *down_sizes,
+                    self.out,
+                    WIDTH,
+                    1,
+                ),
             ]
         parts = (normed, wide, narrow, integers, scales, up.values, up.scales, down.values, weight)
         self.program = Program(operations, self.step, keeps=parts)

@@ -73,7 +73,7 @@ class MemoryPlan:
     blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
     needs: ProposerNeeds  # with those of the draft model, if there is one
     dtype: torch.dtype
-    quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
+    quantization: str  # a key of what quantization.method.formats_of has for the kernels
     kv_codec: str  # a key of kv_cache.codec.KV_CODECS
     max_model_len: int  # tokens
     max_num_seqs: int

@@ -16,7 +16,7 @@ from engine.loading.loading_peak import OTHER_BYTES, READ_BYTES, Matrix, WeightS
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.planning.resolve import Resolved, SettingError, parse_cache_size
-from engine.quantization.method import COMPILED_FORMATS, FORMATS, WeightFormat
+from engine.quantization.method import WeightFormat, formats_of
 from engine.speculation.proposer import ProposerNeeds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,7 +144,7 @@ class Sizer:
 
     @property
     def format(self) -> WeightFormat:
-        return (COMPILED_FORMATS if self.kernels == "numba" else FORMATS)[self.quantization]
+        return formats_of(self.kernels)[self.quantization]
 
     def _weights(self, size: int) -> tuple[int, int]:
         """(bytes of linear layers, of everything else), at most. size: bytes of a weight in the model's dtype"""

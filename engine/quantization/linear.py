@@ -155,6 +155,10 @@ class LinearMethod(ABC, Generic[W]):
     def apply(self, x: Tensor, weight: W, bias: Tensor | None) -> Tensor:
         """x @ dense(weight).T + bias. x: [num_rows, num_inputs]. Returns x's dtype, in new memory."""
 
+    def with_independent_rows(self) -> LinearMethod[W] | None:
+        """One for the same weights, whose results for a row depend on the row alone; None where there is none."""
+        return None
+
     @abstractmethod
     def dense(self, weight: W, rows: slice = ALL_ROWS) -> Tensor:
         """Those rows of the matrix that `apply` multiplies by: the definition, with which tests compare."""

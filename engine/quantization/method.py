@@ -45,6 +45,7 @@ class WeightFormat:
 
 
 _OF_TORCH, _COMPILED = "engine.quantization.method", "engine.quantization.numba_cpu"
+_TRITON = "engine.quantization.triton_gpu"
 FORMATS = {
     "none": WeightFormat(f"{_OF_TORCH}:PackedMethod"),
     "fp16": WeightFormat(f"{_OF_TORCH}:HalfMethod", 2, 2, scratch=4),
@@ -65,6 +66,24 @@ COMPILED_FORMATS = {  # whose module is imported only where it runs
         meaning="4 bits, a scale and an offset for each 32 weights; the output layer has 8 bits",
     ),
 }  # fmt: skip
+TRITON_FORMATS = {
+    "none": FORMATS["none"],
+    "fp16": FORMATS["fp16"],
+    "int8": WeightFormat(
+        f"{_TRITON}:Int8Method", 1.0625, 1.0625, scratch=1,
+        meaning="8 bits and a scale for each 128 weights, or 64 where rows are not made of 128",
+    ),
+    "int4": WeightFormat(
+        f"{_TRITON}:Int4Method", 0.625, 1.0625, scratch=1,
+        meaning="4 bits, a scale and a zero for each 32 weights; the output layer has 8 bits",
+    ),
+}  # fmt: skip
+_FORMATS_OF = {"torch": FORMATS, "numba": COMPILED_FORMATS, "triton": TRITON_FORMATS}
+
+
+def formats_of(kernels: str) -> Mapping[str, WeightFormat]:
+    """Those that layers of `device.kernels` have."""
+    return _FORMATS_OF[kernels]
 
 
 def make_methods(

@@ -77,6 +77,10 @@ TRITON_FORMATS = {
         f"{_TRITON}:Int4Method", 0.625, 1.0625, scratch=1,
         meaning="4 bits, a scale and a zero for each 32 weights; the output layer has 8 bits",
     ),
+    "fp8": WeightFormat(
+        f"{_TRITON}:Fp8Method", 1.01, 1.0625, scratch=1,
+        meaning="FP8 and a scale for each output, as are activations for each row; the output layer has 8-bit integers",
+    ),
 }  # fmt: skip
 _FORMATS_OF = {"torch": FORMATS, "numba": COMPILED_FORMATS, "triton": TRITON_FORMATS}
 

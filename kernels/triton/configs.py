@@ -102,6 +102,11 @@ def scaled_config(num_rows: int, *, chip: str) -> QuantizedConfig:
     return QuantizedConfig(**_lookup("scaled", "few" if num_rows <= 64 else "many", "any", chip))
 
 
+def strict_scaled_config(*, chip: str) -> QuantizedConfig:
+    """One config for any number of rows, as `strict_quantized_config`."""
+    return scaled_config(1, chip=chip)
+
+
 def quantized_moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeConfig:
     """Of experts whose matrices are quantised."""
     bucket = "few" if pairs_per_expert < 32 else "many"

@@ -12,9 +12,9 @@ import kernels.reference.moe
 from kernels.reference.quantized import quantize_rows, round_to_groups, scaled_linear
 from kernels.triton.configs import chip_of, strict_quantized_config
 from kernels.triton.layers.quantized_moe import mix_quantized_experts
-from kernels.triton.quantized import rows, scaled
+from kernels.triton.quantized import rows, scaled, scaled_matrix
 from kernels.triton.quantized.linear import quantized_linear
-from kernels.triton.quantized.matrix import QuantizedMatrix, make_matrix, stack_experts
+from kernels.triton.quantized.matrix import QuantizedMatrix, make_matrix
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import BOUNDS, name_of, poisoned_memory, relative_error
 from loadtest.gpu.machine import l2_bytes
@@ -79,10 +79,10 @@ def _check_experts(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     generator, device = context.generator(f"quantised experts {dtype}"), context.device
     num_experts, hidden_size, size = (3, 128, 64) if context.is_rehearsal else (16, 2048, 768)
     gate_up, down = (
-        stack_experts([random_matrix(*shape, 4, 64, generator, scale=shape[1] ** -0.5) for _ in range(num_experts)])
+        random_matrix(num_experts * shape[0], shape[1], 4, 64, generator, scale=shape[1] ** -0.5)
         for shape in ((2 * size, hidden_size), (hidden_size, size))
     )
-    dense = [torch.stack([one.expert(i).dense().double() for i in range(num_experts)]) for one in (gate_up, down)]
+    dense = [one.dense().double().unflatten(0, (num_experts, -1)) for one in (gate_up, down)]
     for num_tokens in (5,) if context.is_rehearsal else (1, 70, 1500):
         x = torch.randn(num_tokens, hidden_size, device=device, generator=generator).to(dtype)
         logits = torch.randn(num_tokens, num_experts, device=device, generator=generator)
@@ -110,7 +110,7 @@ def _check_scaled(context: Context, name: str) -> Iterator[Record]:
     yield Check(f"values of rows, {name}", share, _ROUNDED_TO_FP8)
     blocks = torch.rand(-(-num_outputs // 128), -(-num_inputs // 128), device=device, generator=generator)
     for kind, factors in (("outputs", scales[:, None]), ("blocks", blocks)):
-        matrix = scaled.make_scaled_matrix(values, factors)
+        matrix = scaled_matrix.make_scaled_matrix(values, factors)
         with poisoned_memory():
             found = scaled.scaled_linear(x, matrix)
         in_groups = rows.quantize_rows(x, dtype, in_groups=matrix.is_blocked)
@@ -187,7 +187,7 @@ def _time_scaled(context: Context, title: str, size: tuple[int, int], num_rows: 
     weight = torch.randn(*size, device=device, generator=generator)
     values, scales = quantize_rows(weight, _SCALED[name])
     count = 1 if context.is_rehearsal else num_sets(values.nbytes, l2_bytes(device))
-    matrices = [scaled.ScaledMatrix(values.clone(), scales[:, None]) for _ in range(count)]
+    matrices = [scaled_matrix.ScaledMatrix(values.clone(), scales[:, None]) for _ in range(count)]
     floats = [weight.to(dtype) for _ in range(count)]
     x = torch.randn(num_rows, size[1], device=device, generator=generator).to(dtype)
     works: dict[str, Work] = {

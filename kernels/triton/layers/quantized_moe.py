@@ -30,13 +30,14 @@ def mix_quantized_experts(
 ) -> Tensor:
     """As `kernels.reference.moe.mix_experts` with the matrices that these stand for, summed in float32.
 
-    gate_up, down: of `stack_experts`, num_experts matrices [2 * size, hidden_size] and [hidden_size, size]
+    gate_up: [num_experts * 2 * size, hidden_size], of each expert gate and up; down: [num_experts * hidden_size, size]
     config: tile sizes, of which `step` is not used; by default those for this many pairs per expert
     """
     (num_tokens, hidden_size), top_k = x.shape, experts.shape[1]
-    num_experts, size, num_pairs = gate_up.words.shape[0], gate_up.num_outputs // 2, num_tokens * top_k
-    assert gate_up.num_inputs == hidden_size, f"{gate_up.shape} for {hidden_size}"
-    assert down.shape == (hidden_size, size), f"{down.shape} for {gate_up.shape}"
+    num_experts, size, num_pairs = down.num_outputs // hidden_size, down.num_inputs, num_tokens * top_k
+    assert gate_up.shape == (num_experts * 2 * size, hidden_size), f"{gate_up.shape} for {down.shape}"
+    assert down.num_outputs % hidden_size == 0, f"{down.shape} for {hidden_size}"
+    assert gate_up.order is None and down.order is None, "experts have their inputs in order"  # noqa: PT018
     assert weights.shape == experts.shape == (num_tokens, top_k), f"{tuple(weights.shape)}, {tuple(experts.shape)}"
     if not num_pairs:
         return torch.empty_like(x)
@@ -48,7 +49,7 @@ def mix_quantized_experts(
     num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)
     x, weights = x.contiguous(), weights.contiguous()
     for source, matrix, target, width in ((x, gate_up, hidden, size), (hidden, down, parts, hidden_size)):
-        num_units = matrix.words.shape[1]
+        num_units = matrix.words.shape[0]
         quantized_experts_kernel[(num_tiles, triton.cdiv(width, config.columns))](
             source,
             matrix.words,
@@ -63,9 +64,7 @@ def mix_quantized_experts(
             width,
             matrix.num_outputs,
             num_units,
-            matrix.words.stride(0),
-            matrix.words.stride(2),
-            matrix.scales.shape[1],
+            matrix.words.stride(1),
             BITS=matrix.bits,
             GROUP=matrix.group_size,
             KIND=SCALES[matrix.scale_kind],
@@ -102,9 +101,7 @@ def quantized_experts_kernel(
     width,
     num_outputs,
     num_units,
-    stride_expert,
     stride_block,
-    num_groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
@@ -130,12 +127,9 @@ def quantized_experts_kernel(
     pairs = tl.load(pairs_ptr + sorted_rows, mask=is_row, other=0)
     source_rows = (pairs // TOP_K if IS_GATED else sorted_rows).to(tl.int64)
     target_rows = (sorted_rows if IS_GATED else pairs).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = columns < width
-    words_ptr += expert.to(tl.int64) * stride_expert
-    first = expert.to(tl.int64) * num_outputs
-    scales_ptr += first * num_groups
-    offsets_ptr += first * num_groups
+    targets = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = targets < width
+    columns = expert * (2 * width if IS_GATED else width) + targets
     sources = source_ptr + source_rows * DEPTH
     num_steps = tl.cdiv(DEPTH, STEP)
     acc = multiply_tile(
@@ -166,7 +160,7 @@ def quantized_experts_kernel(
         STAGES,
     )
     if HAS_CHANNELS:
-        acc *= tl.load(channels_ptr + first + columns, mask=is_column, other=0.0)[:, None]
+        acc *= tl.load(channels_ptr + columns, mask=is_column, other=0.0)[:, None]
     if IS_GATED:
         up = multiply_tile(
             sources,
@@ -196,9 +190,12 @@ def quantized_experts_kernel(
             STAGES,
         )
         if HAS_CHANNELS:
-            up *= tl.load(channels_ptr + first + width + columns, mask=is_column, other=0.0)[:, None]
+            up *= tl.load(channels_ptr + width + columns, mask=is_column, other=0.0)[:, None]
         acc = acc * tl.sigmoid(acc) * up
     else:
         acc *= tl.load(weights_ptr + pairs, mask=is_row, other=0.0)[None, :]
-    targets = target_ptr + target_rows[None, :] * width + columns[:, None]
-    tl.store(targets, acc.to(target_ptr.dtype.element_ty), mask=is_row[None, :] & is_column[:, None])
+    tl.store(
+        target_ptr + target_rows[None, :] * width + targets[:, None],
+        acc.to(target_ptr.dtype.element_ty),
+        mask=is_row[None, :] & is_column[:, None],
+    )

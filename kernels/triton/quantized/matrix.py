@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ _SCALES: dict[torch.dtype, Scales] = {
 class QuantizedMatrix:
     """A matrix of codes and scales: row n, input k is value(code) * scale + offset of the group of k, times n's own.
 
-    words: codes as `packing` has them; of several experts, one more dimension in front of it, as of all others
+    words: codes as `packing` has them
     scales: [num_groups, num_outputs]: int32, with a 16-bit scale in the lower half and the zero in the upper one, or
         float32, or the 8 bits of e4m3 and e8m0 as uint8; zeros of the others are 2**(bits - 1)
     offsets: [num_groups, num_outputs] float32, with scales in float32
@@ -61,14 +61,6 @@ class QuantizedMatrix:
     def nbytes(self) -> int:
         tensors = (self.words, self.scales, self.offsets, self.channel_scales, self.order)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-    def expert(self, number: int) -> QuantizedMatrix:
-        """One of several experts."""
-        parts = {
-            name: None if part is None else part[number]
-            for name, part in (("offsets", self.offsets), ("channel_scales", self.channel_scales))
-        }
-        return replace(self, words=self.words[number], scales=self.scales[number], **parts)
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Those rows of the matrix, [num_rows, num_inputs] float32, their inputs in order."""
@@ -155,23 +147,6 @@ def make_matrix(
         order=_checked_order(order, num_inputs),
         table=None if table is None else table.to(codes.device, torch.float32).contiguous(),
     )
-
-
-def stack_experts(experts: list[QuantizedMatrix]) -> QuantizedMatrix:
-    """Matrices that differ in nothing but their numbers, as one. ValueError where they do, or inputs are permuted."""
-    first = experts[0]
-    facts = {
-        (one.words.shape, one.scales.shape, one.bits, one.scale_kind, one.values, one.offsets is None)
-        for one in experts
-    }
-    if len(facts) > 1 or any(one.order is not None for one in experts):
-        raise ValueError("experts must have the same shape and format, and their inputs in order")
-    parts = {
-        name: None if getattr(first, name) is None else torch.stack([getattr(one, name) for one in experts])
-        for name in ("offsets", "channel_scales")
-    }
-    words = torch.stack([one.words for one in experts])
-    return replace(first, words=words, scales=torch.stack([one.scales for one in experts]), **parts)
 
 
 def _check_shapes(

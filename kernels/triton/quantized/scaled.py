@@ -7,8 +7,6 @@ technical report, section 3.3.2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -18,54 +16,9 @@ from kernels.triton.compat import INTERPRET
 from kernels.triton.configs import QuantizedConfig, chip_of, scaled_config
 from kernels.triton.quantized.linear import COMBINED, combine_splits_kernel, num_splits
 from kernels.triton.quantized.rows import quantize_rows
+from kernels.triton.quantized.scaled_matrix import ScaledMatrix
 
 STEP = 128
-FORMATS = (torch.int8, torch.float8_e4m3fn)
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledMatrix:
-    """values: [num_outputs, num_inputs] int8 or float8_e4m3fn
-
-    scales: [1, 1], [num_outputs, 1], or of blocks of 128 x 128, [cdiv(num_outputs, 128), cdiv(num_inputs, 128)] float32
-    """
-
-    values: Tensor
-    scales: Tensor
-
-    @property
-    def is_blocked(self) -> bool:
-        return self.scales.shape[1] > 1 or self.scales.shape[0] not in (1, len(self.values))
-
-    def dense(self, rows: slice = slice(None)) -> Tensor:
-        """Those rows of the matrix in float32."""
-        values = self.values.float()
-        if self.is_blocked:
-            spread = self.scales.repeat_interleave(128, 0)[: len(values)].repeat_interleave(128, 1)
-            return (values * spread[:, : values.shape[1]])[rows]
-        return (values * self.scales)[rows]
-
-
-def make_scaled_matrix(values: Tensor, scales: Tensor) -> ScaledMatrix:
-    """ValueError for what does not fit together, and for numbers that are none. Scales as of `ScaledMatrix`, or fewer
-    dimensions: a number, or one for each output.
-    """
-    if values.dim() != 2 or values.dtype not in FORMATS:
-        raise ValueError(
-            f"values of {values.dtype}, {tuple(values.shape)}; a matrix of int8 or float8_e4m3fn is wanted"
-        )
-    num_outputs, num_inputs = values.shape
-    scales = scales.float()
-    scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
-    blocks = triton.cdiv(num_outputs, 128), triton.cdiv(num_inputs, 128)
-    if tuple(scales.shape) not in {(1, 1), (num_outputs, 1), blocks}:
-        raise ValueError(
-            f"scales have shape {tuple(scales.shape)}; a matrix of {num_outputs} x {num_inputs} has one, "
-            f"one for each output, or {blocks} for its blocks of 128 x 128"
-        )
-    if not bool(scales.isfinite().all()) or not bool(values.float().isfinite().all()):
-        raise ValueError("weights or their scales are infinite or no numbers")
-    return ScaledMatrix(values.contiguous(), scales.contiguous())
 
 
 def scaled_linear(

@@ -48,7 +48,7 @@ def multiply_tile(
     row_ptrs: [ROWS], where each row begins. GROUP: inputs; 0: one group, and the sum of all steps is scaled
     IS_FULL: no column and no step lies beyond the words; HAS_STEPS: nor beyond the inputs
     """
-    GROUPS: tl.constexpr = STEP // GROUP if 0 < GROUP < STEP else 1  # of a step
+    GROUPS: tl.constexpr = STEP // GROUP if GROUP > 0 and GROUP < STEP else 1  # of a step
     BLOCKS: tl.constexpr = STEP * BITS // 128  # of a step
     UNITS: tl.constexpr = STEP // (128 if BITS % 2 == 1 else (64 if BITS == 2 or BITS == 6 else 128 // BITS))
     TYPE: tl.constexpr = row_ptrs.dtype.element_ty

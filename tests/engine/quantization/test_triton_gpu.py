@@ -10,10 +10,12 @@ from torch import Tensor
 
 from engine.quantization.linear import Linear, LinearMethod, LinearSpec, Part
 from engine.quantization.method import TRITON_FORMATS, make_methods
-from engine.quantization.triton_gpu import Int4Method, Int8Method, QuantizedMethod, StoredCodes
-from kernels.reference.quantized import dequantize
+from engine.quantization.triton_gpu import Fp8Method, Int4Method, Int8Method, QuantizedMethod, StoredCodes
+from kernels.reference.quantized import dequantize, quantize_rows, scaled_linear
 from kernels.triton.quantized.matrix import QuantizedMatrix
+from kernels.triton.quantized.scaled_matrix import ScaledMatrix
 from tests.support.conformance.linear_method import LinearMethodConformance
+from tests.support.simulated_gpu import simulated_gpu
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter was not chosen before its import"),
@@ -112,3 +114,58 @@ def test_rows_are_independent_where_that_is_asked_for() -> None:
     whole = alone.apply(x, layer.weight, None)
     for rows in (slice(0, 1), slice(3, 20), slice(60, 70)):
         assert torch.equal(alone.apply(x[rows], layer.weight, None), whole[rows])
+
+
+def test_fp8_meets_fp8() -> None:
+    weight, x = torch.randn(40, 128) * torch.logspace(-2, 2, 40)[:, None], torch.randn(3, 128)
+    layer = layer_of(Fp8Method(), (Part("", 40),))
+    layer.load("", weight)
+    assert isinstance(layer.weight, ScaledMatrix)
+    assert layer.describe() == "fp8 by fp8, rows"
+    error = (layer.dense() - weight).abs()
+    assert (error <= torch.maximum(weight.abs() / 16, weight.abs().amax(1, keepdim=True) / 448 / 1024) * 1.001).all()
+    expected = scaled_linear(*quantize_rows(x, torch.float8_e4m3fn), layer.weight.values, layer.weight.scales)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-2, atol=float(expected.abs().max()) * 1e-2)
+    alone = layer.method.with_independent_rows()
+    whole = alone.apply(x, layer.weight, None)
+    assert torch.equal(alone.apply(x[1:2], layer.weight, None), whole[1:2])
+
+
+@pytest.mark.parametrize(("capability", "name"), [((8, 0), "fp8, rows"), ((8, 9), "fp8 by fp8, rows")])
+def test_a_chip_without_fp8_takes_activations_as_they_are(capability: tuple[int, int], name: str) -> None:
+    with simulated_gpu(capability=capability), torch.device("cuda"):
+        layer = layer_of(Fp8Method(), (Part("", 40),))
+        layer.load("", torch.randn(40, 128, device="cpu"))
+        assert layer.describe() == name
+
+
+def test_logits_of_fp8_are_those_of_int8() -> None:
+    layer = layer_of(Fp8Method(), (Part("", 40),), is_output=True)
+    layer.load("", torch.randn(40, 128))
+    assert layer.describe() == "int8, groups of 128"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_scaled_values_of_a_checkpoint_are_kept_as_they_are(dtype: torch.dtype) -> None:
+    method, parts = QuantizedMethod(), [quantize_rows(torch.randn(part.num_rows, 128), dtype) for part in PARTS]
+    layer = layer_of(method)
+    method.keep_scaled(layer, [(parts[0][0], parts[0][1]), (parts[1][0], parts[1][1][:1])])
+    expected = [parts[0][0].float() * parts[0][1][:, None], parts[1][0].float() * parts[1][1][:1]]
+    assert torch.equal(layer.dense(), torch.cat(expected))
+    method.keep_scaled(layer, parts, quantizes_rows=False)
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(layer(x), x @ layer.dense().T, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_of_scales_must_not_cross_parts() -> None:
+    method, blocks = QuantizedMethod(), torch.ones(2, 1)
+    values = torch.ones(130, 128, dtype=torch.int8)
+    for first, is_whole in ((256, True), (130, False)):
+        layer = layer_of(method, (Part("q_proj", first), Part("k_proj", 130)))
+        parts = [(torch.ones(first, 128, dtype=torch.int8), blocks), (values, blocks)]
+        if is_whole:
+            method.keep_scaled(layer, parts)
+            assert layer.describe() == "int8 by int8, blocks"
+        else:
+            with pytest.raises(ValueError, match="not made of whole blocks of 128 outputs"):
+                method.keep_scaled(layer, parts)

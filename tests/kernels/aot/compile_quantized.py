@@ -16,7 +16,8 @@ from kernels.triton.quantized.linear import quantized_linear
 from kernels.triton.quantized.matrix import QuantizedMatrix, Scales, Values
 from kernels.triton.quantized.packing import words_shape
 from kernels.triton.quantized.rows import quantize_rows
-from kernels.triton.quantized.scaled import ScaledMatrix, scaled_linear
+from kernels.triton.quantized.scaled import scaled_linear
+from kernels.triton.quantized.scaled_matrix import ScaledMatrix
 
 ARCH, CASES = int(sys.argv[1]), sys.argv[2]
 CHIP = f"sm_{ARCH}"
@@ -40,14 +41,12 @@ def matrix_of(
     kind: Scales = "bfloat16",
     values: Values = "integer",
     *,
-    num_experts: int | None = None,
     has_offsets: bool = False,
 ) -> QuantizedMatrix:
     num_outputs, num_inputs = shape
-    stack = () if num_experts is None else (num_experts,)
-    groups = (*stack, num_inputs // (group_size or num_inputs), num_outputs)
+    groups = num_inputs // (group_size or num_inputs), num_outputs
     return QuantizedMatrix(
-        words=torch.empty(*stack, *words_shape(num_outputs, num_inputs, bits), dtype=torch.int32),
+        words=torch.empty(words_shape(num_outputs, num_inputs, bits), dtype=torch.int32),
         scales=torch.empty(groups, dtype=_TYPES[kind]),
         bits=bits,
         num_inputs=num_inputs,
@@ -55,7 +54,7 @@ def matrix_of(
         scale_kind=kind,
         values=values,
         offsets=torch.empty(groups) if has_offsets else None,
-        channel_scales=torch.empty(*stack, num_outputs) if values == "e2m1" else None,
+        channel_scales=torch.empty(num_outputs) if values == "e2m1" else None,
         table=torch.empty(16) if values == "table" else None,
     )
 
@@ -113,11 +112,7 @@ def experts() -> Iterator[str]:
     for name, num_tokens in (("few", 8), ("many", 512)):
         for group_size in (128, 32):
             yield f"experts, {name} rows, groups of {group_size}"
-            sizes = {"num_experts": 8}
-            gate_up, down = (
-                matrix_of((512, 4096), 4, group_size, **sizes),
-                matrix_of((4096, 256), 4, group_size, **sizes),
-            )
+            gate_up, down = matrix_of((8 * 512, 4096), 4, group_size), matrix_of((8 * 4096, 256), 4, group_size)
             x, weights = torch.empty(num_tokens, 4096, dtype=BFLOAT16), torch.empty(num_tokens, 2)
             config = quantized_moe_config(num_tokens // 4, BFLOAT16, chip=CHIP)
             chosen = torch.zeros(num_tokens, 2, dtype=torch.int64)

@@ -7,7 +7,7 @@ import kernels.reference.moe
 from kernels.reference.quantized import round_to_groups
 from kernels.triton.configs import MoeConfig
 from kernels.triton.layers.quantized_moe import mix_quantized_experts
-from kernels.triton.quantized.matrix import QuantizedMatrix, make_matrix, stack_experts
+from kernels.triton.quantized.matrix import QuantizedMatrix, make_matrix
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 SMALL = MoeConfig(rows=16, columns=32, stages=2)
@@ -17,14 +17,12 @@ def random_experts(
     num_experts: int, shape: tuple[int, int], bits: int, group_size: int, device: torch.device
 ) -> QuantizedMatrix:
     options = {"bits": bits, "group_size": group_size, "is_symmetric": False, "scale_dtype": torch.bfloat16}
-    weights = [0.3 * torch.randn(shape, device=device) for _ in range(num_experts)]
-    return stack_experts(
-        [make_matrix(*round_to_groups(weight, **options), bits=bits, group_size=group_size) for weight in weights]
-    )
+    weight = 0.3 * torch.randn(num_experts * shape[0], shape[1], device=device)
+    return make_matrix(*round_to_groups(weight, **options), bits=bits, group_size=group_size)
 
 
-def dense(experts: QuantizedMatrix) -> torch.Tensor:
-    return torch.stack([experts.expert(number).dense() for number in range(len(experts.words))])
+def dense(experts: QuantizedMatrix, num_experts: int) -> torch.Tensor:
+    return experts.dense().unflatten(0, (num_experts, -1))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -40,7 +38,7 @@ def test_experts_are_mixed_as_defined(device: torch.device, dtype: torch.dtype, 
     found = mix_quantized_experts(x, gate_up, down, weights, experts, config=SMALL)
     assert found.dtype == dtype
     expected = kernels.reference.moe.mix_experts(
-        x.double(), dense(gate_up).double(), dense(down).double(), weights, experts
+        x.double(), dense(gate_up, 4).double(), dense(down, 4).double(), weights, experts
     )
     error = (found.double() - expected).norm() / expected.norm()
     assert float(error) < TOLERANCES[dtype]
@@ -52,14 +50,14 @@ def test_floats_of_4_bits_with_scales_of_their_own(device: torch.device) -> None
     def draw(num_outputs: int, num_inputs: int) -> QuantizedMatrix:
         codes = torch.randint(16, (num_outputs, num_inputs), dtype=torch.uint8, device=device)
         scales = (2.0 ** torch.randint(-4, 1, (num_outputs, num_inputs // 32), device=device)).to(torch.float8_e8m0fnu)
-        scale = torch.rand(1, device=device) * 0.1
+        scale = (0.1 * torch.rand(3, device=device)).repeat_interleave(num_outputs // 3)
         return make_matrix(codes, scales, bits=4, group_size=32, values="e2m1", channel_scales=scale)
 
-    gate_up, down = (stack_experts([draw(*shape) for _ in range(3)]) for shape in ((64, 64), (64, 32)))
+    gate_up, down = draw(3 * 64, 64), draw(3 * 64, 32)
     x = torch.randn(5, 64, device=device)
     weights, experts = kernels.reference.moe.route(torch.randn(5, 3, device=device), 2, normalise=False)
     found = mix_quantized_experts(x, gate_up, down, weights, experts, config=SMALL)
-    expected = kernels.reference.moe.mix_experts(x, dense(gate_up), dense(down), weights, experts)
+    expected = kernels.reference.moe.mix_experts(x, dense(gate_up, 3), dense(down, 3), weights, experts)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -68,6 +66,6 @@ def test_no_token_and_one_token(device: torch.device) -> None:
     weights, experts = kernels.reference.moe.route(torch.randn(1, 3, device=device), 2, normalise=True)
     x = torch.randn(1, 64, device=device)
     found = mix_quantized_experts(x, gate_up, down, weights, experts)
-    expected = kernels.reference.moe.mix_experts(x, dense(gate_up), dense(down), weights, experts)
+    expected = kernels.reference.moe.mix_experts(x, dense(gate_up, 3), dense(down, 3), weights, experts)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert mix_quantized_experts(x[:0], gate_up, down, weights[:0], experts[:0]).shape == (0, 64)

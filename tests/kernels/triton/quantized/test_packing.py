@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.reference.quantized import E2M1, dequantize
-from kernels.triton.quantized.matrix import make_matrix, stack_experts
+from kernels.triton.quantized.matrix import make_matrix
 from kernels.triton.quantized.packing import PLANES, pack_codes, planes_of, unit_of, unpack_codes, words_shape
 
 
@@ -105,13 +105,3 @@ def test_what_does_not_fit_together_is_said_at_once(mistake: str) -> None:
     change, text = MISTAKES[mistake]
     with pytest.raises(ValueError, match=text):
         make_matrix(**{**random_parts(4, 64), "bits": 4, "group_size": 64, **change})
-
-
-def test_experts_are_stacked_if_they_are_alike() -> None:
-    matrices = [make_matrix(**random_parts(4, 64), bits=4, group_size=64) for _ in range(3)]
-    stacked = stack_experts(matrices)
-    for number, matrix in enumerate(matrices):
-        assert torch.equal(stacked.expert(number).dense(), matrix.dense())
-    other = make_matrix(**random_parts(3, 64), bits=3, group_size=64)
-    with pytest.raises(ValueError, match="the same shape and format"):
-        stack_experts([*matrices, other])

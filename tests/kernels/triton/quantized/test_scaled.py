@@ -6,8 +6,10 @@ from torch import Tensor
 
 import kernels.reference.quantized as reference
 from kernels.triton.configs import QuantizedConfig
+from kernels.triton.quantized.linear import quantized_linear
 from kernels.triton.quantized.rows import quantize_rows
-from kernels.triton.quantized.scaled import ScaledMatrix, make_scaled_matrix, scaled_linear
+from kernels.triton.quantized.scaled import scaled_linear
+from kernels.triton.quantized.scaled_matrix import ScaledMatrix, make_scaled_matrix, with_rows_as_they_are
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
 
@@ -72,6 +74,19 @@ def test_the_matrix_of_the_definition_is_the_same() -> None:
         expected = reference.scaled_linear(eye, torch.ones(300), matrix.values, matrix.scales).T
         torch.testing.assert_close(matrix.dense().double(), expected)
         assert torch.equal(matrix.dense(slice(3, 140)), matrix.dense()[3:140])
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("blocks", [(1, 1), (150, 1), (2, 2)])
+def test_the_same_numbers_meet_rows_that_are_not_quantised(
+    device: torch.device, dtype: torch.dtype, blocks: tuple[int, int]
+) -> None:
+    matrix = random_matrix((150, 256), dtype, device, blocks)
+    plain = with_rows_as_they_are(matrix)
+    assert torch.equal(plain.dense(), matrix.dense())
+    x = torch.randn(3, 256, device=device)
+    expected = x.double() @ matrix.dense().double().T
+    torch.testing.assert_close(quantized_linear(x, plain).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_row_that_is_no_number_stays_none_and_spoils_no_other(device: torch.device) -> None:

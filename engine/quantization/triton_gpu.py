@@ -1,8 +1,8 @@
 """Weight formats of a GPU: codes and scales that Triton's kernels multiply with as they are.
 
 `Int8Method`, `Int4Method` and `Fp8Method` round floats while they are loaded. Whoever reads a checkpoint that is
-quantised already hands its codes to `keep_codes`, or its int8 and FP8 to `keep_scaled`, so that no float matrix lies
-between the file and the product.
+quantised already makes a matrix of its codes (`matrix_of_codes`), or of its int8 and FP8 (`matrix_of_scaled`), so that
+no float matrix lies between the file and the product: what a method's `pack` returns, or a layer is given to `keep`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from engine.quantization.linear import ALL_ROWS, KeptMatrix, LinearMethod, Shards
+from engine.quantization.linear import ALL_ROWS, LinearMethod, LinearSpec, Shards
 from kernels.reference.quantized import quantize_rows, round_to_groups
 from kernels.triton.configs import chip_of, strict_quantized_config, strict_scaled_config
 from kernels.triton.quantized.matrix import QuantizedMatrix, Values, make_matrix
@@ -40,6 +40,57 @@ class StoredCodes:
     order: Tensor | None = None
 
 
+def matrix_of_codes(
+    spec: LinearSpec,
+    parts: Sequence[StoredCodes],
+    *,
+    bits: int,
+    group_size: int,
+    values: Values | Tensor = "integer",
+    channel_scales: Tensor | None = None,
+) -> QuantizedMatrix:
+    """A layer's matrix of the codes of all its parts, from top to bottom, on the default device.
+
+    bits, group_size, values, channel_scales: as of `make_matrix`. ValueError for parts that do not fit together, or
+    that no kernel multiplies with.
+    """
+    device = torch.get_default_device()
+    _check_parts(spec, [part.codes for part in parts])
+    return make_matrix(
+        torch.cat([part.codes.to(device) for part in parts]),
+        torch.cat([part.scales.to(device) for part in parts]),
+        _stacked([part.zeros for part in parts], "zeros", device),
+        bits=bits,
+        group_size=group_size,
+        order=_common_order([part.order for part in parts], device),
+        values=values,
+        offsets=_stacked([part.offsets for part in parts], "offsets", device),
+        channel_scales=channel_scales,
+    )
+
+
+def matrix_of_scaled(
+    spec: LinearSpec, parts: Sequence[tuple[Tensor, Tensor]], *, quantizes_rows: bool = True
+) -> GpuMatrix:
+    """A layer's matrix of parts in int8 or FP8, (values, scales) of each, as of `make_scaled_matrix`.
+
+    quantizes_rows: activations meet them in their format, where the chip multiplies that; else in their own dtype.
+    ValueError for parts that do not fit together; blocks of scales do only if parts are made of whole blocks.
+    """
+    device = torch.get_default_device()
+    _check_parts(spec, [values for values, _ in parts])
+    matrices = [make_scaled_matrix(values.to(device), scales.to(device)) for values, scales in parts]
+    if any(one.is_blocked for one in matrices):
+        if not all(one.is_blocked and len(one.values) % 128 == 0 for one in matrices[:-1]):
+            raise ValueError("the parts of a matrix are not made of whole blocks of 128 outputs")
+        scales = [one.scales for one in matrices]
+    else:
+        scales = [one.scales.expand(len(one.values), 1) for one in matrices]
+    whole = make_scaled_matrix(torch.cat([one.values for one in matrices]), torch.cat(scales))
+    is_scaled = quantizes_rows and (whole.values.dtype == torch.int8 or has_float8_products(device))
+    return whole if is_scaled else with_rows_as_they_are(whole)
+
+
 class QuantizedMethod(LinearMethod[GpuMatrix]):
     """Products with matrices that are there as codes and scales. has_one_config: for any number of rows
 
@@ -50,58 +101,6 @@ class QuantizedMethod(LinearMethod[GpuMatrix]):
     def __init__(self, num_threads: int = 1, *, has_one_config: bool = False) -> None:
         """num_threads: packing is the device's work"""
         self.has_one_config = has_one_config
-
-    def keep_codes(
-        self,
-        layer: KeptMatrix,
-        parts: Sequence[StoredCodes],
-        *,
-        bits: int,
-        group_size: int,
-        values: Values | Tensor = "integer",
-        channel_scales: Tensor | None = None,
-    ) -> None:
-        """Makes a layer's matrix of the codes of all its parts, from top to bottom, on the default device.
-
-        bits, group_size, values, channel_scales: as of `make_matrix`. ValueError for parts that do not fit together, or
-        that no kernel multiplies with.
-        """
-        device = torch.get_default_device()
-        _check_parts(layer, [part.codes for part in parts])
-        layer.keep(
-            make_matrix(
-                torch.cat([part.codes.to(device) for part in parts]),
-                torch.cat([part.scales.to(device) for part in parts]),
-                _stacked([part.zeros for part in parts], "zeros", device),
-                bits=bits,
-                group_size=group_size,
-                order=_common_order([part.order for part in parts], device),
-                values=values,
-                offsets=_stacked([part.offsets for part in parts], "offsets", device),
-                channel_scales=channel_scales,
-            )
-        )
-
-    def keep_scaled(
-        self, layer: KeptMatrix, parts: Sequence[tuple[Tensor, Tensor]], *, quantizes_rows: bool = True
-    ) -> None:
-        """Makes a layer's matrix of parts in int8 or FP8: (values, scales) of each, as of `make_scaled_matrix`.
-
-        quantizes_rows: activations meet them in their format, where the chip multiplies that; else in their own dtype.
-        ValueError for parts that do not fit together; blocks of scales do only if parts are made of whole blocks.
-        """
-        device = torch.get_default_device()
-        _check_parts(layer, [values for values, _ in parts])
-        matrices = [make_scaled_matrix(values.to(device), scales.to(device)) for values, scales in parts]
-        if any(one.is_blocked for one in matrices):
-            if not all(one.is_blocked and len(one.values) % 128 == 0 for one in matrices[:-1]):
-                raise ValueError("the parts of a matrix are not made of whole blocks of 128 outputs")
-            scales = [one.scales for one in matrices]
-        else:
-            scales = [one.scales.expand(len(one.values), 1) for one in matrices]
-        whole = make_scaled_matrix(torch.cat([one.values for one in matrices]), torch.cat(scales))
-        is_scaled = quantizes_rows and (whole.values.dtype == torch.int8 or has_float8_products(device))
-        layer.keep(whole if is_scaled else with_rows_as_they_are(whole))
 
     def pack(self, shards: Shards) -> GpuMatrix | None:
         """None: floats stay floats."""
@@ -216,10 +215,10 @@ def _pieces(num_outputs: int, num_inputs: int) -> list[slice]:
     return [slice(start, min(start + step, num_outputs)) for start in range(0, num_outputs, step)]
 
 
-def _check_parts(layer: KeptMatrix, parts: list[Tensor]) -> None:
-    if sum(map(len, parts)) != layer.out_features or any(part.shape[1:] != (layer.in_features,) for part in parts):
+def _check_parts(spec: LinearSpec, parts: list[Tensor]) -> None:
+    if sum(map(len, parts)) != spec.num_outputs or any(part.shape[1:] != (spec.num_inputs,) for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise ValueError(f"codes of {shapes} for a matrix of {layer.spec.shape}")
+        raise ValueError(f"codes of {shapes} for a matrix of {spec.shape}")
 
 
 def _stacked(parts: list[Tensor | None], name: str, device: torch.device) -> Tensor | None:

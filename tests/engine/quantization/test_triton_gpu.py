@@ -10,8 +10,17 @@ from torch import Tensor
 
 from engine.quantization.linear import Linear, LinearMethod, LinearSpec, Part
 from engine.quantization.method import TRITON_FORMATS, make_methods
-from engine.quantization.triton_gpu import Fp8Method, Int4Method, Int8Method, QuantizedMethod, StoredCodes
+from engine.quantization.triton_gpu import (
+    Fp8Method,
+    Int4Method,
+    Int8Method,
+    QuantizedMethod,
+    StoredCodes,
+    matrix_of_codes,
+    matrix_of_scaled,
+)
 from kernels.reference.quantized import dequantize, quantize_rows, scaled_linear
+from kernels.triton import configs
 from kernels.triton.quantized.matrix import QuantizedMatrix
 from kernels.triton.quantized.scaled_matrix import ScaledMatrix
 from tests.support.conformance.linear_method import LinearMethodConformance
@@ -22,6 +31,14 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread_and_seed"),
 ]
 PARTS = (Part("q_proj", 24), Part("k_proj", 8))
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for any tile."""
+    entry = configs._table("default")["quantized"]["float32"]
+    monkeypatch.setitem(entry, "rows", 64)
+    monkeypatch.setitem(entry, "columns", 128)
 
 
 class TestInt8(LinearMethodConformance):
@@ -38,20 +55,23 @@ class TestInt4(LinearMethodConformance):
         return Int4Method(num_threads)
 
 
-def layer_of(method: LinearMethod, parts: tuple[Part, ...] = PARTS, *, is_output: bool = False) -> Linear:
-    return Linear(LinearSpec(128, parts, is_output=is_output), method, bias=False, dtype=torch.float32)
+def layer_of(
+    method: LinearMethod, parts: tuple[Part, ...] = PARTS, *, num_inputs: int = 128, is_output: bool = False
+) -> Linear:
+    return Linear(LinearSpec(num_inputs, parts, is_output=is_output), method, bias=False, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_a_matrix_takes_the_bytes_that_are_planned(name: str) -> None:
     format = TRITON_FORMATS[name]
     for is_output in (False, True):
-        layer = layer_of(make_methods(TRITON_FORMATS, name).method, (Part("", 40),), is_output=is_output)
-        layer.load("", torch.randn(40, 128))
+        method = make_methods(TRITON_FORMATS, name).method
+        layer = layer_of(method, (Part("", 40),), num_inputs=256, is_output=is_output)
+        layer.load("", torch.randn(40, 256))
         assert isinstance(layer.weight, QuantizedMatrix)
         planned = format.output if is_output else format.num_bytes
         assert planned is not None
-        assert 0.9 * planned <= layer.weight.nbytes / (40 * 128) <= planned
+        assert 0.9 * planned <= layer.weight.nbytes / (40 * 256) <= planned
         assert layer.describe() == ("int8, groups of 128" if name == "int8" or is_output else "int4, groups of 32")
 
 
@@ -76,10 +96,10 @@ def dense(part: StoredCodes) -> Tensor:
 
 def test_the_codes_of_a_checkpoint_are_multiplied_with_as_they_are() -> None:
     """As GPTQ's have it: a zero of their own, and inputs in the order in which they were quantised."""
-    method, order = QuantizedMethod(), torch.randperm(128)
+    order = torch.randperm(128)
     parts = [stored(part.num_rows, order=order) for part in PARTS]
-    layer = layer_of(method)
-    method.keep_codes(layer, parts, bits=4, group_size=32)
+    layer = layer_of(QuantizedMethod())
+    layer.keep(matrix_of_codes(layer.spec, parts, bits=4, group_size=32))
     expected = torch.empty(32, 128)
     expected[:, order] = torch.cat([dense(part) for part in parts])
     assert torch.equal(layer.dense(), expected)
@@ -89,7 +109,7 @@ def test_the_codes_of_a_checkpoint_are_multiplied_with_as_they_are() -> None:
 
 
 def test_parts_that_do_not_fit_together_are_refused() -> None:
-    method = QuantizedMethod()
+    spec = LinearSpec(128, PARTS)
     orders = torch.randperm(128), torch.randperm(128)
     cases: list[tuple[list[StoredCodes], str]] = [
         ([stored(24)], r"codes of \(24, 128\) for a matrix of \(32, 128\)"),
@@ -99,9 +119,9 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
     ]
     for parts, text in cases:
         with pytest.raises(ValueError, match=text):
-            method.keep_codes(layer_of(method), parts, bits=4, group_size=32)
+            matrix_of_codes(spec, parts, bits=4, group_size=32)
     with pytest.raises(ValueError, match="groups of 48 inputs"):
-        method.keep_codes(layer_of(method), [stored(24), stored(8)], bits=4, group_size=48)
+        matrix_of_codes(spec, [stored(24), stored(8)], bits=4, group_size=48)
 
 
 def test_rows_are_independent_where_that_is_asked_for() -> None:
@@ -140,32 +160,28 @@ def test_a_chip_without_fp8_takes_activations_as_they_are(capability: tuple[int,
 
 
 def test_logits_of_fp8_are_those_of_int8() -> None:
-    layer = layer_of(Fp8Method(), (Part("", 40),), is_output=True)
-    layer.load("", torch.randn(40, 128))
+    layer = layer_of(Fp8Method(), (Part("", 40),), num_inputs=256, is_output=True)
+    layer.load("", torch.randn(40, 256))
     assert layer.describe() == "int8, groups of 128"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_scaled_values_of_a_checkpoint_are_kept_as_they_are(dtype: torch.dtype) -> None:
-    method, parts = QuantizedMethod(), [quantize_rows(torch.randn(part.num_rows, 128), dtype) for part in PARTS]
-    layer = layer_of(method)
-    method.keep_scaled(layer, [(parts[0][0], parts[0][1]), (parts[1][0], parts[1][1][:1])])
+    parts = [quantize_rows(torch.randn(part.num_rows, 128), dtype) for part in PARTS]
+    layer = layer_of(QuantizedMethod())
+    layer.keep(matrix_of_scaled(layer.spec, [(parts[0][0], parts[0][1]), (parts[1][0], parts[1][1][:1])]))
     expected = [parts[0][0].float() * parts[0][1][:, None], parts[1][0].float() * parts[1][1][:1]]
     assert torch.equal(layer.dense(), torch.cat(expected))
-    method.keep_scaled(layer, parts, quantizes_rows=False)
+    layer.keep(matrix_of_scaled(layer.spec, parts, quantizes_rows=False))
     x = torch.randn(3, 128)
     torch.testing.assert_close(layer(x), x @ layer.dense().T, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_scales_must_not_cross_parts() -> None:
-    method, blocks = QuantizedMethod(), torch.ones(2, 1)
-    values = torch.ones(130, 128, dtype=torch.int8)
-    for first, is_whole in ((256, True), (130, False)):
-        layer = layer_of(method, (Part("q_proj", first), Part("k_proj", 130)))
-        parts = [(torch.ones(first, 128, dtype=torch.int8), blocks), (values, blocks)]
-        if is_whole:
-            method.keep_scaled(layer, parts)
-            assert layer.describe() == "int8 by int8, blocks"
-        else:
-            with pytest.raises(ValueError, match="not made of whole blocks of 128 outputs"):
-                method.keep_scaled(layer, parts)
+    blocks, values = torch.ones(2, 1), torch.ones(130, 128, dtype=torch.int8)
+    parts = [(torch.ones(256, 128, dtype=torch.int8), blocks), (values, blocks)]
+    spec = LinearSpec(128, (Part("q_proj", 256), Part("k_proj", 130)))
+    assert QuantizedMethod().describe(matrix_of_scaled(spec, parts)) == "int8 by int8, blocks"
+    spec = LinearSpec(128, (Part("q_proj", 130), Part("k_proj", 130)))
+    with pytest.raises(ValueError, match="not made of whole blocks of 128 outputs"):
+        matrix_of_scaled(spec, [(values, blocks), (values, blocks)])

@@ -29,6 +29,7 @@ from engine.planning.resolve import (
     step_name,
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
+from engine.quantization.method import formats_of
 from engine.speculation.proposer import ProposerNeeds, TargetShape, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
@@ -92,8 +93,9 @@ class MemoryPlan:
 
     @property
     def expert_bytes(self) -> int:
-        """Of the embedding_bytes; experts are kept in the model's dtype, whatever linear layers are kept in."""
-        return self.facts.experts.num_parameters * self.dtype.itemsize
+        """Of the embedding_bytes, at most; in many formats of linear layers, experts are kept in the model's dtype."""
+        num_bytes = formats_of(self.kernels)[self.quantization].experts or self.dtype.itemsize
+        return int(self.facts.experts.num_parameters * num_bytes)
 
     @property
     def kv_dtype(self) -> torch.dtype:

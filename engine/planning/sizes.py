@@ -157,6 +157,7 @@ class Sizer:
             in_layers -= output
         linear = in_layers * (self.format.num_bytes or size) + output * (self.format.output or size)
         others = (facts.num_parameters - facts.num_linear_parameters) * size
+        others -= int(facts.experts.num_parameters * (size - (self.format.experts or size)))
         if self.kernels == "numba":  # which keeps what files have in few bits as it is
             linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
             others -= facts.num_embedding_parameters * max(0, size - (facts.embedding_bytes or size))

@@ -33,13 +33,15 @@ _PIECE = 1 << 20  # elements that are quantised at a time
 class WeightFormat:
     """A value of `model.quantization`.
 
-    place: the "module:Class" of its LinearMethod; num_bytes, output: of a weight, and of one of the output layer, at
-    most, None: as in the model's dtype; scratch: of a weight, beside it and its floats, while a matrix is packed
+    place: the "module:Class" of its LinearMethod; num_bytes, output, experts: of a weight, of one of the output layer
+    and of one of an expert, at most, None: as in the model's dtype; scratch: of a weight, beside it and its floats,
+    while a matrix is packed
     """
 
     place: str
     num_bytes: float | None = None
     output: float | None = None
+    experts: float | None = None
     scratch: int = 0
     meaning: str = ""
 
@@ -70,11 +72,11 @@ TRITON_FORMATS = {
     "none": FORMATS["none"],
     "fp16": FORMATS["fp16"],
     "int8": WeightFormat(
-        f"{_TRITON}:Int8Method", 1.0625, 1.0625, scratch=1,
+        f"{_TRITON}:Int8Method", 1.0625, 1.0625, 1.0625, scratch=1,
         meaning="8 bits and a scale for each 128 weights, or 64 where rows are not made of 128",
     ),
     "int4": WeightFormat(
-        f"{_TRITON}:Int4Method", 0.625, 1.0625, scratch=1,
+        f"{_TRITON}:Int4Method", 0.625, 1.0625, 0.625, scratch=1,
         meaning="4 bits, a scale and a zero for each 32 weights; the output layer has 8 bits",
     ),
     "fp8": WeightFormat(

@@ -119,6 +119,13 @@ class QuantizedMethod(LinearMethod[GpuMatrix]):
         config = strict_quantized_config(x.dtype, chip=chip) if self.has_one_config else None
         return quantized_linear(x, weight, bias, config=config)
 
+    def mix_experts(self, x: Tensor, gate_up: GpuMatrix, down: GpuMatrix, weights: Tensor, experts: Tensor) -> Tensor:
+        from kernels.triton.layers.quantized_moe import mix_quantized_experts
+
+        assert isinstance(gate_up, QuantizedMatrix), "of experts, rows are not quantised"
+        assert isinstance(down, QuantizedMatrix), "of experts, rows are not quantised"
+        return mix_quantized_experts(x, gate_up, down, weights, experts)
+
     def with_independent_rows(self) -> QuantizedMethod:
         return type(self)(has_one_config=True)
 
@@ -140,6 +147,7 @@ class RoundingMethod(QuantizedMethod):
     group; scales are bfloat16, whose range holds those of any weights
     """
 
+    has_experts = True
     bits: ClassVar[int]
     group_sizes: ClassVar[dict[int, tuple[int, ...]]] = {8: (128, 64), 4: (32, 16)}
 
@@ -182,9 +190,10 @@ class Fp8Method(RoundingMethod):
     """FP8 (e4m3) with a scale for each output, by activations in FP8 with a scale for each row.
 
     Bound of a weight: a 16th of its magnitude, or 2**-10 448ths of its row's largest where that is more. The logits'
-    matrix is that of int8. Chips that do not multiply FP8 take activations as they are.
+    matrix is that of int8. Chips that do not multiply FP8 take activations as they are; experts stay in floats.
     """
 
+    has_experts = False
     bits = 8
 
     @torch.no_grad()

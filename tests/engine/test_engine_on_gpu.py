@@ -16,7 +16,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3MoeC
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.quantization.linear import Linear
+from engine.quantization.linear import KeptMatrix
 from engine.runner import cuda_graphs as graph_runner
 from engine.types import Request, SamplingParams, TokenLogprobs
 from tests.support.eagle_files import random_eagle, vllm, write
@@ -91,8 +91,8 @@ def _answers(engine: Engine, requests: list[Request]) -> Answers:
     return {name: (tokens[name], logprobs[name]) for name in tokens}
 
 
-def _linears(engine: Engine) -> list[Linear]:
-    return [module for module in engine.executor.runner.model.modules() if isinstance(module, Linear)]
+def _matrices(engine: Engine) -> list[KeptMatrix]:
+    return [module for module in engine.executor.runner.model.modules() if isinstance(module, KeptMatrix)]
 
 
 def _requests(kinds: list[dict[str, Any]]) -> list[Request]:
@@ -131,25 +131,27 @@ def test_a_gpu_says_what_a_cpu_says(
     assert gpu.num_replays > 2 * gpu.num_graphs
 
 
-@pytest.mark.parametrize("determinism", ["fast", "strict"])
-@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize(
+    ("model", "quantization", "determinism"),
+    [("Llama", "int4", "fast"), ("Llama", "int8", "strict"), ("Qwen3Moe", "int4", "fast")],
+)
 def test_quantised_layers_say_on_a_gpu_what_their_definition_says(
-    tmp_path: Path, quantization: str, determinism: str
+    tmp_path: Path, model: str, quantization: str, determinism: str
 ) -> None:
     """The definition: the floats that codes stand for, on a CPU."""
-    sections = _sections(tmp_path)
+    sections = _sections(tmp_path, model)
     sections["model"]["quantization"] = quantization
     with simulated_gpu() as gpu:
         engine = _engine({**sections, "device": {"determinism": determinism}})
-        linears = _linears(engine)
-        assert {layer.describe().split(",")[0] for layer in linears[:-1]} == {quantization}
-        assert linears[-1].describe().startswith("int8")
+        matrices = _matrices(engine)
+        assert {matrix.describe().split(",")[0] for matrix in matrices[:-1]} == {quantization}
+        assert matrices[-1].describe().startswith("int8")
         found = _answers(engine, _requests(PLAIN))
-        dense = [layer.dense().cpu() for layer in linears]
+        dense = [matrix.dense().cpu() for matrix in matrices]
     sections["model"]["quantization"] = "none"
     on_cpu = _engine({**sections, "device": {"name": "cpu", "kernels": "torch"}})
-    for layer, weight in zip(_linears(on_cpu), dense, strict=True):
-        layer.keep(nn.Parameter(weight, requires_grad=False))
+    for matrix, weight in zip(_matrices(on_cpu), dense, strict=True):
+        matrix.keep(nn.Parameter(weight, requires_grad=False))
     _check_same(found, _answers(on_cpu, _requests(PLAIN)))
     assert gpu.num_replays > gpu.num_graphs > 1
 

@@ -67,6 +67,15 @@ def multiply(name: str, matrix: QuantizedMatrix, *, buckets: tuple[str, ...] = t
             quantized_linear(x, matrix, config=quantized_config(ROWS[bucket], dtype, chip=CHIP))
 
 
+def short() -> Iterator[str]:
+    for bits, group_size in ((4, 128), (4, 32), (8, 128)):
+        matrix = matrix_of(LLAMA["qkv"], bits, group_size)
+        for bucket in ROWS:
+            yield f"llama qkv, int{bits}, groups of {group_size}, {bucket} rows, {BFLOAT16}"
+            x = torch.empty(ROWS[bucket], matrix.num_inputs, dtype=BFLOAT16)
+            quantized_linear(x, matrix, config=quantized_config(ROWS[bucket], BFLOAT16, chip=CHIP))
+
+
 def int4() -> Iterator[str]:
     for name, shape in LLAMA.items():
         for group_size in (128, 32):

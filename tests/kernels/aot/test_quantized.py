@@ -5,14 +5,14 @@ import pytest
 EXPECTED = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the matrix instructions of floats of 16 bits
 OF_BYTES = {"int8": {80: "IMMA", 90: "IGMMA", 100: "IMMA"}, "float8": {90: "QGMMA", 100: "UTCQMMA"}}
 MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes per program
-CASES = ["int4", "int8", "bits", "scales", "floats", "others", "experts", "scaled"]
+CASES = ["short", "int4", "int8", "bits", "scales", "floats", "others", "experts", "scaled"]
 KERNELS = {"quantized_kernel", "quantized_experts_kernel", "scaled_kernel"}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("arch", EXPECTED)
 @pytest.mark.parametrize(
-    "cases", [pytest.param(name, marks=[] if name == "int8" else pytest.mark.slow) for name in CASES]
+    "cases", [pytest.param(name, marks=[] if name == "short" else pytest.mark.slow) for name in CASES]
 )
 def test_products_use_tensor_cores_and_spill_nothing(compile_kernels, arch: int, cases: str) -> None:
     compiled = compile_kernels("compile_quantized.py", arch, cases)

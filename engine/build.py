@@ -245,7 +245,7 @@ def _cost(plan: MemoryPlan) -> ModelCost:
     num_in_layers = facts.num_linear_parameters - (0 if facts.ties_output else output_size)
     return ModelCost(
         weight_bytes=plan.linear_bytes,
-        expert_bytes=experts.num_parameters * plan.dtype.itemsize,
+        expert_bytes=plan.expert_bytes,
         expert_share=experts.share,
         flops_per_token=2 * (num_in_layers + int(experts.share * experts.num_parameters)),
         is_queued=plan.device == "cuda",

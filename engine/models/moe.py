@@ -16,7 +16,7 @@ from engine.models.architecture import Architecture, Mixture
 from engine.models.llama import MLP, Llama
 from engine.models.model import ExpertFacts
 from engine.models.operations import Operations
-from engine.quantization.linear import PLAIN, KeptMatrix, LinearMethods, LinearSpec, Part
+from engine.quantization.linear import KeptMatrix, LinearMethods, LinearSpec, Part
 from engine.quantization.stored_levels import StoredLevels
 
 _NAMES_OF_MIXTRAL = {  # in its first checkpoints
@@ -39,22 +39,31 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The matrices of a layer's experts, one on top of the other, kept plainly: their products choose among rows."""
+    """The matrices of a layer's experts, one on top of the other. Their products choose among rows, so that they are
+    kept plainly, but by a method that can choose."""
 
-    def __init__(self, mixture: Mixture, *, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, mixture: Mixture, methods: LinearMethods, *, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_experts, size = mixture.num_experts, mixture.intermediate_size
         names = ("gate_proj", "up_proj")  # as a checkpoint names each expert's: gate first
         gate_up = tuple(Part(f"{i}.{name}", size) for i in range(self.num_experts) for name in names)
         down = tuple(Part(f"{i}.down_proj", hidden_size) for i in range(self.num_experts))
-        self.gate_up_proj = KeptMatrix(LinearSpec(hidden_size, gate_up, axis="outputs"), PLAIN, dtype=dtype)
-        self.down_proj = KeptMatrix(LinearSpec(size, down, axis="inputs"), PLAIN, dtype=dtype)
+        specs = LinearSpec(hidden_size, gate_up, axis="outputs"), LinearSpec(size, down, axis="inputs")
+        kept = [KeptMatrix(spec, methods.of_experts(spec, dtype), dtype=dtype) for spec in specs]
+        self.gate_up_proj, self.down_proj = kept
 
     @property
     def stacks(self) -> tuple[Tensor, Tensor]:
         """[num_experts, 2 * intermediate_size, hidden_size], and [num_experts, hidden_size, intermediate_size]"""
-        gate_up, down = self.gate_up_proj.dense(), self.down_proj.dense()
+        gate_up, down = (matrix.dense().to(matrix.dtype) for matrix in (self.gate_up_proj, self.down_proj))
         return gate_up.view(self.num_experts, -1, gate_up.shape[1]), down.view(self.num_experts, -1, down.shape[1])
+
+    def mix(self, x: Tensor, weights: Tensor, experts: Tensor, operations: Operations) -> Tensor:
+        """As `kernels.reference.moe.mix_experts`."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if gate_up.is_plain or down.is_plain:
+            return operations.mix_experts(x, *self.stacks, weights, experts)
+        return gate_up.method.mix_experts(x, gate_up.weight, down.weight, weights, experts)
 
 
 class SparseMLP(nn.Module):
@@ -65,16 +74,16 @@ class SparseMLP(nn.Module):
         a, size = architecture, architecture.hidden_size
         self.mixture = mixture
         self.gate = Gate(size, mixture.num_experts, dtype=a.dtype)
-        self.experts = Experts(mixture, hidden_size=size, dtype=a.dtype)
+        self.experts = Experts(mixture, methods, hidden_size=size, dtype=a.dtype)
         has_shared = mixture.shared_size > 0
         self.shared_expert = MLP(a, methods, intermediate_size=mixture.shared_size) if has_shared else None
         self.shared_expert_gate = Gate(size, 1, dtype=a.dtype) if has_shared else None
 
     def forward(self, x: Tensor, operations: Operations) -> Tensor:
         """x: [num_tokens, hidden_size]"""
-        mixture, (gate_up, down) = self.mixture, self.experts.stacks
+        mixture = self.mixture
         weights, experts = operations.route(self.gate(x), mixture.top_k, normalise=mixture.normalises)
-        mixed = operations.mix_experts(x, gate_up, down, weights, experts)
+        mixed = self.experts.mix(x, weights, experts, operations)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return mixed
         return mixed.addcmul_(self.shared_expert_gate(x).sigmoid(), self.shared_expert(x, operations))

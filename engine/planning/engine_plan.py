@@ -30,6 +30,7 @@ from engine.planning.resolve import (
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
 from engine.planning.stored_formats import stored_notes
+from engine.quantization.method import formats_of
 from engine.speculation.proposer import ProposerNeeds, TargetShape, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
@@ -74,7 +75,7 @@ class MemoryPlan:
     blocks_per_sequence: int  # of max_model_len and its look-ahead, at most
     needs: ProposerNeeds  # with those of the draft model, if there is one
     dtype: torch.dtype
-    quantization: str  # a key of quantization.method.FORMATS, or of its COMPILED_FORMATS
+    quantization: str  # a key of what quantization.method.formats_of has for the kernels
     kv_codec: str  # a key of kv_cache.codec.KV_CODECS
     max_model_len: int  # tokens
     max_num_seqs: int
@@ -108,8 +109,9 @@ class MemoryPlan:
 
     @property
     def expert_bytes(self) -> int:
-        """Of the embedding_bytes; experts are kept in the model's dtype, whatever linear layers are kept in."""
-        return self.facts.experts.num_parameters * self.dtype.itemsize
+        """Of the embedding_bytes, at most; in many formats of linear layers, experts are kept in the model's dtype."""
+        num_bytes = formats_of(self.kernels)[self.quantization].experts or self.dtype.itemsize
+        return int(self.facts.experts.num_parameters * num_bytes)
 
     @property
     def kv_dtype(self) -> torch.dtype:

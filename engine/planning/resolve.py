@@ -12,7 +12,7 @@ from engine.ipc.messages import Setting
 from engine.kv_cache.codec import KV_CODECS
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
-from engine.quantization.method import COMPILED_FORMATS, FORMATS
+from engine.quantization.method import formats_of
 from kernels.layout import PANEL
 
 T = TypeVar("T", str, int)
@@ -146,7 +146,7 @@ def resolve_quantization(
 ) -> Resolved[str]:
     """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved."""
     asked = config.model.quantization
-    formats = COMPILED_FORMATS if kernels == "numba" else FORMATS
+    formats = formats_of(kernels)
     if config.model.activations != "int16" and kernels != "numba":
         raise SettingError(
             f"model.activations is {config.model.activations}, which only compiled CPU layers have, but device.kernels "
@@ -156,7 +156,7 @@ def resolve_quantization(
         if asked not in formats:
             names = ", ".join(formats)
             raise SettingError(f"model.quantization is {asked!r}; supported with {kernels} kernels are auto, {names}")
-        return Resolved(asked, "config")
+        return Resolved(asked, "config", formats[asked].meaning if kernels == "triton" else "")
     if config.model.dtype != "auto":
         return Resolved("none", "default", f"model.dtype is set to {config.model.dtype}")
     if device != "cpu":

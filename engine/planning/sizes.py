@@ -16,7 +16,7 @@ from engine.loading.loading_peak import OTHER_BYTES, READ_BYTES, Matrix, WeightS
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.planning.resolve import Resolved, SettingError, parse_cache_size
-from engine.quantization.method import COMPILED_FORMATS, FORMATS, WeightFormat
+from engine.quantization.method import WeightFormat, formats_of
 from engine.speculation.proposer import ProposerNeeds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -154,7 +154,7 @@ class Sizer:
 
     @property
     def format(self) -> WeightFormat:
-        return (COMPILED_FORMATS if self.kernels == "numba" else FORMATS)[self.quantization]
+        return formats_of(self.kernels)[self.quantization]
 
     def _weights(self, size: int) -> tuple[int, int]:
         """(bytes of linear layers, of everything else), at most. size: bytes of a weight in the model's dtype"""
@@ -167,6 +167,7 @@ class Sizer:
             in_layers -= output
         linear = in_layers * (self.format.num_bytes or size) + output * (self.format.output or size)
         others = (facts.num_parameters - facts.num_linear_parameters) * size
+        others -= int(facts.experts.num_parameters * (size - (self.format.experts or size)))
         if self.kernels == "numba":  # which keeps what files have in few bits as it is
             linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
             others -= facts.num_embedding_parameters * (size - self._table_bytes(size))

@@ -121,6 +121,7 @@ class LinearMethod(ABC, Generic[W]):
     """
 
     packs_with_one_thread: ClassVar[bool] = False  # `pack` is not parallel in itself
+    has_experts: ClassVar[bool] = False  # `mix_experts` is there
 
     def __deepcopy__(self, memo: object) -> LinearMethod[W]:
         return self  # layers have it in common, copied ones too
@@ -175,6 +176,14 @@ class LinearMethod(ABC, Generic[W]):
     def apply(self, x: Tensor, weight: W, bias: Tensor | None) -> Tensor:
         """x @ dense(weight).T + bias. x: [num_rows, num_inputs]. Returns x's dtype, in new memory."""
 
+    def mix_experts(self, x: Tensor, gate_up: W, down: W, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `kernels.reference.moe.mix_experts`; of each matrix, experts lie one on top of the other."""
+        raise NotImplementedError
+
+    def with_independent_rows(self) -> LinearMethod[W] | None:
+        """One for the same weights, whose results for a row depend on the row alone; None where there is none."""
+        return None
+
     @abstractmethod
     def dense(self, weight: W, rows: slice = ALL_ROWS) -> Tensor:
         """Those rows of the matrix that `apply` multiplies by: the definition, with which tests compare."""
@@ -228,6 +237,10 @@ class LinearMethods:
 
     method: LinearMethod[object] = PLAIN
     keeps_tables: bool = False
+
+    def of_experts(self, spec: LinearSpec, dtype: torch.dtype) -> LinearMethod[object]:
+        """That of a matrix of experts, whose products choose among its rows."""
+        return self.of(spec, dtype) if self.method.has_experts else PLAIN
 
     def of(self, spec: LinearSpec, dtype: torch.dtype) -> LinearMethod[object]:
         has_elements = 0 not in spec.shape  # without them there is nothing to gain, and kernels refuse

@@ -33,18 +33,21 @@ _PIECE = 1 << 20  # elements that are quantised at a time
 class WeightFormat:
     """A value of `model.quantization`.
 
-    place: the "module:Class" of its LinearMethod; num_bytes, output: of a weight, and of one of the output layer, at
-    most, None: as in the model's dtype; scratch: of a weight, beside it and its floats, while a matrix is packed
+    place: the "module:Class" of its LinearMethod; num_bytes, output, experts: of a weight, of one of the output layer
+    and of one of an expert, at most, None: as in the model's dtype; scratch: of a weight, beside it and its floats,
+    while a matrix is packed
     """
 
     place: str
     num_bytes: float | None = None
     output: float | None = None
+    experts: float | None = None
     scratch: int = 0
     meaning: str = ""
 
 
 _OF_TORCH, _COMPILED = "engine.quantization.method", "engine.quantization.numba_cpu"
+_TRITON = "engine.quantization.triton_gpu"
 FORMATS = {
     "none": WeightFormat(f"{_OF_TORCH}:PackedMethod"),
     "fp16": WeightFormat(f"{_OF_TORCH}:HalfMethod", 2, 2, scratch=4),
@@ -65,6 +68,28 @@ COMPILED_FORMATS = {  # whose module is imported only where it runs
         meaning="4 bits, a scale and an offset for each 32 weights; the output layer has 8 bits",
     ),
 }  # fmt: skip
+TRITON_FORMATS = {
+    "none": FORMATS["none"],
+    "fp16": FORMATS["fp16"],
+    "int8": WeightFormat(
+        f"{_TRITON}:Int8Method", 1.0625, 1.0625, 1.0625, scratch=1,
+        meaning="8 bits and a scale for each 128 weights, or 64 where rows are not made of 128",
+    ),
+    "int4": WeightFormat(
+        f"{_TRITON}:Int4Method", 0.625, 1.0625, 0.625, scratch=1,
+        meaning="4 bits, a scale and a zero for each 32 weights; the output layer has 8 bits",
+    ),
+    "fp8": WeightFormat(
+        f"{_TRITON}:Fp8Method", 1.01, 1.0625, scratch=1,
+        meaning="FP8 and a scale for each output, as are activations for each row; the output layer has 8-bit integers",
+    ),
+}  # fmt: skip
+_FORMATS_OF = {"torch": FORMATS, "numba": COMPILED_FORMATS, "triton": TRITON_FORMATS}
+
+
+def formats_of(kernels: str) -> Mapping[str, WeightFormat]:
+    """Those that layers of `device.kernels` have."""
+    return _FORMATS_OF[kernels]
 
 
 def make_methods(

@@ -18,7 +18,7 @@ from engine.models.model import Model
 from engine.models.operations import load_operations
 from engine.planning.engine_plan import MemoryPlan
 from engine.quantization.linear import LinearMethods
-from engine.quantization.method import COMPILED_FORMATS, FORMATS, make_methods
+from engine.quantization.method import formats_of, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.runner.strict_runner import OneTokenRunner
 from engine.sampling.sampler import SAMPLERS, TokenSampler
@@ -60,13 +60,11 @@ class KernelBackend:
     def linear_methods(self) -> LinearMethods:
         """How matrices are kept from the moment when they are loaded."""
         plan = self.plan
-        is_compiled = plan.kernels == "numba"
-        formats = COMPILED_FORMATS if is_compiled else FORMATS
         return make_methods(
-            formats,
+            formats_of(plan.kernels),
             plan.quantization,
             num_threads=plan.num_threads,
-            keeps_tables=is_compiled,
+            keeps_tables=plan.kernels == "numba",
             activations=plan.model_config.activations,
         )
 

@@ -3,7 +3,8 @@
 A library chooses by the number of rows how to cut and sum a product, and a row's last bits follow that choice. So rows
 are dealt out to blocks of one size, the last filled up with zeros, and every block is one product of the same shape.
 Up to a block's size a decoding step reads the weights once, as ever; a long prompt reads them once a block, and its
-products are too narrow to reach the chip's speed. What that costs is not measured yet.
+products are too narrow to reach the chip's speed. What that costs is not measured yet. Quantised matrices need no
+blocks: their kernel has one way to cut and sum for any number of rows, if it is asked for.
 
 Norms, rotations, activations and attention need nothing of the kind: their kernels compute each row by itself.
 """
@@ -46,9 +47,20 @@ def fix_rows(model: Llama, num_rows: int = NUM_ROWS) -> None:
     inside = {part for module in model.modules() if isinstance(module, SparseMLP) for part in module.modules()}
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     for parent, name, child in children:
-        if isinstance(child, kinds) and parent not in inside:
+        if isinstance(child, kinds) and parent not in inside and not _has_independent_rows(child):
             setattr(parent, name, FixedRows(child, num_rows))
     _check_places(model, num_rows)
+
+
+def _has_independent_rows(module: nn.Module) -> bool:
+    """Whether it has them, or has been given a method that does."""
+    if not isinstance(module, Linear):
+        return False
+    method = module.method.with_independent_rows()
+    if method is None:
+        return False
+    module.method = method
+    return True
 
 
 @torch.inference_mode()

@@ -33,6 +33,17 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def to_float8(x):
+    """e4m3, rounded to the nearest as a GPU does; the interpreter would cut off. x: float32 within its range"""
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        subnormal = (x + 24576.0) - 24576.0  # 1.5 * 2**14, where numbers are 2**-9 apart
+        x = tl.where(tl.abs(x) < 0.015625, subnormal, rounded)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
 def tanh(x):
     """Exact at both infinities, where the quotient is 0 or 2."""
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)

@@ -46,6 +46,17 @@ class MoeConfig:
     stages: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedConfig:
+    """Tile shapes of quantised products; `columns` and `programs` decide in which order inputs are summed."""
+
+    rows: int = 16
+    columns: int = 64
+    warps: int = 4
+    stages: int = 4
+    programs: int = 512  # that are wanted at least: tiles of fewer are split along their inputs
+
+
 def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
     """The measured config of this chip, or the default one. A tile must hold a group of query heads.
 
@@ -73,6 +84,33 @@ def moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeCo
     """
     bucket = "few" if pairs_per_expert < 32 else "many"
     return MoeConfig(**_lookup("moe", bucket, f"{dtype}".removeprefix("torch."), chip))
+
+
+def quantized_config(num_rows: int, dtype: torch.dtype, *, chip: str) -> QuantizedConfig:
+    """The measured config of this chip, or the default one, by the number of rows: a batch that decodes, or prompts."""
+    bucket = "few" if num_rows <= 16 else "some" if num_rows <= 64 else "many"
+    return QuantizedConfig(**_lookup("quantized", bucket, f"{dtype}".removeprefix("torch."), chip))
+
+
+def strict_quantized_config(dtype: torch.dtype, *, chip: str) -> QuantizedConfig:
+    """One config for any number of rows, so that a row's result depends on the row alone."""
+    return QuantizedConfig(**_lookup("quantized", "some", f"{dtype}".removeprefix("torch."), chip))
+
+
+def scaled_config(num_rows: int, *, chip: str) -> QuantizedConfig:
+    """Of products whose rows are quantised as well."""
+    return QuantizedConfig(**_lookup("scaled", "few" if num_rows <= 64 else "many", "any", chip))
+
+
+def strict_scaled_config(*, chip: str) -> QuantizedConfig:
+    """One config for any number of rows, as `strict_quantized_config`."""
+    return scaled_config(1, chip=chip)
+
+
+def quantized_moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeConfig:
+    """Of experts whose matrices are quantised."""
+    bucket = "few" if pairs_per_expert < 32 else "many"
+    return MoeConfig(**_lookup("quantized_moe", bucket, f"{dtype}".removeprefix("torch."), chip))
 
 
 def chip_of(device: torch.device) -> str:

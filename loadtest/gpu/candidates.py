@@ -13,15 +13,25 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import kernels.reference.moe
 import kernels.triton.layers.moe
-from kernels.triton.configs import AttentionConfig, MoeConfig, attention_config, chip_of, moe_config
+from kernels.triton.configs import (
+    AttentionConfig,
+    MoeConfig,
+    QuantizedConfig,
+    attention_config,
+    chip_of,
+    moe_config,
+    quantized_config,
+)
+from kernels.triton.quantized.linear import quantized_linear
 from loadtest.gpu.attention_case import AttentionCase, Heads, Lens, Options, make_case, tree_options
 from loadtest.gpu.context import Context
 from loadtest.gpu.errors import BOUNDS, relative_error
 from loadtest.gpu.machine import l2_bytes
+from loadtest.gpu.quantized import random_matrix
 from loadtest.gpu.stopwatch import Work, num_sets
 
 Axes = dict[str, tuple[int, ...]]  # fields and the values to try
-Config = TypeVar("Config", bound=AttentionConfig | MoeConfig)
+Config = TypeVar("Config", bound=AttentionConfig | MoeConfig | QuantizedConfig)
 IMPOSSIBLE = (OutOfResources, PTXASError, CompilationError, RuntimeError)  # a tile shape that this chip refuses
 
 _DECODE: Axes = {
@@ -44,6 +54,15 @@ _MANY: Axes = {
     "warps": (4, 8),
     "stages": (3, 4),
 }
+_QUANTIZED: dict[str, tuple[Axes, list[int]]] = {  # and numbers of rows to time
+    "few": (
+        {"columns": (32, 64, 128), "warps": (2, 4, 8), "stages": (3, 4, 6), "programs": (132, 256, 512, 1024)},
+        [1, 16],
+    ),
+    "some": ({"columns": (64, 128), "warps": (4, 8), "stages": (3, 4), "programs": (132, 256, 512)}, [64]),
+    "many": ({"rows": (64, 128, 256), "columns": (64, 128), "warps": (4, 8), "stages": (2, 3, 4)}, [256, 4096]),
+}
+_QUANTIZED_SIZES = ((6144, 4096), (4096, 14336))
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,8 @@ def tunables(context: Context) -> Iterator[Tunable[Any]]:
     for heads in (Heads(32, 8, 128), Heads(32, 8, 64)):
         yield _attention(context, heads, _DECODE, [[(1, 4096)], [(1, 2048)] * 32, [(1, 1024)] * 128])
         yield _attention(context, heads, _PROMPT, [[(2048, 2048)], [(512, 4096)] * 2])
+    for bucket in _QUANTIZED:
+        yield _quantized(context, bucket)
     yield _moe(context, "few", _FEW, [1, 32])
     yield _moe(context, "many", _MANY, [2048])
 
@@ -151,3 +172,31 @@ def _moe(context: Context, bucket: str, axes: Axes, rows: list[int]) -> Tunable[
 
     keys = [f"{bucket} bfloat16", f"{bucket} float16"]
     return Tunable("moe", keys, base, axes, lambda: [load(num) for num in rows], check, 2 * BOUNDS[dtype])
+
+
+def _quantized(context: Context, bucket: str) -> Tunable[QuantizedConfig]:
+    """With int4 in groups of 128. Other formats take the same tiles: they have as many registers for sums and rows."""
+    axes, numbers = _QUANTIZED[bucket]
+    dtype, device = torch.bfloat16, context.device
+    base = quantized_config(numbers[-1], dtype, chip=chip_of(device))
+    generator = context.generator(f"tune quantized {bucket}")
+
+    def load(size: tuple[int, int], num_rows: int) -> Load[QuantizedConfig]:
+        first = random_matrix(*size, 4, 128, generator)
+        count = num_sets(first.nbytes, l2_bytes(device))
+        matrices = [first, *(random_matrix(*size, 4, 128, generator) for _ in range(1, count))]
+        x = torch.empty(num_rows, size[1], dtype=dtype, device=device).normal_(generator=generator)
+        return Load(lambda config: lambda index: quantized_linear(x, matrices[index], config=config), count)
+
+    def check(config: QuantizedConfig) -> float:
+        errors = []
+        for group_size, num_rows in ((128, 1), (32, 70)):
+            matrix = random_matrix(1000, 1152, 4, group_size, generator)
+            x = torch.empty(num_rows, 1152, dtype=dtype, device=device).normal_(generator=generator)
+            expected = x.double() @ matrix.dense().double().T
+            errors.append(relative_error(quantized_linear(x, matrix, config=config), expected))
+        return max(errors)
+
+    keys = [f"{bucket} bfloat16", f"{bucket} float16"]
+    loads = [(size, number) for size in _QUANTIZED_SIZES for number in numbers]
+    return Tunable("quantized", keys, base, axes, lambda: [load(*one) for one in loads], check, 2 * BOUNDS[dtype])

@@ -39,10 +39,14 @@ def _parts(function: str, *modules: str) -> tuple[str, ...]:
 
 SECTIONS = {
     "machine": Section(_parts("jobs", "machine"), share=0.4),
-    "checks": Section(_parts("checks", "attention", "elementwise", "moe", "sampling"), share=1.5, num_workers=12),
+    "checks": Section(
+        _parts("checks", "attention", "elementwise", "moe", "sampling", "quantized"), share=1.8, num_workers=12
+    ),
     "compile": Section(_parts("compilations", "tune"), share=1.0, num_workers=12),
     "tune": Section(_parts("jobs", "tune"), share=1.0),
-    "kernels": Section(_parts("timings", "attention", "elementwise", "sampling", "moe", "linear"), share=1.5),
+    "kernels": Section(
+        _parts("timings", "attention", "elementwise", "sampling", "moe", "linear", "quantized"), share=2.0
+    ),
     "engine": Section(_parts("jobs", "engine_times"), share=2.2, is_fresh=True, patience=120.0),
     "http": Section(_parts("jobs", "http_times"), share=1.4, is_fresh=True, patience=120.0),
 }

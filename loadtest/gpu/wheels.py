@@ -1,7 +1,7 @@
 """Collects what a GPU machine without a network lacks: it has torch, triton and transformers, and nothing of ours.
 
 A wheel for each package that the project needs at run time and those three do not bring, in the versions of
-constraints.txt, for Python 3.12 on x86-64 Linux; and the peer that attention is compared with.
+constraints.txt, for Python 3.12 on x86-64 Linux; and peers that attention and quantised products are compared with.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FLASH_LIBRARY = "_vllm_fa3_C.abi3.so"
 ROOT = Path(__file__).resolve().parents[2]
 _PRESENT = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy"}
 _TABLES = {"tabulate"}  # of the extra `loadtest`; nothing is drawn there
+_PEERS = {"gemlite"}
 _CPU_ONLY = ("numba", "llvmlite")
 _VLLM = "vllm==0.24.0"  # the release whose FlashAttention-3 is built for torch 2.11 and CUDA 13
 _PYTHON = "3.12"
@@ -34,7 +35,7 @@ def collect(folder: Path, *, with_flash: bool, with_cpu: bool) -> int:
     """0, or 1 where something could not be had; the rest is there all the same."""
     folder.mkdir(parents=True, exist_ok=True)
     pins = read_pins(ROOT / "constraints.txt")
-    names = sorted(needed_packages() | _TABLES | (set(_CPU_ONLY) if with_cpu else set()))
+    names = sorted(needed_packages() | _TABLES | _PEERS | (set(_CPU_ONLY) if with_cpu else set()))
     missing = [name for name in names if not _download(f"{name}=={pins[name]}" if name in pins else name, folder)]
     if with_flash and not _extract_flash(folder):
         missing.append(f"FlashAttention-3 out of {_VLLM}")

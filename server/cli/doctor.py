@@ -111,7 +111,7 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
     from engine.planning.resolve import resolve_device, resolve_dtype, resolve_kernels, resolve_quantization
     from engine.planning.sizes import DTYPES
     from engine.planning.triton_check import describe_triton_kernels
-    from engine.quantization.method import COMPILED_FORMATS, FORMATS
+    from engine.quantization.method import formats_of
 
     config, found = loaded.config.engine_config(), read_machine()
     device = resolve_device(config, found)
@@ -121,7 +121,7 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
     yield "device", f"{device.value} ({device.setting.reason or device.setting.source})"
     yield "dtype", f"{dtype.value} ({dtype.setting.reason or dtype.setting.source})"
     yield "quantization", f"{quantization.value} ({quantization.setting.reason or quantization.setting.source})"
-    yield "weight formats", ", ".join(COMPILED_FORMATS if chosen.value == "numba" else FORMATS)
+    yield "weight formats", ", ".join(formats_of(chosen.value))
     yield "kernels", f"{chosen.value} ({chosen.setting.reason or chosen.setting.source})"
     if chosen.value == "triton":
         parts = describe_triton_kernels(torch.device(device.value), DTYPES[dtype.value])

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.quantization.linear import KeptMatrix
 from engine.runner import cuda_graphs as graph_runner
 from engine.types import Request, SamplingParams, TokenLogprobs
 from tests.support.eagle_files import random_eagle, vllm, write
@@ -89,6 +91,10 @@ def _answers(engine: Engine, requests: list[Request]) -> Answers:
     return {name: (tokens[name], logprobs[name]) for name in tokens}
 
 
+def _matrices(engine: Engine) -> list[KeptMatrix]:
+    return [module for module in engine.executor.runner.model.modules() if isinstance(module, KeptMatrix)]
+
+
 def _requests(kinds: list[dict[str, Any]]) -> list[Request]:
     return [_request(number, (3, 20, 9)[number % 3], 5 + 2 * number, **kind) for number, kind in enumerate(kinds)]
 
@@ -123,6 +129,31 @@ def test_a_gpu_says_what_a_cpu_says(
         _check_same(_answers(engine, _requests(kinds)), _answers(on_cpu, _requests(kinds)))
     assert gpu.num_graphs > 1
     assert gpu.num_replays > 2 * gpu.num_graphs
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "determinism"),
+    [("Llama", "int4", "fast"), ("Llama", "int8", "strict"), ("Qwen3Moe", "int4", "fast")],
+)
+def test_quantised_layers_say_on_a_gpu_what_their_definition_says(
+    tmp_path: Path, model: str, quantization: str, determinism: str
+) -> None:
+    """The definition: the floats that codes stand for, on a CPU."""
+    sections = _sections(tmp_path, model)
+    sections["model"]["quantization"] = quantization
+    with simulated_gpu() as gpu:
+        engine = _engine({**sections, "device": {"determinism": determinism}})
+        matrices = _matrices(engine)
+        assert {matrix.describe().split(",")[0] for matrix in matrices[:-1]} == {quantization}
+        assert matrices[-1].describe().startswith("int8")
+        found = _answers(engine, _requests(PLAIN))
+        dense = [matrix.dense().cpu() for matrix in matrices]
+    sections["model"]["quantization"] = "none"
+    on_cpu = _engine({**sections, "device": {"name": "cpu", "kernels": "torch"}})
+    for matrix, weight in zip(_matrices(on_cpu), dense, strict=True):
+        matrix.keep(nn.Parameter(weight, requires_grad=False))
+    _check_same(found, _answers(on_cpu, _requests(PLAIN)))
+    assert gpu.num_replays > gpu.num_graphs > 1
 
 
 @pytest.mark.parametrize(("num_layers", "mask_token", "has_embedding"), [(1, None, False), (2, 3, True)])

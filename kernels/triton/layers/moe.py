@@ -131,6 +131,23 @@ def route_kernel(
 
 
 @triton.jit
+def locate_tile(starts_ptr, NUM_EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """(the expert of this program's tile, or NUM_EXPERTS; its rows in the experts' order; where that expert ends)"""
+    numbers = tl.arange(0, PADDED_EXPERTS)
+    is_expert = numbers < NUM_EXPERTS
+    starts = tl.load(starts_ptr + numbers, mask=is_expert, other=0).to(tl.int32)
+    ends = tl.load(starts_ptr + numbers + 1, mask=is_expert, other=0).to(tl.int32)
+    tiles = tl.cdiv(ends - starts, ROWS)
+    last_tiles = tl.cumsum(tiles, 0)
+    expert = tl.sum((is_expert & (last_tiles <= tl.program_id(0))).to(tl.int32), 0)
+    is_mine = numbers == expert
+    tile = tl.program_id(0) - tl.sum(tl.where(is_mine, last_tiles - tiles, 0), 0)
+    end = tl.sum(tl.where(is_mine, ends, 0), 0)
+    sorted_rows = tl.sum(tl.where(is_mine, starts, 0), 0) + tile * ROWS + tl.arange(0, ROWS)
+    return expert, sorted_rows, end
+
+
+@triton.jit
 def grouped_kernel(
     source_ptr,
     matrix_ptr,
@@ -156,19 +173,9 @@ def grouped_kernel(
     # grid: [num_tiles, cdiv(width, COLUMNS)]; one program multiplies a tile of an expert's pairs by COLUMNS columns
     #   gated:  rows of x, by pair      -> silu(gate) * up, in the order of the experts
     #   else:   in the experts' order   -> weighted, by pair
-    numbers = tl.arange(0, PADDED_EXPERTS)
-    is_expert = numbers < NUM_EXPERTS
-    starts = tl.load(starts_ptr + numbers, mask=is_expert, other=0).to(tl.int32)
-    ends = tl.load(starts_ptr + numbers + 1, mask=is_expert, other=0).to(tl.int32)
-    tiles = tl.cdiv(ends - starts, ROWS)
-    last_tiles = tl.cumsum(tiles, 0)
-    expert = tl.sum((is_expert & (last_tiles <= tl.program_id(0))).to(tl.int32), 0)
+    expert, sorted_rows, end = locate_tile(starts_ptr, NUM_EXPERTS, PADDED_EXPERTS, ROWS)
     if expert >= NUM_EXPERTS:  # the grid is for the most tiles that there can be
         return
-    is_mine = numbers == expert
-    tile = tl.program_id(0) - tl.sum(tl.where(is_mine, last_tiles - tiles, 0), 0)
-    end = tl.sum(tl.where(is_mine, ends, 0), 0)
-    sorted_rows = tl.sum(tl.where(is_mine, starts, 0), 0) + tile * ROWS + tl.arange(0, ROWS)
     is_row = sorted_rows < end
     pairs = tl.load(pairs_ptr + sorted_rows, mask=is_row, other=0)
     source_rows = (pairs // TOP_K if IS_GATED else sorted_rows).to(tl.int64)

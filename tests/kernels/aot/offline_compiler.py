@@ -25,7 +25,9 @@ from triton.runtime.jit import JITFunction
 assert os.environ.get("TRITON_INTERPRET", "0") != "1", "in the interpreter nothing is compiled"
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "LDL", "STL")
+INSTRUCTIONS = (
+    "HGMMA", "UTCHMMA", "HMMA", "IGMMA", "IMMA", "QGMMA", "UTCQMMA", "LDGSTS", "LDL", "STL"
+)  # fmt: skip
 
 
 class AbsentDriver(DriverBase):

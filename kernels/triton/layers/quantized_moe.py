@@ -1,0 +1,201 @@
+"""Mixtures of experts with quantised matrices: the two grouped products of `moe`, with tiles unpacked in registers.
+
+As in `quantized.linear`, the matrix is the tensor cores' first operand; `quantized.tile` is the loop of both.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.compat import next_power_of_2
+from kernels.triton.configs import MoeConfig, chip_of, quantized_moe_config
+from kernels.triton.layers.moe import locate_tile
+from kernels.triton.quantized.matrix import QuantizedMatrix
+from kernels.triton.quantized.packing import unit_of
+from kernels.triton.quantized.tile import STEP, multiply_tile
+from kernels.triton.quantized.unpack import SCALES, VALUES
+
+
+def mix_quantized_experts(
+    x: Tensor,
+    gate_up: QuantizedMatrix,
+    down: QuantizedMatrix,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    config: MoeConfig | None = None,
+) -> Tensor:
+    """As `kernels.reference.moe.mix_experts` with the matrices that these stand for, summed in float32.
+
+    gate_up: [num_experts * 2 * size, hidden_size], of each expert gate and up; down: [num_experts * hidden_size, size]
+    config: tile sizes, of which `step` is not used; by default those for this many pairs per expert
+    """
+    (num_tokens, hidden_size), top_k = x.shape, experts.shape[1]
+    num_experts, size, num_pairs = down.num_outputs // hidden_size, down.num_inputs, num_tokens * top_k
+    assert gate_up.shape == (num_experts * 2 * size, hidden_size), f"{gate_up.shape} for {down.shape}"
+    assert down.num_outputs % hidden_size == 0, f"{down.shape} for {hidden_size}"
+    assert gate_up.order is None and down.order is None, "experts have their inputs in order"  # noqa: PT018
+    assert weights.shape == experts.shape == (num_tokens, top_k), f"{tuple(weights.shape)}, {tuple(experts.shape)}"
+    if not num_pairs:
+        return torch.empty_like(x)
+    config = config or quantized_moe_config(num_pairs // num_experts, x.dtype, chip=chip_of(x.device))
+    owners, pairs = experts.flatten().sort(stable=True)
+    starts = torch.searchsorted(owners, torch.arange(num_experts + 1, device=x.device))
+    hidden = x.new_empty(num_pairs, size)
+    parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
+    num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)
+    x, weights = x.contiguous(), weights.contiguous()
+    for source, matrix, target, width in ((x, gate_up, hidden, size), (hidden, down, parts, hidden_size)):
+        num_units = matrix.words.shape[0]
+        quantized_experts_kernel[(num_tiles, triton.cdiv(width, config.columns))](
+            source,
+            matrix.words,
+            matrix.scales,
+            matrix.scales if matrix.offsets is None else matrix.offsets,
+            matrix.scales if matrix.channel_scales is None else matrix.channel_scales,
+            matrix.scales if matrix.table is None else matrix.table,
+            target,
+            pairs,
+            starts,
+            weights,
+            width,
+            matrix.num_outputs,
+            num_units,
+            matrix.words.stride(1),
+            BITS=matrix.bits,
+            GROUP=matrix.group_size,
+            KIND=SCALES[matrix.scale_kind],
+            VALUES=VALUES[matrix.values],
+            HAS_OFFSETS=matrix.offsets is not None,
+            HAS_CHANNELS=matrix.channel_scales is not None,
+            IS_FULL=width % config.columns == 0 and num_units * unit_of(matrix.bits) % STEP == 0,
+            NUM_EXPERTS=num_experts,
+            PADDED_EXPERTS=next_power_of_2(num_experts),
+            DEPTH=source.shape[1],
+            TOP_K=top_k,
+            IS_GATED=matrix is gate_up,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            STEP=STEP,
+            STAGES=config.stages,
+            num_warps=config.warps,
+        )
+    return parts.view(num_tokens, top_k, hidden_size).sum(1).to(x.dtype)
+
+
+@triton.jit
+def quantized_experts_kernel(
+    source_ptr,
+    words_ptr,
+    scales_ptr,
+    offsets_ptr,
+    channels_ptr,
+    table_ptr,
+    target_ptr,
+    pairs_ptr,
+    starts_ptr,
+    weights_ptr,
+    width,
+    num_outputs,
+    num_units,
+    stride_block,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    VALUES: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_CHANNELS: tl.constexpr,
+    IS_FULL: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # grid: [num_tiles, cdiv(width, COLUMNS)]; as `moe.grouped_kernel`, which says what is read and written
+    expert, sorted_rows, end = locate_tile(starts_ptr, NUM_EXPERTS, PADDED_EXPERTS, ROWS)
+    if expert >= NUM_EXPERTS:  # the grid is for the most tiles that there can be
+        return
+    is_row = sorted_rows < end
+    pairs = tl.load(pairs_ptr + sorted_rows, mask=is_row, other=0)
+    source_rows = (pairs // TOP_K if IS_GATED else sorted_rows).to(tl.int64)
+    target_rows = (sorted_rows if IS_GATED else pairs).to(tl.int64)
+    targets = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = targets < width
+    columns = expert * (2 * width if IS_GATED else width) + targets
+    sources = source_ptr + source_rows * DEPTH
+    num_steps = tl.cdiv(DEPTH, STEP)
+    acc = multiply_tile(
+        sources,
+        words_ptr,
+        scales_ptr,
+        offsets_ptr,
+        table_ptr,
+        is_row,
+        columns,
+        is_column,
+        num_outputs,
+        DEPTH,
+        num_units,
+        stride_block,
+        0,
+        num_steps,
+        BITS,
+        GROUP,
+        KIND,
+        VALUES,
+        HAS_OFFSETS,
+        IS_FULL,
+        DEPTH % STEP == 0,
+        ROWS,
+        COLUMNS,
+        STEP,
+        STAGES,
+    )
+    if HAS_CHANNELS:
+        acc *= tl.load(channels_ptr + columns, mask=is_column, other=0.0)[:, None]
+    if IS_GATED:
+        up = multiply_tile(
+            sources,
+            words_ptr,
+            scales_ptr,
+            offsets_ptr,
+            table_ptr,
+            is_row,
+            columns + width,
+            is_column,
+            num_outputs,
+            DEPTH,
+            num_units,
+            stride_block,
+            0,
+            num_steps,
+            BITS,
+            GROUP,
+            KIND,
+            VALUES,
+            HAS_OFFSETS,
+            IS_FULL,
+            DEPTH % STEP == 0,
+            ROWS,
+            COLUMNS,
+            STEP,
+            STAGES,
+        )
+        if HAS_CHANNELS:
+            up *= tl.load(channels_ptr + width + columns, mask=is_column, other=0.0)[:, None]
+        acc = acc * tl.sigmoid(acc) * up
+    else:
+        acc *= tl.load(weights_ptr + pairs, mask=is_row, other=0.0)[None, :]
+    tl.store(
+        target_ptr + target_rows[None, :] * width + targets[:, None],
+        acc.to(target_ptr.dtype.element_ty),
+        mask=is_row[None, :] & is_column[:, None],
+    )

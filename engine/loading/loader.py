@@ -29,6 +29,7 @@ from engine.loading.stored_weights import check_shapes
 from engine.loading.text_part import name_in_text_part, text_weights
 from engine.loading.tokenizer_assets import check_token_ids, load_tokenizer_assets
 from engine.memory_errors import is_out_of_memory
+from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.context_length import length_where_rope_changes, read_longest_context, read_trained_context
 from engine.models.model import Model
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
@@ -188,6 +189,23 @@ def load_model(
         tokenizer=tokenizer,
         weights_digest=digest,
     )
+
+
+def open_weights(config: ModelConfig) -> tuple[CheckpointConfig, Iterator[tuple[str, Tensor]]]:
+    """The config of a model's layers, and its weights one at a time by their Hugging Face names, in the files' dtype.
+
+    ModelError as `load_model`, and for random weights, which are in no file, and for those of quantised checkpoints.
+    """
+    if config.load_format == "dummy":
+        raise ModelError(f"model.load_format is dummy, but weights of {config.path} are wanted; leave it out")
+    source = find_source(config, silent)
+    checkpoint = open_checkpoint(source, config)
+    if checkpoint.quantized:
+        raise ModelError(f"{config.path} is quantised, and its weights are wanted as floats; name the original")
+    weights = _weights(source, torch.get_num_threads())
+    if checkpoint.is_part:
+        return checkpoint.config, text_weights(weights, hidden_size=checkpoint.config.hidden_size)
+    return checkpoint.config, weights
 
 
 def read_tokenizer(config: ModelConfig, *, report: Report = silent) -> TokenizerAssets:

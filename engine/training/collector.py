@@ -111,6 +111,7 @@ class Collector:
 
 
 def sampling_of(index: int, max_tokens: int) -> SamplingParams:
+    """How the answer to a prompt is sampled, by its index."""
     temperature = 0.0 if index % 2 == 0 else 0.7 + 0.1 * (index // 2 % 4)
     return SamplingParams(seed=index, max_tokens=max_tokens, temperature=temperature)
 

@@ -84,7 +84,7 @@ def make_data(transcripts: Transcripts, known: Tensor, output: Tensor, *, vocab_
     num_left = torch.repeat_interleave(ends, transcripts.lengths) - 1 - torch.arange(len(transcripts.tokens))
     is_held_out = (transcripts.indices // 2) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     is_held_out = torch.repeat_interleave(is_held_out, transcripts.lengths)
-    label_rows, label_probs = _labels(transcripts.states, output)
+    label_rows, label_probs = label_rows_of(transcripts.states, output)
     return HeadsData(
         known=known,
         row_of=row_of,
@@ -98,7 +98,7 @@ def make_data(transcripts: Transcripts, known: Tensor, output: Tensor, *, vocab_
     )
 
 
-def _labels(states: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def label_rows_of(states: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest rows of each state's own distribution, and their probabilities, which sum to 1."""
     num_labels = min(_NUM_LABELS, len(output))
     rows = torch.empty(len(states), num_labels, dtype=torch.int32)

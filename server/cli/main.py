@@ -36,7 +36,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "plan": "say what fits into this machine's memory, before anything is loaded",
     "doctor": "say what this machine has, and which kernel each part of a model will use",
-    "train-heads": "train Medusa heads for a model, which guess its next tokens",
+    "train-heads": "train Medusa heads for a model, which guess its next tokens; or, with --draft, a draft model",
     "completion": "print a script with which a shell completes commands and flags",
 }
 

@@ -1,4 +1,7 @@
-"""`peregrine train-heads`: makes prompts or texts into token ids, and starts the process that trains on them."""
+"""`peregrine train-heads`: makes prompts or texts into token ids, and starts the process that trains on them.
+
+With `--draft`, what is trained is a small draft model instead of heads.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,10 @@ _NUMBERS = (  # flag, default, least and most, what it is
     ("--heads", 3, (1, 16), "heads to train: the most tokens that are guessed at once"),
     ("--known-tokens", 4096, (16, 1 << 20), "tokens that heads guess among: the most frequent of those to learn from"),
     ("--markov-rank", 64, (0, 1024), "rank of the correction by the token before; 0: none"),
+    ("--layers", None, (1, 1000), "with --draft: layers of the model that the draft model keeps (default: a quarter)"),
 )
-FLAGS = ("--text", "--self-generate", "--output", *(name for name, *_ in _NUMBERS))
+_OF_HEADS = ("--heads", "--known-tokens", "--markov-rank")
+FLAGS = ("--text", "--self-generate", "--draft", "--output", *(name for name, *_ in _NUMBERS))
 _TOKENS_OF_ANSWER = 100  # at least, on average: how many prompts are made for the tokens that are wanted
 _NUM_AT_ONCE = 64  # answers
 _NUM_SPARE_PROMPTS = 256
@@ -34,12 +39,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--self-generate", action="store_true", help="learn from the model's answers to built-in prompts (the default)"
     )
     command.add_argument(
-        "--output", type=Path, default=Path("heads"), metavar="DIR", help="where the heads go; and what resuming needs"
+        "--draft", action="store_true", help="make a draft model of some of the model's own layers, instead of heads"
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the heads go, and what resuming needs (default: heads; with --draft: draft)",
     )
     for name, default, (low, high), text in _NUMBERS:
-        command.add_argument(
-            name, type=partial(_number, low, high), default=default, metavar="N", help=f"{text} (default: {default:,})"
-        )
+        shown = text if default is None else f"{text} (default: {default:,})"
+        command.add_argument(name, type=partial(_number, low, high), metavar="N", help=shown)
 
 
 def _number(low: int, high: int, text: str) -> int:
@@ -71,31 +81,52 @@ def train_heads(loaded: LoadedConfig, parsed: argparse.Namespace) -> int:
 
 def _write_job(loaded: LoadedConfig, parsed: argparse.Namespace) -> Path:
     """Writes what is to be done into the output's folder. ValueError where another job began there."""
-    from engine.config import SpeculationConfig
+    from engine.config import LossySpeculationConfig, SpeculationConfig
     from engine.loading.loader import read_tokenizer
-    from engine.training.heads_job import HeadsJob
+    from engine.training.training_job import DraftJob, HeadsJob, TrainingJob
     from server.text.tokenizer import Tokenizer
     from server.training.training_prompts import own_prompts, read_texts
 
+    numbers = _numbers(parsed)
     config = loaded.config.engine_config()
     tokenizer = Tokenizer(read_tokenizer(config.model, report=lambda phase, detail: print(f"{phase}: {detail}")))
     if parsed.text is not None:
         sequences = read_texts(tokenizer, parsed.text)
     else:
-        sequences = own_prompts(tokenizer, parsed.tokens // _TOKENS_OF_ANSWER + _NUM_SPARE_PROMPTS, seed=config.seed)
+        count = numbers["--tokens"] // _TOKENS_OF_ANSWER + _NUM_SPARE_PROMPTS
+        sequences = own_prompts(tokenizer, count, seed=config.seed)
     scheduler = config.scheduler
     if scheduler.max_num_seqs == "auto":
         scheduler = scheduler.model_copy(update={"max_num_seqs": _NUM_AT_ONCE})
-    job = HeadsJob(
-        engine=config.model_copy(update={"speculation": SpeculationConfig(), "scheduler": scheduler}),
-        output=parsed.output,
+    plain = {"speculation": SpeculationConfig(), "lossy_speculation": LossySpeculationConfig()}
+    common = TrainingJob(
+        engine=config.model_copy(update=plain | {"scheduler": scheduler}),
+        output=parsed.output or Path("draft" if parsed.draft else "heads"),
         kind="answers" if parsed.text is None else "texts",
         sequences=sequences,
-        num_tokens=parsed.tokens,
-        num_heads=parsed.heads,
-        num_known_tokens=parsed.known_tokens,
-        markov_rank=parsed.markov_rank,
-        num_epochs=parsed.epochs,
+        num_tokens=numbers["--tokens"],
+        num_epochs=numbers["--epochs"],
         seed=config.seed,
     )
+    job: TrainingJob
+    if parsed.draft:
+        job = DraftJob(**dict(common), num_layers=numbers.get("--layers"))
+    else:
+        job = HeadsJob(
+            **dict(common),
+            num_heads=numbers["--heads"],
+            num_known_tokens=numbers["--known-tokens"],
+            markov_rank=numbers["--markov-rank"],
+        )
     return job.write()
+
+
+def _numbers(parsed: argparse.Namespace) -> dict[str, int]:
+    """Those that were given, and the defaults of others. ValueError for one that is of what is not trained."""
+    given = {name: getattr(parsed, name.removeprefix("--").replace("-", "_")) for name, *_ in _NUMBERS}
+    for name in _OF_HEADS if parsed.draft else ("--layers",):
+        if given[name] is not None:
+            fix = "is for heads; leave it out, or --draft" if parsed.draft else "is for draft models; add --draft"
+            raise ValueError(f"{name} {fix}")
+    defaults = {name: default for name, default, *_ in _NUMBERS if default is not None}
+    return defaults | {name: number for name, number in given.items() if number is not None}

@@ -18,8 +18,8 @@ from engine.models.model import Model
 from engine.speculation.medusa_heads import MedusaHeads
 from engine.training import collector as collector_module
 from engine.training.collector import Collector
-from engine.training.heads_job import HeadsJob
 from engine.training.heads_run import Target, run
+from engine.training.training_job import HeadsJob
 from engine.training.transcripts import Transcript, TranscriptFolder
 from tests import ROOT
 
@@ -169,7 +169,7 @@ def test_a_killed_training_goes_on_with_what_it_had(
     kept = TranscriptFolder(many.data).indices()
     assert kept
     asked: list[int] = []
-    monkeypatch.setattr(collector_module, "_sampling", _noting(collector_module._sampling, asked))
+    monkeypatch.setattr(collector_module, "sampling_of", _noting(collector_module.sampling_of, asked))
     num_tokens = TranscriptFolder(many.data).num_tokens() + 500
     assert run(many.model_copy(update={"num_tokens": num_tokens}), lambda text: None).num_positions > 0
     assert asked

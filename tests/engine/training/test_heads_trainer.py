@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.speculation.medusa_heads import MedusaHeads
-from engine.training import heads_trainer
+from engine.training import trainer as trainer_module
 from engine.training.heads_accuracy import HeadsAccuracy, measure_accuracy
 from engine.training.heads_data import HeadsData, frequent_tokens, make_data
 from engine.training.heads_trainer import HeadsTrainer, choose_rows
@@ -64,7 +64,7 @@ def test_heads_learn_a_text_that_repeats_itself(tmp_path: Path, rank: int) -> No
     trainer = make_trainer(heads, data)
     trainer.train(tmp_path / "state.pt")
     after = measure(heads, data, output, tmp_path / "after")
-    assert trainer.loss < 1.0
+    assert trainer.mean_loss < 1.0
     assert min(row[0] for row in after.by_rank) > 0.9
     assert after.accepted > 1.8
     assert after.num_positions == len(data.held_out) > 0
@@ -106,7 +106,7 @@ def test_rare_tokens_are_left_out_and_count_as_wrong(tmp_path: Path) -> None:
 def test_an_interrupted_training_ends_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, data, _ = make_heads()
     make_trainer(whole, data).train(tmp_path / "whole.pt")
-    monkeypatch.setattr(heads_trainer, "_SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(trainer_module, "_SAVE_INTERVAL", 0.0)
     begun, data, _ = make_heads()
     trainer = make_trainer(begun, data)
     learn, num_learned = trainer._learn, 0

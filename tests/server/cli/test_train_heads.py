@@ -85,6 +85,9 @@ def test_an_interrupt_ends_both_processes_and_says_how_to_go_on(model: Path, tmp
         (["--text", "/nonexistent/text"], "--text: /nonexistent/text cannot be read"),
         (["--tokenz", "3"], "did you mean --tokens?"),
         (["--text", "a", "--self-generate"], "not allowed with"),
+        (["--draft", "--heads", "2"], "--heads is for heads; leave it out, or --draft"),
+        (["--layers", "2"], "--layers is for draft models; add --draft"),
+        (["--draft", "--layers", "0"], "--layers: '0' is no number from 1 to"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from engine.config import EngineConfig
 
 Count = Annotated[int, Field(ge=1)]
 
 
-class HeadsJob(BaseModel):
-    """sequences: prompts that the target answers, or texts that it reads.
+class TrainingJob(BaseModel):
+    """What heads and draft models are trained with alike.
 
+    sequences: prompts that the target answers, or texts that it reads.
     max_tokens: of an answer. num_tokens: to learn from; collecting ends with them, or with the sequences.
-    num_known_tokens: the most frequent of them, which heads guess among. markov_rank: 0 is no correction.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,12 +27,7 @@ class HeadsJob(BaseModel):
     sequences: list[list[int]]
     max_tokens: Count = 160
     num_tokens: Count = 200_000
-    num_heads: Annotated[int, Field(ge=1, le=16)] = 3
-    num_known_tokens: Count = 4096
-    markov_rank: Annotated[int, Field(ge=0, le=1024)] = 64
     num_epochs: Count = 3
-    batch_size: Count = 256
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     seed: int = 0
 
     @property
@@ -55,3 +50,33 @@ class HeadsJob(BaseModel):
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(content, encoding="utf-8")
         return file
+
+
+class HeadsJob(TrainingJob):
+    """num_known_tokens: the most frequent of them, which heads guess among. markov_rank: 0 is no correction.
+
+    batch_size: positions
+    """
+
+    drafter: Literal["heads"] = "heads"
+    num_heads: Annotated[int, Field(ge=1, le=16)] = 3
+    num_known_tokens: Count = 4096
+    markov_rank: Annotated[int, Field(ge=0, le=1024)] = 64
+    batch_size: Count = 256
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
+
+
+class DraftJob(TrainingJob):
+    """num_layers: of the target's, that are kept; None: a quarter. batch_size: sequences"""
+
+    drafter: Literal["draft"] = "draft"
+    num_layers: Count | None = None
+    batch_size: Count = 8
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
+
+
+_JOBS: TypeAdapter[HeadsJob | DraftJob] = TypeAdapter(Annotated[HeadsJob | DraftJob, Field(discriminator="drafter")])
+
+
+def read_job(file: Path) -> HeadsJob | DraftJob:
+    return _JOBS.validate_json(file.read_text(encoding="utf-8"))

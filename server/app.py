@@ -122,7 +122,9 @@ def _make_state(
     state = ServerState(
         config=config,
         engine=engine,
-        admission=Admission(engine, config.limits, DrainRate(), is_shared=lambda: keys.num_tenants > 1),
+        admission=Admission(
+            engine, config.limits, DrainRate(), is_shared=lambda: keys.num_tenants > 1, terms_of=keys.terms_of
+        ),
         metrics=metrics,
         tokenizer=None,
         model_names=names,

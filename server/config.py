@@ -157,8 +157,9 @@ class AccessConfig(Section):
     )
     key_file: Annotated[str | None, Flag("--api-key-file")] = Field(
         default=None,
-        description="file with a line NAME KEY for each API key, beside server.api_keys; keys of one name share their "
-        "cached prefixes. Read again when it changes, and at SIGHUP",
+        description="file with a line NAME KEY for each API key, beside server.api_keys, and behind the key if wanted "
+        "weight=2 (of a share of a busy server) and tokens_per_minute=60000; keys of one name share their cached "
+        "prefixes. Read again when it changes, and at SIGHUP",
     )
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.types import Request, SamplingParams
 from tests.support import quantizers as q
-from tests.support.quantized_files import float_state, write_checkpoint, write_tokenizer
+from tests.support.quantized_files import write_checkpoint, write_floats
 from tests.support.quantizers import Quantize
 
 NUM_TOKENS = 12
@@ -66,9 +65,7 @@ def answers(path: Path, *, kernels: str = "auto", **model: str) -> Answers:
 
 def tokens_of_floats(directory: Path, state: dict[str, Tensor]) -> list[list[int]]:
     """What the same model of floats answers, in compiled layers that round nothing."""
-    float_state()[0].save_pretrained(directory)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
-    write_tokenizer(directory)
+    write_floats(directory, state)
     return answers(directory, dtype="float32").tokens
 
 

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Quantize, dict[str, object], str]] = {
     "AutoRound": (
         gptq(4),
         {**config(4), "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
-        "int4",
+        "Q4_0",
     ),
     "AWQ": (awq(), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, ZEROS),
     "AWQ, 3 bits": (awq(3), {"quant_method": "awq", "bits": 3, "group_size": 32}, "Q4_0"),

@@ -21,12 +21,16 @@ PROMPTS = ([5, 6, 7], list(range(20, 60)), [200, 3, 150, 9])
 GROUPS = {"a": {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}}
 COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": GROUPS}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-CASES: dict[str, tuple[Quantize, dict[str, object]]] = {
+CASES: dict[str, tuple[Quantize | dict[str, Quantize], dict[str, object]]] = {
     "GPTQ": (q.gptq(4), GPTQ),
     "GPTQ, activation order": (q.gptq(4, order="shuffled", group_size=64), GPTQ | {"group_size": 64, "desc_act": True}),
     "GPTQ, 8 bits, activation order": (q.gptq(8, order="shuffled"), GPTQ | {"bits": 8}),
     "AWQ": (q.awq(), {"quant_method": "awq", "bits": 4, "group_size": 32}),
     "compressed-tensors": (q.compressed_integers(4), COMPRESSED),
+    "compressed-tensors, the embedding too": (
+        {"_proj": q.compressed_integers(4), "embed_tokens": q.compressed_integers(4, symmetric=False)},
+        COMPRESSED,
+    ),
     "compressed-tensors, 8 bits": (q.eight_bit_integers(), COMPRESSED),
     "FP8": (q.eight_bit_floats(rows=True), {"quant_method": "fp8"}),
     "mxfp4": (q.mxfp4, COMPRESSED),

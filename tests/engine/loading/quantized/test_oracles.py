@@ -27,7 +27,7 @@ def cases() -> list[tuple[Path, str]]:
 
 
 def test_there_are_files_of_each_library() -> None:
-    assert {file.stem for file in FILES} >= {"compressed-tensors", "bitsandbytes"}
+    assert {file.stem for file in FILES} >= {"compressed-tensors", "bitsandbytes", "gptqmodel"}
 
 
 @pytest.mark.parametrize(("file", "case"), cases(), ids=[f"{file.stem}, {case}" for file, case in cases()])

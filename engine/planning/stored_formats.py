@@ -15,7 +15,7 @@ def stored_notes(facts: ModelFacts, *, kernels: str, quantization: str, dtype: s
     for kind in facts.stored:
         fate = _compiled(kind, quantization) if kernels == "numba" else _other(kernels, quantization, dtype)
         layers.setdefault((kind.label, fate), []).append(
-            kind.name if kind.count == 1 else f"{kind.name} ({kind.count})"
+            kind.name if kind.num_layers == 1 else f"{kind.name} ({kind.num_layers})"
         )
     return [f"stored as {label}: {_some(names)}; {fate}" for (label, fate), names in layers.items()]
 
@@ -34,6 +34,8 @@ def _compiled(kind: StoredKind, quantization: str) -> str:
 
 def _other(kernels: str, quantization: str, dtype: str) -> str:
     kept = dtype if quantization == "none" else quantization
+    if kernels == "triton" and quantization == "none":
+        return f"its codes stay where Triton's kernels multiply them, else it becomes {dtype} matrix by matrix"
     return f"becomes {kept} matrix by matrix while it is loaded: {kernels} layers read no stored integers"
 
 

@@ -124,7 +124,9 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
     yield "weight formats", ", ".join(formats_of(chosen.value))
     yield "kernels", f"{chosen.value} ({chosen.setting.reason or chosen.setting.source})"
     if chosen.value == "triton":
-        parts = describe_triton_kernels(torch.device(device.value), DTYPES[dtype.value])
+        parts = describe_triton_kernels(
+            torch.device(device.value), DTYPES[dtype.value], quantization=quantization.value
+        )
     elif chosen.value == "numba":
         parts = describe_compiled_kernels(found, quantization=quantization.value)
     else:

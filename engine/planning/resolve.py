@@ -142,9 +142,12 @@ def resolve_kernels(config: EngineConfig, device: str, why_not_compiled: str) ->
 
 
 def resolve_quantization(
-    config: EngineConfig, machine: Machine, device: str, *, dtype: str, kernels: str
+    config: EngineConfig, machine: Machine, device: str, *, dtype: str, kernels: str, has_stored: bool = False
 ) -> Resolved[str]:
-    """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved."""
+    """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved.
+
+    has_stored: the checkpoint has matrices quantised
+    """
     asked = config.model.quantization
     formats = formats_of(kernels)
     if config.model.activations != "int16" and kernels != "numba":
@@ -159,6 +162,8 @@ def resolve_quantization(
         return Resolved(asked, "config", formats[asked].meaning if kernels == "triton" else "")
     if config.model.dtype != "auto":
         return Resolved("none", "default", f"model.dtype is set to {config.model.dtype}")
+    if kernels == "triton" and has_stored:
+        return Resolved("stored", "model", formats["stored"].meaning)
     if device != "cpu":
         return Resolved("none", "default", "the GPU multiplies the model's own dtype fastest")
     if kernels == "numba":

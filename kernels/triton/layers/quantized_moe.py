@@ -37,7 +37,6 @@ def mix_quantized_experts(
     num_experts, size, num_pairs = down.num_outputs // hidden_size, down.num_inputs, num_tokens * top_k
     assert gate_up.shape == (num_experts * 2 * size, hidden_size), f"{gate_up.shape} for {down.shape}"
     assert down.num_outputs % hidden_size == 0, f"{down.shape} for {hidden_size}"
-    assert gate_up.order is None and down.order is None, "experts have their inputs in order"  # noqa: PT018
     assert weights.shape == experts.shape == (num_tokens, top_k), f"{tuple(weights.shape)}, {tuple(experts.shape)}"
     if not num_pairs:
         return torch.empty_like(x)
@@ -49,6 +48,8 @@ def mix_quantized_experts(
     num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)
     x, weights = x.contiguous(), weights.contiguous()
     for source, matrix, target, width in ((x, gate_up, hidden, size), (hidden, down, parts, hidden_size)):
+        if matrix.order is not None:
+            source = source.index_select(1, matrix.order)
         num_units = matrix.words.shape[0]
         quantized_experts_kernel[(num_tiles, triton.cdiv(width, config.columns))](
             source,

@@ -22,9 +22,9 @@ TRITON_PARTS = {
     "moe": "kernels.triton.layers.moe:mix_experts",
     "quantized": "kernels.triton.quantized.linear:quantized_linear",
     "scaled": "kernels.triton.quantized.scaled:scaled_linear",
-    "quantized moe": "kernels.triton.layers.quantized_moe:mix_quantized_experts",
+    "quantized_moe": "kernels.triton.layers.quantized_moe:mix_quantized_experts",
 }
-_TUNED = ("attention", "moe", "quantized", "scaled", "quantized moe")  # parts with tables of tile shapes
+_TUNED = ("attention", "moe", "quantized", "scaled", "quantized_moe")  # parts with tables of tile shapes
 
 
 def describe_triton_kernels(device: torch.device, dtype: torch.dtype, *, quantization: str = "none") -> dict[str, str]:

@@ -17,7 +17,7 @@ from engine.models.llama import Llama
 from engine.models.model import Model
 from engine.models.operations import load_operations
 from engine.planning.engine_plan import MemoryPlan
-from engine.quantization.linear import LinearMethod, LinearMethods
+from engine.quantization.linear import LinearMethods
 from engine.quantization.method import formats_of, make_methods
 from engine.runner.model_runner import ModelRunner
 from engine.runner.strict_runner import OneTokenRunner
@@ -60,10 +60,6 @@ class KernelBackend:
     def linear_methods(self) -> LinearMethods:
         """How matrices are kept from the moment when they are loaded."""
         plan = self.plan
-        if plan.kernels == "triton" and plan.quantization == "none" and plan.facts.stored:
-            from engine.quantization.triton_stored import StoredMethod
-
-            return LinearMethods(cast(LinearMethod[object], StoredMethod()))
         return make_methods(
             formats_of(plan.kernels),
             plan.quantization,

@@ -13,7 +13,7 @@ from engine.loading.quantized.checkpoint import read_quantized
 from engine.loading.quantized.scheme import Scheme
 from engine.loading.stored_weights import read_stored_weights
 from engine.quantization.linear import Linear, LinearSpec, Part
-from engine.quantization.triton_stored import StoredMethod
+from engine.quantization.triton_gpu import QuantizedMethod
 from tests.support import quantizers as q
 from tests.support.quantizers import Quantize
 
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[Quantize, tuple[str, dict[str, object]], str]] = {
 
 def load(path: Path, name: str) -> tuple[Linear, torch.Tensor]:
     quantize, (method, fields), _ = CASES[name]
-    layer = Linear(LinearSpec(256, PARTS), StoredMethod(), bias=False, dtype=torch.float32)
+    layer = Linear(LinearSpec(256, PARTS), QuantizedMethod(), bias=False, dtype=torch.float32)
     expected = []
     for part in PARTS:
         tensors, dense = quantize(part.name, part.num_rows, 256)

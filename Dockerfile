@@ -30,7 +30,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python3 -m venv .venv \
  && { pip install --no-deps --retries 1 --timeout 15 --constraint constraints.txt --index-url "${CPU_INDEX}" torch \
    || echo "the index of CPU builds is out of reach: taking the default index"; } \
- && pip install --constraint constraints.txt . tabulate \
+ && pip install --constraint constraints.txt ".[tracing]" tabulate \
  && cd .venv/lib/python3*/site-packages/torch && rm -rf test include \
  && find bin -mindepth 1 ! -name torch_shm_manager -delete
 COPY server server
@@ -45,7 +45,7 @@ WORKDIR /opt/peregrine
 ENV PATH=/opt/peregrine/.venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python3 -m venv .venv \
- && pip install --constraint constraints.txt ".[gpu]" tabulate \
+ && pip install --constraint constraints.txt ".[gpu,tracing]" tabulate \
  && cd .venv/lib/python3*/site-packages/torch && rm -rf test include \
  && find bin -mindepth 1 ! -name torch_shm_manager -delete
 COPY server server

@@ -17,6 +17,7 @@ from loadtest.rollout.scenario import BalancerRun, Options, run
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"
+SETTINGS = "--set device.num_threads=1 --set kv_cache.memory=40000tokens"
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _own_command(model: str) -> str:
-    settings = "--set device.num_threads=1 --set kv_cache.memory=40000tokens"
-    return f"{sys.executable} -m server.cli serve {model} --config {ROOT}/configs/production.yaml --served-model-name {model} {settings}"
+    options = f"--config {ROOT}/configs/production.yaml --served-model-name {model}"
+    return f"{sys.executable} -m server.cli serve {model} {options} {SETTINGS}"
 
 
 def _line(done: BalancerRun) -> str:

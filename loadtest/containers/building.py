@@ -26,7 +26,7 @@ PIP_VARIABLES = {"global.find-links": "PIP_FIND_LINKS", ":env:.find-links": "PIP
 
 @dataclass(frozen=True)
 class Built:
-    """base: what it was built on. seconds: of the build alone. num_bytes: of all layers, uncompressed"""
+    """base: what it was built on. seconds: of the build alone, few where its layers were kept from the last. num_bytes: of all layers, uncompressed"""
 
     base: str
     seconds: float
@@ -67,15 +67,23 @@ def build(packages: Mapping[str, str]) -> Built:
         argument = base
     except RuntimeError as error:
         print(f"{base} cannot be had ({str(error).splitlines()[-1]}); one is made of packages", file=sys.stderr)
-        make_base(packages)
+        if not _is_there(LOCAL_BASE):
+            make_base(packages)
         argument, base = LOCAL_BASE, "Debian packages (mmdebstrap)"
     begun = time.monotonic()
     words = ["buildah", "build", "--format", "docker", "--layers", "--network", "host", "--target", "cpu"]
     command([*words, "--build-arg", f"CPU_BASE={argument}", "--tag", TAG, *mounts(packages), str(ROOT)])
     seconds = time.monotonic() - begun
-    size = command(["buildah", "images", "--format", "{{.ID}}", "--quiet", TAG])
-    inspected = command(["podman", "image", "inspect", "--format", "{{.Size}}", size or TAG])
-    return Built(base, round(seconds, 1), int(inspected))
+    size = command(["podman", "image", "inspect", "--format", "{{.Size}}", TAG])
+    return Built(base, round(seconds, 1), int(size))
+
+
+def _is_there(tag: str) -> bool:
+    try:
+        command(["podman", "image", "inspect", tag])
+    except RuntimeError:
+        return False
+    return True
 
 
 def official_base() -> str:

@@ -26,7 +26,10 @@ PIP_VARIABLES = {"global.find-links": "PIP_FIND_LINKS", ":env:.find-links": "PIP
 
 @dataclass(frozen=True)
 class Built:
-    """base: what it was built on. seconds: of the build alone, few where its layers were kept from the last. num_bytes: of all layers, uncompressed"""
+    """base: what it was built on. num_bytes: of all layers, uncompressed
+
+    seconds: of the build alone, few where its layers were kept from the last
+    """
 
     base: str
     seconds: float

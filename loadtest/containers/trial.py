@@ -15,8 +15,10 @@ from loadtest.containers.building import TAG, command, mounts
 
 START_PATIENCE = 600.0  # seconds; the model is fetched and kernels are compiled
 MAX_BYTES = 1_500_000_000
+MAX_PROCESSES = 10_000  # of a user: what runc may set where it may not set more
 PLACES = ("/", "/etc", "/opt/peregrine", "/opt/peregrine/configs", "/var/tmp", "/home")
 TOOLS = ("gcc", "cc", "g++", "make", "git")
+# systemd would run the health check; it is run by hand below
 LOCKED = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 
 
@@ -74,7 +76,7 @@ class Container:
         self._port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self._port}"
         self.begun = time.monotonic()
-        place = ["--network", "host", *_limits(), "--volume", f"{volume}:/cache"]
+        place = ["--no-healthcheck", "--network", "host", *_limits(), "--volume", f"{volume}:/cache"]
         served = ["serve", "--host", "127.0.0.1", "--port", str(self._port), "--drain-delay", "1", *arguments]
         command(["podman", "run", "--detach", "--name", name, *LOCKED, *mounts(packages), *place, TAG, *served])
 
@@ -155,6 +157,7 @@ def _limits() -> list[str]:
     """This process's own limits: podman would set others, which takes a right that root does not have everywhere."""
     names = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
     hard = {name: resource.getrlimit(kind)[1] for name, kind in names.items()}
+    hard["nproc"] = MAX_PROCESSES if hard["nproc"] == resource.RLIM_INFINITY else min(hard["nproc"], MAX_PROCESSES)
     return [
         word
         for name, limit in hard.items()

@@ -19,7 +19,16 @@ MAX_PROCESSES = 10_000  # of a user: what runc may set where it may not set more
 PLACES = ("/", "/etc", "/opt/peregrine", "/opt/peregrine/configs", "/var/tmp", "/home")
 TOOLS = ("gcc", "cc", "g++", "make", "git")
 # systemd would run the health check; it is run by hand below
-LOCKED = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+LOCKED = [
+    "--read-only",
+    "--read-only-tmpfs=false",
+    "--tmpfs",
+    "/tmp",
+    "--cap-drop",
+    "ALL",
+    "--security-opt",
+    "no-new-privileges",
+]
 
 
 @dataclass(frozen=True)

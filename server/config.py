@@ -163,6 +163,20 @@ class AccessConfig(Section):
     )
 
 
+class TracingConfig(Section):
+    """Spans for a collector (OpenTelemetry). A caller's trace is in the log and the answer with and without."""
+
+    for_operators: ClassVar[bool] = True
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")] | None = Field(
+        default=None,
+        description="where OTLP over HTTP is taken, as http://collector:4318; needs pip install 'peregrine[tracing]'",
+    )
+    ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="share of the requests with a span, of those whose caller has not decided it"
+    )
+
+
 class MetricsConfig(Section):
     vllm_names: bool = Field(default=False, description="also under the names that vLLM's dashboards read")
     public: bool = Field(default=False, description="GET /metrics needs no API key")
@@ -173,6 +187,7 @@ class Config(EngineConfig):
     limits: LimitsConfig = LimitsConfig()
     operation: OperationConfig = OperationConfig()
     access: AccessConfig = AccessConfig()
+    tracing: TracingConfig = TracingConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     def engine_config(self) -> EngineConfig:

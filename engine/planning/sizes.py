@@ -166,8 +166,8 @@ class Sizer:
             output = min(in_layers, facts.vocab_size * facts.hidden_size)
             in_layers -= output
         linear = in_layers * (self.format.num_bytes or size) + output * (self.format.output or size)
-        others = (facts.num_parameters - facts.num_linear_parameters) * size
-        others -= int(facts.experts.num_parameters * (size - (self.format.experts or size)))
+        others: float = (facts.num_parameters - facts.num_linear_parameters) * size
+        others -= facts.experts.num_parameters * (size - (self.format.experts or size))
         if self.kernels == "numba":  # which keeps what files have in few bits as it is
             linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
             others -= facts.num_embedding_parameters * (size - self._table_bytes(size))

@@ -21,6 +21,7 @@ class CodeFormat(NamedTuple):
     group_size: int
     values: Values
     scales: torch.dtype
+    factor: float = 1.0  # of all of them
 
 
 class StoredCodes(NamedTuple):
@@ -82,7 +83,10 @@ def kept_as_stored(spec: LinearSpec, parts: list[Tensor | StoredLevels], *, max_
         codes = [_codes_of(part, found) for part in parts if isinstance(part, (StoredIntegers, FourBitFloats))]
     if any(part.zeros is not None for part in codes):
         codes = [part if part.zeros is not None else _with_zeros(part, found.bits) for part in codes]
-    return matrix_of_codes(spec, codes, bits=found.bits, group_size=found.group_size, values=found.values)
+    factor = None if found.factor == 1.0 else torch.tensor([found.factor], device="cpu")
+    return matrix_of_codes(
+        spec, codes, bits=found.bits, group_size=found.group_size, values=found.values, channel_scales=factor
+    )
 
 
 def _format_of(part: Tensor | StoredLevels) -> CodeFormat | None:
@@ -102,8 +106,9 @@ def _format_of(part: Tensor | StoredLevels) -> CodeFormat | None:
     low, high = (part.zeros,) * 2 if isinstance(part.zeros, int) else (int(one) for one in part.zeros.aminmax())
     if low + shift < 0 or high + shift > 2**part.bits:
         return None
-    is_narrow = part.factor == 1.0 and part.scales.dtype in (torch.float16, torch.bfloat16)
-    return CodeFormat(part.bits, group_size, "integer", part.scales.dtype if is_narrow else torch.float32)
+    is_narrow = part.scales.dtype in (torch.float16, torch.bfloat16)
+    scales = part.scales.dtype if is_narrow else torch.float32
+    return CodeFormat(part.bits, group_size, "integer", scales, part.factor)
 
 
 def _codes_of(part: StoredIntegers | FourBitFloats, found: CodeFormat) -> StoredCodes:
@@ -112,9 +117,7 @@ def _codes_of(part: StoredIntegers | FourBitFloats, found: CodeFormat) -> Stored
         return StoredCodes(unpack_bits(part.octets, 4, depth), (part.scales.float() * 2).to(found.scales))
     shift = _shift(part)
     codes = (part.read_levels(0, num_rows).to(torch.int16) + shift).to(torch.uint8)
-    scales = (
-        part.scales if found.scales == part.scales.dtype and part.factor == 1.0 else part.scales.float() * part.factor
-    )
+    scales = part.scales.to(found.scales)
     if isinstance(part.zeros, int):
         is_middle = part.zeros + shift == 2 ** (part.bits - 1)
         zeros = None if is_middle else torch.full(part.scales.shape, part.zeros + shift, dtype=torch.int16)

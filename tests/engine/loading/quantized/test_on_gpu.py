@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Quantize, dict[str, object], str]] = {
     "packed, rows": (q.compressed_integers(4, group_size=-1), compressed(4), "int4, rows"),
     "MXFP4": (q.mxfp4, compressed(4, "float"), "fp4, groups of 32"),
     "NVFP4": (q.nvfp4(), compressed(4, "float"), "fp4, groups of 16"),
-    "FP8": (q.eight_bit_floats(), {"quant_method": "fp8", "activation_scheme": "dynamic"}, "float32"),
+    "FP8": (q.eight_bit_floats(), {"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8, rows"),
 }
 
 
@@ -92,7 +92,7 @@ def test_a_plan_keeps_what_is_quantised_by_itself_and_says_the_bytes(tmp_path: P
     write_checkpoint(tmp_path, q.gptq(4), gptq(4))
     plan, floats = (plan_of(tmp_path, kernels="triton", quantization=name) for name in ("auto", "none"))
     assert plan.quantization == "stored"
-    assert "integers and 4-bit floats of up to 8 bits stay as they are" in render_plan(plan)
+    assert "integers, FP8 and FP4 of up to 8 bits stay as they are" in render_plan(plan)
     output = plan.facts.vocab_size * plan.facts.hidden_size
     in_layers = plan.facts.num_linear_parameters - output
     size = plan.dtype.itemsize

@@ -23,6 +23,7 @@ from engine.loading.loader import LoadedModel, load_model, read_model_facts
 from engine.planning.ceilings import ceilings_file, release, with_ceilings
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.kv_range import bound_of_keys_and_values, overflow_note, with_cache_that_holds
+from engine.planning.lossy import lossy_notes
 from engine.planning.machine import Ceilings, Machine, freeing_at_once, read_machine
 from engine.planning.resolve import limit_instructions, resolve_device
 from engine.planning.sizes import gib
@@ -35,6 +36,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.step_recording import StepRecording
 from engine.runner.step_timing import time_steps
 from engine.runner.trial import try_one_token
+from engine.sampling.typical import TypicalRule
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepPace
@@ -83,7 +85,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     clock.enter("plan", config.model.path)
     facts = read_model_facts(config.model, report=clock.enter)
     plan = plan_memory(facts, config, machine)
-    for note in plan.notes:
+    for note in [*plan.notes, *lossy_notes(config)]:
         report("note", note)
     back_end = KernelBackend(plan, is_strict=config.device.is_strict, is_torch_only=config.device.kernels == "torch")
     with freeing_at_once():
@@ -212,12 +214,17 @@ def _assemble(
     return Engine(
         executor,
         Scheduler(kv, limits),
-        Speculator(proposer, loaded.vocab_size, _controller(config, plan, proposer)),
+        Speculator(proposer, loaded.vocab_size, _controller(config, plan, proposer), typical=_typical_rule(config)),
         _cost(plan),
         pace=pace,
         overlap=overlap,
         recording=recording,
     )
+
+
+def _typical_rule(config: EngineConfig) -> TypicalRule | None:
+    lossy = config.lossy_speculation
+    return TypicalRule(lossy.posterior_threshold, lossy.posterior_alpha) if lossy.acceptance == "typical" else None
 
 
 def _proposer_context(
@@ -276,7 +283,9 @@ def _with_measured_workspace(
 
 def _determinism(config: EngineConfig, has_independent_rows: bool) -> Setting:
     """How far a seed's promise holds with this model on this machine."""
-    if has_independent_rows:
+    if config.lossy_speculation.acceptance != "exact":
+        reason = "typical acceptance is LOSSY: tokens depend on drafts, and these on what else runs"
+    elif has_independent_rows:
         reason = "a row's numbers depend on the row alone: not on its batch, its chunk or a warm prefix"
     elif config.device.is_strict:
         reason = "every token goes through the model alone"
@@ -324,6 +333,7 @@ def _fingerprint(config: EngineConfig, plan: MemoryPlan, loaded: LoadedModel, ha
         str(plan.block_size),
         config.device.determinism,
         str(has_independent_rows),
+        *([] if _typical_rule(config) is None else [str(_typical_rule(config)), config.speculation.method]),
         hashlib.sha256(loaded.tokenizer.tokenizer_json.encode()).hexdigest(),
         *_numerics_of_device(plan),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 DEFAULT_MODEL = "smollm2-135m-instruct"  # a name of its own: the GGUF file that comes as a wheel
 
@@ -172,6 +172,35 @@ class SpeculationConfig(Section):
         return self
 
 
+def _own_acceptance(value: object) -> object:
+    """vLLM's names of the two ways."""
+    return {"rejection_sampler": "exact", "typical_acceptance_sampler": "typical"}.get(str(value), value)
+
+
+class LossySpeculationConfig(Section):
+    """LOSSY: what speculation may change in answers. Off by default, so that drafts change the speed and nothing else.
+
+    Typical acceptance (Medusa, arXiv 2401.10774, section 3.3.1) keeps drafts that are likely enough where a request is
+    sampled. Answers are no samples of the model any more, and a seed no longer gives the same one.
+    """
+
+    for_operators: ClassVar[bool] = True
+
+    acceptance: Annotated[
+        Literal["exact", "typical"],
+        BeforeValidator(_own_acceptance),
+        Flag("--speculative-config", "acceptance_method"),
+    ] = Field(
+        default="exact", description="which drafts are kept: those that are sampled, or LOSSY: those that are likely"
+    )
+    posterior_threshold: Annotated[float, Field(gt=0, le=1), Flag("--speculative-config", "posterior_threshold")] = (
+        Field(default=0.09, description="probability above which a draft is always kept: the paper's epsilon")
+    )
+    posterior_alpha: Annotated[float, Field(gt=0, le=10), Flag("--speculative-config", "posterior_alpha")] = Field(
+        default=0.3, description="times exp(-entropy): probability above which it is kept where the model is unsure"
+    )
+
+
 class SupervisionConfig(Section):
     """When the server gives up on the engine process instead of starting another, and ends with exit code 5.
 
@@ -213,6 +242,7 @@ class EngineConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     kv_cache: KVCacheConfig = KVCacheConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    lossy_speculation: LossySpeculationConfig = LossySpeculationConfig()
     supervision: SupervisionConfig = SupervisionConfig()
     logging: LoggingConfig = LoggingConfig()
     seed: Annotated[int, Flag("--seed")] = Field(

@@ -55,6 +55,7 @@ class Engine:
             num_groups=scheduler.kv.num_groups,
             counts_on_device=executor.keeps_token_counts,
             shows_all_rows=needs.hidden == "all",
+            typical=speculator.typical,
         )
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run

@@ -15,7 +15,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from engine.batch.step_inputs import CountChanges, LogprobInputs, PenaltyInputs, RowEdits, StepInputs, TokenEdits
+from engine.batch.step_inputs import (
+    CountChanges,
+    LogprobInputs,
+    PenaltyInputs,
+    RowEdits,
+    StepInputs,
+    TokenEdits,
+    TypicalInputs,
+)
 
 
 class StepFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +61,7 @@ def without_contents(inputs: StepInputs) -> StepInputs:
             edits=tuple(_edits_without_contents(one) for one in sampling.edits),
             counts=None if sampling.counts is None else _counts_without_contents(sampling.counts),
             logprobs=None if sampling.logprobs is None else _logprobs_without_contents(sampling.logprobs),
+            typical=None if sampling.typical is None else _typical_without_contents(sampling.typical),
         ),
     )
 
@@ -75,6 +84,10 @@ def _penalties_without_contents(penalties: PenaltyInputs) -> PenaltyInputs:
 def _counts_without_contents(counts: CountChanges) -> CountChanges:
     pairs = {name: getattr(counts, name) * np.array([1, 0]) for name in ("in_prompt", "in_output", "behind_drafts")}
     return replace(counts, **pairs)
+
+
+def _typical_without_contents(typical: TypicalInputs) -> TypicalInputs:
+    return replace(typical, tokens=np.zeros_like(typical.tokens))
 
 
 def _logprobs_without_contents(logprobs: LogprobInputs) -> LogprobInputs:

@@ -115,6 +115,22 @@ class LogprobInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class TypicalInputs:
+    """Drafts that are kept if they are likely enough (`engine.sampling.typical`), whatever is sampled.
+
+    rows: [num_rows] the sampled rows that they are judged by, each once. Of each draft, [num_drafts]: the place in
+    `rows` of the one that it follows; the sampled row behind it; its token
+    """
+
+    rows: Ints
+    places: Ints
+    drafts: Ints
+    tokens: Ints
+    threshold: float
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingInputs:
     """What decides the tokens of a step's sampled rows."""
 
@@ -124,6 +140,7 @@ class SamplingInputs:
     edits: tuple[RowEdits, ...] = ()
     counts: CountChanges | None = None
     logprobs: LogprobInputs | None = None
+    typical: TypicalInputs | None = None
     grammar_masks: NDArray[np.uint32] | None = None  # [num_sampled, vocab_size / 32] allowed tokens; none in use yet
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig, SpeculationConfig
+from engine.config import EngineConfig, LossySpeculationConfig, ModelConfig, SpeculationConfig
 from engine.ipc.messages import Setting
 from engine.kv_cache.codec import make_codec
 from engine.kv_cache.layer_spec import windows_of
@@ -15,6 +15,7 @@ from engine.loading.loading_peak import COMPILER_BYTES
 from engine.loading.model_facts import ModelFacts
 from engine.loading.notes import length_notes, rounding_notes
 from engine.models.model_error import ModelError
+from engine.planning.lossy import check_lossy
 from engine.planning.machine import Machine
 from engine.planning.resolve import (
     Resolved,
@@ -217,6 +218,7 @@ def plan_memory(
 
 def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tuple[MemoryPlan | None, ProposerNeeds]:
     """The draft model's plan, if there is to be one, and what the proposer needs with it."""
+    check_lossy(config)
     needs = needs_of(config.speculation, _target_shape(facts, config.kv_cache.block_size))
     if config.speculation.method != "draft_model":
         return None, needs
@@ -224,7 +226,8 @@ def _plan_draft(facts: ModelFacts, config: EngineConfig, machine: Machine) -> tu
         path=str(config.speculation.model),
         load_format="dummy" if config.model.load_format == "dummy" else "auto",
     )
-    draft_config = config.model_copy(update={"model": model, "speculation": SpeculationConfig()})
+    update = {"model": model, "speculation": SpeculationConfig(), "lossy_speculation": LossySpeculationConfig()}
+    draft_config = config.model_copy(update=update)
     try:
         draft = plan_memory(read_model_facts(model), draft_config, machine)
     except ModelError as error:

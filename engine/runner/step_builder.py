@@ -9,6 +9,7 @@ from engine.batch.gather import gather_step
 from engine.batch.step_inputs import StepInputs
 from engine.sampling.metadata import SamplingBuilder
 from engine.sampling.token_counts import CountKeeper
+from engine.sampling.typical import TypicalRule
 from engine.types import Scheduled
 
 
@@ -21,6 +22,7 @@ class StepBuilder:
     num_groups: groups of layers, each with a block table (`AttentionLayer.group`)
     counts_on_device: whether the executor's sampler keeps the token counts of penalised sequences itself
     shows_all_rows: whether somebody wants the hidden states of all rows, not of those with logits alone
+    typical: as of `SamplingBuilder`
     """
 
     def __init__(
@@ -31,12 +33,13 @@ class StepBuilder:
         num_groups: int = 1,
         counts_on_device: bool = False,
         shows_all_rows: bool = False,
+        typical: TypicalRule | None = None,
     ) -> None:
         self._shows_all_rows = shows_all_rows
         self._counts_on_device = counts_on_device
         self.block_size, self.vocab_size = block_size, vocab_size
         self.tables = BlockTables(num_groups)
-        self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None)
+        self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None, typical=typical)
 
     def fresh(self) -> StepBuilder:
         """One for an executor of the same kind that was told nothing yet."""
@@ -46,6 +49,7 @@ class StepBuilder:
             num_groups=self.tables.num_groups,
             counts_on_device=self._counts_on_device,
             shows_all_rows=self._shows_all_rows,
+            typical=self.sampling.typical,
         )
 
     def build(self, batch: list[Scheduled]) -> StepInputs:

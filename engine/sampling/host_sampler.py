@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.arrays import Floats, Ints
-from engine.batch.step_inputs import NO_INTS, RowEdits, SamplingInputs
+from engine.batch.step_inputs import NO_INTS, RowEdits, SamplingInputs, TypicalInputs
 from engine.sampling.acceptance import NO_TOKEN, NOT_FINITE
 from engine.sampling.gumbel import GumbelRace
 from engine.sampling.logit_processors import edit_logits
@@ -20,6 +20,7 @@ from engine.sampling.logprobs import ask_logprobs
 from engine.sampling.noise import Words, noise_key
 from engine.sampling.output import SamplerOutput
 from engine.sampling.truncation import Limits, Nucleus, first_tokens, gaps_below, keep_first
+from engine.sampling.typical import are_typical
 
 FEW_TOKENS = 2048  # of a top-k: so many are listed and sorted; of more, only the last one is found
 
@@ -50,8 +51,17 @@ class HostSampler:
                 after = inputs.logprobs.tokens.copy()
                 after[inputs.logits_rows] = tokens.clip(0)
                 answers = ask_logprobs(host, after, inputs.logprobs)
+            is_typical = None if inputs.typical is None else self._typical(host, inputs, inputs.typical, before)
         sampled = torch.from_numpy(tokens)
-        return SamplerOutput(sampled if is_here else sampled.to(logits.device), answers)
+        return SamplerOutput(sampled if is_here else sampled.to(logits.device), answers, is_typical)
+
+    def _typical(self, logits: Floats, inputs: SamplingInputs, typical: TypicalInputs, newest: Ints) -> Tensor:
+        rows = logits[inputs.logits_rows[typical.rows]]
+        for edit in inputs.edits:
+            places = np.flatnonzero(typical.rows == edit.row)
+            if len(places):
+                rows[places[0]] = _edited(rows[places[0]], edit, newest)
+        return are_typical(torch.from_numpy(rows), typical, inputs.facts)
 
     def _sample(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
         """One token per sampled row, NO_TOKEN or NOT_FINITE where none can be chosen. [num_sampled]"""

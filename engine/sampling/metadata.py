@@ -28,6 +28,7 @@ from engine.batch.step_inputs import (
 from engine.sampling.logit_processors import LogitEdits, edits_every_step, is_penalised
 from engine.sampling.token_counts import CountKeeper, TokenHistories
 from engine.sampling.truncation import limits_of
+from engine.sampling.typical import TypicalRule, typical_inputs
 from engine.types import SamplingParams, Scheduled, Sequence
 
 GREEDY_BELOW = 1e-5  # a temperature: the noise, at most 22, could not reverse a difference of 3e-4 between logits
@@ -45,10 +46,14 @@ class SamplingBuilder:
     """Makes each step's `SamplingInputs`.
 
     counts: who keeps the token counts of penalised sequences where the executor counts itself; None: the host counts
+    typical: keeps drafts that are likely enough, which is lossy; None: drafts that are sampled
     """
 
-    def __init__(self, vocab_size: int, counts: CountKeeper | None = None) -> None:
+    def __init__(
+        self, vocab_size: int, counts: CountKeeper | None = None, *, typical: TypicalRule | None = None
+    ) -> None:
         self.vocab_size = vocab_size
+        self.typical = typical
         self._counts = counts
         self._histories = TokenHistories()
         self._known: WeakKeyDictionary[Sequence, _SequenceFacts] = WeakKeyDictionary()
@@ -75,6 +80,7 @@ class SamplingBuilder:
             edits=edits,
             counts=counts,
             logprobs=logprob_inputs(batch) if step.has_scores or step.wants_logprobs else None,
+            typical=None if self.typical is None else typical_inputs(batch, self.typical, GREEDY_BELOW),
         )
 
     def advance(self, batch: list[Scheduled], before: SamplingInputs) -> SamplingInputs:

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.batch.step_inputs import StepInputs
 from engine.sampling.acceptance import NO_TOKEN, NOT_FINITE, accept
 from engine.sampling.logprobs import read_logprobs
+from engine.sampling.typical import accept_typical
 from engine.types import Sampled, TokenLogprobs
 
 _NOT_FINITE = (
@@ -59,14 +60,19 @@ class SamplerOutput:
     which are negative, where none can be chosen
     """
 
-    def __init__(self, tokens: Tensor, answers: Tensor | None) -> None:
-        """answers: those of `ask_logprobs`; None where nobody asked"""
+    def __init__(self, tokens: Tensor, answers: Tensor | None, is_typical: Tensor | None = None) -> None:
+        """answers: those of `ask_logprobs`; is_typical: of `are_typical`; None where nobody asked"""
         self.tokens = tokens
-        self._copy = HostCopy(tokens, answers)
+        self._copy = HostCopy(tokens if is_typical is None else torch.cat((tokens, is_typical.long())), answers)
 
     def finish(self, inputs: StepInputs) -> list[Sampled]:
         """Waits for the tokens; decides on drafts and errors. One `Sampled` per sequence."""
         sampled, answers = self._copy.read()
+        typical = inputs.sampling.typical
+        is_typical = {}
+        if typical is not None:
+            is_typical = dict(zip(typical.drafts.tolist(), sampled[inputs.sampling.num_rows :], strict=True))
+            del sampled[inputs.sampling.num_rows :]
         if answers is None and inputs.is_decoding and len(sampled) == inputs.num_seqs and min(sampled) >= 0:
             return [Sampled([token]) for token in sampled]
         seqs = inputs.seqs
@@ -85,7 +91,14 @@ class SamplerOutput:
             accepted: list[int] = []
             if num_drafts and rows[0] >= 0:
                 parents = draft_parents[first_draft : first_draft + num_drafts]
-                accepted = accept(rows, input_ids[end - num_drafts : end], parents)
+                tokens = input_ids[end - num_drafts : end]
+                if first + 1 in is_typical:
+                    flags = [bool(is_typical[first + 1 + draft]) for draft in range(num_drafts)]
+                    accepted = accept_typical(rows, tokens, parents, flags)
+                    for draft, parent in zip(accepted, [-1, *accepted], strict=False):
+                        rows[parent + 1] = tokens[draft]  # what is kept there
+                else:
+                    accepted = accept(rows, tokens, parents)
             if answers is None and rows and rows[0] >= 0:  # most of them
                 results.append(Sampled([rows[0], *[rows[1 + draft] for draft in accepted]], accepted))
             else:

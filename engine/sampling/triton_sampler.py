@@ -20,6 +20,7 @@ from engine.sampling.device_columns import Columns
 from engine.sampling.device_edits import DeviceEdits
 from engine.sampling.output import SamplerOutput
 from engine.sampling.token_counts import TokenCounts
+from engine.sampling.typical import are_typical
 from kernels.triton.sampling.sample_tokens import sample_tokens
 from kernels.triton.sampling.token_scores import penalise, score_tokens
 
@@ -45,19 +46,20 @@ class TritonSampler:
         assert logits.ndim == 2, f"logits are rows of {self.vocab_size} tokens, not {tuple(logits.shape)}"
         assert logits.shape[1] == self.vocab_size, f"{logits.shape[1]} logits for {self.vocab_size} tokens"
         rows = None if inputs.num_rows == len(logits) else to_device(inputs.logits_rows, logits.device)
-        tokens = self._sample(logits if rows is None else logits.index_select(0, rows), inputs, newest)
+        tokens, is_typical = self._sample(logits if rows is None else logits.index_select(0, rows), inputs, newest)
         queries = inputs.logprobs
         if queries is None:
-            return SamplerOutput(tokens, None)
+            return SamplerOutput(tokens, None, is_typical)
         after = tokens.clamp_min(0)
         if rows is not None:
             after = to_device(queries.tokens, logits.device).index_copy_(0, rows, after)
-        return SamplerOutput(tokens, _ask_logprobs(logits, after, queries))
+        return SamplerOutput(tokens, _ask_logprobs(logits, after, queries), is_typical)
 
-    def _sample(self, logits: Tensor, inputs: SamplingInputs, newest: Tensor | None) -> Tensor:
-        """One token per sampled row, NO_TOKEN or NOT_FINITE where none can be chosen. [num_sampled] int64"""
+    def _sample(self, logits: Tensor, inputs: SamplingInputs, newest: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One token per sampled row, NO_TOKEN or NOT_FINITE where none can be chosen, [num_sampled] int64; and which
+        drafts are typical, if that is asked."""
         if not inputs.num_rows:
-            return torch.empty(0, dtype=torch.int64, device=logits.device)
+            return torch.empty(0, dtype=torch.int64, device=logits.device), None
         facts = inputs.facts
         if self._columns is None or self._columns.facts is not facts:  # else only positions have changed
             self._columns = Columns(
@@ -65,14 +67,15 @@ class TritonSampler:
             )
         columns = self._columns
         if not inputs.edits:
-            return _sample_by_columns(logits, columns, inputs.positions, none=NOT_FINITE)
+            tokens = _sample_by_columns(logits, columns, inputs.positions, none=NOT_FINITE)
+            return tokens, _typical(logits, inputs)
         is_finite = logits.amax(-1).isfinite()
         edited = logits.clone()
         if inputs.counts is not None:
             self._penalise(edited, inputs.edits, inputs.counts, newest)
         self._edits.apply(edited, inputs.edits, newest)
         tokens = _sample_by_columns(edited, columns, inputs.positions, none=NO_TOKEN)
-        return tokens.masked_fill_(~is_finite, NOT_FINITE)
+        return tokens.masked_fill_(~is_finite, NOT_FINITE), _typical(edited, inputs)
 
     def _penalise(
         self, logits: Tensor, edits: tuple[RowEdits, ...], changes: CountChanges, newest: Tensor | None
@@ -96,6 +99,13 @@ def _sample_by_columns(logits: Tensor, columns: Columns, positions: Ints, *, non
         logits, *columns.at(positions), none=none, is_random=columns.is_random, is_truncated=columns.is_truncated
     )
     return tokens
+
+
+def _typical(logits: Tensor, inputs: SamplingInputs) -> Tensor | None:
+    """logits: of the sampled rows, edited"""
+    if inputs.typical is None:
+        return None
+    return are_typical(logits[to_device(inputs.typical.rows, logits.device)], inputs.typical, inputs.facts)
 
 
 def _ask_logprobs(logits: Tensor, token_ids: Tensor, queries: LogprobInputs) -> Tensor:

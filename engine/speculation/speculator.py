@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.circuit_breaker import CircuitBreaker
 from engine.faults import check_device
+from engine.sampling.typical import TypicalRule
 from engine.speculation.controller import DraftController
 from engine.speculation.proposer import Proposer
 from engine.speculation.verified_step import Place, VerifiedStep, places_of
@@ -31,11 +32,19 @@ class Speculator:
     """Sets the drafts of sequences after each step. Runs in the engine's thread.
 
     controller: chooses how many drafts are verified; None: as many as are proposed
-    is_off: whether the proposer is left out for now, because it has failed
+    typical: keeps drafts that are likely enough, which is lossy; None: those that are sampled
+    is_off: whether the proposer is left out for now, for everybody, because it has failed
     """
 
-    def __init__(self, proposer: Proposer, vocab_size: int, controller: DraftController | None = None) -> None:
-        self.proposer, self.controller = proposer, controller
+    def __init__(
+        self,
+        proposer: Proposer,
+        vocab_size: int,
+        controller: DraftController | None = None,
+        *,
+        typical: TypicalRule | None = None,
+    ) -> None:
+        self.proposer, self.controller, self.typical = proposer, controller, typical
         self._vocab_size = vocab_size
         self._breaker = CircuitBreaker(first_pause=FIRST_PAUSE)
         self._strange: WeakKeyDictionary[Sequence, CircuitBreaker] = WeakKeyDictionary()  # that had nonsense

@@ -173,6 +173,19 @@ def test_the_plan_counts_the_draft_model_and_its_cache(folder: Path) -> None:
     assert "OTHER" in render_plan(both)
 
 
+def test_a_draft_model_is_planned_with_typical_acceptance_too(folder: Path) -> None:
+    config = {
+        "model": {"path": str(folder / "TARGET"), "load_format": "dummy"},
+        "speculation": {"method": "draft_model", "model": str(folder / "OTHER")},
+        "lossy_speculation": {"acceptance": "typical"},
+    }
+    checked = EngineConfig.model_validate(config)
+    assert plan_memory(read_model_facts(checked.model), checked, read_machine()).draft is not None
+    strict = EngineConfig.model_validate(config | {"device": {"determinism": "strict"}})
+    with pytest.raises(ValueError, match="determinism is strict, which promises"):
+        plan_memory(read_model_facts(strict.model), strict, read_machine())
+
+
 def test_the_plan_counts_the_weights_and_the_rows_of_an_eagle_head(folder: Path) -> None:
     alone = _plan({}, folder / "TARGET")
     both = _plan({"method": "eagle3", "model": str(folder / "EAGLE")}, folder / "TARGET")

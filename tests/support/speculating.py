@@ -18,6 +18,7 @@ from engine.runner.executor import ModelExecutor
 from engine.runner.model_runner import ModelRunner
 from engine.runner.step_builder import StepBuilder
 from engine.sampling.host_sampler import HostSampler
+from engine.sampling.typical import TypicalRule
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
@@ -116,9 +117,15 @@ def make_proposer(method: str, model: Model, *, num_blocks: int, num_drafts: int
 
 
 def make_engine(
-    method: str, *, num_blocks: int = 300, budget: int = 64, window: int | None = None, is_auto: bool = False
+    method: str,
+    *,
+    num_blocks: int = 300,
+    budget: int = 64,
+    window: int | None = None,
+    is_auto: bool = False,
+    typical: TypicalRule | None = None,
 ) -> Engine:
-    """is_auto: a controller chooses what is verified"""
+    """is_auto: a controller chooses what is verified; typical: drafts are kept that are likely enough"""
     model = make_model(window=window)
     limits = SchedulerLimits(
         max_num_seqs=16, max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN, headroom=1, num_lookahead_tokens=5
@@ -130,4 +137,5 @@ def make_engine(
     if is_auto:
         costs = StepCosts(FREE_ROWS)
         controller = DraftController(costs, max_rows=budget, depth_costs_time=proposer.needs.depth_costs_time)
-    return Engine(executor, Scheduler(kv, limits), Speculator(proposer, VOCAB_SIZE, controller), COST)
+    speculator = Speculator(proposer, VOCAB_SIZE, controller, typical=typical)
+    return Engine(executor, Scheduler(kv, limits), speculator, COST)

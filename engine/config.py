@@ -63,8 +63,8 @@ class ModelConfig(Section):
     quantization: Annotated[str, Flag("--quantization")] = Field(
         default="auto",
         description="weight format computed at load time: none (exactly the model's weights), fp16 (within a "
-        "thousandth of each weight), int8, int4, fp8 (GPUs, activations as well); auto: fp16 on a CPU that lacks "
-        "faster, none elsewhere",
+        "thousandth of each weight), int8, int4; on GPUs fp8 (activations as well) and stored (what a checkpoint has "
+        "quantised); auto: fp16 on a CPU that lacks faster, none elsewhere",
     )
     activations: Activations = Field(
         default="int16",

@@ -48,6 +48,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_token_ids: list[int] = []  # already emitted: empty, unless the engine died
     priority: int = 0  # lower runs first
     tenant: str = ""  # whose it is: tenants get fair shares of a busy engine
+    tenant_weight: float = 1.0  # of its share
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
 
 

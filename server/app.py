@@ -30,6 +30,7 @@ from server.state import ServerState
 from server.state_watch import StateWatch
 from server.telemetry.metrics import EngineCollector, Metrics
 from server.telemetry.observers import Observers
+from server.telemetry.tracing import Collector, PassOn, Tracing
 from server.text.chat_renderer import ChatRenderer, TemplateLimits
 from server.version import VERSION
 
@@ -60,8 +61,9 @@ def create_app(
     """The application, whose ServerState is at `app.state.server`. Its lifespan is the engine's.
 
     sources: where each setting came from, to be shown. observers: who else hears of the engine.
-    Raises KeyFileError.
+    Raises KeyFileError and TracingError.
     """
+    tracing = _make_tracing(config)
     state = _make_state(config, sources=sources or {}, observers=observers, make_engine=make_engine)
 
     @asynccontextmanager
@@ -78,6 +80,7 @@ def create_app(
                 task.cancel()
             await state.engine.stop()
             state.chat_renderer.close()
+            await asyncio.to_thread(tracing.close)
 
     app = Application(
         title="Peregrine",
@@ -98,7 +101,7 @@ def create_app(
     app.add_middleware(TidyPath, routes=routes)
     if config.server.cors_origins:  # before the key: browsers send none with a preflight
         app.add_middleware(CrossOrigin, origins=config.server.cors_origins)
-    app.add_middleware(RequestContext, is_ending=lambda: state.draining)
+    app.add_middleware(RequestContext, is_ending=lambda: state.draining, tracing=tracing)
     if config.access.root_path:
         app.add_middleware(RootPath, root_path=config.access.root_path)
     if config.access.trusted_proxies:
@@ -122,7 +125,9 @@ def _make_state(
     state = ServerState(
         config=config,
         engine=engine,
-        admission=Admission(engine, config.limits, DrainRate(), is_shared=lambda: keys.num_tenants > 1),
+        admission=Admission(
+            engine, config.limits, DrainRate(), is_shared=lambda: keys.num_tenants > 1, terms_of=keys.terms_of
+        ),
         metrics=metrics,
         tokenizer=None,
         model_names=names,
@@ -137,6 +142,13 @@ def _make_state(
     for observer in (state.recorder, StateWatch(state), *observers):
         all_observers.add(observer)
     return state
+
+
+def _make_tracing(config: Config) -> Tracing:
+    settings = config.tracing
+    if settings.endpoint is None:
+        return PassOn()
+    return Collector(settings.endpoint, service=config.model_names()[0], ratio=settings.ratio)
 
 
 def _template_limits(config: Config) -> TemplateLimits:

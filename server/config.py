@@ -157,8 +157,23 @@ class AccessConfig(Section):
     )
     key_file: Annotated[str | None, Flag("--api-key-file")] = Field(
         default=None,
-        description="file with a line NAME KEY for each API key, beside server.api_keys; keys of one name share their "
-        "cached prefixes. Read again when it changes, and at SIGHUP",
+        description="file with a line NAME KEY for each API key, beside server.api_keys, and behind the key if wanted "
+        "weight=2 (of a share of a busy server) and tokens_per_minute=60000; keys of one name share their cached "
+        "prefixes. Read again when it changes, and at SIGHUP",
+    )
+
+
+class TracingConfig(Section):
+    """Spans for a collector (OpenTelemetry). A caller's trace is in the log and the answer with and without."""
+
+    for_operators: ClassVar[bool] = True
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/\S*)?$")] | None = Field(
+        default=None,
+        description="where OTLP over HTTP is taken, as http://collector:4318; needs pip install 'peregrine[tracing]'",
+    )
+    ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="share of the requests with a span, of those whose caller has not decided it"
     )
 
 
@@ -172,6 +187,7 @@ class Config(EngineConfig):
     limits: LimitsConfig = LimitsConfig()
     operation: OperationConfig = OperationConfig()
     access: AccessConfig = AccessConfig()
+    tracing: TracingConfig = TracingConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     def engine_config(self) -> EngineConfig:

@@ -101,7 +101,7 @@ def test_versions_are_those_that_were_tested(target: str) -> None:
     assert "gpu" in extras
 
 
-@pytest.mark.parametrize(("target", "requirement"), [("gpu", ".[gpu]"), ("cpu", ".")])
+@pytest.mark.parametrize(("target", "requirement"), [("gpu", ".[gpu,tracing]"), ("cpu", ".[tracing]")])
 def test_torch_comes_from_its_cpu_index_only_where_no_gpu_is(target: str, requirement: str) -> None:
     """The build's own shell command runs here, with a pip that only says what it was asked for."""
     install = next(run for run in arguments(f"{target}-build", "RUN") if "pip install" in run).partition("&& cd")[0]

@@ -87,7 +87,7 @@ ROOMS = {
     ),
     "kernels": ("layout configs", "reference", "torch_cpu numba triton"),
     "kernels/numba": ("core", "kernel_cache", "packing", "ops", "program", "compile_usual"),
-    "kernels/triton": ("compat configs", "attention sampling quantized", "layers"),
+    "kernels/triton": ("compat configs kv_codes", "attention sampling quantized", "layers"),
 }
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60

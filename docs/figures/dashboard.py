@@ -52,6 +52,8 @@ def shown(value: float, unit: str) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             return f"{value / (1e3 if letter == 'k' else size):.3g} {letter}{'' if letter == 'k' else unit}"
+    if value >= 1000:
+        return f"{value:,.0f}"
     short = {"reqps": " req/s", "tokens/s": " tok/s"}.get(unit, "")
     return f"{value:.3g}{short}"
 
@@ -73,8 +75,8 @@ def draw_stat(axes: Axes, panel: Panel, answers: list[list[Series]]) -> None:
     if panel.thresholds:
         steps = list(zip(COLORS[::-1] if panel.is_more_better else COLORS, (-np.inf, *panel.thresholds), strict=True))
         color = PAINT[[name for name, bound in steps if last >= bound][-1]]
-    axes.fill_between(times, values, color=color, alpha=0.12, linewidth=0)
-    axes.set_ylim(0, max(values.max() * 2.5, 1e-9))
+    axes.fill_between(times, values / max(values.max(), 1e-9), color=color, alpha=0.12, linewidth=0)
+    axes.set_ylim(0, 2.5)
     axes.text(0.5, 0.62, shown(last, panel.unit), ha="center", va="center", color=color, fontsize=15, fontweight="bold",
               transform=axes.transAxes)  # fmt: skip
 
@@ -133,6 +135,7 @@ def draw(url: str, minutes: float, row_title: str) -> None:
             axes.tick_params(length=0, labelsize=6)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 60:.1f} min" if value else "now"))
             axes.set_xlim(-60 * minutes, 0)
+            axes.set_xticks(np.linspace(-60 * minutes, 0, 4))
     figure.savefig(HERE / "dashboard.png", dpi=110)
 
 

@@ -17,7 +17,7 @@ class StoredKind(NamedTuple):
     label: str  # of the format, for people
     kept_in: int | None  # the format of `kernels.numba.core.formats` that compiled layers are expected to keep it in
     why_float: str  # where that is None
-    count: int
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

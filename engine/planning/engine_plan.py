@@ -166,7 +166,7 @@ def plan_memory(
     device = resolve_device(config, machine)
     kernels = resolve_kernels(config, device.value, facts.why_not_compiled)
     dtype = resolve_dtype(config, machine, device.value, kernels.value, is_bfloat16=facts.is_bfloat16)
-    quantization = resolve_quantization(config, machine, device.value, dtype=dtype.value, kernels=kernels.value)
+    quantization = resolve_quantization(config, machine, device.value, kernels.value, dtype.value, facts.stored)
     kv_dtype = resolve_kv_dtype(config, machine, facts, device=device.value, dtype=dtype.value, kernels=kernels.value)
     num_threads = resolve_num_threads(config, machine)
     chosen = device.value, kernels.value, quantization.value

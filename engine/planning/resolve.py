@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine.config import EngineConfig
 from engine.ipc.messages import Setting
 from engine.kv_cache.codec import KV_CODECS
-from engine.loading.model_facts import ModelFacts
+from engine.loading.model_facts import ModelFacts, StoredKind
 from engine.planning.machine import Machine
 from engine.quantization.method import formats_of
 from kernels.layout import PANEL
@@ -142,9 +143,12 @@ def resolve_kernels(config: EngineConfig, device: str, why_not_compiled: str) ->
 
 
 def resolve_quantization(
-    config: EngineConfig, machine: Machine, device: str, *, dtype: str, kernels: str
+    config: EngineConfig, machine: Machine, device: str, kernels: str, dtype: str, stored: Sequence[StoredKind] = ()
 ) -> Resolved[str]:
-    """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved."""
+    """The weight format. With `model.dtype` set, or "none", weights are exactly the model's. `dtype`: as resolved.
+
+    stored: what the checkpoint has quantised
+    """
     asked = config.model.quantization
     formats = formats_of(kernels)
     if config.model.activations != "int16" and kernels != "numba":
@@ -159,6 +163,8 @@ def resolve_quantization(
         return Resolved(asked, "config", formats[asked].meaning if kernels == "triton" else "")
     if config.model.dtype != "auto":
         return Resolved("none", "default", f"model.dtype is set to {config.model.dtype}")
+    if kernels == "triton" and stored:
+        return Resolved("stored", "model", formats["stored"].meaning)
     if device != "cpu":
         return Resolved("none", "default", "the GPU multiplies the model's own dtype fastest")
     if kernels == "numba":

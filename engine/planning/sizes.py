@@ -166,11 +166,13 @@ class Sizer:
             output = min(in_layers, facts.vocab_size * facts.hidden_size)
             in_layers -= output
         linear = in_layers * (self.format.num_bytes or size) + output * (self.format.output or size)
-        others = (facts.num_parameters - facts.num_linear_parameters) * size
-        others -= int(facts.experts.num_parameters * (size - (self.format.experts or size)))
+        others: float = (facts.num_parameters - facts.num_linear_parameters) * size
+        others -= facts.experts.num_parameters * (size - (self.format.experts or size))
         if self.kernels == "numba":  # which keeps what files have in few bits as it is
             linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
             others -= facts.num_embedding_parameters * (size - self._table_bytes(size))
+        if self.quantization == "stored":
+            linear -= sum(self._saved_as_stored(matrix, size) for matrix in facts.matrices)
         return int(linear), int(others)
 
     def _table_bytes(self, size: int) -> float:
@@ -193,6 +195,11 @@ class Sizer:
         if exact is None or not self._keeps(exact):
             return 0
         return matrix.num_weights * max(0.0, planned - exact)
+
+    def _saved_as_stored(self, matrix: Matrix, size: int) -> float:
+        """Bytes of a GPU's matrix that stays in a checkpoint's codes; scales may take four bytes of 32 weights."""
+        exact = matrix.exact_bytes
+        return 0 if exact is None or not matrix.has_levels else matrix.num_weights * max(0.0, size - exact - 4 / 32)
 
     def _loading(self, stays: int, size: int) -> int:
         """The peak while the weights are loaded and packed. size: bytes of a weight in the model's dtype"""

@@ -6,6 +6,7 @@ from engine.loading.model_facts import ModelFacts, StoredKind
 from engine.quantization.method import COMPILED_FORMATS
 from kernels.numba.core.formats import NAMES, SIZES
 
+_MOST_BITS = {"stored": 8, "int8": 8, "int4": 4}  # that are kept as they are, by `model.quantization`
 _MOST_NAMES = 8  # of kinds of layer in one line
 
 
@@ -13,9 +14,14 @@ def stored_notes(facts: ModelFacts, *, kernels: str, quantization: str, dtype: s
     """A line for each format and fate, with the kinds of layer. kernels, quantization, dtype: as resolved"""
     layers: dict[tuple[str, str], list[str]] = {}
     for kind in facts.stored:
-        fate = _compiled(kind, quantization) if kernels == "numba" else _other(kernels, quantization, dtype)
+        if kernels == "numba":
+            fate = _compiled(kind, quantization)
+        elif kernels == "triton" and quantization in _MOST_BITS:
+            fate = _on_gpu(quantization, dtype)
+        else:
+            fate = _other(kernels, quantization, dtype)
         layers.setdefault((kind.label, fate), []).append(
-            kind.name if kind.count == 1 else f"{kind.name} ({kind.count})"
+            kind.name if kind.num_layers == 1 else f"{kind.name} ({kind.num_layers})"
         )
     return [f"stored as {label}: {_some(names)}; {fate}" for (label, fate), names in layers.items()]
 
@@ -30,6 +36,12 @@ def _compiled(kind: StoredKind, quantization: str) -> str:
         return f"kept as floats of 16 bits, multiplied by compiled float tiles: {kind.why_float}"
     why = f": {kind.why_float}" if kind.why_float else ""
     return f"rounded to {quantization}, as model.quantization asks{why}"
+
+
+def _on_gpu(quantization: str, dtype: str) -> str:
+    others = dtype if quantization == "stored" else quantization
+    most = _MOST_BITS[quantization]
+    return f"integers, FP8 and FP4 of up to {most} bits stay as they are, in Triton's products; others become {others}"
 
 
 def _other(kernels: str, quantization: str, dtype: str) -> str:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from engine.lazy_import import load_object
+from engine.quantization.method import TRITON_FORMATS
 
 TRITON_PARTS = {
     "attention": "kernels.triton.attention.paged_attention:paged_attention",
@@ -19,11 +20,14 @@ TRITON_PARTS = {
     "sampling": "kernels.triton.sampling.sample_tokens:sample_tokens",
     "truncation": "kernels.triton.sampling.truncate:truncate",
     "moe": "kernels.triton.layers.moe:mix_experts",
+    "quantized": "kernels.triton.quantized.linear:quantized_linear",
+    "scaled": "kernels.triton.quantized.scaled:scaled_linear",
+    "quantized_moe": "kernels.triton.layers.quantized_moe:mix_quantized_experts",
 }
-_TUNED = ("attention", "moe")  # parts with tables of tile shapes
+_TUNED = ("attention", "moe", "quantized", "scaled", "quantized_moe")  # parts with tables of tile shapes
 
 
-def describe_triton_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def describe_triton_kernels(device: torch.device, dtype: torch.dtype, *, quantization: str = "none") -> dict[str, str]:
     """A line for each part of a model in `dtype` on this device, linear layers first.
 
     Every kernel is looked up, so that an installation that lacks one says so here.
@@ -32,7 +36,9 @@ def describe_triton_kernels(device: torch.device, dtype: torch.dtype) -> dict[st
 
     mode = "Triton's interpreter, slow" if INTERPRET else "Triton"
     library = "cuBLAS" if device.type == "cuda" else "the CPU"
-    parts = {"linear": f"torch's {str(dtype).removeprefix('torch.')} products, on {library}"}
+    meaning = TRITON_FORMATS[quantization].meaning
+    torchs = f"torch's {str(dtype).removeprefix('torch.')} products, on {library}"
+    parts = {"linear": f"{mode}; weights as {meaning}" if meaning else torchs}
     for part, place in TRITON_PARTS.items():
         tiles = f"; tiles {_provenance(device)}" if part in _TUNED else ""
         parts[part] = f"{mode}: {_find(place)}{tiles}"

@@ -23,7 +23,7 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
     missing = -words.shape[-1] % bits
     if missing:
         words = torch.nn.functional.pad(words, (0, missing))
-    blocks = words.unflatten(-1, (-1, bits)).long() & 0xFFFFFFFF  # [..., blocks, bits]
+    blocks = words.reshape(*words.shape[:-1], -1, bits).long() & 0xFFFFFFFF  # [..., blocks, bits]
     out = torch.empty(*blocks.shape[:-1], 32, dtype=torch.uint8, device=words.device)
     for place in range(32):
         word, first = divmod(place * bits, 32)

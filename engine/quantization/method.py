@@ -71,6 +71,10 @@ COMPILED_FORMATS = {  # whose module is imported only where it runs
 TRITON_FORMATS = {
     "none": FORMATS["none"],
     "fp16": FORMATS["fp16"],
+    "stored": WeightFormat(
+        f"{_TRITON}:QuantizedMethod",
+        meaning="what a checkpoint has quantised in up to 8 bits, as it is, and floats as floats",
+    ),
     "int8": WeightFormat(
         f"{_TRITON}:Int8Method", 1.0625, 1.0625, 1.0625, scratch=1,
         meaning="8 bits and a scale for each 128 weights, or 64 where rows are not made of 128",

@@ -55,6 +55,14 @@ class StoredFloats(StoredMatrix):
 
 
 @dataclass(frozen=True)
+class ScaledFloats(StoredFloats):
+    """8-bit floats. values: float8_e4m3fn; scales: float32 of the matrix [1, 1], of rows [num_rows, 1] or of blocks"""
+
+    values: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
 class FourBitFloats(StoredMatrix):
     """E2M1 numbers, whose twice is an integer: weight = twice(code) * scale.
 
@@ -78,13 +86,18 @@ class FourBitFloats(StoredMatrix):
     def levels(self, start: int, stop: int) -> Levels:
         assert self.kind is not None
         factors = self.scales[start:stop].reshape(stop - start, self.shape[1] // GROUP, -1)
-        return Levels(self.kind, unpack_bits(self.octets[start:stop], 4, self.shape[1]), factors)
+        return Levels(self.kind, self.codes(start, stop), factors)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """uint8 [n, depth] below 16"""
+        return unpack_bits(self.octets[start:stop], 4, self.shape[1])
 
     def piece(self, start: int, stop: int) -> Tensor:
         twice = torch.tensor(INTEGERS[NVFP4].table, dtype=torch.float32, device="cpu")
-        values = twice[unpack_bits(self.octets[start:stop], 4, self.shape[1]).int()]
-        grouped = values.unflatten(1, (self.scales.shape[1], -1))
-        return grouped.mul_(self.scales[start:stop].float().unsqueeze(-1)).flatten(1)
+        values = twice[self.codes(start, stop).int()]
+        grouped = values.view(stop - start, self.scales.shape[1], -1)
+        product: Tensor = grouped.mul_(self.scales[start:stop].float().unsqueeze(-1)).flatten(1)
+        return product
 
 
 @dataclass(frozen=True)

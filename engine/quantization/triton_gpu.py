@@ -1,72 +1,29 @@
 """Weight formats of a GPU: codes and scales that Triton's kernels multiply with as they are.
 
-`Int8Method`, `Int4Method` and `Fp8Method` round floats while they are loaded. Whoever reads a checkpoint that is
-quantised already makes a matrix of its codes (`matrix_of_codes`), or of its int8 and FP8 (`matrix_of_scaled`), so that
-no float matrix lies between the file and the product: what a method's `pack` returns, or a layer is given to `keep`.
+`Int8Method`, `Int4Method` and `Fp8Method` round floats while they are loaded. What a checkpoint has quantised already
+is kept as it is (`stored_codes`, `matrix_of_scaled`), in so many bits or fewer. So no float matrix lies between the
+file and the product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from engine.quantization.linear import ALL_ROWS, LinearMethod, LinearSpec, Shards
+from engine.quantization.stored_codes import check_parts, kept_as_stored
+from engine.quantization.stored_integers import ScaledFloats
 from kernels.reference.quantized import quantize_rows, round_to_groups
 from kernels.triton.configs import chip_of, strict_quantized_config, strict_scaled_config
-from kernels.triton.quantized.matrix import QuantizedMatrix, Values, make_matrix
+from kernels.triton.quantized.matrix import QuantizedMatrix, make_matrix
 from kernels.triton.quantized.scaled_matrix import ScaledMatrix, make_scaled_matrix, with_rows_as_they_are
 
 GpuMatrix = QuantizedMatrix | ScaledMatrix
 _PIECE = 1 << 24  # elements that are rounded at a time
 _FIRST_FP8 = (8, 9)  # compute capability of the first chips that multiply FP8
-
-
-@dataclass(frozen=True, slots=True)
-class StoredCodes:
-    """A part of a matrix as a checkpoint has it quantised: the arguments of `make_matrix`, which says what they mean.
-
-    codes: [num_outputs, num_inputs]; scales, zeros, offsets: [num_outputs, num_groups]; order: [num_inputs], the input
-    that each column of codes is for (act-order: sort the columns by group, and give their numbers)
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-    offsets: Tensor | None = None
-    order: Tensor | None = None
-
-
-def matrix_of_codes(
-    spec: LinearSpec,
-    parts: Sequence[StoredCodes],
-    *,
-    bits: int,
-    group_size: int,
-    values: Values | Tensor = "integer",
-    channel_scales: Tensor | None = None,
-) -> QuantizedMatrix:
-    """A layer's matrix of the codes of all its parts, from top to bottom, on the default device.
-
-    bits, group_size, values, channel_scales: as of `make_matrix`. ValueError for parts that do not fit together, or
-    that no kernel multiplies with.
-    """
-    device = torch.get_default_device()
-    _check_parts(spec, [part.codes for part in parts])
-    return make_matrix(
-        torch.cat([part.codes.to(device) for part in parts]),
-        torch.cat([part.scales.to(device) for part in parts]),
-        _stacked([part.zeros for part in parts], "zeros", device),
-        bits=bits,
-        group_size=group_size,
-        order=_common_order([part.order for part in parts], device),
-        values=values,
-        offsets=_stacked([part.offsets for part in parts], "offsets", device),
-        channel_scales=channel_scales,
-    )
 
 
 def matrix_of_scaled(
@@ -78,7 +35,7 @@ def matrix_of_scaled(
     ValueError for parts that do not fit together; blocks of scales do only if parts are made of whole blocks.
     """
     device = torch.get_default_device()
-    _check_parts(spec, [values for values, _ in parts])
+    check_parts(spec, [values for values, _ in parts])
     matrices = [make_scaled_matrix(values.to(device), scales.to(device)) for values, scales in parts]
     if any(one.is_blocked for one in matrices):
         if not all(one.is_blocked and len(one.values) % 128 == 0 for one in matrices[:-1]):
@@ -98,13 +55,21 @@ class QuantizedMethod(LinearMethod[GpuMatrix]):
     chosen and inputs are split; with one config it depends on the row alone.
     """
 
+    has_experts = True
+
     def __init__(self, num_threads: int = 1, *, has_one_config: bool = False) -> None:
         """num_threads: packing is the device's work"""
         self.has_one_config = has_one_config
 
     def pack(self, shards: Shards) -> GpuMatrix | None:
-        """None: floats stay floats."""
-        return None
+        """What a checkpoint has quantised. None for floats, and where no kernel multiplies it: they stay floats."""
+        scaled = [(part.values, part.scales) for part in shards.tensors if isinstance(part, ScaledFloats)]
+        if len(scaled) < len(shards.tensors):
+            return kept_as_stored(shards.spec, shards.tensors, max_bits=8)
+        try:
+            return matrix_of_scaled(shards.spec, scaled, quantizes_rows=False)
+        except ValueError:  # blocks of scales across the border of two parts
+            return None
 
     def apply(self, x: Tensor, weight: GpuMatrix, bias: Tensor | None) -> Tensor:
         chip = chip_of(x.device)
@@ -147,14 +112,17 @@ class RoundingMethod(QuantizedMethod):
     group; scales are bfloat16, whose range holds those of any weights
     """
 
-    has_experts = True
     bits: ClassVar[int]
     group_sizes: ClassVar[dict[int, tuple[int, ...]]] = {8: (128, 64), 4: (32, 16)}
 
     @torch.no_grad()
     def pack(self, shards: Shards) -> GpuMatrix | None:
-        """None for elements that are infinite or no numbers: they would be lost, and their groups with them."""
-        return self._rounded(shards, 8 if shards.spec.is_output else self.bits)
+        """What a checkpoint has in so many bits or fewer, as it is. None for floats that are infinite or no numbers:
+        they would be lost, and their groups with them.
+        """
+        bits = 8 if shards.spec.is_output else self.bits
+        kept = kept_as_stored(shards.spec, shards.tensors, max_bits=bits)
+        return self._rounded(shards, bits) if kept is None else kept
 
     def _rounded(self, shards: Shards, bits: int) -> QuantizedMatrix | None:
         num_outputs, num_inputs = shards.spec.shape
@@ -222,27 +190,3 @@ def _pieces(num_outputs: int, num_inputs: int) -> list[slice]:
     """Rows that are rounded at a time."""
     step = max(1, _PIECE // num_inputs)
     return [slice(start, min(start + step, num_outputs)) for start in range(0, num_outputs, step)]
-
-
-def _check_parts(spec: LinearSpec, parts: list[Tensor]) -> None:
-    if sum(map(len, parts)) != spec.num_outputs or any(part.shape[1:] != (spec.num_inputs,) for part in parts):
-        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise ValueError(f"codes of {shapes} for a matrix of {spec.shape}")
-
-
-def _stacked(parts: list[Tensor | None], name: str, device: torch.device) -> Tensor | None:
-    there = [part.to(device) for part in parts if part is not None]
-    if there and len(there) < len(parts):
-        raise ValueError(f"some parts of a matrix have {name}, and others have none")
-    return torch.cat(there) if there else None
-
-
-def _common_order(orders: list[Tensor | None], device: torch.device) -> Tensor | None:
-    first = orders[0]
-    if any((order is None) != (first is None) for order in orders):
-        raise ValueError("some parts of a matrix have their inputs in another order, and others have not")
-    if first is None:
-        return None
-    if not all(order is not None and torch.equal(order, first) for order in orders):
-        raise ValueError("the parts of a matrix have their inputs in different orders, but one product reads them once")
-    return first.to(device)

@@ -1,9 +1,10 @@
 """Fair shares of a busy engine: who is served next when several tenants have work, and who makes room.
 
 Virtual token counters (Sheng et al. 2024, "Fairness in Serving Large Language Models", arXiv 2401.00588, algorithm 2):
-each tenant has the count of tokens that it was served, an output token counting twice, and the tenant with the smallest
-count comes first. A tenant that comes back after a pause starts at the smallest count of those that are busy, so that
-nobody saves up service. A tenant alone gets everything, and one that sends a thousand requests waits behind itself.
+each tenant has the count of tokens that it was served, an output token counting twice, divided by its weight, and the
+tenant with the smallest count comes first. A tenant that comes back after a pause starts at the smallest count of those
+that are busy, so that nobody saves up service. A tenant alone gets everything, and one that sends a thousand requests
+waits behind itself.
 
 Counts decide the order; a tenant that has nothing may find all seats or blocks taken by requests that run for minutes.
 Then one that holds more than its share makes room (`victim`).
@@ -27,6 +28,7 @@ class FairShare:
 
     def __init__(self) -> None:
         self._num_seqs: Counter[str] = Counter()  # unfinished ones
+        self._weights: dict[str, float] = {}  # of tenants that have some
         self._served: dict[str, float] = {}  # tokens; of tenants without sequences too, if they had more than others
         self._floor = 0.0  # the count at which a tenant begins while nobody else is there
 
@@ -44,13 +46,14 @@ class FairShare:
             floor = min((self._served[other] for other in self._num_seqs), default=self._floor)
             self._served[tenant] = max(self.served(tenant), floor)
         self._num_seqs[tenant] += 1
+        self._weights[tenant] = seq.request.tenant_weight
 
     def remove(self, seq: Sequence) -> None:
         tenant = seq.request.tenant
         self._num_seqs[tenant] -= 1
         if self._num_seqs[tenant]:
             return
-        del self._num_seqs[tenant]
+        del self._num_seqs[tenant], self._weights[tenant]
         if not self._num_seqs:
             self._floor = self._served[tenant]
         floor = min((self._served[other] for other in self._num_seqs), default=self._floor)
@@ -61,7 +64,8 @@ class FairShare:
         """Counts a step for those whose tokens it computes. Drafts are the server's idea, and cost nobody anything."""
         for item in batch:
             tokens = item.num_new_tokens - item.num_drafts + (OUTPUT_WEIGHT - 1 if item.samples else 0)
-            self._served[item.seq.request.tenant] += tokens
+            tenant = item.seq.request.tenant
+            self._served[tenant] += tokens / self._weights[tenant]
 
     def order(self, seq: Sequence, now: float) -> Order:
         """By what sequences are served, smallest first: priority with age, the tenant's count, then arrival."""
@@ -82,18 +86,23 @@ class FairShare:
         held: Counter[str] = Counter()
         for seq in running:
             held[seq.request.tenant] += holding(seq)
-        share = capacity / max(len(self._num_seqs), 1)
+        whole = capacity / sum(self._weights.values())
+        shares = {tenant: whole * weight for tenant, weight in self._weights.items()}
         tenant = needy.request.tenant
-        if held[tenant] + needed > share:
+        if held[tenant] + needed > shares[tenant]:
             return None
         candidates = [
             seq
             for seq in running
-            if held[seq.request.tenant] > share
+            if held[seq.request.tenant] > shares[seq.request.tenant]
             and seq.num_preemptions == 0
             and seq.request.priority >= needy.request.priority
         ]
-        return max(candidates, key=lambda seq: (held[seq.request.tenant], seq.arrival), default=None)
+        return max(
+            candidates,
+            key=lambda seq: (held[seq.request.tenant] / shares[seq.request.tenant], seq.arrival),
+            default=None,
+        )
 
 
 def aged_priority(seq: Sequence, now: float) -> int:

@@ -188,6 +188,16 @@ def kernel(*signatures, folder: KernelFolder = FOLDER, **options):
     return decorate
 
 
+def named(function, name: str):
+    """The function under a name of its own, before Numba sees it: one of several that the same source makes.
+
+    Compiled code is found by its function's name and a number that counts from zero in each process. Two from the cache
+    that different processes compiled would be one symbol, and the second call the first's code.
+    """
+    function.__name__ = function.__qualname__ = name.replace(",", "").replace(" ", "_")
+    return function
+
+
 def address_of(compiled) -> int:
     """Where a kernel's code is, for `by_address`, as long as the kernel is kept."""
     (overload,) = compiled.overloads.values()

@@ -60,7 +60,7 @@ def paged_attention(
     Computed in float64 where q is float64, else in float32; returned in q's shape and dtype.
 
     q: [num_tokens, num_heads, head_dim]
-    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]; k_scales, v_scales: as in `store_kv`
     block_tables: [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; seq_lens: [num_seqs]
     scale: multiplies q @ k.T
     window: a row sees itself and the window - 1 positions before it
@@ -68,7 +68,6 @@ def paged_attention(
     tree_mask: [num_tokens, >= longest query], True where the row sees its sequence's j-th row of this step
     positions: [num_tokens], needed with a window and a tree only: a draft's position is its depth
     sinks: [num_heads], a score per head that takes part in the softmax and carries no value (gpt-oss)
-    k_scales, v_scales: as in `store_kv`
     """
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -77,10 +76,8 @@ def paged_attention(
     for b, length in enumerate(seq_lens.tolist()):
         rows = slice(starts[b], starts[b + 1])
         num_queries = rows.stop - rows.start
-        k, v = (
-            _in_order(cache, scales, block_tables[b], length)
-            for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
-        )
+        k = _in_order(k_cache, k_scales, block_tables[b], length)
+        v = _in_order(v_cache, v_scales, block_tables[b], length)
         k, v = (x.to(dtype).repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
         sees = visible(
             num_queries,

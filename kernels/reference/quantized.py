@@ -23,7 +23,7 @@ def dequantize(
     codes: [num_outputs, num_inputs] integers; scales, zeros, offsets: [num_outputs, num_groups], of inputs that lie
     side by side; table: [16], values that codes are numbers of, instead of being integers themselves
     """
-    groups = codes.unflatten(1, (scales.shape[1], -1))
+    groups = codes.reshape(len(codes), scales.shape[1], codes.shape[1] // scales.shape[1])
     values = groups.float() if table is None else table.float()[groups.long()]
     if zeros is not None:
         values = values - zeros.float()[:, :, None]
@@ -44,7 +44,7 @@ def round_to_groups(
     which is a code as well, lies between them.
     Bound: half a step, and as much again at the ends of an asymmetric group, whose zero was rounded to a code.
     """
-    groups = weight.float().unflatten(1, (-1, group_size))
+    groups = weight.float().reshape(len(weight), -1, group_size)
     low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
     most, half = 2**bits - 1, 2 ** (bits - 1)
     scales = torch.maximum(-low, high) / (half - 1) if is_symmetric else high / most - low / most

@@ -82,14 +82,14 @@ def _check_experts(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         random_matrix(num_experts * shape[0], shape[1], 4, 64, generator, scale=shape[1] ** -0.5)
         for shape in ((2 * size, hidden_size), (hidden_size, size))
     )
-    dense = [one.dense().double().unflatten(0, (num_experts, -1)) for one in (gate_up, down)]
+    stacks = [one.dense().double().view(num_experts, -1, one.num_inputs) for one in (gate_up, down)]
     for num_tokens in (5,) if context.is_rehearsal else (1, 70, 1500):
         x = torch.randn(num_tokens, hidden_size, device=device, generator=generator).to(dtype)
         logits = torch.randn(num_tokens, num_experts, device=device, generator=generator)
         weights, experts = kernels.reference.moe.route(logits, 2, normalise=True)
         with poisoned_memory():
             found = mix_quantized_experts(x, gate_up, down, weights, experts)
-        expected = kernels.reference.moe.mix_experts(x.double(), *dense, weights, experts)
+        expected = kernels.reference.moe.mix_experts(x.double(), stacks[0], stacks[1], weights, experts)
         title = f"quantised experts, {num_tokens} tokens, {name_of(dtype)}"
         yield Check(title, relative_error(found, expected), 3 * BOUNDS[dtype])
 

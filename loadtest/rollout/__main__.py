@@ -7,7 +7,7 @@ import asyncio
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadtest.report.environment import Environment, read_environment
@@ -15,8 +15,9 @@ from loadtest.report.result_files import dated_path, save_result
 from loadtest.rollout.balancers import BALANCERS
 from loadtest.rollout.scenario import BalancerRun, Options, run
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "production.yaml"
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"
+SETTINGS = "--set device.num_threads=1 --set kv_cache.memory=40000tokens"
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "loadtest.rollout", *(sys.argv[1:] if arguments is None else arguments)])
     if parsed.results is not None:
         path = dated_path(parsed.results, "rollout", environment)
-        save_result(RolloutResult("rollout", command, environment, options, runs), path)
+        kept = replace(options, command=[word.removeprefix(f"{ROOT}/") for word in options.command])
+        save_result(RolloutResult("rollout", command, environment, kept, runs), path)
         print(f"written: {path}")
     return 0 if all(done.is_good for done in runs) else 1
 
 
 def _own_command(model: str) -> str:
-    settings = "--set device.num_threads=1 --set kv_cache.memory=40000tokens"
-    return f"{sys.executable} -m server.cli serve {model} --config {CONFIG} --served-model-name {model} {settings}"
+    options = f"--config {ROOT}/configs/production.yaml --served-model-name {model}"
+    return f"{sys.executable} -m server.cli serve {model} {options} {SETTINGS}"
 
 
 def _line(done: BalancerRun) -> str:

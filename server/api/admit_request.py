@@ -114,6 +114,7 @@ def make_generation(
                 params=msgspec.structs.replace(params, seed=seed),
                 priority=body.priority or 0,
                 tenant=serving.tenant,
+                tenant_weight=serving.state.keys.terms_of(serving.tenant).weight,
                 cache_salt=serving.salt,
             )
             choice = Choice(

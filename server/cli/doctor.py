@@ -117,14 +117,16 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
     device = resolve_device(config, found)
     chosen = resolve_kernels(config, device.value, why_not_compiled="")
     dtype = resolve_dtype(config, found, device.value, chosen.value)
-    quantization = resolve_quantization(config, found, device.value, dtype=dtype.value, kernels=chosen.value)
+    quantization = resolve_quantization(config, found, device.value, chosen.value, dtype.value)
     yield "device", f"{device.value} ({device.setting.reason or device.setting.source})"
     yield "dtype", f"{dtype.value} ({dtype.setting.reason or dtype.setting.source})"
     yield "quantization", f"{quantization.value} ({quantization.setting.reason or quantization.setting.source})"
     yield "weight formats", ", ".join(formats_of(chosen.value))
     yield "kernels", f"{chosen.value} ({chosen.setting.reason or chosen.setting.source})"
     if chosen.value == "triton":
-        parts = describe_triton_kernels(torch.device(device.value), DTYPES[dtype.value])
+        parts = describe_triton_kernels(
+            torch.device(device.value), DTYPES[dtype.value], quantization=quantization.value
+        )
     elif chosen.value == "numba":
         parts = describe_compiled_kernels(found, quantization=quantization.value)
     else:

@@ -32,6 +32,7 @@ from server.http.key_file import KeyFileError
 from server.settings import LoadedConfig
 from server.state import ServerState
 from server.telemetry.console import Console, process_begun_at
+from server.telemetry.tracing import TracingError
 
 logger = logging.getLogger("peregrine.server")
 
@@ -63,7 +64,7 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
     console.timed("listen", f"{url} (GET /readyz tells when the model is ready)")
     try:
         app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
-    except KeyFileError as error:
+    except (KeyFileError, TracingError) as error:
         complain(f"config: {error}")
         return EXIT_CODES["config"]
     state: ServerState = app.state.server

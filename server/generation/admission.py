@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from server.config import LimitsConfig
 from server.errors import ApiError, bad_request
+from server.generation.tenant_terms import NO_TERMS, TermsOf, TokenQuotas
 from server.telemetry.request_timeline import Ahead
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ class Place:
         """Notes that a choice that was handed over has left the engine."""
         self._admission.note_end()
 
+    def charge_output(self, num_tokens: int) -> None:
+        """Notes how long the answers became."""
+        self._admission.charge_output(self._tenant, num_tokens)
+
     def _release(self, num_requests: int, num_tokens: int) -> None:
         self._num_requests -= num_requests
         self._num_tokens -= num_tokens
@@ -116,6 +121,7 @@ class Admission:
         drain_rate: DrainRate,
         *,
         is_shared: Callable[[], bool] = lambda: False,
+        terms_of: TermsOf = lambda _: NO_TERMS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """is_shared: whether there is more than one tenant"""
@@ -126,6 +132,7 @@ class Admission:
         self._num_reserved = 0  # admitted, and not with the engine yet
         self._num_reserved_tokens = 0
         self._is_shared = is_shared
+        self._quotas = TokenQuotas(terms_of, clock=clock)
         self._unfinished: Counter[str] = Counter()  # choices by tenant, waiting or running
         self._unfinished_tokens: Counter[str] = Counter()  # their prompts' tokens
         self._places: list[tuple[float, int]] = []  # a heap: when a refused request may come again, and its choices
@@ -215,6 +222,7 @@ class Admission:
                 f"({limit}); try again later",
                 retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
             )
+        self._quotas.check(tenant)
         if self._is_shared():
             self._check_share(tenant, num_requests, num_tokens)
         self._check_wait(num_requests)
@@ -222,6 +230,7 @@ class Admission:
         self._num_reserved_tokens += num_tokens
         self._unfinished[tenant] += num_requests
         self._unfinished_tokens[tenant] += num_tokens
+        self._quotas.charge(tenant, num_tokens)
         self._drain_rate.watch(waited=waiting > 0, waits=True)
         ahead = Ahead(waiting, waiting_tokens, self._engine.num_running)
         return Place(self, tenant, num_requests, num_tokens, ahead=ahead)
@@ -260,6 +269,10 @@ class Admission:
             f"({limit:g}); try again later",
             retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
         )
+
+    def charge_output(self, tenant: str, num_tokens: int) -> None:
+        """Called by `Place`: so many tokens were answered."""
+        self._quotas.charge(tenant, num_tokens)
 
     def note_finished(self, tenant: str, num_requests: int, num_tokens: int) -> None:
         """Called by `Place`: a request of so many choices has left."""

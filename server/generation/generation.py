@@ -78,14 +78,17 @@ class Generation:
             self._in_engine(place) as outputs,
             self._active_requests.register(self.job.tenant, ids, self.job.deadline, outputs),
         ):
-            while self._open:
-                deltas = await self._next_deltas(outputs, place)
-                if not has_begun:
-                    self._record.first_token()
-                    has_begun = True
-                if not self._open:  # a client that leaves now has had everything
-                    self._record.outcome = self._outcome()
-                yield deltas
+            try:
+                while self._open:
+                    deltas = await self._next_deltas(outputs, place)
+                    if not has_begun:
+                        self._record.first_token()
+                        has_begun = True
+                    if not self._open:  # a client that leaves now has had everything
+                        self._record.outcome = self._outcome()
+                    yield deltas
+            finally:
+                place.charge_output(sum(reader.num_tokens for reader in self.readers))
 
     @contextmanager
     def _in_engine(self, place: Place) -> Iterator[OutputStream]:

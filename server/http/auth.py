@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.config import Config
 from server.errors import ApiError, error_response
+from server.generation.tenant_terms import NO_TERMS, TenantTerms
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping"})
 """The probes of load balancers and orchestrators."""
@@ -33,22 +34,30 @@ class ApiKeys:
         self._operators = {self._tenants[_digest(key.encode())] for key in operator_keys}
         self._named: dict[bytes, str] = {}  # tenants of the keys of the file
         self._names: dict[str, str] = {}  # by tenant
+        self._terms: dict[str, TenantTerms] = {}  # by tenant
 
     @property
     def is_empty(self) -> bool:
         """Whether no key is needed."""
         return not self._tenants and not self._has_file
 
-    def replace_named(self, names: Mapping[str, str]) -> None:
+    def replace_named(self, names: Mapping[str, str], terms: Mapping[str, TenantTerms] | None = None) -> None:
         """Puts these keys in the place of those that were named before. All keys of one name are one tenant, so that a
-        key can be changed for another without losing what is cached."""
+        key can be changed for another without losing what is cached.
+
+        names: by key; terms: by name
+        """
         salts = {name: self._salt(b"name " + name.encode()) for name in names.values()}
         self._named = {_digest(key.encode()): salts[name] for key, name in names.items()}
         self._names = {salt: name for name, salt in salts.items()}
+        self._terms = {salts[name]: each for name, each in (terms or {}).items()}
 
     def name_of(self, tenant: str) -> str:
         """The name that a tenant has in the key file; "" for others."""
         return self._names.get(tenant, "")
+
+    def terms_of(self, tenant: str) -> TenantTerms:
+        return self._terms.get(tenant, NO_TERMS)
 
     def tenant_of(self, key: bytes) -> str | None:
         """The tenant of a key; None if it is unknown. In constant time: all digests are compared in full."""

@@ -167,14 +167,19 @@ LATENCY = Row(
             ],
         ),
         Panel(
-            title="Decoding", unit="s",
-            description="Time in the engine after the first step, and per token after the first.",
+            title="Steps of a request", unit="s",
+            description="From a request's first step to its last token, and the part of it after the first token.",
             queries=[
-                Query(SCOPE.quantile(0.5, families.INFERENCE_TIME), "all steps p50"),
-                Query(SCOPE.quantile(0.99, families.INFERENCE_TIME), "all steps p99"),
-                Query(SCOPE.quantile(0.5, families.TIME_PER_OUTPUT_TOKEN), "per token p50"),
-                Query(SCOPE.quantile(0.99, families.TIME_PER_OUTPUT_TOKEN), "per token p99"),
+                Query(SCOPE.quantile(0.5, families.INFERENCE_TIME), "all p50"),
+                Query(SCOPE.quantile(0.99, families.INFERENCE_TIME), "all p99"),
+                Query(SCOPE.quantile(0.5, families.DECODE_TIME), "decode p50"),
+                Query(SCOPE.quantile(0.99, families.DECODE_TIME), "decode p99"),
             ],
+        ),
+        Panel(
+            title="Pace of a request", unit="s",
+            description="Decode time of a request by its tokens after the first: what a reader of a stream feels.",
+            queries=quantiles(families.TIME_PER_OUTPUT_TOKEN, 0.5, 0.9, 0.99),
         ),
         Panel(
             title="A step by phase, mean", unit="s", is_stacked=True,

@@ -33,15 +33,27 @@ function draw(name, value) {
   line.setAttribute("points", points.join(" "));
 }
 
+const SHORT = {
+  "device.name": "device",
+  "device.kernels": "kernels",
+  "model.dtype": "dtype",
+  "scheduler.max_num_seqs": "at once",
+  "kv_cache.dtype": "KV dtype",
+};
+
+function parameters(number) {
+  return number < 1e7 ? count(number) : `${count(Math.round(number / 1e6))} million`;
+}
+
 function showFacts() {
   const { model, version, uptime_seconds: uptime, num_restarts: restarts } = status;
   const facts = {
     model: model.names.join(", "),
     architecture: model.architecture,
-    parameters: model.parameters && `${count(Math.round(model.parameters / 1e6))} million`,
+    parameters: model.parameters && parameters(model.parameters),
     context: model.max_model_len && `${count(model.max_model_len)} tokens`,
     "KV cache": model.kv_cache_tokens && `${count(model.kv_cache_tokens)} tokens`,
-    ...model.settings,
+    ...Object.fromEntries(Object.entries(model.settings).map(([name, value]) => [SHORT[name] || name, value])),
     fingerprint: model.fingerprint,
     version,
     uptime: uptime < 5400 ? `${(uptime / 60).toFixed(0)} minutes` : `${(uptime / 3600).toFixed(1)} hours`,

@@ -260,7 +260,7 @@ class _Explainer:
             return "; prompt_logprobs need every token computed"
         if not self.circumstances.prefix_caching:
             return "; kv_cache.prefix_caching is off"
-        if num_cached >= num_tokens - size - 1:
+        if num_cached >= num_tokens - size - 1 or num_cached > self.shared + size:  # the latter: of an earlier answer
             return ""
         if self.closest is None or self.shared < size:
             return "; no earlier prompt begins like it"

@@ -18,6 +18,7 @@ from server.telemetry.token_counts import TokenCounts
 
 REFUSED = {408: "timeout", 429: "rejected", 500: "error", 503: "rejected"}  # other client errors are "invalid"
 BROKEN_OFF = {400: "invalid", 408: "timeout", 409: "abort"}  # all else is "error"
+MAX_ERROR_CHARACTERS = 1_000  # that are remembered: some name what a client sent
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; logs, metrics and explanations do
 
 
@@ -107,7 +108,7 @@ class RequestRecord:
         timeline.request_id = self._request_state.request_id
         timeline.end(self.outcome, status, now)
         if isinstance(error, ApiError):
-            timeline.error = error.message
+            timeline.error = error.message[:MAX_ERROR_CHARACTERS]
         return now - self.started_at
 
     def _tell_log(self, counts: TokenCounts) -> None:

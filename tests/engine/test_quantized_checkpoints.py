@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.types import Request, SamplingParams
 from tests.support import quantizers as q
-from tests.support.quantized_files import float_state, write_checkpoint, write_tokenizer
+from tests.support.quantized_files import write_checkpoint, write_floats
 from tests.support.quantizers import Quantize
 
 NUM_TOKENS = 12
@@ -22,12 +21,16 @@ PROMPTS = ([5, 6, 7], list(range(20, 60)), [200, 3, 150, 9])
 GROUPS = {"a": {"weights": {"num_bits": 4, "type": "int"}, "targets": ["Linear"]}}
 COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": GROUPS}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-CASES: dict[str, tuple[Quantize, dict[str, object]]] = {
+CASES: dict[str, tuple[Quantize | dict[str, Quantize], dict[str, object]]] = {
     "GPTQ": (q.gptq(4), GPTQ),
     "GPTQ, activation order": (q.gptq(4, order="shuffled", group_size=64), GPTQ | {"group_size": 64, "desc_act": True}),
     "GPTQ, 8 bits, activation order": (q.gptq(8, order="shuffled"), GPTQ | {"bits": 8}),
     "AWQ": (q.awq(), {"quant_method": "awq", "bits": 4, "group_size": 32}),
     "compressed-tensors": (q.compressed_integers(4), COMPRESSED),
+    "compressed-tensors, the embedding too": (
+        {"_proj": q.compressed_integers(4), "embed_tokens": q.compressed_integers(4, symmetric=False)},
+        COMPRESSED,
+    ),
     "compressed-tensors, 8 bits": (q.eight_bit_integers(), COMPRESSED),
     "FP8": (q.eight_bit_floats(rows=True), {"quant_method": "fp8"}),
     "mxfp4": (q.mxfp4, COMPRESSED),
@@ -66,9 +69,7 @@ def answers(path: Path, *, kernels: str = "auto", **model: str) -> Answers:
 
 def tokens_of_floats(directory: Path, state: dict[str, Tensor]) -> list[list[int]]:
     """What the same model of floats answers, in compiled layers that round nothing."""
-    float_state()[0].save_pretrained(directory)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
-    write_tokenizer(directory)
+    write_floats(directory, state)
     return answers(directory, dtype="float32").tokens
 
 

@@ -249,7 +249,7 @@ def make_eagle(
     model.show_inputs_of(checkpoint.config.hidden_layers)
     weights = checkpoint.read(dtype=dtype, device=torch.device("cpu"))
     assert weights.output is not None
-    embedding = model.embedding if weights.embedding is None else weights.embedding
+    embedding = model.embed_tokens.weight if weights.embedding is None else weights.embedding
     head = EagleHead(
         checkpoint.config,
         weights,

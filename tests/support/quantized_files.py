@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.support.quantizers import Quantize
 
@@ -30,16 +29,51 @@ SIZES = {
 }
 
 
-def float_state(**changes: object) -> tuple[LlamaConfig, dict[str, Tensor]]:
+def config_fields(**changes: object) -> dict[str, object]:
+    """Of a config.json that leaves nothing out, as transformers would write it."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return {**SIZES, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_parameters": rope, **changes} | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+    }
+
+
+def shapes_of(fields: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """The weights of such a model and their shapes."""
+
+    def number(name: str) -> int:
+        value = fields[name]
+        assert isinstance(value, int)
+        return value
+
+    hidden, inner, head = number("hidden_size"), number("intermediate_size"), number("head_dim")
+    queries, keys = head * number("num_attention_heads"), head * number("num_key_value_heads")
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens": (number("vocab_size"), hidden), "model.norm": (hidden,)}
+    if not fields["tie_word_embeddings"]:
+        found["lm_head"] = (number("vocab_size"), hidden)
+    for layer in range(number("num_hidden_layers")):
+        matrices = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in (matrices | norms).items()}
+    return {f"{name}.weight": shape for name, shape in found.items()}
+
+
+def float_state(fields: Mapping[str, object]) -> dict[str, Tensor]:
+    """Weights that float16 holds, of sizes that let each layer count."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{**SIZES, **changes}, architectures=["LlamaForCausalLM"])
-    with torch.no_grad():
-        state = {name: tensor.clone() for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-        state["model.embed_tokens.weight"].normal_()
-        state["lm_head.weight"].normal_(std=0.2)
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return config, {name: tensor.half().float() for name, tensor in state.items()}
+    state = {}
+    for name, shape in shapes_of(fields).items():
+        size = 1.0 if "embed" in name else 0.2 if "lm_head" in name else shape[-1] ** -0.5
+        state[name] = (torch.randn(shape) * size if len(shape) > 1 else torch.rand(shape) + 0.5).half().float()
+    return state
 
 
 def write_checkpoint(
@@ -56,7 +90,8 @@ def write_checkpoint(
 
     Returns the weights of floats that it stands for, in float32, by their names.
     """
-    config, state = float_state(**(changes or {}))
+    fields = config_fields(**(changes or {}))
+    state = float_state(fields)
     tensors: dict[str, Tensor] = {}
     for name, weight in list(state.items()):
         layer = name.removesuffix(".weight")
@@ -69,27 +104,22 @@ def write_checkpoint(
         tensors |= {f"{layer}.{key}": tensor for key, tensor in found.items()}
         state[name] = torch.from_numpy(dense.astype(np.float32))
     tensors |= extra or {}
-    config.save_pretrained(directory)
-    fields = json.loads((directory / "config.json").read_text())
     if quantization is not None:
         fields["quantization_config"] = dict(quantization)
+    directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields))
     _save(tensors, directory, max_bytes)
     write_tokenizer(directory)
     return state
 
 
-def write_random_gptq(directory: Path, config: LlamaConfig, *, group_size: int = 128) -> None:
+def write_random_gptq(directory: Path, *, group_size: int = 128, **changes: object) -> None:
     """A GPTQ checkpoint of 4 bits without zero points whose integers are noise: large ones are made in no time."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).state_dict().items()}
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(directory)
-    fields = json.loads((directory / "config.json").read_text())
-    fields["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True}
-    (directory / "config.json").write_text(json.dumps(fields))
+    fields = config_fields(**changes)
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True}
+    (directory / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
     tensors: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
+    for name, shape in shapes_of(fields).items():
         layer = name.removesuffix(".weight")
         if not layer.endswith("_proj"):
             tensors[name] = torch.randn(shape).half() if len(shape) > 1 else torch.ones(shape).half()
@@ -101,6 +131,14 @@ def write_random_gptq(directory: Path, config: LlamaConfig, *, group_size: int =
         tensors[f"{layer}.qzeros"] = torch.full((groups, num_rows // 8), 0x77777777, dtype=torch.int32)
         tensors[f"{layer}.scales"] = (torch.rand(groups, num_rows) + 0.5).half() / (8 * depth**0.5)
     _save(tensors, directory, 1 << 40)
+    write_tokenizer(directory)
+
+
+def write_floats(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """The checkpoint of floats that a quantised one stands for."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config_fields()))
+    _save(state, directory, 1 << 40)
     write_tokenizer(directory)
 
 
@@ -126,4 +164,5 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -154,7 +154,7 @@ def random_request(rng: random.Random, request_id: str, max_prompt: int, tenants
     )
 
 
-def plain_request(request_id: str, prompt: list[int], max_tokens: int, **fields: int | str) -> Request:
+def plain_request(request_id: str, prompt: list[int], max_tokens: int, **fields: float | str) -> Request:
     params = SamplingParams(seed=0, max_tokens=max_tokens)
     return Request(request_id=request_id, prompt_token_ids=prompt, params=params, **fields)
 

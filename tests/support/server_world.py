@@ -44,6 +44,9 @@ class FakePlace(AbstractContextManager):
     def end(self) -> None:
         """Nobody counts."""
 
+    def charge_output(self, num_tokens: int) -> None:
+        """Nobody counts."""
+
     def __exit__(self, *_: object) -> None:
         """Nobody counts."""
 

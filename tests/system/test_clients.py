@@ -245,6 +245,29 @@ def test_no_request_body_breaks_the_server(server, plausible, strange):
     assert server.client.get("/health").status_code == 200
 
 
+def test_a_request_is_explained_by_what_the_engine_did(server):
+    """Its parts are those of the wall clock, and its steps are in the trace."""
+    prompt = "hello world of tokens and blocks " * 6
+    server.complete(prompt + "one", max_tokens=4, seed=1)
+    headers = {"X-Request-Id": "explained"}
+    body = {"model": "tiny", "prompt": prompt + "two", "max_tokens": 20, "seed": 1, "ignore_eos": True}
+    assert server.client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    told = server.client.get("/v1/requests/explained/explain").json()
+    seconds = told["seconds"]
+    parts = [seconds[name] for name in ("before_queue", "queued", "prefill", "delivery")]
+    assert sum(parts) == pytest.approx(seconds["time_to_first_token"], abs=0.001)
+    assert seconds["time_to_first_token"] + seconds["decode"] == pytest.approx(seconds["total"], abs=0.001)
+    assert told["prompt"]["cached_tokens"] > 0
+    assert told["prompt"]["shared_tokens"] >= told["prompt"]["cached_tokens"]
+    assert told["output"]["tokens"] == 20
+    events = server.client.get("/v1/server/trace").json()["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X" and event["name"].endswith(" tokens")]
+    assert sum(step["args"]["output_tokens"] for step in steps) >= 20
+    assert any(step["args"]["prompt_tokens"] for step in steps)
+    [whole] = [event for event in events if event["ph"] == "b" and event["name"] == "cmpl-explained"]
+    assert any(step["ts"] >= whole["ts"] for step in steps), "one clock"
+
+
 def test_the_engine_is_still_the_first_one(server):
     """Runs last in this module: nothing above restarted the engine."""
     assert server.metric("peregrine_engine_restarts_total") == 0

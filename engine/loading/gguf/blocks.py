@@ -49,7 +49,7 @@ class Blocks(StoredLevels):
             raise ValueError(f"{self.name} has scales that are no numbers; the file is damaged: download it again")
         factors = factors.reshape(num_rows, depth // GROUP, -1)
         commons = None if commons is None else commons.reshape(num_rows, -1, commons.shape[-1])
-        return Levels(self.kind, levels.reshape(num_rows, depth), factors, commons)
+        return Levels(KINDS[self.format], levels.reshape(num_rows, depth), factors, commons)
 
     def dense(self, start: int, stop: int) -> Tensor:
         return dequantize(self.raw[start:stop].reshape(-1), self.format, (stop - start, self.shape[1])).float()

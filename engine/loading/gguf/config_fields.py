@@ -32,8 +32,12 @@ def config_fields(header: GGUFHeader, rope_freqs: np.ndarray | None = None) -> C
             f"{header.path} holds a model of the family {architecture!r}; as GGUF, {', '.join(sorted(FAMILIES))} are "
             "supported; use the model's safetensors directory or hub id instead"
         )
-    if header.integer(f"{architecture}.expert_count", 0) > 0:
-        raise ModelError(f"{header.path} is a mixture of experts, which is supported from safetensors only")
+    has_experts = header.integer(f"{architecture}.expert_count", 0) > 0
+    if has_experts and architecture not in _WITH_EXPERTS:
+        raise ModelError(
+            f"{header.path} is a mixture of experts of the family {architecture!r}, whose experts are read from "
+            "safetensors only; use the model's directory or hub id instead"
+        )
     fields = _common(header)
     check_numbers(dict(fields), str(header.path))
     try:
@@ -52,9 +56,15 @@ def _check_shapes(header: GGUFHeader, fields: ConfigFields) -> None:
     sizes = {name: value for name, value in fields.items() if isinstance(value, int)}
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     width, last = sizes["num_attention_heads"] * sizes["head_dim"], sizes["num_hidden_layers"] - 1
+    num_experts, of_expert = sizes.get("num_experts", 0), sizes.get("moe_intermediate_size", inner)
+    down: dict[str, tuple[int, ...]] = {f"blk.{last}.ffn_down": (hidden, inner)}
+    if num_experts:
+        is_stacked = f"blk.{last}.ffn_down_exps.weight" in header.tensors
+        down = {f"blk.{last}.ffn_down.{num_experts - 1}": (hidden, of_expert)}
+        down = {f"blk.{last}.ffn_down_exps": (num_experts, hidden, of_expert)} if is_stacked else down
     expected = {
         "token_embd": (sizes["vocab_size"], hidden),
-        f"blk.{last}.ffn_down": (hidden, inner),
+        **down,
         f"blk.{last}.attn_output": (hidden, width),
         f"blk.{last}.attn_q": (width, hidden),
         f"blk.{last}.attn_k": (sizes["num_key_value_heads"] * sizes["head_dim"], hidden),
@@ -144,7 +154,29 @@ def _llama3_rope(header: GGUFHeader, fields: ConfigFields, rope_freqs: np.ndarra
     }
 
 
+def _experts(header: GGUFHeader) -> ConfigFields:
+    """The mixture that every layer has."""
+    key = f"{header.architecture}.{{}}".format
+    return {
+        "num_experts": header.integer(key("expert_count")),
+        "num_experts_per_tok": header.integer(key("expert_used_count")),
+        "moe_intermediate_size": header.integer(key("expert_feed_forward_length")),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
 def _llama(header: GGUFHeader) -> ConfigFields:
+    if header.integer("llama.expert_count", 0) > 0:
+        num_experts = header.integer("llama.expert_count")
+        return {
+            "model_type": "mixtral",
+            "architectures": ["MixtralForCausalLM"],
+            "num_experts": num_experts,
+            "num_local_experts": num_experts,
+            "num_experts_per_tok": header.integer("llama.expert_used_count"),
+            "sliding_window": None,
+        }
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "pretraining_tp": 1}
 
 
@@ -180,6 +212,79 @@ def _qwen3(header: GGUFHeader) -> ConfigFields:
         "use_sliding_window": False,
         "sliding_window": None,
         "layer_types": ["full_attention"] * num_layers,
+    }
+
+
+def _qwen2moe(header: GGUFHeader) -> ConfigFields:
+    num_layers = header.integer("qwen2moe.block_count")
+    return _experts(header) | {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "qkv_bias": True,
+        "norm_topk_prob": False,  # the format has no key for it: as of all that were published
+        "shared_expert_intermediate_size": header.integer("qwen2moe.expert_shared_feed_forward_length"),
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * num_layers,
+    }
+
+
+def _qwen3moe(header: GGUFHeader) -> ConfigFields:
+    return _experts(header) | {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "norm_topk_prob": True,  # likewise
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def _olmoe(header: GGUFHeader) -> ConfigFields:
+    size = header.integer("olmoe.feed_forward_length")  # of one expert
+    of_layers = _experts(header) if "olmoe.expert_feed_forward_length" in header.metadata else {}
+    return of_layers | {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "num_experts": header.integer("olmoe.expert_count"),
+        "num_experts_per_tok": header.integer("olmoe.expert_used_count"),
+        "moe_intermediate_size": size,
+        "intermediate_size": size,
+        "norm_topk_prob": False,  # likewise
+        "clip_qkv": None,
+    }
+
+
+def _granite(header: GGUFHeader) -> ConfigFields:
+    return {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_multiplier": header.number("granite.attention.scale", 1.0),
+        "embedding_multiplier": header.number("granite.embedding_scale", 1.0),
+        "residual_multiplier": header.number("granite.residual_scale", 1.0),
+        "logits_scaling": header.number("granite.logit_scale", 1.0),
+    }
+
+
+def _glm4(header: GGUFHeader) -> ConfigFields:
+    hidden_size, num_heads = header.integer("glm4.embedding_length"), header.integer("glm4.attention.head_count")
+    head_dim = header.integer("glm4.attention.key_length", hidden_size // num_heads)
+    rotary_factor = header.integer("glm4.rope.dimension_count", head_dim) / head_dim
+    return {
+        "model_type": "glm4",
+        "architectures": ["Glm4ForCausalLM"],
+        "head_dim": head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,  # of queries, keys and values alone
+        "partial_rotary_factor": rotary_factor,
+        "rope_parameters": {**_rope(header), "partial_rotary_factor": rotary_factor},
+    }
+
+
+def _gemma(header: GGUFHeader) -> ConfigFields:
+    return {
+        "model_type": "gemma",
+        "architectures": ["GemmaForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
     }
 
 
@@ -240,11 +345,18 @@ def _gemma3(header: GGUFHeader) -> ConfigFields:
 
 
 FAMILIES: dict[str, Callable[[GGUFHeader], ConfigFields]] = {
-    "llama": _llama,  # Mistral and SmolLM2 too: the format gives them the same name
+    "llama": _llama,  # Mistral, SmolLM2 and Mixtral too: the format gives them the same name
     "smollm3": _smollm3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen2moe": _qwen2moe,
+    "qwen3moe": _qwen3moe,
+    "olmoe": _olmoe,
+    "granite": _granite,
+    "glm4": _glm4,
     "phi3": _phi3,
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
 }
+_WITH_EXPERTS = {"llama", "qwen2moe", "qwen3moe", "olmoe"}

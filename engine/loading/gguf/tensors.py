@@ -6,6 +6,7 @@ import mmap
 import re
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,23 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_EXPERT_NAMES = {  # of each expert's matrices
+    "ffn_gate": "mlp.experts.{}.gate_proj", "ffn_up": "mlp.experts.{}.up_proj", "ffn_down": "mlp.experts.{}.down_proj",
+}  # fmt: skip
+_STACK = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")  # of all experts' matrices in a layer
 _FAMILY_LAYER_NAMES = {  # where a family's names mean something else
+    "llama": {"ffn_gate_inp": "block_sparse_moe.gate"},  # Mixtral
+    "glm4": {
+        "ffn_up": "mlp.gate_up_proj",
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+    },
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
     "gemma2": {
         "ffn_norm": "pre_feedforward_layernorm",
@@ -48,8 +64,15 @@ _FAMILY_LAYER_NAMES = {  # where a family's names mean something else
     },
 }
 _FAMILY_LAYER_NAMES["gemma3"] = _FAMILY_LAYER_NAMES["gemma2"]
-_INTERLEAVED_ROPE = {"llama", "smollm3"}  # the writer reorders q and k so that a rotation's pair lies side by side
-_NORMS_PLUS_ONE = {"gemma2", "gemma3"}  # the writer adds the 1 that the layer adds
+_FAMILY_EXPERT_NAMES = {
+    "llama": {  # Mixtral
+        "ffn_gate": "block_sparse_moe.experts.{}.w1",
+        "ffn_up": "block_sparse_moe.experts.{}.w3",
+        "ffn_down": "block_sparse_moe.experts.{}.w2",
+    },
+}
+_INTERLEAVED_ROPE = {"llama", "smollm3", "granite"}  # whose rotations' pairs the writer puts side by side in q and k
+_NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3"}  # the writer adds the 1 that the layer adds
 _EXACT_BYTES = {Format.F16: 2.0, Format.BF16: 2.0} | {format: SIZES[kind] for format, kind in KINDS.items()}
 _ROPE_FREQS = "rope_freqs.weight"  # read for the config, no weight of the model
 
@@ -86,10 +109,24 @@ def gguf_stored_weights(header: GGUFHeader) -> Generator[tuple[str, Tensor | Sto
 def _mapped(header: GGUFHeader) -> Iterator[tuple[TensorInfo, mmap.mmap]]:
     """Each tensor of the model and its file's pages, which are dropped when the next one is asked for."""
     data = {file: _map(file) for file in {info.file for info in header.tensors.values()}}
+    for info in _tensors(header):
+        yield info, data[info.file]
+        _drop(data[info.file], info)
+
+
+def _tensors(header: GGUFHeader) -> Iterator[TensorInfo]:
+    """The tensors of the model, each expert's matrices by themselves."""
     for info in header.tensors.values():
-        if info.name != _ROPE_FREQS:
-            yield info, data[info.file]
-            _drop(data[info.file], info)
+        match = _STACK.fullmatch(info.name)
+        if info.name == _ROPE_FREQS:
+            continue
+        if match is None or len(info.shape) != 3:
+            yield info
+            continue
+        num_bytes = info.num_bytes // info.shape[0]
+        for expert in range(info.shape[0]):
+            name, offset = f"{match[1]}.{expert}.weight", info.offset + expert * num_bytes
+            yield replace(info, name=name, shape=info.shape[1:], offset=offset, num_bytes=num_bytes)
 
 
 def _blocks(header: GGUFHeader, info: TensorInfo, pages: mmap.mmap) -> Blocks:
@@ -100,7 +137,7 @@ def _blocks(header: GGUFHeader, info: TensorInfo, pages: mmap.mmap) -> Blocks:
 
 def gguf_exact_bytes(header: GGUFHeader) -> dict[str, float]:
     """Bytes per weight in which compiled layers keep a tensor exactly, where they can, by its Hugging Face name."""
-    infos = [info for info in header.tensors.values() if info.type in _EXACT_BYTES and info.name != _ROPE_FREQS]
+    infos = [info for info in _tensors(header) if info.type in _EXACT_BYTES]
     return {hugging_face_name(header, info.name): _EXACT_BYTES[info.type] for info in infos}
 
 
@@ -109,11 +146,14 @@ def hugging_face_name(header: GGUFHeader, name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in _OUTER_NAMES:
         return f"{_OUTER_NAMES[stem]}.{kind}"
-    names = _LAYER_NAMES | _FAMILY_LAYER_NAMES.get(header.architecture, {})
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if match is None or match[2] not in names:
-        raise ModelError(f"{header.path}: tensor {name!r} has no counterpart in a {header.architecture} model")
-    return f"model.layers.{match[1]}.{names[match[2]]}.{kind}"
+    family = header.architecture
+    names = _LAYER_NAMES | _FAMILY_LAYER_NAMES.get(family, {})
+    of_experts = _EXPERT_NAMES | _FAMILY_EXPERT_NAMES.get(family, {})
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?", stem)
+    known = None if match is None else (names if match[3] is None else of_experts).get(match[2])
+    if match is None or known is None:
+        raise ModelError(f"{header.path}: tensor {name!r} has no counterpart in a {family} model")
+    return f"model.layers.{match[1]}.{known.format(match[3])}.{kind}"
 
 
 def _rope_heads(header: GGUFHeader) -> dict[str, int]:
@@ -148,6 +188,8 @@ def _read(data: mmap.mmap, info: TensorInfo, threads: Threads = ONE_THREAD) -> T
 
 def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor) -> Tensor:
     """Undoes what the writer changed."""
+    if _stem(info) == "ffn_gate_inp_shexp":
+        return weight.view(1, -1)  # which it writes as a vector
     if header.architecture in _NORMS_PLUS_ONE and _stem(info).endswith("norm"):
         return weight.float() - 1
     return _in_order(header, info, weight)
@@ -165,7 +207,9 @@ def _in_order(header: GGUFHeader, info: TensorInfo, rows: Tensor) -> Tensor:
 
 
 def _stem(info: TensorInfo) -> str:
-    return info.name.split(".")[-2]
+    """The tensor's name in its layer."""
+    parts = info.name.split(".")
+    return parts[2] if parts[0] == "blk" else parts[0]
 
 
 def _read_rope_freqs(header: GGUFHeader) -> np.ndarray:

@@ -49,6 +49,9 @@ SPLITTINGS = {
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
     "smaug-bpe": Splitting(_LLAMA3.pattern),
+    "chatglm-bpe": Splitting(_LLAMA3.pattern),
+    "glm4": Splitting(_LLAMA3.pattern),
+    "olmo": Splitting(),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": Splitting(_QWEN2.pattern),
     "tekken": Splitting(

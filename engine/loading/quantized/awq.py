@@ -64,7 +64,8 @@ def awq_matrix(tensors: Headers, scheme: Scheme) -> MatrixHeader | None:
 def _find_bits(num_rows: int, width: int, scheme: Scheme) -> int:
     """As the config has it, unless layers may differ. width: words of an input"""
     asked = scheme.bits("bits", "w_bit") or _USUAL_BITS
-    for bits in (asked, *range(2, 9)) if scheme.has_overrides else (asked,):
+    candidates: tuple[int, ...] = (asked, *range(2, 9)) if scheme.has_overrides else (asked,)
+    for bits in candidates:
         if num_words(num_rows, bits) == width and (bits != _USUAL_BITS or num_rows % 8 == 0):
             return bits
     raise ValueError(f"its qweight has {width} words for {num_rows} outputs, which {asked} bits do not take")
@@ -91,5 +92,6 @@ def _fields(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 [any, words] -> uint8 [any, count], in the order of the outputs."""
     if bits != _USUAL_BITS:
         return unpack_bits(words, bits, count)
-    fields = unpack_bits(words, bits, 8 * words.shape[1])
-    return fields.unflatten(1, (-1, 8))[:, :, _PLACES].flatten(1)[:, :count]
+    fields = unpack_bits(words, bits, 8 * words.shape[1]).view(len(words), -1, 8)
+    outputs: Tensor = fields[:, :, _PLACES].flatten(1)[:, :count]
+    return outputs

@@ -25,7 +25,7 @@ from engine.loading.quantized.matrix_header import (
     kept_integers,
     num_groups,
 )
-from engine.quantization.stored_integers import StoredFloats, StoredIntegers, even_groups
+from engine.quantization.stored_integers import ScaledFloats, StoredFloats, StoredIntegers, even_groups
 from engine.quantization.stored_levels import StoredLevels
 
 FLOAT8, FLOAT8_WIDE = "F8_E4M3", "F8_E5M2"
@@ -124,6 +124,8 @@ def _read_floats(layout: ScaleLayout, label: str, scale: str, tensors: Tensors) 
     def read(start: int, stop: int) -> Tensor:
         return weight[start:stop].float().mul_(layout.rows_of(scales, start, stop))
 
+    if weight.dtype == torch.float8_e4m3fn:
+        return ScaledFloats(layout.shape, None, read, weight, scales, label=label)
     return StoredFloats(layout.shape, None, read, label=label)
 
 

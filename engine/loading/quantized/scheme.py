@@ -50,8 +50,8 @@ class Scheme:
     def rounds_activations(self) -> bool:
         """Whether the config asks for activations of fewer bits, whose scales are computed as they come."""
         groups = self.fields.get("config_groups")
-        parts = groups.values() if isinstance(groups, dict) else ()
-        asked = any(isinstance(part, dict) and part.get("input_activations") for part in parts)
+        parts: list[object] = list(groups.values()) if isinstance(groups, dict) else []
+        asked = any(part.get("input_activations") for part in parts if isinstance(part, dict))
         return asked or "activation_scheme" in self.fields or self.method == "fbgemm_fp8"
 
     def text(self, *names: str) -> str:
@@ -73,9 +73,10 @@ def find_scheme(config: JsonObject, directory: Path, stored: Mapping[str, Stored
     ValueError for what is quantised by MLX, whose config looks like another's.
     """
     _refuse_mlx(config, stored)
-    for part in (config, *(config.get(name) for name in _TEXT_CONFIGS)):
-        for key in _KEYS if isinstance(part, dict) else ():
-            fields = part.get(key)
+    places: list[object] = [config, *(config.get(name) for name in _TEXT_CONFIGS)]
+    for place in places:
+        for key in _KEYS:
+            fields = place.get(key) if isinstance(place, dict) else None
             if isinstance(fields, dict) and fields:
                 return _scheme(fields, f"config.json's {key}")
     if (directory / _MODELOPT).is_file():

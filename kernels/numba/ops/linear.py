@@ -43,7 +43,7 @@ from kernels.numba.core.tiles import (
     rows_of_next_tile,
     shape_of_next_tile,
 )
-from kernels.numba.kernel_cache import address_of, by_address, kernel
+from kernels.numba.kernel_cache import address_of, by_address, kernel, named
 
 BLOCK_ROWS = 96  # rows that stay in the L2 cache while they are multiplied by one panel after the other
 BLOCK_DEPTH = 1024  # elements of the depth that are summed in registers at once; a multiple of SUPER_GROUP
@@ -212,8 +212,7 @@ def product_kernel(kind: int):
             )  # fmt: skip
             start += BLOCK_DEPTH
 
-    multiply_unit.__name__ = f"multiply {product.name}".replace(" ", "_")
-    return kernel(_SIGNATURE)(multiply_unit)
+    return kernel(_SIGNATURE)(named(multiply_unit, f"multiply {product.name}"))
 
 
 def product_address(kind: int) -> int:

@@ -10,7 +10,7 @@ from numba import njit, types
 from kernels.numba.core.formats import GROUP, INTEGERS, SUPER_GROUP, IntegerFormat
 from kernels.numba.core.lanes import LANES
 from kernels.numba.core.memory import bfloat16_value, flags, float16_value, floats, words
-from kernels.numba.kernel_cache import address_of, by_address, kernel
+from kernels.numba.kernel_cache import address_of, by_address, kernel, named
 
 _SIGNATURE = types.void(*[types.int64] * 5)
 call_row = by_address(_SIGNATURE)
@@ -43,8 +43,7 @@ def row_kernel(kind: int):
                     value = read_level(base, i, column) * scale
                     target[group * GROUP + i] = value + offset if has_offsets else value
 
-    read_row.__name__ = f"read row of {weights.name}".replace(",", "").replace(" ", "_")
-    return kernel(_SIGNATURE)(read_row)
+    return kernel(_SIGNATURE)(named(read_row, f"read row of {weights.name}"))
 
 
 def row_address(kind: int) -> int:
@@ -57,12 +56,10 @@ def _level_reader(weights: IntegerFormat):
     depths, planes, table = weights.depths, weights.planes if weights.bits < 8 else (), weights.table or (0,)
     lane_bits, has_table, zero = 32 // depths, bool(weights.table), weights.zero
 
-    @njit
     def read_byte(base, i, column):
         byte = flags(base + (i // depths * LANES + column) * depths + i % depths, 1)[0]
         return np.float32(np.int8(byte))
 
-    @njit
     def read_planes(base, i, column):
         step, lane, level = i // depths, i % depths, 0
         for bits, place in planes:
@@ -72,7 +69,7 @@ def _level_reader(weights: IntegerFormat):
             base += GROUP * LANES * bits // 8
         return np.float32(table[level] if has_table else level - zero)
 
-    return read_byte if weights.bits == 8 else read_planes
+    return njit(named(read_byte if weights.bits == 8 else read_planes, f"read level of {weights.name}"))
 
 
 def _factor_reader(weights: IntegerFormat):
@@ -81,22 +78,19 @@ def _factor_reader(weights: IntegerFormat):
     is_bfloat16, groups = weights.scales == "bfloat16", SUPER_GROUP // GROUP
     skipped = 2 * LANES * (1 + weights.has_offsets)
 
-    @njit
     def read_float(scales, group, factor, column):
         return floats(scales + group * scale_bytes + 4 * (factor * LANES + column), 1)[0]
 
-    @njit
     def read_number(scales, group, factor, column):
         bits = words(scales + group * scale_bytes + 2 * (factor * LANES + column), 1)[0]
         return bfloat16_value(bits) if is_bfloat16 else float16_value(bits)
 
-    @njit
     def read_product(scales, group, factor, column):
         record = scales + group // groups * groups * scale_bytes
         common = float16_value(words(record + 2 * (factor // num_scales * LANES + column), 1)[0])
         small = flags(record + skipped + (group % groups * num_factors + factor) * LANES + column, 1)[0]
         return np.float32(np.int8(small)) * common
 
-    if weights.is_two_level:
-        return read_product
-    return read_float if weights.scales == "float32" else read_number
+    read_one_level = read_float if weights.scales == "float32" else read_number
+    read = read_product if weights.is_two_level else read_one_level
+    return njit(named(read, f"read factor of {weights.name}"))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.triton.attention.kv_codes import check_scales
 from kernels.triton.attention.prompt_kernel import prompt_kernel
 from kernels.triton.attention.split_kernel import combine_kernel, split_kernel
 from kernels.triton.attention.work_partition import SplitChunk, WorkPartition, Workspace, partition_attention
 from kernels.triton.compat import next_power_of_2
 from kernels.triton.configs import AttentionConfig, attention_config, chip_of
+from kernels.triton.kv_codes import check_scales
 
 
 @dataclass(frozen=True, slots=True)

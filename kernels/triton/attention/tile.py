@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.attention.kv_codes import widen
 from kernels.triton.compat import LOG2E, dot, tanh
+from kernels.triton.kv_codes import widen
 
 
 @triton.jit

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.attention.kv_codes import check_scales, encode
 from kernels.triton.compat import next_power_of_2
+from kernels.triton.kv_codes import check_scales, encode
 
 
 def rotate_and_store(
@@ -161,12 +161,14 @@ def qkv_kernel(
             place = kv_head * stride_cache_head + (slot // BLOCK_SIZE) * stride_cache_block
             offset = place + (slot % BLOCK_SIZE) * stride_cache_slot
             if HAS_SCALES:
-                x, scale = encode(x, 0, k_cache_ptr.dtype.element_ty)
+                stored, scale = encode(x, 0, k_cache_ptr.dtype.element_ty)
                 if head < NUM_HEADS + NUM_KV_HEADS:
                     tl.store(k_scales_ptr + place // 4 + slot % BLOCK_SIZE, scale)
                 else:
                     tl.store(v_scales_ptr + place // 4 + slot % BLOCK_SIZE, scale)
-            if head < NUM_HEADS + NUM_KV_HEADS:
-                tl.store(k_cache_ptr + offset + dims, x.to(k_cache_ptr.dtype.element_ty), mask=is_dim)
             else:
-                tl.store(v_cache_ptr + offset + dims, x.to(v_cache_ptr.dtype.element_ty), mask=is_dim)
+                stored = x.to(k_cache_ptr.dtype.element_ty)
+            if head < NUM_HEADS + NUM_KV_HEADS:
+                tl.store(k_cache_ptr + offset + dims, stored, mask=is_dim)
+            else:
+                tl.store(v_cache_ptr + offset + dims, stored, mask=is_dim)

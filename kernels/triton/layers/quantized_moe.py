@@ -37,7 +37,6 @@ def mix_quantized_experts(
     num_experts, size, num_pairs = down.num_outputs // hidden_size, down.num_inputs, num_tokens * top_k
     assert gate_up.shape == (num_experts * 2 * size, hidden_size), f"{gate_up.shape} for {down.shape}"
     assert down.num_outputs % hidden_size == 0, f"{down.shape} for {hidden_size}"
-    assert gate_up.order is None and down.order is None, "experts have their inputs in order"  # noqa: PT018
     assert weights.shape == experts.shape == (num_tokens, top_k), f"{tuple(weights.shape)}, {tuple(experts.shape)}"
     if not num_pairs:
         return torch.empty_like(x)
@@ -46,44 +45,59 @@ def mix_quantized_experts(
     starts = torch.searchsorted(owners, torch.arange(num_experts + 1, device=x.device))
     hidden = x.new_empty(num_pairs, size)
     parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
-    num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)
-    x, weights = x.contiguous(), weights.contiguous()
-    for source, matrix, target, width in ((x, gate_up, hidden, size), (hidden, down, parts, hidden_size)):
-        num_units = matrix.words.shape[0]
-        quantized_experts_kernel[(num_tiles, triton.cdiv(width, config.columns))](
-            source,
-            matrix.words,
-            matrix.scales,
-            matrix.scales if matrix.offsets is None else matrix.offsets,
-            matrix.scales if matrix.channel_scales is None else matrix.channel_scales,
-            matrix.scales if matrix.table is None else matrix.table,
-            target,
-            pairs,
-            starts,
-            weights,
-            width,
-            matrix.num_outputs,
-            num_units,
-            matrix.words.stride(1),
-            BITS=matrix.bits,
-            GROUP=matrix.group_size,
-            KIND=SCALES[matrix.scale_kind],
-            VALUES=VALUES[matrix.values],
-            HAS_OFFSETS=matrix.offsets is not None,
-            HAS_CHANNELS=matrix.channel_scales is not None,
-            IS_FULL=width % config.columns == 0 and num_units * unit_of(matrix.bits) % STEP == 0,
-            NUM_EXPERTS=num_experts,
-            PADDED_EXPERTS=next_power_of_2(num_experts),
-            DEPTH=source.shape[1],
-            TOP_K=top_k,
-            IS_GATED=matrix is gate_up,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            STEP=STEP,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
+    x, sorted_pairs = x.contiguous(), (pairs, starts, weights.contiguous())
+    _multiply(x, gate_up, hidden, sorted_pairs, config, num_experts=num_experts, top_k=top_k, is_gated=True)
+    _multiply(hidden, down, parts, sorted_pairs, config, num_experts=num_experts, top_k=top_k, is_gated=False)
     return parts.view(num_tokens, top_k, hidden_size).sum(1).to(x.dtype)
+
+
+def _multiply(
+    source: Tensor,
+    matrix: QuantizedMatrix,
+    target: Tensor,
+    sorted_pairs: tuple[Tensor, Tensor, Tensor],
+    config: MoeConfig,
+    *,
+    num_experts: int,
+    top_k: int,
+    is_gated: bool,
+) -> None:
+    """One of the two products. sorted_pairs: in the order of their experts; where each of those begins; their shares"""
+    if matrix.order is not None:
+        source = source.index_select(1, matrix.order)
+    (num_pairs, width), num_units = target.shape, matrix.words.shape[0]
+    num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)
+    quantized_experts_kernel[(num_tiles, triton.cdiv(width, config.columns))](
+        source,
+        matrix.words,
+        matrix.scales,
+        matrix.scales if matrix.offsets is None else matrix.offsets,
+        matrix.scales if matrix.channel_scales is None else matrix.channel_scales,
+        matrix.scales if matrix.table is None else matrix.table,
+        target,
+        *sorted_pairs,
+        width,
+        matrix.num_outputs,
+        num_units,
+        matrix.words.stride(1),
+        BITS=matrix.bits,
+        GROUP=matrix.group_size,
+        KIND=SCALES[matrix.scale_kind],
+        VALUES=VALUES[matrix.values],
+        HAS_OFFSETS=matrix.offsets is not None,
+        HAS_CHANNELS=matrix.channel_scales is not None,
+        IS_FULL=width % config.columns == 0 and num_units * unit_of(matrix.bits) % STEP == 0,
+        NUM_EXPERTS=num_experts,
+        PADDED_EXPERTS=next_power_of_2(num_experts),
+        DEPTH=source.shape[1],
+        TOP_K=top_k,
+        IS_GATED=is_gated,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        STEP=STEP,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
 
 
 @triton.jit

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.attention.kv_codes import check_scales, encode
 from kernels.triton.compat import next_power_of_2
+from kernels.triton.kv_codes import check_scales, encode
 
 
 def store_kv(

@@ -143,8 +143,7 @@ def test_a_gguf_takes_little_more_than_what_stays_of_it_and_its_largest_matrix(t
 @pytest.mark.parametrize("quantization", ["auto", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not count memory")
 def test_integers_of_a_checkpoint_take_little_more_than_what_stays(tmp_path: Path, quantization: str) -> None:
-    shape = LlamaConfig(**DEEP, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
-    write_random_gptq(tmp_path, shape)
+    write_random_gptq(tmp_path, **DEEP, num_attention_heads=8, num_key_value_heads=4, head_dim=128)
     model = {"path": str(tmp_path), "quantization": quantization}
     config = EngineConfig.model_validate({"model": model, "device": {"name": "cpu", "num_threads": 2}})
     facts = read_model_facts(config.model)

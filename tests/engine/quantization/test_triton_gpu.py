@@ -10,13 +10,12 @@ from torch import Tensor
 
 from engine.quantization.linear import Linear, LinearMethod, LinearSpec, Part
 from engine.quantization.method import TRITON_FORMATS, make_methods
+from engine.quantization.stored_codes import StoredCodes, matrix_of_codes
 from engine.quantization.triton_gpu import (
     Fp8Method,
     Int4Method,
     Int8Method,
     QuantizedMethod,
-    StoredCodes,
-    matrix_of_codes,
     matrix_of_scaled,
 )
 from kernels.reference.quantized import dequantize, quantize_rows, scaled_linear

@@ -79,6 +79,26 @@ def test_tenants_that_are_always_busy_are_served_equally_however_they_cut_their_
     assert max(served.values()) < 1.15 * min(served.values()), served
 
 
+def test_a_tenant_of_twice_the_weight_gets_twice_as_much():
+    world = make_world(num_blocks=400, budget=16, max_num_seqs=8, max_model_len=300)
+    world.with_drafts = False
+    rng, number = random.Random(1), 0
+    weights = {"heavy": 2.0, "light": 1.0}
+    served = dict.fromkeys(weights, 0)
+    for step in range(4000):
+        for tenant, weight in weights.items():
+            mine = sum(seq.request.tenant == tenant for seq in world.scheduler._by_id.values())
+            for _ in range(12 - mine):
+                number += 1
+                text = [rng.randrange(VOCAB_SIZE) for _ in range(60)]
+                world.add(plain_request(f"{number}", text, 10, tenant=tenant, tenant_weight=weight))
+        world.step()
+        if step >= 500:
+            for item in world.last_batch:
+                served[item.seq.request.tenant] += item.num_new_tokens + item.samples
+    assert 1.8 < served["heavy"] / served["light"] < 2.2, served
+
+
 def test_a_pause_saves_up_nothing():
     share = FairShare()
     busy, returning = sequence("a", "busy"), sequence("b", "returning")

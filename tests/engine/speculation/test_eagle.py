@@ -153,7 +153,7 @@ def _engine(
         make_matrix=make_matrix,
         dtype=dtype,
     )
-    checked = Checked(proposer, DenseEagle(eagle, model.embedding), llama)
+    checked = Checked(proposer, DenseEagle(eagle, model.embed_tokens.weight), llama)
     cache = KVCache(
         model.attention_layers, num_blocks=num_blocks, block_size=BLOCK_SIZE, codec=DenseCodec(torch.float32)
     )

@@ -43,6 +43,12 @@ def qkv() -> None:
     norms = {"q_weight": weight.repeat(32), "k_weight": weight.repeat(8)}
     rotate_and_store(heads, factors, factors, cache[0], cache[1], slots, num_heads=32, **norms)
     rotate_and_store(heads, None, None, cache[0], cache[1], slots, num_heads=32)
+    has_fp8 = int(sys.argv[1]) >= 89
+    for codes in (torch.int8, *([torch.float8_e4m3fn] if has_fp8 else [])):
+        elements, scales = torch.empty(4, 8, 2, 16 * (128 + 4), dtype=torch.uint8).split([16 * 128, 16 * 4], dim=-1)
+        parts = elements.view(codes).unflatten(-1, (16, 128)).unbind(2)
+        named = dict(zip(("k_scales", "v_scales"), scales.view(torch.float32).unbind(2), strict=True))
+        rotate_and_store(heads, factors, factors, *parts, slots, num_heads=32, **named)
 
 
 def sampling() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kernels.numba.kernel_cache import KernelFolder, by_name, cache_directory, kernel
+from tests import ROOT
 
 
 def compiled(folder: KernelFolder) -> Callable[[int], int]:
@@ -181,3 +182,27 @@ def test_where_the_cache_lies(environment: dict[str, str], root: str, monkeypatc
     directory = cache_directory()
     assert directory is not None
     assert str(directory.parent) == os.path.normpath(root)
+
+
+_FACTORY = """
+import sys
+from pathlib import Path
+from kernels.numba.kernel_cache import KernelFolder, address_of, kernel, named
+def make(factor):
+    def multiply(number):
+        return factor * number
+    return kernel("int64(int64)", folder=KernelFolder(Path(sys.argv[1])))(named(multiply, f"times {factor}"))
+functions = [make(int(factor)) for factor in sys.argv[2:]]
+print([function(10) for function in functions], len({address_of(function) for function in functions}))
+"""
+
+
+def test_kernels_of_one_source_that_different_processes_compiled_are_told_apart(tmp_path: Path) -> None:
+    def run(*factors: str) -> str:
+        command = [sys.executable, "-c", _FACTORY, str(tmp_path), *factors]
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    assert run("2") == "[20] 1"
+    assert run("3") == "[30] 1"
+    assert run("2", "3") == "[20, 30] 2"
+    assert run("3", "2") == "[30, 20] 2"

@@ -48,6 +48,16 @@ def test_what_was_refused_is_explained_as_well(operate):
         assert told["error"] in told["sentence"]
 
 
+def test_a_long_error_is_remembered_in_part(operate):
+    with operate({"server": {"strict": True}}) as operation:
+        body, headers = COMPLETION | {f"unknown_{index}" * 5: 1 for index in range(500)}, {"X-Request-Id": "long"}
+        refused = httpx.post(operation.url + "/v1/completions", json=body, headers=headers)
+        assert refused.status_code == 400
+        told = httpx.get(operation.url + "/v1/requests/long/explain").json()
+        assert 0 < len(told["error"]) <= 1000
+        assert refused.json()["error"]["message"].startswith(told["error"])
+
+
 def test_an_unknown_id_is_404_with_what_was_asked_for(operate):
     with operate() as operation:
         response = httpx.get(operation.url + "/v1/requests/nobody/explain")

@@ -16,6 +16,7 @@ from engine.ipc.messages import Failed
 from server.config import LimitsConfig
 from server.errors import ApiError
 from server.generation.admission import MAX_RETRY_AFTER, MIN_FAR_RETRY_AFTER, SLACK, Admission, DrainRate
+from server.generation.tenant_terms import TenantTerms
 from server.telemetry.request_timeline import Ahead
 
 
@@ -36,6 +37,7 @@ def make(
     state: str = "ready",
     max_seconds: float | None = None,
     is_shared: bool = False,
+    quota: int | None = None,
 ):
     engine = SimpleNamespace(
         state=state, phase="weights", phase_detail="98 MB", failure=None,
@@ -44,7 +46,9 @@ def make(
     clock = Clock()
     drain_rate = DrainRate(clock=clock)
     limits = LimitsConfig(max_queued_requests=requests, max_queued_tokens=max_tokens, max_queue_seconds=max_seconds)
-    admission = Admission(engine, limits, drain_rate, is_shared=lambda: is_shared, clock=clock)
+    admission = Admission(
+        engine, limits, drain_rate, is_shared=lambda: is_shared, terms_of=lambda _: TenantTerms(1.0, quota), clock=clock
+    )
     return SimpleNamespace(admission=admission, engine=engine, clock=clock, drain_rate=drain_rate)
 
 
@@ -165,6 +169,30 @@ def test_one_large_request_of_a_tenant_is_bounded_by_the_queue_alone():
         assert refusal(parts, 1, 1, "a").code == "share_full"
         parts.admission.admit(1, 50, "b")
     parts.admission.admit(4, 900, "a")
+
+
+def test_a_quota_is_of_prompts_and_answers_together_and_comes_back_with_time():
+    parts = make(requests=100, max_tokens=100_000, quota=600)
+    with parts.admission.admit(1, 500, "a") as place:
+        parts.admission.admit(1, 50, "a").__exit__()
+        place.charge_output(350)  # 900 in all
+    error = refusal(parts, 1, 1, "a")
+    assert (error.status, error.code) == (429, "quota_exceeded")
+    assert "900 tokens of 600 per minute" in error.message
+    assert error.retry_after == pytest.approx(30)
+    parts.admission.admit(1, 500, "b")
+    parts.clock.now += 29.9
+    assert refusal(parts, 1, 1, "a").code == "quota_exceeded"
+    parts.clock.now += 0.2
+    parts.admission.admit(1, 90_000, "a")  # one may overdraw, and the next waits
+    assert refusal(parts, 1, 1, "a").retry_after > 8_000
+
+
+def test_unused_minutes_of_a_quota_are_not_saved_up():
+    parts = make(requests=100, max_tokens=100_000, quota=600)
+    parts.clock.now += 3600
+    parts.admission.admit(1, 600, "a")
+    assert refusal(parts, 1, 1, "a").code == "quota_exceeded"
 
 
 def test_who_would_wait_too_long_is_told_how_long_and_when_to_come_again():

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.generation.tenant_terms import TenantTerms
 from server.http.auth import ApiKeys
 from server.http.key_file import KeyFile, KeyFileError, read_key_file
 from tests.support.server_world import wait_until
@@ -21,16 +22,37 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_line_is_a_name_and_a_key(path: Path) -> None:
-    assert read_key_file(path) == {"key-one": "acme", "key-two": "acme", "key-three": "other"}
+    contents = read_key_file(path)
+    assert contents.names == {"key-one": "acme", "key-two": "acme", "key-three": "other"}
+    assert contents.terms == {}
+
+
+def test_terms_of_a_tenant_stand_behind_one_of_its_keys_and_change_with_the_file(path: Path) -> None:
+    path.write_text("acme key-one weight=2.5 tokens_per_minute=600\nacme key-two\nother key-three\n")
+    keys = ApiKeys(["plain"], has_file=True)
+    file = KeyFile(path, keys)
+    terms = {key: keys.terms_of(keys.tenant_of(key) or "") for key in (b"key-one", b"key-two", b"key-three", b"plain")}
+    assert terms == {b"key-one": (given := TenantTerms(2.5, 600)), b"key-two": given} | dict.fromkeys(
+        (b"key-three", b"plain"), TenantTerms()
+    )
+    path.write_text("acme key-one weight=1\n")
+    file.reload()
+    assert keys.terms_of(keys.tenant_of(b"key-one") or "") == TenantTerms()
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("acme\n", "line 1 has 1 words; write NAME KEY"),
-        ("acme my secret\n", "line 1 has 3 words"),
+        ("acme\n", "line 1: has one word; write NAME KEY"),
+        ("acme my secret\n", "line 1: behind the key stand terms as weight=2"),
+        ("acme secret weight=-1\n", "line 1: behind the key stand terms"),
+        ("acme secret weight=0\n", "line 1: weight is 0; it must be above 0 and at most 1000"),
+        ("acme secret weight=1e5\n", "line 1: behind the key stand terms"),
+        ("acme secret weight=1 weight=2\n", "line 1: behind the key stand terms"),
+        ("acme secret tokens_per_minute=nan\n", "line 1: behind the key stand terms"),
+        ("acme secret weight=1\nacme secret2 weight=2\n", "line 2: has other terms of acme than a line before"),
         ("ok secret\nac/me secret-two\n", "line 2: a name has up to 64 letters"),
-        ("acme secret\nother secret\n", "line 2 has the key of 'acme'"),
+        ("acme secret\nother secret\n", "line 2: has the key of 'acme'"),
         ("a b\n" * 2**18 + "a b", "more than 1048576 bytes"),
         (b"\xff\xfe", "not UTF-8"),
     ],

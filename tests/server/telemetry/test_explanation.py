@@ -155,6 +155,14 @@ def test_the_prefix_broke_where_the_closest_earlier_prompt_differs():
     assert world.explain(timeline).prompt.shared_with == "cmpl-b", "it came later"
 
 
+def test_what_was_cached_of_an_answer_is_no_broken_prefix():
+    """The next turn of a chat begins with the last prompt and its answer, and only prompts are kept to be compared."""
+    world = World()
+    world.request(Running([*range(36), *[5] * 9], name="cmpl-a"), at=T - 9)
+    timeline = slow_request(world, output=TokenCounts(num_prompt_tokens=5210, num_cached_tokens=80))
+    assert "(80 cached)" in world.explain(timeline).sentence
+
+
 def test_only_prompts_of_the_same_salt_are_compared():
     world = World()
     world.request(Running([*range(5210)], name="cmpl-other", salt="another tenant"), at=T - 9)

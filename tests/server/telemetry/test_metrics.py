@@ -397,7 +397,8 @@ def test_no_ceiling_is_below_what_is_achieved():
         for _ in range(30):
             work = {"bytes_moved": rng.randrange(10**6), "flops": rng.choice([0, rng.randrange(10**9)])}
             metrics.on_step(step(forward=rng.choice([0.0, rng.random()]), **work))
-            assert 0.0 <= value(metrics, "peregrine_roofline_ratio") <= 1.0
+            assert 0.0 <= metrics.steps.roofline.ratio <= 1.0
+        assert value(metrics, "peregrine_roofline_ratio") == metrics.steps.roofline.ratio
         for kind, measured in ceilings.items():
             assert value(metrics, f"peregrine_ceiling_{kind}") >= measured
             assert value(metrics, f"peregrine_ceiling_{kind}") >= value(metrics, f"peregrine_achieved_{kind}")

@@ -61,13 +61,13 @@ HEADERS: dict[str, tuple[Quantize, Config, Damage, str]] = {
     "no zero points": (q.gptq(4), GPTQ, lambda t: t.pop("qzeros"), "has no qzeros"),
     "no scales": (q.gptq(4), GPTQ, lambda t: t.pop("scales"), "has no scales"),
     "cut off": (q.gptq(4), GPTQ, change("qweight", lambda t: t[:-1]), r"shape \[128, 120\], but the config asks"),
-    "groups of 48": (q.gptq(4), GPTQ | {"group_size": 48}, dict.copy, "128 inputs do not divide into 4 groups of 48"),
+    "groups of 48": (q.gptq(4), GPTQ | {"group_size": 48}, dict.copy, "inputs do not divide into . groups of 48"),
     "scales of another layer": (q.gptq(4), GPTQ, change("scales", lambda t: t[:, :-8]), "scales has shape"),
     "an index that is short": (q.gptq(4, order="even"), GPTQ, change("g_idx", lambda t: t[:5]), "do not fit together"),
     "floats for words": (q.gptq(4), GPTQ, change("qweight", Tensor.float), "qweight is F32, but it must be I32"),
     "another layout": (q.gptq(4), GPTQ | {"checkpoint_format": "marlin"}, dict.copy, "layout is 'marlin'"),
     "gemv": (q.awq(), AWQ | {"version": "gemv"}, dict.copy, "layout is AWQ's 'gemv', but only gemm"),
-    "AWQ, groups of 48": (q.awq(), AWQ | {"group_size": 48}, dict.copy, "128 inputs do not divide into 4 groups of 48"),
+    "AWQ, groups of 48": (q.awq(), AWQ | {"group_size": 48}, dict.copy, "inputs do not divide into . groups of 48"),
     "AWQ of 3 bits": (q.awq(), AWQ | {"bits": 3}, dict.copy, "16 words for 128 outputs, which 3 bits do not"),
     "a shape that lies": (
         q.compressed_integers(4), COMPRESSED, change("weight_shape", lambda t: t * 0 + 10**17), "its weight_shape is",
@@ -108,7 +108,7 @@ def test_what_headers_show_is_refused_before_anything_is_read(tmp_path: Path, na
     path = damaged(tmp_path, quantize, config, damage)
     with pytest.raises(ModelError, match=reason) as error:
         read_model_facts(ModelConfig(path=str(path)))
-    assert LAYER in str(error.value) or "quant" in str(error.value)
+    assert re.search(r"model\.layers\.0\.\w+\.\w+|lm_head: |quantis|quantization_config", str(error.value))
 
 
 def set_element(name: str, value: float) -> Damage:
@@ -119,8 +119,8 @@ def set_element(name: str, value: float) -> Damage:
 
 
 CONTENTS: dict[str, tuple[Quantize, Config, Damage, str]] = {
-    "a group that is not there": (q.gptq(4, order="even"), GPTQ, set_element("g_idx", 4), "groups 0 to 4 of 4"),
-    "a group below 0": (q.gptq(4, order="even"), GPTQ, set_element("g_idx", -1), "groups -1 to 3 of 4"),
+    "a group that is not there": (q.gptq(4, order="even"), GPTQ, set_element("g_idx", 4), "groups 0 to 4, but"),
+    "a group below 0": (q.gptq(4, order="even"), GPTQ, set_element("g_idx", -1), "groups -1 to 3, but there are 4"),
     "scales without end": (q.gptq(4), GPTQ, set_element("scales", torch.inf), "scales has elements that are infinite"),
     "scales of no number": (q.awq(), AWQ, set_element("scales", torch.nan), "scales has elements that are infinite"),
     "exponents of no number": (
@@ -141,7 +141,7 @@ def test_what_only_contents_show_is_refused_with_the_layers_name(tmp_path: Path,
     quantize, config, damage, reason = CONTENTS[name]
     path = damaged(tmp_path, quantize, config, damage)
     assert callable(load)
-    with pytest.raises(ModelError, match=f"{re.escape(LAYER)}: its {reason.removeprefix('its ')}|{LAYER}.*{reason}"):
+    with pytest.raises(ModelError, match=f"{re.escape(LAYER)}: its .*{reason}"):
         load(path)
 
 

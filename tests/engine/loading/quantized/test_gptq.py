@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Qwen3MoeConfig
 
 from engine.models.model_error import ModelError
+from engine.models.registry import build_model
 from tests.support.loaded_models import kept_as, load_compiled, load_plain, plan_of, weights_of
-from tests.support.quantized_files import write_checkpoint
+from tests.support.quantized_files import SIZES, write_checkpoint, write_tokenizer
 from tests.support.quantizers import Quantize, awq, gptq
 
 LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -57,7 +60,7 @@ CASES: dict[str, tuple[Quantize, dict[str, object], str]] = {
     "AutoRound": (
         gptq(4),
         {**config(4), "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"},
-        "int4",
+        "Q4_0",
     ),
     "AWQ": (awq(), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, ZEROS),
     "AWQ, 3 bits": (awq(3), {"quant_method": "awq", "bits": 3, "group_size": 32}, "Q4_0"),
@@ -163,6 +166,28 @@ def test_biases_of_zeros_that_old_quantisers_wrote_are_left_out(tmp_path: Path) 
     write_checkpoint(tmp_path, gptq(4), config(4), extra={name: torch.ones(128)})
     with pytest.raises(ModelError, match=r"not part of the model \(.*q_proj\.bias"):
         load_compiled(tmp_path)
+
+
+def test_experts_become_floats_one_after_the_other(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    family = Qwen3MoeConfig(**SIZES | sizes, architectures=["Qwen3MoeForCausalLM"])
+    family.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": config(4)}))
+    write_tokenizer(tmp_path)
+    tensors, expected = {}, {}
+    with torch.device("meta"):
+        shapes = build_model(family, dtype=torch.float32).stored_shapes()
+    for name, shape in shapes.items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = expected[name] = torch.randn(shape).half().float()
+            continue
+        layer = name.removesuffix(".weight")
+        found, dense = gptq(4)(layer, *shape)
+        tensors |= {f"{layer}.{key}": tensor for key, tensor in found.items()}
+        expected[name] = torch.from_numpy(dense.astype(np.float32))
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same(weights_of(load_plain(tmp_path)), expected)
 
 
 def test_an_index_that_was_never_filled_in_means_neighbours(tmp_path: Path) -> None:

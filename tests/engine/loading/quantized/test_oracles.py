@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.quantization.stored_matrix import StoredMatrix
 from safetensors import safe_open
 from torch import Tensor
 
 from engine.loading.quantized.checkpoint import read_quantized
 from engine.loading.quantized.scheme import Scheme
 from engine.loading.stored_weights import StoredTensor, read_stored_weights
+from engine.quantization.stored_levels import StoredLevels
 
 FILES = sorted(Path(__file__).with_name("oracles").glob("*.safetensors"))
 
@@ -27,7 +27,7 @@ def cases() -> list[tuple[Path, str]]:
 
 
 def test_there_are_files_of_each_library() -> None:
-    assert {file.stem for file in FILES} >= {"compressed-tensors", "bitsandbytes"}
+    assert {file.stem for file in FILES} >= {"compressed-tensors", "bitsandbytes", "gptqmodel"}
 
 
 @pytest.mark.parametrize(("file", "case"), cases(), ids=[f"{file.stem}, {case}" for file, case in cases()])
@@ -43,11 +43,11 @@ def test_every_weight_is_as_its_library_has_it(file: Path, case: str) -> None:
     }
     quantized = read_quantized(stored, Scheme(config["quant_method"], config))
     found = restored(quantized, stored, tensors)
-    assert torch.equal(found.rows(0, found.shape[0]).to(dense.dtype), dense)
+    assert torch.equal(found.dense(0, found.shape[0]).to(dense.dtype), dense)
 
 
-def restored(quantized, stored: dict[str, StoredTensor], tensors: dict[str, Tensor]) -> StoredMatrix:
+def restored(quantized, stored: dict[str, StoredTensor], tensors: dict[str, Tensor]) -> StoredLevels:
     header = quantized.matrices["layer.weight"]
-    matrix: StoredMatrix = header.read({key: tensors[tensor.name] for key, tensor in header.tensors.items()})
+    matrix: StoredLevels = header.read({key: tensors[tensor.name] for key, tensor in header.tensors.items()})
     assert matrix.shape == header.shape
     return matrix

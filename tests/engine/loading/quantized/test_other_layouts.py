@@ -149,7 +149,9 @@ def test_modelopts_own_file_says_it_too_and_scales_of_activations_are_left(tmp_p
 
 def test_an_output_layer_may_be_quantised_and_an_embedding_shared(tmp_path: Path) -> None:
     parts = {"_proj": q.compressed_integers(4), "lm_head": q.compressed_integers(8)}
-    expected = write_checkpoint(tmp_path, parts, compressed(4), dtype=torch.bfloat16)
+    groups = {"a": {"weights": {"num_bits": 4, "type": "int"}}, "b": {"weights": {"num_bits": 8, "type": "int"}}}
+    config = {"quant_method": "compressed-tensors", "config_groups": groups}
+    expected = write_checkpoint(tmp_path, parts, config, dtype=torch.bfloat16)
     model = load_compiled(tmp_path)
     assert kept_as(model)["lm_head"].startswith("int8, stored as compressed-tensors, 8 bits")
     assert_same(weights_of(model), expected)

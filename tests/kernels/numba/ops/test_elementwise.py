@@ -271,3 +271,10 @@ def test_a_bias_is_written_or_added_to_every_row(execute, op) -> None:
         execute(operations, num_rows=num_rows)
         assert torch.equal(written, bias.expand(num_rows, 48))
         assert torch.equal(added, before + bias)
+
+
+def test_columns_are_put_into_an_order(execute, op) -> None:
+    for num_rows in ROWS:
+        x, out, order = torch.randn(num_rows, 48), torch.full((num_rows, 48), torch.nan), torch.randperm(48)
+        execute([op(Operation.PERMUTE, x, order, out, 48)], num_rows=num_rows)
+        assert torch.equal(out, x[:, order])

@@ -175,3 +175,12 @@ def test_packing_is_the_same_for_a_view_and_for_half_precision() -> None:
     view = weight[::2]
     for kind in (FLOAT32, BFLOAT16, FLOAT16, INT8, INT4):
         assert np.array_equal(unpack(pack(view, kind)), unpack(pack(view.float().contiguous(), kind)))
+
+
+def test_a_matrix_in_an_order_of_its_own_is_given_back_as_rows_have_it() -> None:
+    weight, order = torch.randn(50, 96), torch.randperm(96)
+    for kind in (FLOAT16, INT8, INT4, QUADS + INT4):
+        in_order = pack(weight[:, order], kind)
+        packed = replace(in_order, order=order)
+        assert torch.equal(unpack(packed)[:, order], unpack(in_order))
+        assert torch.equal(Stack((packed,)).dense(17, 40), unpack(packed)[17:40])

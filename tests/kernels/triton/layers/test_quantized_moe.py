@@ -17,8 +17,9 @@ def random_experts(
     num_experts: int, shape: tuple[int, int], bits: int, group_size: int, device: torch.device
 ) -> QuantizedMatrix:
     options = {"bits": bits, "group_size": group_size, "is_symmetric": False, "scale_dtype": torch.bfloat16}
-    weight = 0.3 * torch.randn(num_experts * shape[0], shape[1], device=device)
-    return make_matrix(*round_to_groups(weight, **options), bits=bits, group_size=group_size)
+    weight, order = 0.3 * torch.randn(num_experts * shape[0], shape[1], device=device), torch.randperm(shape[1])
+    codes = round_to_groups(weight, **options)
+    return make_matrix(*codes, bits=bits, group_size=group_size, order=order.to(device) if bits == 8 else None)
 
 
 def dense(experts: QuantizedMatrix, num_experts: int) -> torch.Tensor:

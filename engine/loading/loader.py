@@ -35,7 +35,7 @@ from engine.models.model import Model
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
 from engine.models.registry import build_model
 from engine.quantization.linear import Linear, LinearMethods
-from engine.quantization.stored_levels import StoredLevels
+from engine.quantization.stored_levels import StoredLevels, as_floats
 from kernels.numba.core.formats import SIZES
 
 T = TypeVar("T")
@@ -192,7 +192,8 @@ def load_model(
 
 
 def open_weights(config: ModelConfig) -> tuple[CheckpointConfig, Iterator[tuple[str, Tensor]]]:
-    """The config of a model's layers, and its weights one at a time by their Hugging Face names, in the files' dtype.
+    """The config of a model's layers, and its weights one at a time by their Hugging Face names, in the files' dtype;
+    those that a GGUF file has quantised in float32.
 
     ModelError as `load_model`, and for random weights, which are in no file, and for those of quantised checkpoints.
     """
@@ -202,10 +203,10 @@ def open_weights(config: ModelConfig) -> tuple[CheckpointConfig, Iterator[tuple[
     checkpoint = open_checkpoint(source, config)
     if checkpoint.quantized:
         raise ModelError(f"{config.path} is quantised, and its weights are wanted as floats; name the original")
-    weights = _weights(source, torch.get_num_threads())
+    weights: Iterator[tuple[str, Tensor | StoredLevels]] = _weights(source, torch.get_num_threads())
     if checkpoint.is_part:
-        return checkpoint.config, text_weights(weights, hidden_size=checkpoint.config.hidden_size)
-    return checkpoint.config, weights
+        weights = text_weights(weights, hidden_size=checkpoint.config.hidden_size)
+    return checkpoint.config, ((name, as_floats(weight)) for name, weight in weights)
 
 
 def read_tokenizer(config: ModelConfig, *, report: Report = silent) -> TokenizerAssets:

@@ -97,7 +97,7 @@ class Collector:
         running: dict[str, list[int]] = {}
         while True:
             for index, text in _take(pending, self._num_at_once - len(running)):
-                params = SamplingParams(seed=index, max_tokens=2, temperature=0.0)
+                params = SamplingParams(seed=index, max_tokens=1, temperature=0.0)
                 engine.add(Request(request_id=str(index), prompt_token_ids=text, params=params, cache_salt=str(index)))
                 running[str(index)] = text
             if not running:

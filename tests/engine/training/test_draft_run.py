@@ -81,7 +81,7 @@ def test_what_is_written_is_a_draft_model_that_is_often_right(target: Path, tmp_
     said: list[str] = []
     job = make_job(target, tmp_path / "draft")
     trained = run_draft(job, said.append)
-    assert trained.num_positions == untrained.num_positions > 100
+    assert trained.num_positions == untrained.num_positions > 50
     assert trained.accepted[0] > untrained.accepted[0] + 0.1
     assert trained.accepted == sorted(trained.accepted, reverse=True)
     assert "tokens a step" in trained.table()
@@ -109,7 +109,7 @@ def test_what_is_written_is_a_draft_model_that_is_often_right(target: Path, tmp_
 def test_texts_are_learned_from_too(target: Path, tmp_path: Path) -> None:
     texts = [prompt * 6 for prompt in prompts(60)]
     accuracy = run_draft(make_job(target, tmp_path, kind="texts", sequences=texts, num_epochs=1), lambda text: None)
-    assert accuracy.num_positions > 100
+    assert accuracy.num_positions > 50
     assert (tmp_path / "model.safetensors").is_file()
 
 
@@ -124,15 +124,18 @@ def test_kept_layers_are_all_different() -> None:
             assert len(set(kept_layers(total, wanted))) == wanted
 
 
-def test_with_all_layers_but_one_it_is_nearly_the_target(target: Path) -> None:
-    """Whose second layer changes next to nothing."""
+def test_without_a_layer_that_adds_nothing_it_is_the_target(target: Path, tmp_path: Path) -> None:
     whole = LlamaForCausalLM.from_pretrained(target).eval()
-    pruned = prune(ModelConfig(path=str(target)), NUM_LAYERS - 1)
+    idle = whole.model.layers[1]
+    for matrix in (idle.self_attn.o_proj, idle.mlp.down_proj):
+        matrix.weight.data.zero_()
+    whole.save_pretrained(tmp_path)
+    pruned = prune(ModelConfig(path=str(tmp_path)), NUM_LAYERS - 1)
     assert kept_layers(NUM_LAYERS, NUM_LAYERS - 1) == [0, 2, 3]
     ids = torch.tensor([prompts(1)[0]])
     with torch.inference_mode():
         expected = whole.model(ids).last_hidden_state
-        torch.testing.assert_close(pruned(ids), expected, atol=0.3, rtol=0.1)
+        torch.testing.assert_close(pruned(ids), expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(pruned.output, whole.lm_head.weight)
 
 

@@ -536,7 +536,7 @@ def test_sighup_reads_the_key_file_again_and_a_broken_one_is_told_at_the_start(t
     keys.write_text("acme\n")
     result = run(COUNTING, "--api-key-file", str(keys), "--port", "0")
     assert result.returncode == EXIT_CODES["config"]
-    assert "line 1 has 1 words; write NAME KEY" in last_line(result)
+    assert "line 1: has one word; write NAME KEY" in last_line(result)
 
 
 def test_the_settings_of_an_image_are_below_those_of_who_runs_it(tmp_path, monkeypatch):

@@ -74,12 +74,16 @@ def quantized_linear(
         num_warps=config.warps,
     )
     if splits > 1:
-        size = num_rows * num_outputs
-        combine_splits_kernel[(triton.cdiv(size, COMBINED),)](
-            sums, x if bias is None else bias, out, size, num_outputs,
-            SPLITS=splits, HAS_BIAS=bias is not None, SIZE=COMBINED, num_warps=4,
-        )  # fmt: skip
+        add_splits(sums, bias, out)
     return out
+
+
+def add_splits(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Adds the sums of programs that shared the inputs, in order, and the bias. sums: [splits, *out.shape] float32"""
+    combine_splits_kernel[(triton.cdiv(out.numel(), COMBINED),)](
+        sums, out if bias is None else bias, out, out.numel(), out.shape[1],
+        SPLITS=len(sums), HAS_BIAS=bias is not None, SIZE=COMBINED, num_warps=4,
+    )  # fmt: skip
 
 
 def num_splits(num_outputs: int, num_inputs: int, config: QuantizedConfig) -> int:

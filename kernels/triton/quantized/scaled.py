@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.triton.compat import INTERPRET
 from kernels.triton.configs import QuantizedConfig, chip_of, scaled_config
-from kernels.triton.quantized.linear import COMBINED, combine_splits_kernel, num_splits
+from kernels.triton.quantized.linear import add_splits, num_splits
 from kernels.triton.quantized.rows import quantize_rows
 from kernels.triton.quantized.scaled_matrix import ScaledMatrix
 
@@ -61,11 +61,7 @@ def scaled_linear(
         num_warps=config.warps,
     )
     if splits > 1:
-        size = num_rows * num_outputs
-        combine_splits_kernel[(triton.cdiv(size, COMBINED),)](
-            sums, x if bias is None else bias, out, size, num_outputs,
-            SPLITS=splits, HAS_BIAS=bias is not None, SIZE=COMBINED, num_warps=4,
-        )  # fmt: skip
+        add_splits(sums, bias, out)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,24 +11,14 @@ from torch import Tensor
 from engine.training.draft_data import DraftData
 from engine.training.heads_trainer import choose_rows
 from engine.training.pruned_model import PrunedModel
-from engine.training.trainer import Trainer
+from engine.training.trainer import Pace, Trainer
 
 
 class DraftTrainer(Trainer):
     """Its items are texts."""
 
-    def __init__(
-        self,
-        model: PrunedModel,
-        data: DraftData,
-        *,
-        batch_size: int,
-        num_epochs: int,
-        learning_rate: float,
-        seed: int,
-    ) -> None:
-        sizes = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": seed}
-        super().__init__(model, data.learned, learning_rate=learning_rate, **sizes)
+    def __init__(self, model: PrunedModel, data: DraftData, **pace: Unpack[Pace]) -> None:
+        super().__init__(model, data.learned, **pace)
         self._model, self._data = model, data
 
     def loss(self, items: Tensor, generator: torch.Generator) -> Tensor:

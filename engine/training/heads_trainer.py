@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from engine.training.heads_data import Batch, HeadsData
 from engine.training.trainable_heads import TrainableHeads
-from engine.training.trainer import Trainer
+from engine.training.trainer import Pace, Trainer
 
 _HEAD_WEIGHT = 0.8  # of each head's loss against that of the head before it (the paper, section 2.2.1)
 _NUM_FREQUENT, _NUM_DRAWN = 1024, 512  # rows that a step looks at beside those of its labels
@@ -20,18 +21,8 @@ _NUM_LABELS = 8  # of each position, that a step learns from
 class HeadsTrainer(Trainer):
     """Its items are positions."""
 
-    def __init__(
-        self,
-        heads: TrainableHeads,
-        data: HeadsData,
-        *,
-        batch_size: int,
-        num_epochs: int,
-        learning_rate: float,
-        seed: int,
-    ) -> None:
-        sizes = {"batch_size": batch_size, "num_epochs": num_epochs, "seed": seed}
-        super().__init__(heads, data.learned, learning_rate=learning_rate, **sizes)
+    def __init__(self, heads: TrainableHeads, data: HeadsData, **pace: Unpack[Pace]) -> None:
+        super().__init__(heads, data.learned, **pace)
         self._heads, self._data = heads, data
 
     def loss(self, items: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +16,27 @@ _SAVE_INTERVAL = 60.0  # seconds
 _NUM_WARMUP_STEPS = 50
 
 
+class Pace(TypedDict):
+    """How long and how fast is learned: items of a step, times that each is seen, Adam's largest rate, and chance."""
+
+    batch_size: int
+    num_epochs: int
+    learning_rate: float
+    seed: int
+
+
 class Trainer:
     """Every step is a function of the seed and its number, so that an interrupted run ends as any other."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        items: Tensor,
-        *,
-        batch_size: int,
-        num_epochs: int,
-        learning_rate: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, module: nn.Module, items: Tensor, **pace: Unpack[Pace]) -> None:
         """items: [n] what is learned from in each epoch, in batches: whatever `loss` knows by these numbers"""
         self._module, self._items = module, items
-        self._batch_size = min(batch_size, len(items))
-        self._learning_rate, self._seed = learning_rate, seed
+        self._batch_size = min(pace["batch_size"], len(items))
+        self._learning_rate, self._seed = pace["learning_rate"], pace["seed"]
         self._steps_per_epoch = max(1, len(items) // max(1, self._batch_size))
-        self.num_steps = num_epochs * self._steps_per_epoch
+        self.num_steps = pace["num_epochs"] * self._steps_per_epoch
         self._learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.Adam(self._learned, lr=learning_rate)
+        self._optimizer = torch.optim.Adam(self._learned, lr=pace["learning_rate"])
         self._step = 0
         self.mean_loss = math.nan  # smoothed
 

@@ -185,7 +185,9 @@ def test_pausing_reaches_every_descendant_and_ending_works_on_the_paused(prepare
 def test_memory_counts_children_and_ends_with_the_process() -> None:
     alone = memory_of(os.getpid())
     assert alone.resident >= alone.held > 1_000_000
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    command, pipes = [sys.executable, "-c", "print(flush=True); input()"], {"stdin": subprocess.PIPE}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **pipes) as child:
+        child.stdout.readline()  # a process that has not begun its program yet has a page of memory
         own = memory_of(child.pid)
         assert own.resident > 100_000
         assert memory_of(os.getpid()).resident > own.resident + alone.resident // 2

@@ -36,10 +36,11 @@ from kernels.numba.core.processor import TileRows, features, level
 from kernels.numba.core.tiles import dispatching, prefetch_span, write_sums
 
 INTEGER_TILES = level().integers
-MAX_SUMS_WRITTEN_OUT = {8: 8, 16: 0}  # of a tile, by bits of its levels; with fewer bits, any
 UNPACKS = INTEGER_TILES.two_panels < INTEGER_TILES.one_panel  # whether tiles have no register to unpack levels
+MAX_SUMS_WRITTEN_OUT = {8: 0 if UNPACKS else 8, 16: 0}  # of a tile, by bits of its levels; with fewer bits, any
 MIN_ROWS_TO_UNPACK = 12  # with fewer, each tile unpacks a panel itself
 UNPACKED_TILES = TileRows(0, 6 if UNPACKS else 0)
+BYTE_TILES = TileRows(2, 6) if UNPACKS else INTEGER_TILES  # of pairs of levels of 8 bits, which need no unpacking
 
 
 def _multiply_pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -350,7 +351,12 @@ def _add_bytes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 def multiply_integers(weights: IntegerFormat) -> Callable[..., None]:
     """An intrinsic (rows, panels, *arguments of a tile) for products with such weights."""
-    return dispatching(_integer_tile, weights, 13, INTEGER_TILES)
+    return dispatching(_integer_tile, weights, 13, tiles_of(weights))
+
+
+def tiles_of(weights: IntegerFormat) -> TileRows:
+    """The shapes of the tiles that multiply such weights as they are packed."""
+    return BYTE_TILES if weights.bits == 8 and weights.depths == 2 else INTEGER_TILES
 
 
 def must_unpack(weights: IntegerFormat) -> bool:

@@ -24,12 +24,12 @@ from kernels.numba.core.formats import (
     ROUNDED_BFLOAT16,
 )
 from kernels.numba.core.integer_tiles import (
-    INTEGER_TILES,
     MIN_ROWS_TO_UNPACK,
     UNPACKED_TILES,
     multiply_integers,
     multiply_unpacked,
     must_unpack,
+    tiles_of,
     unpack_levels,
 )
 from kernels.numba.core.lanes import LANES
@@ -100,7 +100,7 @@ def _of_integers(kind: int) -> _Product:
         )  # fmt: skip
 
     name = weights.name.replace(", by activations of 8 bits", " x 8 bits")
-    sizes = (32 // weights.depths, weights.bits, FACTOR_BYTES, scale_bytes, INTEGER_TILES)
+    sizes = (32 // weights.depths, weights.bits, FACTOR_BYTES, scale_bytes, tiles_of(weights))
     if not must_unpack(weights):
         return _Product(name, *sizes, multiply)
     unpack_groups, unpacked_tile = unpack_levels(weights), multiply_unpacked(weights)

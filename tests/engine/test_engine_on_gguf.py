@@ -54,7 +54,7 @@ def assert_answers_are_those_of_floats(ours: Engine, path: Path) -> None:
     assert len({tuple(tokens) for tokens in answered.tokens.values()}) > 2  # they say different things
     for request_id, (_, logprobs, _) in answered.answers.items():
         for a, b in zip(logprobs, expected.answers[request_id][1], strict=True):
-            assert a.logprob == pytest.approx(b.logprob, abs=2e-3)  # of activations of 16 bits
+            assert a.logprob == pytest.approx(b.logprob, abs=4e-3)  # of activations of 16 bits
 
 
 @FORMATS

@@ -20,6 +20,9 @@ from engine.quantization.triton_gpu import (
 )
 from kernels.reference.quantized import dequantize, quantize_rows, scaled_linear
 from kernels.triton import configs
+from kernels.triton.configs import strict_quantized_config
+from kernels.triton.quantized import linear
+from kernels.triton.quantized.linear import quantized_linear as product
 from kernels.triton.quantized.matrix import QuantizedMatrix
 from kernels.triton.quantized.scaled_matrix import ScaledMatrix
 from tests.support.conformance.linear_method import LinearMethodConformance
@@ -123,16 +126,22 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
         matrix_of_codes(spec, [stored(24), stored(8)], bits=4, group_size=48)
 
 
-def test_rows_are_independent_where_that_is_asked_for() -> None:
+def test_rows_are_independent_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of rows has one config. Its bits are a GPU's to show: in the interpreter the host's BLAS adds up."""
     method = Int4Method()
     layer = layer_of(method, (Part("", 40),))
     layer.load("", torch.randn(40, 128))
     alone = method.with_independent_rows()
     assert type(alone) is Int4Method
+    asked = []
+    monkeypatch.setattr(
+        linear, "quantized_linear", lambda *args, config: asked.append(config) or product(*args, config=config)
+    )
     x = torch.randn(70, 128)
     whole = alone.apply(x, layer.weight, None)
     for rows in (slice(0, 1), slice(3, 20), slice(60, 70)):
-        assert torch.equal(alone.apply(x[rows], layer.weight, None), whole[rows])
+        torch.testing.assert_close(alone.apply(x[rows], layer.weight, None), whole[rows])
+    assert asked == [strict_quantized_config(torch.float32, chip="default")] * 4
 
 
 def test_fp8_meets_fp8() -> None:

@@ -14,7 +14,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 RUNTIME := $(VENV)/.runtime
 TESTING := $(VENV)/.testing
 
-.PHONY: help serve test lint types pytest lb-test image-test compose-test kubernetes-test monitoring-test browser-test \
+.PHONY: help serve test lint types pytest operation soak lb-test image-test compose-test kubernetes-test monitoring-test browser-test clients-test \
   constraints doctor gpu-wheels clean
 
 help:
@@ -23,9 +23,12 @@ help:
 	@echo "make constraints   resolve constraints.txt against the package index alone, for every Python that is supported"
 	@echo "make doctor  what this machine has, and which kernel each part will use"
 	@echo "make gpu-wheels FOLDER=wheels   what a GPU machine without a network lacks for python -m loadtest.gpu"
+	@echo "make operation   overload, fairness and faults under load, on the default model: half an hour (ARGS='engine_killed --duration 20')"
+	@echo "make soak    half an hour of mixed traffic (DURATION=1800 seconds)"
 	@echo "make lb-test image-test compose-test kubernetes-test   the deployment's files, used; docs/deployment.md says what they take"
 	@echo "make monitoring-test   every panel, rule and alert against a real Prometheus (Debian's package) and two replicas"
 	@echo "make browser-test   the pages of the server in a headless Chromium (Debian's package)"
+	@echo "make clients-test   the SDKs and agents that people have, installed and run against the server; writes docs/clients.md"
 	@echo "make clean   remove the environment and caches"
 
 # Not empty where ARGS says which model to serve.
@@ -53,6 +56,14 @@ types: $(TESTING)
 
 pytest: $(TESTING)
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# A server in operation: each scenario says what has to hold, and writes what it saw. docs/operation.md has the figures.
+operation: $(TESTING)
+	$(BIN)/python -m loadtest operation --results loadtest/results $(ARGS)
+
+DURATION ?= 1800
+soak: $(TESTING)
+	$(BIN)/python -m loadtest operation soak --duration $(DURATION) --results loadtest/results $(ARGS)
 
 # The deployment's files, used for real. They take what CI does not have: load balancers, container tools, a network.
 # haproxy and nginx from the distribution; three servers on loopback, restarted and killed under load
@@ -90,6 +101,10 @@ monitoring-test: $(TESTING)
 	promtool check config --syntax-only configs/monitoring/prometheus.yml
 	promtool test rules configs/monitoring/rules.test.yml
 	$(BIN)/pytest -m '' tests/server/monitoring tests/system/test_monitoring.py $(ARGS)
+
+# Each client in an environment of its own below build/clients; those in JavaScript only where node is. Writes docs/clients.md.
+clients-test: $(TESTING)
+	$(BIN)/python -m tests.clients $(ARGS)
 
 browser-test: $(TESTING)
 	@command -v chromium >/dev/null || apt-get install --yes --no-install-recommends chromium || \

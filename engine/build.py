@@ -14,6 +14,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.grammar_compiler import GrammarCompiler
 from engine.ipc.messages import ModelInfo, Setting
 from engine.kv_cache.codec import make_codec
 from engine.kv_cache.layer_spec import windows_of
@@ -34,16 +35,19 @@ from engine.runner.kernel_backend import KernelBackend
 from engine.runner.memory_profile import CudaMemoryMeter, measure_workspace, plan_with_workspace
 from engine.runner.model_runner import ModelRunner
 from engine.runner.step_recording import StepRecording
-from engine.runner.step_timing import time_steps
+from engine.runner.step_timing import time_chunks, time_steps
 from engine.runner.trial import try_one_token
 from engine.sampling.typical import TypicalRule
 from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.prompt_pacing import PromptPacing
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepPace
+from engine.scheduling.step_times import ContextCosts, StepTimes
 from engine.speculation.controller import DraftController
 from engine.speculation.proposer import Proposer, ProposerContext, build_proposer
 from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
+from engine.structured.grammar_states import GrammarStates
 
 logger = logging.getLogger(__name__)
 
@@ -102,16 +106,14 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
     engine = _assemble(config, plan, loaded, back_end, pace=pace, has_independent_rows=has_independent_rows)
     clock.enter("trial", "one token through the whole model")
     try_one_token(engine.executor, engine.builder, path=loaded.path, dtype=plan.dtype)
-    if engine.speculator.controller is not None:
-        clock.enter("step_costs", "steps with drafts")
-        max_rows = min(plan.max_num_logits, (plan.num_blocks // engine.builder.tables.num_groups) * plan.block_size)
-        engine.speculator.controller.costs = StepCosts(time_steps(engine.executor, engine.builder, max_rows=max_rows))
+    _time_steps(config, plan, engine, clock)
     clock.end()
     model = ModelInfo(
         path=loaded.path,
         architecture=loaded.architecture,
         num_parameters=loaded.num_parameters,
         vocab_size=loaded.vocab_size,
+        hidden_size=loaded.model.hidden_size,
         trained_context=loaded.trained_context,
         max_model_len=plan.max_model_len,
         num_kv_tokens=plan.num_kv_tokens,
@@ -119,6 +121,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         num_drafts=plan.num_drafts,
         eos_token_ids=loaded.eos_token_ids,
         generation_defaults=loaded.generation_defaults,
+        pooling=loaded.pooling,
         tokenizer=loaded.tokenizer,
         fingerprint=_fingerprint(config, plan, loaded, has_independent_rows),
         settings=plan.settings | {"device.determinism": _determinism(config, has_independent_rows)},
@@ -128,6 +131,32 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[Engine, ModelInf
         flops_per_second=machine.ceilings.flops_per_second,
     )
     return engine, model
+
+
+def _time_steps(config: EngineConfig, plan: MemoryPlan, engine: Engine, clock: PhaseClock) -> None:
+    """Measures what steps take, if somebody chooses their size by it: drafts that are worth it, or prompts in time."""
+    controller, target = engine.speculator.controller, config.scheduler.target_itl_ms
+    if controller is None and target is None:
+        return
+    clock.enter("step_costs", "steps of several sizes")
+    num_tokens = (plan.num_blocks // engine.builder.tables.num_groups) * plan.block_size
+    by_rows = time_steps(engine.executor, engine.builder, max_rows=min(plan.max_num_logits, num_tokens))
+    if controller is not None:
+        controller.costs = StepCosts(by_rows)
+    if target is None:
+        return
+    cost = engine.cost
+    contexts = ContextCosts.guessed(
+        by_rows,
+        flops_per_row=cost.flops_per_token + cost.flops_per_logits,
+        flops_per_pair=cost.attention_flops_per_pair,
+        flops_per_logits=cost.flops_per_logits,
+    )
+    times = StepTimes(by_rows, contexts)
+    max_context = min(num_tokens, plan.max_model_len)
+    for work, seconds in time_chunks(engine.executor, engine.builder, max_context=max_context, by_rows=by_rows):
+        times.learn(work, seconds)
+    engine.scheduler.pacing = PromptPacing(times, target=target / 1000)
 
 
 def _pace(machine: Machine, plan: MemoryPlan) -> StepPace:
@@ -211,14 +240,27 @@ def _assemble(
     executor = ModelExecutor(runner, back_end.make_sampler(loaded.vocab_size))
     recording = None if config.supervision.record_steps == "off" else StepRecording(config)
     proposer = build_proposer(config.speculation, _proposer_context(config, plan, loaded, runner))
+    speculator = Speculator(
+        proposer,
+        loaded.vocab_size,
+        _controller(config, plan, proposer),
+        typical=_typical_rule(config),
+        grammars=GrammarStates(lambda: _grammar_compiler(loaded)),
+    )
     return Engine(
         executor,
         Scheduler(kv, limits),
-        Speculator(proposer, loaded.vocab_size, _controller(config, plan, proposer), typical=_typical_rule(config)),
+        speculator,
         _cost(plan),
         pace=pace,
         overlap=overlap,
         recording=recording,
+    )
+
+
+def _grammar_compiler(loaded: LoadedModel) -> GrammarCompiler:
+    return GrammarCompiler(
+        loaded.tokenizer.tokenizer_json, vocab_size=loaded.vocab_size, eos_token_ids=loaded.eos_token_ids
     )
 
 

@@ -105,6 +105,11 @@ class SchedulerConfig(Section):
         default="auto",
         description="token budget of one step; with compiled CPU kernels prompts get less beside decoding requests",
     )
+    target_itl_ms: Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="milliseconds between tokens of a stream that prompts beside it may take at most: their chunks are "
+        "cut to what a step of that time has room for; null: by the number of tokens alone",
+    )
 
 
 class KVCacheConfig(Section):
@@ -202,7 +207,7 @@ class LossySpeculationConfig(Section):
 
 
 class SupervisionConfig(Section):
-    """When the server gives up on the engine process instead of starting another, and ends with exit code 5.
+    """When the engine process is replaced, and when the server gives up on it and ends with exit code 5.
 
     Deaths that are put down to one request, which ends in a quarantine, do not count, nor do kills of a process that
     has not computed anything yet.
@@ -215,6 +220,11 @@ class SupervisionConfig(Section):
     )
     window: Annotated[float, Field(gt=0, le=86400)] = Field(
         default=300.0, description="seconds after which a death does not count any more"
+    )
+    step_timeout: Annotated[float, Field(ge=1, le=86400)] = Field(
+        default=120.0,
+        description="seconds without progress, while requests run, after which the engine process is replaced: of one "
+        "step, or without any; more where such steps were measured to take long",
     )
     record_steps: Literal["off", "shapes", "contents"] = Field(
         default="off",

@@ -20,9 +20,12 @@ from engine.scheduling.oom_split import drop_drafts, halve_chunks
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost, StepClock, StepPace, StepRecorder
 from engine.speculation.speculator import Speculator
+from engine.structured.grammar_states import GrammarStates
 from engine.types import Request, Sampled, Scheduled, Sequence, StepOutput, StepStats
 
 logger = logging.getLogger(__name__)
+
+MAX_IDLE_WAIT = 0.02  # seconds, for which a step without anything to compute waits for a grammar
 
 StepReport = tuple[list[StepOutput], list[str], StepStats]
 
@@ -56,7 +59,12 @@ class Engine:
             counts_on_device=executor.keeps_token_counts,
             shows_all_rows=needs.hidden == "all",
             typical=speculator.typical,
+            grammars=speculator.grammars,
         )
+        self.grammars = speculator.grammars  # of the requests; None: they may have none
+        if self.grammars is not None:
+            scheduler.is_ready = self.grammars.is_ready
+        speculator.drafts_forced = not overlap
         self.cost, self._pace = cost, pace or StepPace()
         self.on_batch: Callable[[list[Scheduled]], None] = lambda batch: None  # told what is about to run
         self.recording = recording
@@ -74,7 +82,12 @@ class Engine:
             raise ValueError(
                 f"token ids {lowest} to {highest} reach beyond the vocabulary of {self.executor.vocab_size}"
             )
-        self.scheduler.add(Sequence(request, token_ids, added_at=time.monotonic()))
+        seq = Sequence(request, token_ids, added_at=time.monotonic())
+        if request.params.grammar is not None and self.grammars is None:
+            raise ValueError("this engine was made without grammars: answers cannot be made to follow one")
+        self.scheduler.add(seq)
+        if self.grammars is not None:
+            self.grammars.open(seq)
 
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
@@ -98,27 +111,50 @@ class Engine:
         EngineFaultError where it is not a request's fault: then no later step would be any better.
         """
         recorder = StepRecorder(self.scheduler, self.cost)
+        refused = [] if self.grammars is None else self._end_impossible(self.grammars)
         batch = self.scheduler.schedule()
         started = _mark_started(batch)
         recorder.clock.lap("schedule")
         if not batch:  # after aborts there may be nothing to do; the numbers then say that the memory is free
             self._forget_launched()
+            if self.grammars is not None and self.has_work:  # all wait until they are compiled
+                self.grammars.wait(MAX_IDLE_WAIT)
             recorder.plan(batch)
-            return [], [], recorder.stats([], [], self.degraded_modes)
+            return refused, [], recorder.stats([], [], self.degraded_modes)
         self.on_batch(batch)
         result = self._compute(batch, recorder.clock)
-        recorder.plan(batch)
+        work = recorder.plan(batch)
+        pacing = self.scheduler.pacing
+        predicted = 0.0 if pacing is None else pacing.times.seconds(work)
         places = self.speculator.places_of(batch)
-        outputs = self.scheduler.update(batch, result.sampled)
+        if self.grammars is not None:
+            self.grammars.follow(batch, result.sampled)
+        outputs = refused + self.scheduler.update(batch, result.sampled)
         recorder.clock.lap("update")
         self.speculator.propose(batch, result.sampled, result.hidden, places=places)
         if not self.has_work:
             self._forget_launched()
         recorder.clock.lap("propose")
-        stats = recorder.stats(result.sampled, outputs, self.degraded_modes, self.speculator.outcome)
+        stats = recorder.stats(
+            result.sampled, outputs, self.degraded_modes, self.speculator.outcome, predicted=predicted
+        )
         self._pace.learn(stats)
         self.speculator.learn(stats)
+        if pacing is not None and stats.flops:  # 0: parts of it failed, and the time is of something else
+            pacing.times.learn(work, stats.seconds)
         return outputs, started, stats
+
+    def _end_impossible(self, grammars: GrammarStates) -> list[StepOutput]:
+        """Ends the requests whose grammars cannot be followed."""
+        outputs = []
+        for seq, reason in grammars.take_failed():
+            request_id = seq.request.request_id
+            if self.scheduler.abort(request_id) is not None:
+                message = f"the grammar of request {request_id} cannot be followed: {reason}"
+                outputs.append(
+                    StepOutput(request_id=request_id, finish_reason="error", error=message, error_kind="constraints")
+                )
+        return outputs
 
     def _compute(self, batch: list[Scheduled], clock: StepClock) -> StepResult:
         """Forward and sample. Where that fails, once more for each item alone, to find whose fault it is; where memory

@@ -6,11 +6,17 @@ Messages are frozen msgspec structs and cross the process border; `Sequence` and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from engine.grammar import GrammarSpec
+
+if TYPE_CHECKING:
+    from engine.arrays import Doubles  # numpy takes a tenth of a second, and the server imports this file
+
 FinishReason = Literal["stop", "length", "error"]
+Pooling = Literal["last", "mean"]  # of the hidden states of a prompt: that of its last token, or all of them
 ErrorKind = Literal["request", "constraints"]  # it failed, or what the client allows leaves no token to go on with
 
 
@@ -37,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None: off; n: the sampled token's and the n most likely
     prompt_logprobs: int | None = None
     num_drafts: int | None = None  # at most; None, or more than configured: as configured; 0: no speculation
+    grammar: GrammarSpec | None = None  # that the output follows
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -50,6 +57,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tenant: str = ""  # whose it is: tenants get fair shares of a busy engine
     tenant_weight: float = 1.0  # of its share
     cache_salt: str = ""  # requests share cached prefixes only with the same salt
+    pooling: Pooling | None = None  # one vector is wanted, and no token: it ends with its prompt
+    is_background: bool = False  # nobody waits for it: it counts in no limit of the queue that others meet
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -85,6 +94,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprobs] | None = None  # for the prompt tokens that this step scored, in order
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; not where only a token more is said
     timing: RequestTiming | None = None  # up to here; not where only a token more is said
+    pooled: bytes | None = None  # the vector of a request with `pooling`: [hidden_size] float32, little-endian
     error: str | None = None  # with finish reason "error"
     error_kind: ErrorKind = "request"  # of `error`
 
@@ -94,6 +104,10 @@ DEGRADED_MODES = ("token_budget", "run_ahead", "cuda_graphs", "speculation")
 
 DraftOutcome = Literal["", "drafted", "no_guess", "unlikely", "too_slow", "failed"]  # of proposing after a step
 DRAFT_OUTCOMES: tuple[DraftOutcome, ...] = ("drafted", "no_guess", "unlikely", "too_slow", "failed")
+
+
+PromptLimit = Literal["", "none", "target", "least"]  # of the prompts' part of a step beside streams, with a target
+PROMPT_LIMITS: tuple[PromptLimit, ...] = ("none", "target", "least")
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +140,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float = 0.0  # time.monotonic, which is the same clock in every process of the machine
     num_prompt_tokens: int = 0  # of `num_tokens`: chunks of sequences that lack more than their newest token
     degraded_modes: list[str] = []  # of DEGRADED_MODES, what steps do without for now, because it has failed
+    predicted: float = 0.0  # seconds that the step was expected to take; 0: nothing is predicted
+    prompt_limit: PromptLimit = ""  # what ended the prompts' part; empty: no target, no streams, or no prompts
 
     @property
     def seconds(self) -> float:
@@ -175,11 +191,22 @@ class Sequence:
     num_drafts: int = 0
     num_accepted_drafts: int = 0
     num_scored_tokens: int = 0  # prompt tokens whose log-probabilities were emitted
+    pooled_sum: Doubles | None = None  # of the hidden states that its vector is made of, as far as it is computed
 
     def draft_run(self, token_ids: list[int], confidences: list[float]) -> None:
         """Sets drafts that follow each other, or none."""
         self.draft_token_ids, self.draft_confidences = token_ids, confidences
         self.draft_parents = list(range(-1, len(token_ids) - 1))
+
+    def keep_drafts(self, kept: list[int]) -> None:
+        """Leaves it the drafts of these indices, rising; of each of them, its parent is one."""
+        if len(kept) == len(self.draft_token_ids):
+            return
+        places = {-1: -1} | {index: place for place, index in enumerate(kept)}
+        self.draft_parents = [places[self.draft_parents[index]] for index in kept]
+        self.draft_token_ids = [self.draft_token_ids[index] for index in kept]
+        if self.draft_confidences:
+            self.draft_confidences = [self.draft_confidences[index] for index in kept]
 
     @property
     def params(self) -> SamplingParams:
@@ -253,5 +280,7 @@ class Sampled:
     accepted: list[int] = field(default_factory=list)  # indices of the accepted drafts, from the root down
     logprobs: list[TokenLogprobs] | None = None  # one per token id
     prompt_logprobs: list[TokenLogprobs] | None = None  # one per scored row
+    pooled: Doubles | None = None  # [hidden_size] the sum of its hidden states that are pooled
     error: str | None = None  # the request cannot go on, for example because its logits are not finite
     error_kind: ErrorKind = "request"  # of `error`
+    is_over: bool = False  # the text is complete: behind these tokens, its grammar allows none

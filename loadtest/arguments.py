@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from loadtest.client.client import Api, IgnoreEos
+from loadtest.operation.runner import SCENARIOS, SOAK
+from loadtest.operation.stage import StageOptions
 from loadtest.planning import parse_extra_body, parse_peer
 from loadtest.report.slo import parse_service_level
 from loadtest.speculation import METHODS, SERVER, WORKLOADS, parse_method, parse_workloads
@@ -16,7 +18,7 @@ from loadtest.workload.lengths import parse_length
 
 Parsed = TypeVar("Parsed")
 
-COMMANDS = ("run", "sweep", "compare", "spec", "table")
+COMMANDS = ("run", "sweep", "compare", "scenario", "replay", "search", "spec", "operation", "table")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -30,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest", description="Measures OpenAI-compatible servers. Without a command: run."
     )
-    parser.set_defaults(rounds=1, prefill=None, quiet=None, freeze_idle=False, one_at_a_time=False, ours=[])
+    parser.set_defaults(
+        rounds=1, prefill=None, quiet=None, freeze_idle=False, one_at_a_time=False, ours=[], scenario=None
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     url = argparse.ArgumentParser(add_help=False)
     url.add_argument("--url", default="http://127.0.0.1:8000", help="the server (http://127.0.0.1:8000)")
@@ -45,14 +49,95 @@ def _parser() -> argparse.ArgumentParser:
         "compare", parents=[many, target], help="several servers in turns; ratios to the first"
     )
     _add_comparison(compare)
+    scenario = commands.add_parser(
+        "scenario", parents=[url, _target(api=None)], help="a scenario's file against one server: latencies over time"
+    )
+    _add_scenario(scenario)
+    replay = commands.add_parser("replay", parents=[url, target], help="a recorded trace against one server")
+    _add_replay(replay)
+    search = commands.add_parser(
+        "search", parents=[url, _target(api=None)], help="the highest rate at which the server keeps its limits"
+    )
+    _add_search(search)
     speculation = commands.add_parser("spec", help="what each method of speculation gains, in pairs with none")
     _add_speculation(speculation)
-    for name, command in (("sweep", sweep), ("compare", compare), ("spec", speculation)):
+    of_results = {"sweep": sweep, "compare": compare, "scenario": scenario, "replay": replay, "search": search}
+    for name, command in (*of_results.items(), ("spec", speculation)):
         command.add_argument("--results", type=Path, default=Path("loadtest/results"), help="folder (loadtest/results)")
         command.add_argument("--name", default=name, help=f"in the file's name after the date ({name})")
+    operation = commands.add_parser("operation", help="overload, fairness and faults: what a server of ours stands")
+    _add_operation(operation)
     table = commands.add_parser("table", help="markdown, out of a result file; of spec, out of its parts together")
     table.add_argument("file", type=Path, nargs="+")
     return parser
+
+
+def _add_scenario(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("scenario", metavar="FILE", help="a YAML file, or the name of one that comes with the load generator")
+    add("--rate-factor", type=_positive_float, default=1.0, help="times the rates of its arrivals (1)")
+    add("--requests", type=_positive_int, help="at most; of conversations, their first turns")
+    add("--duration", type=_positive_float, help="seconds after which no more are sent")
+    _add_run(parser)
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("trace", metavar="TRACE", help="CSV (Azure, BurstGPT, Splitwise) or JSON lines (Mooncake): see the README")
+    add("--speed", type=_positive_float, default=1.0, help="times as fast as it was recorded (1)")
+    add("--start", type=_seconds_from_0, default=0.0, help="seconds of the trace to leave out at its beginning (0)")
+    add("--duration", type=_positive_float, help="seconds of the trace to replay (all)")
+    add("--requests", type=_positive_int, help="at most (all)")
+    add("--length-scale", type=_positive_float, default=1.0, help="times the recorded lengths (1)")
+    add("--max-prompt-tokens", type=_positive_int, help="longer prompts are cut to so many")
+    add("--max-output-tokens", type=_positive_int, help="longer answers are cut to so many")
+    add("--block-size", type=_positive_int, default=512, help="tokens of a block that a hash id names (512)")
+    _add_run(parser)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """Options of a run that is reported over time."""
+    add = parser.add_argument
+    add("--warmup", type=_count, help="requests before, not counted (2)")
+    add("--seed", type=int, help="of prompts and arrivals (default: a new one, reported)")
+    add("--slo", type=_checked(parse_service_level), help="limits; goodput and dotted lines (the scenario's own)")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--slo", type=_checked(parse_service_level), help="limits for the 99th percentiles: ttft=1s,itl=100ms")
+    add("--scenario", metavar="FILE", help="the traffic of that scenario, at Poisson arrivals")
+    length = _checked(parse_length)
+    add("--prompt", type=length, default="128", help="tokens, without a scenario (128)")
+    add("--output", type=length, default="64", help="tokens, without a scenario (64)")
+    add("--shared-prefix-tokens", type=int, default=0, help="tokens that prompts begin with alike")
+    add("--shared-prefix-fraction", type=_fraction, default=1.0, help="share of prompts that do (1)")
+    add("--start", type=_positive_float, default=1.0, help="requests per second of the first run (1)")
+    add("--lowest", type=_positive_float, default=0.05, help="requests per second (0.05)")
+    add("--highest", type=_positive_float, default=1000.0, help="requests per second (1000)")
+    add("--precision", type=_positive_float, default=0.1, help="share of the rate to which it is found (0.1)")
+    add("--confirmations", type=_count, default=2, help="further runs of the rate that have to be good (2)")
+    add("--seconds", type=_positive_float, default=60.0, help="of arrivals in a run (60)")
+    add("--min-requests", type=_positive_int, default=20, help="of a run, however long they take (20)")
+    add("--max-runs", type=_positive_int, default=30, help="after which the search ends (30)")
+    add("--max-seconds", type=_positive_float, help="after which no further run begins")
+    add("--warmup", type=_count, help="requests before the first run, not counted (2)")
+    add("--seed", type=int, help="of prompts, lengths and arrivals (default: a new one, reported)")
+
+
+def _add_operation(parser: argparse.ArgumentParser) -> None:
+    usual, add = StageOptions(), parser.add_argument
+    names = ", ".join(SCENARIOS)
+    add("name", nargs="*", type=_checked(_scenario), metavar="NAME", help=f"of {names} (all but {SOAK})")
+    add("--list", action="store_true", help="say what each scenario is, and end")
+    add("--engine", choices=["default", "counting"], default="default", help="counting: one without a model (default)")
+    add("--model", default=usual.model, help=f"({usual.model})")
+    add("--duration", type=_positive_float, metavar="SECONDS", help="of the load (as each scenario has it)")
+    add("--clients", type=_positive_int, default=usual.num_clients, help=f"at once ({usual.num_clients})")
+    add("--output", type=_positive_int, default=usual.max_tokens, help=f"tokens of an answer ({usual.max_tokens})")
+    add("--seed", type=int, default=0, help="of prompts, arrivals and chances (0)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every server, before others")
+    add("--results", type=Path, help="folder for result files, as loadtest/results")
 
 
 def _add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -140,11 +225,12 @@ def _load(*, many: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _target() -> argparse.ArgumentParser:
+def _target(api: Api | None = Api.COMPLETIONS) -> argparse.ArgumentParser:
+    """api: None: the scenario's"""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("how to speak to the server").add_argument
     add("--model", help="default: the first that the server lists")
-    add("--api", choices=[str(api) for api in Api], default="completions")
+    add("--api", choices=[str(each) for each in Api], default=None if api is None else str(api))
     add("--prompts", choices=["tokens", "text"], help="token ids, or words (default with chat)")
     add("--token-ids", type=_checked(_id_range), default="1000:30000", metavar="LOW:HIGH", help="ids to draw from")
     add("--ignore-eos", choices=[str(way) for way in IgnoreEos], default="sent", help="see the README")
@@ -171,8 +257,8 @@ def _checked(parser: Callable[[str], Parsed]) -> Callable[[str], Parsed]:
 
 @_checked
 def _positive_float(text: str) -> float:
-    if not float(text) > 0:
-        raise ValueError(f"{text} is not above 0")
+    if not 0 < float(text) < float("inf"):
+        raise ValueError(f"{text} is not a number above 0")
     return float(text)
 
 
@@ -184,6 +270,20 @@ def _positive_int(text: str) -> int:
 
 
 @_checked
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError(f"{text} is below 0")
+    return int(text)
+
+
+@_checked
+def _seconds_from_0(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError(f"{text} is not a number from 0 on")
+    return float(text)
+
+
+@_checked
 def _fraction(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise ValueError(f"{text} is not from 0 to 1")
@@ -192,6 +292,13 @@ def _fraction(text: str) -> float:
 
 def _list(parser: Callable[[str], Parsed], many: bool) -> Callable[[str], list[Parsed]]:
     return lambda text: [parser(part) for part in (text.split(",") if many else [text])]
+
+
+def _scenario(text: str) -> str:
+    name = text.replace("-", "_")
+    if name not in SCENARIOS:
+        raise ValueError(f"{text!r} is no scenario; there are {', '.join(SCENARIOS)}")
+    return name
 
 
 def _named_command(text: str) -> tuple[str, str]:

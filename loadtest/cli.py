@@ -16,33 +16,38 @@ from pathlib import Path
 import msgspec
 
 from loadtest.arguments import parse
-from loadtest.client.client import run_in_loop
+from loadtest.client.client import Api, run_in_loop
 from loadtest.compare.comparison import Comparison, Quietness, Watch
 from loadtest.compare.hosting import RunningHost
 from loadtest.compare.launch import without_keys
 from loadtest.compare.measure import Case
 from loadtest.extra import check_extra
-from loadtest.planning import cases_of, hosts_of, seed_of
+from loadtest.operation.runner import SCENARIOS, SOAK, about, run_scenarios
+from loadtest.operation.stage import StageOptions
+from loadtest.planning import cases_of, hosts_of, scenario_of, seed_of
 from loadtest.report.environment import read_environment
 from loadtest.report.result_files import dated_path, save_result
 from loadtest.report.session import Session, load
+from loadtest.report.slo import ServiceLevel
+from loadtest.searching import Searcher
 from loadtest.speculation import Watcher, options_of, speculation_cases
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. 2: nothing could be measured, or not all; else 0, or 1 where a server answered no request, or
-    `spec` found a text that differs."""
+    """Runs a command. 2: nothing could be measured, or not all; else 0, or 1 where a server answered no request,
+    `spec` found a text that differs, or `search` no rate."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    check_extra("tabulate", *(["matplotlib"] if options.command in ("sweep", "compare", "spec") else []))
+    if options.command == "operation":
+        return _operate(options, shlex.join(["python", "-m", "loadtest", *_without_results(arguments)]))
+    check_extra("tabulate", *([] if options.command in ("run", "table") else ["matplotlib"]))
     command = shlex.join(["python", "-m", "loadtest", *_without_keys(arguments)])
     try:
         if options.command == "table":
             _print_tables(options.file)
             return 0
         options.seed = seed_of(options)
-        run = _measure_speculation if options.command == "spec" else _measure_once
-        sessions = run(options, command)
+        sessions = _MEASURING.get(options.command, _measure_once)(options, command)
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("loadtest: ended by a signal; nothing was written", file=sys.stderr)
         return 2
@@ -52,7 +57,25 @@ def main(arguments: list[str] | None = None) -> int:
     if any(session.error for session in sessions):
         return 2
     is_good = all(run.figures.num_answers for session in sessions for run in session.measurements)
-    return 0 if is_good and not any(session.differences for session in sessions) else 1
+    has_found = all(session.search is None or session.search.best is not None for session in sessions)
+    return 0 if is_good and has_found and not any(session.differences for session in sessions) else 1
+
+
+def _operate(options: argparse.Namespace, command: str) -> int:
+    if options.list:
+        print(*(f"{name}: {about(name)}" for name in SCENARIOS), sep="\n")
+        return 0
+    stage = StageOptions(
+        engine=options.engine,
+        model=options.model,
+        duration=options.duration,
+        num_clients=options.clients,
+        max_tokens=options.output,
+        seed=options.seed,
+        settings=tuple(options.set),
+    )
+    names = options.name or [name for name in SCENARIOS if name != SOAK]
+    return run_scenarios(names, stage, command=command, results=options.results)
 
 
 def _print_tables(files: list[Path]) -> None:
@@ -67,7 +90,8 @@ def _print_tables(files: list[Path]) -> None:
 
 
 def _measure_once(options: argparse.Namespace, command: str) -> list[Session]:
-    hosts, cases = hosts_of(options, seed=options.seed), cases_of(options, seed=options.seed)
+    cases = cases_of(options, seed=options.seed)  # first: a scenario says which API its server is to speak
+    hosts = hosts_of(options, seed=options.seed)
     session = run_in_loop(_measure(options, command, hosts, cases))
     _show(session, options)
     return [session]
@@ -91,6 +115,45 @@ def _measure_speculation(options: argparse.Namespace, command: str) -> list[Sess
             break
     print(speculation_tables(sessions))
     return sessions
+
+
+def _search(options: argparse.Namespace, command: str) -> list[Session]:
+    """The search for the highest rate. What was measured before a signal is written too, and says so."""
+    from loadtest.report.search import search_table
+
+    if options.scenario is not None:
+        scenario_of(options)
+    options.api = options.api or Api.COMPLETIONS
+    (host,) = hosts_of(options, seed=options.seed)
+    session = run_in_loop(_measure_search(options, command, Searcher(options, host, options.slo or ServiceLevel())))
+    if session.search is not None:
+        print(search_table(session.search))
+    _write(session, options)
+    return [session]
+
+
+async def _measure_search(options: argparse.Namespace, command: str, searcher: Searcher) -> Session:
+    search, error = None, ""
+    with _ended_by_a_signal():
+        await searcher.host.begin()
+        try:
+            search = await searcher.search()
+        except (asyncio.CancelledError, RuntimeError, ValueError, OSError) as reason:
+            if not searcher.measurements:
+                raise
+            error = str(reason) or "ended by a signal"
+    return Session(
+        kind=options.command,
+        command=command,
+        seed=options.seed,
+        environment=read_environment(),
+        servers=[searcher.host.record()],
+        scenarios=[case.scenario() for case in searcher.cases],
+        measurements=searcher.measurements,
+        error=error,
+        service_level=options.slo.limits,
+        search=search,
+    )
 
 
 async def _measure(
@@ -130,6 +193,7 @@ async def _measure(
         measurements=comparison.measurements,
         ours=options.ours,
         error=error,
+        service_level={} if options.slo is None else options.slo.limits,
     )
 
 
@@ -156,7 +220,10 @@ def _show(session: Session, options: argparse.Namespace) -> None:
         if options.json is not None:
             save_result(session, options.json)
         return
-    print(comparison_tables(session))
+    if options.command in ("scenario", "replay"):
+        print(run_table(session.measurements[0]), f"seed {session.seed}", sep="\n")
+    else:
+        print(comparison_tables(session))
     _write(session, options)
 
 
@@ -169,8 +236,17 @@ def _write(session: Session, options: argparse.Namespace) -> None:
     print(f"\nwritten: {path} and {path.with_suffix('.html').name}")
 
 
+def _without_results(arguments: list[str]) -> list[str]:
+    """The command without the folder of its results, which lies elsewhere on every machine."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [argument for before, argument in pairs if "--results" not in (before, argument.partition("=")[0])]
+
+
 def _without_keys(arguments: list[str]) -> list[str]:
     """The command without API keys, its peers' and their commands' included, so that it may be kept in a file."""
     pairs = zip(["", *arguments], arguments, strict=False)
     kept = ["..." if before == "--api-key" else argument for before, argument in pairs]
     return [without_keys(re.sub(r"((?:^--|,)api[-_]key=)[^,]*", r"\1...", argument)) for argument in kept]
+
+
+_MEASURING = {"spec": _measure_speculation, "search": _search}

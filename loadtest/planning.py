@@ -6,6 +6,7 @@ import argparse
 import json
 import secrets
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -13,9 +14,13 @@ from loadtest.client.client import Api, IgnoreEos, JsonValue, Target
 from loadtest.compare.hosting import Launch, LaunchingHost, RestartingHost, RunningHost
 from loadtest.compare.measure import Case, Peer
 from loadtest.compare.runner import Plan
+from loadtest.scenarios.scenario_file import ClosedArrivals, Scenario, find_scenario, load_scenario
+from loadtest.scenarios.trace_file import read_trace
+from loadtest.scenarios.traced import TraceWorkload, arrivals_of, with_lengths
+from loadtest.scenarios.traffic import TrafficWorkload
 from loadtest.workload.arrivals import Arrivals, ClosedLoop, OpenLoop
 from loadtest.workload.lengths import FixedLength
-from loadtest.workload.prompts import Exchange, Workload
+from loadtest.workload.prompts import AnyWorkload, Exchange, Workload
 
 PEER_KEYS = (
     "model", "api", "prompts", "ignore_eos", "extra", "api_key", "done", "pid", "version", "precision", "speculation",
@@ -125,7 +130,11 @@ def _host(peer: Peer, command: str | None, options: argparse.Namespace, seed: in
 
 
 def cases_of(options: argparse.Namespace, *, seed: int) -> list[Case]:
-    """One case per load, and the prefill case of `compare`."""
+    """One case per load, and the prefill case of `compare`; or that of a scenario or a trace."""
+    if options.command == "scenario":
+        return [_scenario_case(options, seed)]
+    if options.command == "replay":
+        return [_replay_case(options, seed)]
     cases = [_case(arrivals, options, seed) for arrivals in _arrivals(options)]
     if options.prefill is not None:
         workload = Workload(FixedLength(options.prefill), FixedLength(1), seed, token_ids=options.token_ids)
@@ -135,12 +144,23 @@ def cases_of(options: argparse.Namespace, *, seed: int) -> list[Case]:
     return cases
 
 
-def _case(arrivals: Arrivals, options: argparse.Namespace, seed: int) -> Case:
-    concurrency = arrivals.concurrency if isinstance(arrivals, ClosedLoop) else 8
-    num_requests = options.requests
-    if num_requests is None and options.duration is None:
-        num_requests = max(8 * concurrency, 16)
-    workload = Workload(
+def scenario_of(options: argparse.Namespace) -> Scenario:
+    """The scenario of a command, whose limits and API stand where the command names none. ValueError"""
+    scenario = load_scenario(find_scenario(options.scenario))
+    options.api = options.api or scenario.api
+    if options.api != scenario.api:
+        raise ValueError(f"{options.scenario} is of the API {scenario.api}, which its requests are made for")
+    options.slo = options.slo or scenario.service_level
+    return scenario
+
+
+def workload_of(options: argparse.Namespace, *, seed: int) -> AnyWorkload:
+    """What the options ask for: random prompts, or the traffic of a scenario."""
+    if options.scenario is not None:
+        scenario = scenario_of(options)
+        name = Path(options.scenario).stem
+        return TrafficWorkload(scenario, name, seed, scenario.keys(), token_ids=options.token_ids)
+    return Workload(
         prompt_length=options.prompt,
         output_length=options.output,
         seed=seed,
@@ -148,6 +168,44 @@ def _case(arrivals: Arrivals, options: argparse.Namespace, seed: int) -> Case:
         shared_fraction=options.shared_prefix_fraction,
         token_ids=options.token_ids,
     )
+
+
+def _scenario_case(options: argparse.Namespace, seed: int) -> Case:
+    scenario, workload = scenario_of(options), workload_of(options, seed=seed)
+    arrivals, closed = scenario.times(rate_factor=options.rate_factor), scenario.arrivals
+    num_requests, duration = options.requests, options.duration
+    if isinstance(closed, ClosedArrivals):
+        num_requests = closed.requests if num_requests is None else num_requests
+        duration = closed.seconds if duration is None else duration
+    plan = Plan(arrivals, num_requests, duration, _few(options.warmup))
+    return Case(workload.name, workload, plan, keeps_samples=True)
+
+
+def _replay_case(options: argparse.Namespace, seed: int) -> Case:
+    trace = read_trace(Path(options.trace)).cut(start=options.start, seconds=options.duration, limit=options.requests)
+    trace = with_lengths(
+        trace,
+        scale=options.length_scale,
+        max_prompt_tokens=options.max_prompt_tokens,
+        max_output_tokens=options.max_output_tokens,
+    )
+    workload = TraceWorkload(
+        trace.requests, trace.name, seed, block_size=options.block_size, token_ids=options.token_ids
+    )
+    arrivals = arrivals_of(trace, speed=options.speed)
+    return Case(trace.name, workload, Plan(arrivals, None, None, _few(options.warmup)), keeps_samples=True)
+
+
+def _few(warmup: int | None) -> int:
+    return 2 if warmup is None else warmup
+
+
+def _case(arrivals: Arrivals, options: argparse.Namespace, seed: int) -> Case:
+    concurrency = arrivals.concurrency if isinstance(arrivals, ClosedLoop) else 8
+    num_requests = options.requests
+    if num_requests is None and options.duration is None:
+        num_requests = max(8 * concurrency, 16)
+    workload = workload_of(options, seed=seed)
     warmup = concurrency if options.warmup is None else options.warmup
     return Case(str(arrivals), workload, Plan(arrivals, num_requests, options.duration, warmup))
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from engine.config import Count, EngineConfig, Flag, Section
+from engine.config import Count, CountOrAuto, EngineConfig, Flag, Section
 
 MAX_DEFAULT_SETTINGS = 40  # in configs/default.yaml, which a test holds to it; operators have sections of their own
 
@@ -90,9 +90,31 @@ class LimitsConfig(Section):
     max_template_characters: Count = Field(
         default=16777216, description="text that a chat template may make of a conversation; beyond: 400"
     )
+    max_grammar_bytes: Count = Field(
+        default=1048576, description="size of a JSON Schema or another grammar that an answer shall follow; beyond: 400"
+    )
+    max_grammar_seconds: Annotated[float, Field(ge=0.01, le=600)] = Field(
+        default=2.0, description="processor time that compiling a grammar may take; beyond: 400"
+    )
+    max_tools: Annotated[int, Field(ge=1, le=1024)] = Field(default=128, description="tools of a chat; beyond: 400")
+    max_tool_bytes: Count = Field(
+        default=262144, description="names, descriptions and schemas of a chat's tools together; beyond: 400"
+    )
     max_tokenize_bytes: Count = Field(default=1048576, description="text that POST /tokenize takes; beyond: 400")
+    max_stored_responses: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="answers of /v1/responses that are kept in memory, to be asked for and followed by their id, the "
+        "newest of all clients; 0: none",
+    )
+    max_stored_bytes: Count = Field(
+        default=67108864, description="size of all of them together, with the conversations that they end"
+    )
     max_n: Annotated[int, Field(ge=1, le=128)] = Field(default=128, description="choices per prompt")
     max_prompts: Count = Field(default=64, description="prompts in one request")
+    max_embedding_inputs: Count = Field(
+        default=1024,
+        description="texts in one request for embeddings, scores or a ranking; all of them wait in the queue at once",
+    )
     max_stop_strings: Annotated[int, Field(ge=0, le=16)] = Field(default=16, description="stop strings in one request")
     max_logit_bias: Annotated[int, Field(ge=0)] = Field(default=1024, description="entries of logit_bias")
     max_logprobs: Annotated[int, Field(ge=0, le=1000)] = Field(default=20, description="likeliest tokens per position")
@@ -124,6 +146,9 @@ class OperationConfig(Section):
     )
     template_memory_bytes: Annotated[int, Field(ge=2**20)] = Field(
         default=536870912, description="memory that a chat template may take while it is rendered"
+    )
+    grammar_memory_bytes: Annotated[int, Field(ge=2**20)] = Field(
+        default=536870912, description="memory that compiling a grammar may take"
     )
     head_timeout: Timeout = Field(
         default=30.0,
@@ -182,6 +207,44 @@ class MetricsConfig(Section):
     public: bool = Field(default=False, description="GET /metrics needs no API key")
 
 
+class BatchesConfig(Section):
+    """Files of requests that are answered when nothing else is to do: /v1/files and /v1/batches."""
+
+    for_operators: ClassVar[bool] = True
+
+    folder: Annotated[str | None, Flag("--batch-folder")] = Field(
+        default=None,
+        description="where files and batches are kept, by one server at a time; null: there are no /v1/files and "
+        "/v1/batches",
+    )
+    max_file_bytes: Count = Field(default=209715200, description="size of an uploaded file; beyond: 413")
+    max_files: Count = Field(
+        default=1000,
+        description="files of one API key, answers included; beyond: 400. Also its batches; the oldest go",
+    )
+    max_key_bytes: Count = Field(
+        default=5368709120, description="bytes of the files of one API key, answers included; beyond, uploads: 400"
+    )
+    max_total_bytes: Count = Field(
+        default=21474836480, description="bytes of all files, answers included; beyond, uploads: 507"
+    )
+    max_lines: Count = Field(default=50000, description="requests in a batch; one with more fails")
+    max_unfinished: Count = Field(default=32, description="unfinished batches of one API key; beyond: 429")
+    keep_days: Annotated[float, Field(gt=0, le=3650)] = Field(
+        default=30.0, description="days that files and finished batches are kept, where an upload names no time"
+    )
+    concurrency: CountOrAuto = Field(
+        default="auto", description="lines in work at once, of all batches; auto: twice scheduler.max_num_seqs"
+    )
+    priority: Annotated[int, Field(ge=1, le=10000)] = Field(
+        default=100,
+        description="steps that lines stand behind other requests while these wait; 30 s of waiting make up for one",
+    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.05, description="share of seats and memory that batches keep beside other requests, of 1 for those"
+    )
+
+
 class Config(EngineConfig):
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -189,6 +252,7 @@ class Config(EngineConfig):
     access: AccessConfig = AccessConfig()
     tracing: TracingConfig = TracingConfig()
     metrics: MetricsConfig = MetricsConfig()
+    batches: BatchesConfig = BatchesConfig()
 
     def engine_config(self) -> EngineConfig:
         """The engine's part: all that crosses to its process; API keys do not."""

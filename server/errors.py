@@ -41,6 +41,7 @@ ERRORS = {
     500: ErrorKind("server_error", "internal_error", False, "the server made a mistake"),
     501: ErrorKind(INVALID_REQUEST, "not_supported", False, "this is not supported"),
     503: ErrorKind("service_unavailable", "unavailable", True, "the server cannot take requests now"),
+    507: ErrorKind("server_error", "disk_full", False, "the server has no room on its disk"),
 }
 DEFAULT_RETRY_AFTER = 1.0  # seconds, where the raiser of a 429 or 503 has no estimate
 

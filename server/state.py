@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engine.ipc.messages import Failed
 from server.config import Config
 from server.generation.active_requests import ActiveRequests
+from server.generation.answer_store import AnswerStore
 from server.http.auth import ApiKeys
 from server.telemetry.flight_recorder import FlightRecorder
 from server.telemetry.request_timeline import RequestHistory
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from server.generation.admission import Admission
     from server.http.body_reader import BodyBudget
     from server.http.key_file import KeyFile
+    from server.offline.batch_service import BatchService
+    from server.parsing.template_traits import TemplateTraits
+    from server.structured.grammar_checker import GrammarChecker
     from server.telemetry.metrics import Metrics
     from server.text.chat_renderer import ChatRenderer
     from server.text.tokenizer import Tokenizer
@@ -41,11 +45,15 @@ class ServerState:
     started_at: float  # seconds, time.monotonic
     body_budget: BodyBudget
     chat_renderer: ChatRenderer
+    grammar_checker: GrammarChecker
+    template_traits: dict[str, TemplateTraits] = field(default_factory=dict)  # by template, once they were found out
     keys: ApiKeys = field(default_factory=lambda: ApiKeys([]))
     key_file: KeyFile | None = None  # keeps `keys` as it says
+    batches: BatchService | None = None  # None: there is no folder for them
     history: RequestHistory = field(default_factory=RequestHistory)
     recorder: FlightRecorder = field(default_factory=FlightRecorder)
     active_requests: ActiveRequests = field(default_factory=ActiveRequests)
+    answers: AnswerStore = field(default_factory=lambda: AnswerStore(max_answers=0, max_bytes=1))
     draining: bool = False  # it will end, and new requests belong elsewhere; until `refuse_requests` they are served
     setting_sources: dict[str, str] = field(default_factory=dict)  # "server.port": "--port"; defaults are absent
     state_since: float = field(default_factory=time.monotonic)  # seconds: when it last became, or ceased to be, ready
@@ -68,6 +76,17 @@ class ServerState:
     def is_ready(self) -> bool:
         """Whether new requests should be sent here, and run."""
         return self.status == "ready"
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether what is refused now will not be taken later."""
+        return self.draining or self.failure is not None or self.engine.state in ("failed", "stopped")
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences that the engine runs at once; 1 while that is not known."""
+        setting = self.engine.model.settings.get("scheduler.max_num_seqs") if self.engine.model is not None else None
+        return setting.value if setting is not None and isinstance(setting.value, int) else 1
 
     def become_ready(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -9,16 +9,16 @@ import pytest
 from starlette.routing import Route
 
 from server.app import ROUTERS
-from server.cli import train_heads
-from server.cli.main import COMMANDS, flagged_settings, option_names
+from server.cli import quantize
+from server.cli.main import COMMANDS, OWN_FLAGS, flagged_settings, option_names
 from server.settings import all_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`|^    ([^ ].*)$", re.MULTILINE)
-FLAGS = {"--config", "--set", "--help", "--version", *train_heads.FLAGS}.union(
-    *(option_names(setting) for setting in flagged_settings())
+FLAGS = {"--config", "--set", "--help", "--version", *quantize.FLAGS}.union(
+    *OWN_FLAGS.values(), *(option_names(setting) for setting in flagged_settings())
 )
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -87,4 +87,4 @@ def test_the_page_on_the_api_has_every_route() -> None:
         path for code in codes(ROOT / "docs" / "api.md") for path in re.findall(r"^(?:[A-Z]+ )?(/[\w/{}-]*)$", code)
     }
     assert routes <= named
-    assert named - routes <= {"/", "/docs", "/openapi.json", "/v1/embeddings", "/v1"}
+    assert named - routes <= {"/", "/docs", "/openapi.json", "/v1", "/v1/messages", "/api"}

@@ -158,7 +158,8 @@ class TritonAttention:
         geometry = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         prepared = self._prepared.get(geometry)
         if prepared is None:
-            config = _config(layer, q.dtype, q.device)
+            has_codes = self.kv_cache.dtype.itemsize == 1
+            config = _config(layer, q.dtype, q.device, has_codes=has_codes)
             if self.one_path:
                 config = replace(config, max_split_queries=batch.positions.shape[0])
             if self._rows_per_seq is None or self.graph_space is None:
@@ -197,5 +198,8 @@ class TritonAttention:
         return open_plan
 
 
-def _config(layer: AttentionLayer, dtype: torch.dtype, device: torch.device) -> AttentionConfig:
-    return attention_config(layer.head_dim, layer.num_heads // layer.num_kv_heads, dtype, chip=chip_of(device))
+def _config(
+    layer: AttentionLayer, dtype: torch.dtype, device: torch.device, *, has_codes: bool = False
+) -> AttentionConfig:
+    group = layer.num_heads // layer.num_kv_heads
+    return attention_config(layer.head_dim, group, dtype, chip=chip_of(device), has_codes=has_codes)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from engine.batch.grammar_masks import GrammarMasks
 from engine.batch.step_inputs import (
     CountChanges,
     LogprobInputs,
@@ -62,6 +63,7 @@ def without_contents(inputs: StepInputs) -> StepInputs:
             counts=None if sampling.counts is None else _counts_without_contents(sampling.counts),
             logprobs=None if sampling.logprobs is None else _logprobs_without_contents(sampling.logprobs),
             typical=None if sampling.typical is None else _typical_without_contents(sampling.typical),
+            masks=None if sampling.masks is None else _masks_without_contents(sampling.masks),
         ),
     )
 
@@ -90,16 +92,25 @@ def _typical_without_contents(typical: TypicalInputs) -> TypicalInputs:
     return replace(typical, tokens=np.zeros_like(typical.tokens))
 
 
+def _masks_without_contents(masks: GrammarMasks) -> GrammarMasks:
+    """That allow all tokens."""
+    return GrammarMasks(masks.rows, ~np.zeros_like(masks.words()))
+
+
 def _logprobs_without_contents(logprobs: LogprobInputs) -> LogprobInputs:
     return replace(logprobs, tokens=np.zeros_like(logprobs.tokens))
 
 
-def _encode_array(array: object) -> tuple[str, tuple[int, ...], bytes]:
+def _encode_array(array: object) -> object:
+    if isinstance(array, GrammarMasks):
+        return array.rows, array.words()
     if not isinstance(array, np.ndarray):
         raise NotImplementedError(f"a step's inputs are arrays and numbers, not {type(array).__name__}")
     return array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes()
 
 
-def _decode_array(kind: type, value: Any) -> np.ndarray[Any, Any]:
+def _decode_array(kind: type, value: Any) -> Any:
+    if kind is GrammarMasks:
+        return GrammarMasks(*(_decode_array(np.ndarray, part) for part in value))
     dtype, shape, data = value
     return np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape).copy()

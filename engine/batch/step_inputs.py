@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arrays import Bools, Floats, Ints
+from engine.batch.grammar_masks import GrammarMasks
 
 KNOWN = -1  # as a token's source: the host knows the token
 
@@ -141,7 +142,7 @@ class SamplingInputs:
     counts: CountChanges | None = None
     logprobs: LogprobInputs | None = None
     typical: TypicalInputs | None = None
-    grammar_masks: NDArray[np.uint32] | None = None  # [num_sampled, vocab_size / 32] allowed tokens; none in use yet
+    masks: GrammarMasks | None = None  # of the rows that follow a grammar
 
     @property
     def num_rows(self) -> int:
@@ -166,6 +167,22 @@ class SequenceInputs:
         """Rows behind the root of each sequence."""
         drafts: Ints = np.maximum(self.num_sampled - 1, 0)
         return drafts
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingInputs:
+    """Sequences whose hidden states are summed, each to one vector: a part of an embedding. [num_pooled] each
+
+    Sums are what chunks of a prompt can be added up by. `StepInputs.hidden_rows` then has all rows.
+
+    seqs: places in the step. firsts, ends: the rows of the model from the first one up to the end
+    shown: among the rows, those that whoever else looks at hidden states is shown; None: all
+    """
+
+    seqs: Ints
+    firsts: Ints
+    ends: Ints
+    shown: Ints | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +222,7 @@ class StepInputs:
     sources: Ints | None = None  # [num_tokens] the sampled row of the step before that gives it, or KNOWN; None: all
     hidden_rows: Ints | None = None  # rows of the model whose hidden states somebody wants; None: those of the logits
     adapters: Ints | None = None  # [num_seqs] adapter of each sequence's rows; none in use yet
-    pooled: Ints | None = None  # [num_seqs] how a sequence's rows are pooled to one vector; none in use yet
+    pooled: PoolingInputs | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -50,7 +50,7 @@ class EngineClient:
             config,
             observer,
             self._dispatcher,
-            limits=limits or SupervisionLimits(),
+            limits=limits or SupervisionLimits(step=config.supervision.step_timeout),
             factory=factory,
             first_child=first_child,
         )
@@ -112,6 +112,15 @@ class EngineClient:
     @property
     def num_waiting_tokens(self) -> int:
         return self._dispatcher.journal.num_waiting_tokens
+
+    @property
+    def num_background_waiting(self) -> int:
+        """Of `num_waiting`, those that nobody waits for."""
+        return self._dispatcher.journal.num_background_waiting
+
+    @property
+    def num_background_waiting_tokens(self) -> int:
+        return self._dispatcher.journal.num_background_waiting_tokens
 
     @property
     def num_running(self) -> int:

@@ -26,6 +26,10 @@ class Dispatcher:
         self._aborted_ids: list[str] = []
         self._gone: tuple[str, str] | None = None  # kind and message, once no process will follow
 
+    @property
+    def has_work(self) -> bool:
+        return self.journal.num_sent > 0
+
     def register(self, request: Request, outbox: Outbox) -> Entry:
         """Adds a request. Raises ValueError if its id is in use, EngineError if the engine will not come back."""
         if self._gone is not None:

@@ -104,10 +104,17 @@ class Journal:
         self._lost_suspects: set[str] = set()  # suspects that were aborted before they could be tried alone
         self.num_waiting = 0
         self.num_waiting_tokens = 0  # prompt and, in a replay, emitted tokens
+        self.num_background_waiting = 0  # of `num_waiting`, those that nobody waits for
+        self.num_background_waiting_tokens = 0
         self.num_running = 0
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def num_sent(self) -> int:
+        """Requests that the current process has."""
+        return len(self._entries) - len(self._unsent)
 
     def get(self, request_id: str) -> Entry | None:
         return self._entries.get(request_id)
@@ -216,6 +223,9 @@ class Journal:
         # num_tokens is the same at both calls, since a waiting request gets no tokens
         self.num_waiting += sign
         self.num_waiting_tokens += sign * entry.num_tokens
+        if entry.request.is_background:
+            self.num_background_waiting += sign
+            self.num_background_waiting_tokens += sign * entry.num_tokens
 
 
 def _order_of_trial(suspect: Entry) -> tuple[int, bool]:

@@ -40,12 +40,12 @@ class EngineState(StrEnum):
 class SupervisionLimits:
     """When the engine process is held to be hung, and how long is waited for what. Times in seconds.
 
-    When it is not worth another try is for operators to say: `engine.config.SupervisionConfig`.
+    When it is not worth another try is for operators to say, and what `step` is: `engine.config.SupervisionConfig`.
     """
 
     silence: float = 5.0  # without a frame, heartbeats included
     starting_silence: float = 60.0  # the same before it is ready: imports may hold the interpreter for long
-    step: float = 120.0  # one step, and more where the engine expects it to take long
+    step: float = 120.0  # one step, or none while requests run; more where the engine expects it to take long
     heartbeat_interval: float = 1.0
     check_interval: float = 0.25
     stop_grace: float = 5.0  # from Shutdown to SIGKILL
@@ -73,6 +73,11 @@ class EngineObserver(Protocol):
 
 class Listener(Protocol):
     """The interface of the owner of the requests, the dispatcher."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the process has requests to compute."""
+        ...
 
     def engine_ready(self, send: Callable[[ToEngine], int], model: ModelInfo) -> None:
         """Called when a new process is ready, without requests. `send` returns the number of the frame."""
@@ -117,6 +122,7 @@ class Supervisor:
         self._wake = asyncio.Event()  # set when the socket has ended, and by `stop`
         self._has_been_ready = False  # the process that runs, or ran last
         self._has_stepped = False  # the same
+        self._has_progressed = False  # since the last look
         self._deaths = Deaths(config.supervision)
         self._reserve = DescriptorReserve()
         self.state = EngineState.STARTING
@@ -207,6 +213,7 @@ class Supervisor:
             return
         if isinstance(message, Step):
             self._has_stepped = True
+            self._has_progressed |= _is_progress(message)
             if message.outputs:
                 self._deaths.note_progress()
             if message.stats is not None:
@@ -233,14 +240,15 @@ class Supervisor:
     async def _watch(self, child: EngineChild) -> str | None:
         """Waits for the end of the process, and kills it when it hangs; the reason, if it did."""
         loop = asyncio.get_running_loop()
-        silent, last = 0.0, loop.time()
+        silent, stalled, last = 0.0, 0.0, loop.time()
         while not child.has_ended and not self._stopping:
             await self._sleep(self._limits.check_interval)
             now = loop.time()
             # after a long pause of this process (a stopped terminal job, a blocked loop), no messages can be expected
-            silent = 0.0 if child.take_heard() else silent + min(now - last, 2 * self._limits.check_interval)
-            last = now
-            hang = self._find_hang(child, silent)
+            passed, last = min(now - last, 2 * self._limits.check_interval), now
+            silent = 0.0 if child.take_heard() else silent + passed
+            stalled = stalled + passed if self._is_stalled() else 0.0
+            hang = self._find_hang(child, silent, stalled)
             if hang is not None:
                 if self.state is EngineState.READY:
                     self.state = EngineState.RESTARTING
@@ -248,7 +256,12 @@ class Supervisor:
                 return hang
         return None
 
-    def _find_hang(self, child: EngineChild, silent: float) -> str | None:
+    def _is_stalled(self) -> bool:
+        """Whether nothing was computed since the last look, though the process has something to compute."""
+        has_progressed, self._has_progressed = self._has_progressed, False
+        return self.state is EngineState.READY and self._listener.has_work and not has_progressed
+
+    def _find_hang(self, child: EngineChild, silent: float, stalled: float) -> str | None:
         is_ready = self.state is EngineState.READY
         limit = self._limits.silence if is_ready else self._limits.starting_silence
         if silent > limit:
@@ -256,6 +269,8 @@ class Supervisor:
         limit = max(self._limits.step, child.step_limit)
         if child.step_seconds > limit:
             return f"a step of the engine took longer than {limit:.3g} s"
+        if stalled > limit + self._limits.silence:  # later than a step that hangs, which is known for whom it was
+            return f"the engine has computed nothing for {stalled:.3g} s, though it has requests"
         return None
 
     def _judge(self, ending: Ending, reason: str) -> bool:
@@ -309,6 +324,12 @@ class Supervisor:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
+
+
+def _is_progress(step: Step) -> bool:
+    """Whether a step computed anything. Those without sequences come when requests were aborted; an engine that makes
+    nothing else goes around in circles."""
+    return bool(step.outputs or step.started or (step.stats is not None and step.stats.num_tokens))
 
 
 def _startup_failure(ending: Ending, reason: str) -> Failed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.types import Request, StepOutput, StepStats
+from engine.types import Pooling, Request, StepOutput, StepStats
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -31,12 +31,14 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     num_parameters: int
     vocab_size: int
+    hidden_size: int = 0  # of the vectors of a request with `pooling`
     trained_context: int  # tokens
     max_model_len: int  # tokens, as served
     num_kv_tokens: int  # tokens that fit into the KV cache
     num_kv_blocks: int = 0  # of all groups of layers together
     num_drafts: int = 0  # that a step verifies of a request, at most
     eos_token_ids: list[int]
+    pooling: Pooling = "last"  # of embeddings, where a request does not say
     generation_defaults: dict[str, float]  # temperature, top_p, top_k, ... where the model's files name them
     tokenizer: TokenizerAssets
     fingerprint: str  # changes exactly when something that may change numerics changes

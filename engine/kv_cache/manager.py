@@ -52,7 +52,8 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def can_share_prefix(self, seq: Sequence) -> bool:
-        return self.prefix_caching and not needs_prompt_scores(seq)
+        """Whether it may start from cached blocks: not where hidden states of all its prompt are wanted."""
+        return self.prefix_caching and not needs_prompt_scores(seq) and seq.request.pooling != "mean"
 
     def find_prefix(self, seq: Sequence, *, max_num_hashes: int | None = None) -> Prefix | None:
         """The cached blocks of the sequence's longest known prefix; takes no reference.

@@ -24,6 +24,7 @@ from engine.loading.gguf.tensors import gguf_exact_bytes, gguf_stored_weights, g
 from engine.loading.loading_peak import Matrix
 from engine.loading.model_facts import ModelFacts, StoredKind
 from engine.loading.notes import checkpoint_notes
+from engine.loading.pooling_default import read_pooling_default
 from engine.loading.source import ModelSource, digest_weights, find_source, safetensors_weights
 from engine.loading.stored_weights import check_shapes
 from engine.loading.text_part import name_in_text_part, text_weights
@@ -33,12 +34,16 @@ from engine.models.checkpoint_config import CheckpointConfig
 from engine.models.context_length import length_where_rope_changes, read_longest_context, read_trained_context
 from engine.models.model import Model
 from engine.models.model_error import FOREIGN_ERRORS, ModelError
+from engine.models.moe import name_of_stack
 from engine.models.registry import build_model
-from engine.quantization.linear import Linear, LinearMethods
+from engine.quantization.linear import KeptMatrix, Linear, LinearMethods
 from engine.quantization.stored_levels import StoredLevels, as_floats
-from kernels.numba.core.formats import SIZES
+from engine.types import Pooling
+from kernels.numba.core.formats import FLOAT8, FP4, NF4, SIZES
 
 T = TypeVar("T")
+_FLOAT8_CODES = 1.01  # bytes a weight, with a scale of each row or block
+_SCALES_OF_CODES = 4 / 32  # that they may take beside a compiled format's, of 32 weights
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -56,6 +61,7 @@ class LoadedModel:
     trained_context: int  # tokens
     eos_token_ids: list[int]
     generation_defaults: dict[str, float]
+    pooling: Pooling  # of embeddings, by default
     tokenizer: TokenizerAssets
     weights_digest: str
 
@@ -98,7 +104,7 @@ def read_model_facts(config: ModelConfig, *, report: Report = silent) -> ModelFa
         notes=checkpoint_notes(checkpoint),
         stored=_stored_kinds(checkpoint),
         loads_whole=model.loads_whole,
-        matrices=_matrices(model, set(embeddings), exact_bytes),
+        matrices=_matrices(model, set(embeddings), exact_bytes, _code_bytes(checkpoint)),
     )
 
 
@@ -121,24 +127,41 @@ def _exact_bytes(checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, fl
     return _as_named_in_model(checkpoint, sizes)
 
 
-def _matrices(model: Model, shared: set[int], exact_bytes: Mapping[str, float]) -> tuple[Matrix, ...]:
+def _code_bytes(checkpoint: Checkpoint) -> Mapping[str, float]:
+    """Bytes per weight in which a GPU keeps a matrix as it is stored, at most, by its name; of code books, none."""
+    kinds = {name: matrix.kind for name, matrix in checkpoint.quantized.matrices.items()}
+    sizes = {
+        name: _FLOAT8_CODES if kind == FLOAT8 else SIZES[kind] + _SCALES_OF_CODES
+        for name, kind in kinds.items()
+        if kind is not None and kind not in (NF4, FP4)
+    }
+    return _as_named_in_model(checkpoint, sizes)
+
+
+def _matrices(
+    model: Model, shared: set[int], exact_bytes: Mapping[str, float], code_bytes: Mapping[str, float]
+) -> tuple[Matrix, ...]:
     """shared: the ids of weights that are embeddings too"""
     shapes, found = model.stored_shapes(), []
+    exact_bytes = {model.own_name(name): size for name, size in exact_bytes.items()}
+    code_bytes = {model.own_name(name): size for name, size in code_bytes.items()}
     for path, layer in model.named_modules():
-        if type(layer) not in (nn.Linear, Linear):
+        if type(layer) not in (nn.Linear, Linear, KeptMatrix):
             continue
-        assert isinstance(layer, nn.Linear | Linear)
+        assert isinstance(layer, nn.Linear | KeptMatrix)
         names = [name for name in model.stored_names(path) if name.endswith(".weight")]
-        known = [name for name in names if name in exact_bytes]
-        in_file = sum(math.prod(shapes[name]) * exact_bytes[name] for name in known)
+        sizes = {name: exact_bytes.get(name, exact_bytes.get(name_of_stack(name))) for name in names}
+        known = {name: size for name, size in sizes.items() if size is not None}
+        in_file = sum(math.prod(shapes[name]) * size for name, size in known.items())
         num_weights = layer.in_features * layer.out_features
         found.append(
             Matrix(
                 num_weights,
                 is_output=path.rpartition(".")[2] == "lm_head",
                 is_shared=id(layer.weight) in shared,
-                exact_bytes=in_file / num_weights if known and known == names else None,
-                has_levels=bool(known) and all(exact_bytes.get(name, 4) < 2 for name in names),
+                exact_bytes=in_file / num_weights if known and len(known) == len(names) else None,
+                is_of_experts=type(layer) is KeptMatrix,
+                code_bytes=max(code_bytes[name] for name in names) if names and code_bytes.keys() >= {*names} else None,
             )
         )
     return tuple(found)
@@ -186,6 +209,7 @@ def load_model(
         trained_context=_contexts(checkpoint, config)[0],
         eos_token_ids=[token_id for token_id in eos_token_ids if 0 <= token_id < model.vocab_size],
         generation_defaults=read_generation_defaults(generation, f"{source.path}/generation_config.json"),
+        pooling=read_pooling_default(source),
         tokenizer=tokenizer,
         weights_digest=digest,
     )

@@ -1,7 +1,8 @@
 """The peak of memory while a model is loaded: what stays of it, and the floats of the largest matrix.
 
 A matrix is packed as soon as the last part of it is read, and its floats are freed before the next is made. When it
-comes is up to the file, so the largest is counted as the last.
+comes is up to the file, so the largest is counted as the last. Compiled layers take what they can keep as it is out of
+the file's pages some rows at a time, so that of those there are no floats.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Matrix(NamedTuple):
     is_output: bool = False  # the products are the logits
     is_shared: bool = False  # with the embedding, which keeps the floats
     exact_bytes: float | None = None  # per weight, in which compiled layers keep what the file has, if they can
-    has_levels: bool = False  # the file's weights are integers, of which compiled layers read some rows at a time
+    is_of_experts: bool = False  # of a layer's experts, one on top of the other
+    code_bytes: float | None = None  # per weight, in which a GPU keeps what the file has, if it can
 
 
 @dataclass(frozen=True, slots=True)

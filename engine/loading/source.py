@@ -23,7 +23,7 @@ from engine.models.model_error import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
-_NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
+_NOT_FROM_HUB = ["[!1]*/*", "consolidated*"]  # other formats of the same weights; 1_Pooling is a part of some models
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SAMPLE_BYTES, _NUM_SAMPLES = 4096, 32  # of each weight file, for the digest
 

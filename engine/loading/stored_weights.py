@@ -21,6 +21,7 @@ _QUANTISED = re.compile(  # the last part of a name that only quantised weights 
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 _OUTPUTS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _LAYER = re.compile(r"^(?:(?:model|language_model|text_model|transformer|decoder|gpt_neox)\.)*(?:layers|h)\.(\d+)\.")
+_MAX_HEADER_BYTES = 1 << 25  # of a file: 300,000 tensors take as much
 _NUM_SAMPLED_ROWS = 16  # of two matrices that may be the same
 
 
@@ -44,6 +45,7 @@ def read_stored_weights(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in files:
         try:
+            _check_header_size(file)
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  # no mapping
                     part = tensors.get_slice(name)
@@ -51,6 +53,17 @@ def read_stored_weights(files: tuple[Path, ...]) -> dict[str, StoredTensor]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is cut short or damaged ({error}); download it again") from error
     return stored
+
+
+def _check_header_size(file: Path) -> None:
+    """The format's own limit lets a header of noise take seconds and a gigabyte."""
+    with file.open("rb") as opened:
+        num_bytes = int.from_bytes(opened.read(8), "little")
+    if num_bytes > _MAX_HEADER_BYTES:
+        raise ModelError(
+            f"{file} is damaged: it announces a header of {num_bytes:,} bytes, and none has more than "
+            f"{_MAX_HEADER_BYTES:,}; download it again"
+        )
 
 
 def check_is_not_quantised(stored: Mapping[str, StoredTensor], method: str | None = None) -> None:

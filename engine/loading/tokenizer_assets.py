@@ -1,7 +1,8 @@
-"""What the server needs to turn text into ids and back, from wherever the model's files have it."""
+"""What the server needs to turn text into ids and back, from wherever the model's files have it; and into files."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,15 @@ def hugging_face_tokenizer(name: str, hf_config: CheckpointConfig | None = None)
         chat_template=_default_template(tokenizer.chat_template) or _processor_template(Path(name)),
         special_tokens=_special_tokens(tokenizer),
     )
+
+
+def save_tokenizer(assets: TokenizerAssets, folder: Path) -> None:
+    """Writes the files that transformers' fast tokenizers are read from."""
+    (folder / "tokenizer.json").write_text(assets.tokenizer_json, encoding="utf-8")
+    described: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **assets.special_tokens}
+    if assets.chat_template is not None:
+        described["chat_template"] = assets.chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

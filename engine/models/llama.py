@@ -158,13 +158,16 @@ class Llama(Model):
         return architecture
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Elements between the two products of its MLPs, by the name of each kind."""
+        return {"intermediate": self.architecture.intermediate_size}
+
+    @property
     def why_not_compiled(self) -> str:
         a = self.architecture
-        if a.qk_norm == "projection" or not all(isinstance(block.mlp, MLP) for block in self.blocks()):
-            return "experts, or norms over all heads together"
         if len(a.ropes) > MAX_ROTATIONS:
             return f"{len(a.ropes)} rotations, more than {MAX_ROTATIONS}"
-        sizes = {"hidden": a.hidden_size, "intermediate": a.intermediate_size, "head": a.attention_layers[0].head_dim}
+        sizes = {"hidden": a.hidden_size, "head": a.attention_layers[0].head_dim, **self.widths}
         odd = [f"{name} size {size}" for name, size in sizes.items() if size % PANEL]
         return f"a {odd[0]}, which is no multiple of {PANEL}" if odd else ""
 
@@ -197,6 +200,11 @@ class Llama(Model):
 
     def embedding_rows(self, token_ids: Tensor) -> Tensor:
         return self.embed_tokens.rows(token_ids)
+
+    @property
+    def ties_output(self) -> bool:
+        """Whether the output layer's matrix is the embedding."""
+        return self.architecture.tie_word_embeddings
 
     @property
     def keeps_levels(self) -> bool:
@@ -285,19 +293,25 @@ class Llama(Model):
             self.embed_tokens.keep(kept)
 
     def _load_table(self, table: Tensor) -> None:
-        """The embedding, in the 16 bits that a file has it in where who runs the model reads those; they are exact."""
+        """The embedding, in the floats that a file has it in where who runs the model reads those: once, if an output
+        layer that shares it has them too."""
         own = self.embed_tokens.weight
-        is_narrower = table.is_floating_point() and table.dtype.itemsize < own.dtype.itemsize
-        if self.methods.keeps_tables and is_narrower:
-            self.embed_tokens.weight = nn.Parameter(table.clone(), requires_grad=False)
-            if self.lm_head.weight is own:
-                self.lm_head.weight = self.embed_tokens.weight
-        else:
+        is_no_wider = table.is_floating_point() and table.dtype.itemsize <= own.dtype.itemsize
+        if not (self.methods.keeps_tables and is_no_wider):
             own.data.copy_(table)
-        self._pack_tied_output(self.embed_tokens.weight.data)
+            self._pack_tied_output(self.embed_tokens.weight.data)
+            return
+        self._pack_tied_output(table)
+        shared = self.methods.method.shared_table(table, self.lm_head.weight) if self.ties_output else None
+        if shared is not None:
+            self.embed_tokens.keep(shared)
+            return
+        self.embed_tokens.weight = nn.Parameter(table.clone(), requires_grad=False)
+        if self.lm_head.weight is own:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def _pack_tied_output(self, table: Tensor | StoredLevels) -> None:
-        if self.architecture.tie_word_embeddings and self.lm_head.method is not PLAIN:
+        if self.ties_output and self.lm_head.method is not PLAIN:
             self.lm_head.load_whole(table)
 
 

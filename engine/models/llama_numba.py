@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.attention.numba_backend import NumbaAttention
 from engine.batch.device_inputs import ForwardBatch
-from engine.models.llama import MLP, Block, Llama, TokenTable
+from engine.models.llama import MLP, Attention, Block, Llama, TokenTable
 from engine.models.model import Decoder, DecoderOutput
+from engine.models.moe import SparseMLP
+from engine.models.moe_numba import ExpertProgram
+from engine.models.products import Products, packed, product_scratch
 from engine.models.rope import RotaryEmbedding, RotationTable
 from engine.quantization.linear import Linear
 from engine.quantization.numba_cpu import PackedTable
-from kernels.numba.core.formats import BFLOAT16, FORMAT_OF, GROUP, INTEGERS, ROUNDED_BFLOAT16
+from kernels.numba.core.formats import FORMAT_OF
 from kernels.numba.core.lanes import LANES
-from kernels.numba.ops.linear import BLOCK_ROWS, product_address
+from kernels.numba.ops.linear import BLOCK_ROWS
 from kernels.numba.ops.tables import row_address
-from kernels.numba.packing.packing import PackedMatrix, Stack
+from kernels.numba.packing.packing import Stack
 from kernels.numba.program.program import NUM_STEP_FIELDS, Operation, Step
 from kernels.numba.program.team import Program, Team, operation
 
@@ -53,7 +52,7 @@ class NumbaLlama(Decoder):
     def product_kind(self) -> int:
         """What the products of its layers are, of `kernels.numba.core.formats`: as the first layer's first."""
         block = next(iter(self._model.blocks()))
-        return self._products.kind_with(_packed(block.self_attn.qkv_proj).parts[0])
+        return self._products.kind_with(packed(block.self_attn.qkv_proj).parts[0].kind)
 
     def forward(self, batch: ForwardBatch, attention: object) -> Tensor:
         """As `Decoder.forward`, valid until the next call; the attention is the one that the program was made for."""
@@ -86,6 +85,7 @@ class NumbaLlama(Decoder):
         if layers is None or num_rows > layers.num_rows:
             num_rows = -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
             layers = self._layers = _Layers(self._model, self._attention, num_rows, self._products)
+        self._attention.step[Step.PAIRS] = batch.positions.shape[0] * layers.num_pairs_of_row
         layer = self.attention_layers[0]
         self._attention.cut_tiles(batch, group=layer.num_heads // layer.num_kv_heads)
         longest = max(batch.seq_lens_list)
@@ -99,7 +99,7 @@ class NumbaLlama(Decoder):
     def _head_for(self, num_rows: int) -> OutputProgram:
         head = self._head
         if head is None or num_rows > head.num_rows:
-            head = self._head = OutputProgram(_packed(self._model.lm_head), num_rows, self._products)
+            head = self._head = OutputProgram(packed(self._model.lm_head), num_rows, self._products)
         return head
 
     def _own_logits(self, head: OutputProgram, num_rows: int) -> Tensor:
@@ -118,6 +118,9 @@ class _Layers:
         self.num_rows, self.buffers = num_rows, _Buffers(model, num_rows)
         self._model, self._attention, self._products = model, attention, products
         self._keeps: list[Tensor] = []
+        mixtures = [block.mlp for block in model.blocks() if isinstance(block.mlp, SparseMLP)]
+        self._experts = ExpertProgram(mixtures, num_rows, products) if mixtures else None
+        self.num_pairs_of_row = 0 if self._experts is None else self._experts.top_k
         self.operations = self._operations()
 
     def hidden(self, num_rows: int) -> Tensor:
@@ -155,33 +158,65 @@ class _Layers:
         return [operation(Operation.COPY, residual.data_ptr(), kept.data_ptr(), residual.shape[1])]
 
     def _block(self, block: Block) -> list[list[int]]:
-        buffers, attention, mlp = self.buffers, block.self_attn, block.mlp
-        assert isinstance(mlp, MLP)
+        buffers, attention = self.buffers, block.self_attn
         rope = None
         if block.rope_index is not None:
             rotation = self._model.ropes[block.rope_index]
             assert isinstance(rotation, RotaryEmbedding)
             rope = (block.rope_index, 2 * rotation.inverse_frequencies.shape[0])
-        norms = (0, 0, 0.0)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            norms = (self._floats(attention.q_norm.weight), self._floats(attention.k_norm.weight), attention.q_norm.eps)
-        qkv, up, down, out = (
-            _packed(x) for x in (attention.qkv_proj, mlp.gate_up_proj, mlp.down_proj, attention.o_proj)
-        )
+        qkv, out = packed(attention.qkv_proj), packed(attention.o_proj)
+        norms, of_heads = self._norms(attention)
         return [
             self._normalise(block.input_layernorm.weight, block.input_layernorm.eps),
             *self._multiply(buffers.normed, qkv, attention.qkv_proj.bias, buffers.qkv),
-            *self._attention.store_and_attend(attention.layer, buffers.qkv, buffers.attended, rope=rope, norms=norms),
+            *norms,
+            *self._attention.store_and_attend(
+                attention.layer, buffers.qkv, buffers.attended, rope=rope, norms=of_heads
+            ),
             *self._multiply(buffers.attended, out, attention.o_proj.bias, buffers.residual, adds=True),
             self._normalise(block.post_attention_layernorm.weight, block.post_attention_layernorm.eps),
-            *self._multiply(buffers.normed, up, mlp.gate_up_proj.bias, buffers.gate_up),
-            operation(
-                Operation.SILU_AND_MULTIPLY,
-                buffers.gate_up.data_ptr(),
-                buffers.activated.data_ptr(),
-                buffers.activated.shape[1],
-            ),
-            *self._multiply(buffers.activated, down, mlp.down_proj.bias, buffers.residual, adds=True),
+            *self._add_mlp(block.mlp),
+        ]
+
+    def _norms(self, attention: Attention) -> tuple[list[list[int]], tuple[int, int, float]]:
+        """(operations that normalise a row's queries, and its keys, as a vector each; what `store_and_attend` knows of
+        those of each head)"""
+        q_norm, k_norm, layer = attention.q_norm, attention.k_norm, attention.layer
+        if q_norm is None or k_norm is None:
+            return [], (0, 0, 0.0)
+        weights = self._floats(q_norm.weight), self._floats(k_norm.weight)
+        if q_norm.weight.shape[0] == layer.head_dim:
+            return [], (*weights, q_norm.eps)
+        qkv, num_queries = self.buffers.qkv, layer.num_heads * layer.head_dim
+        parts = zip((0, num_queries), weights, (num_queries, layer.num_kv_heads * layer.head_dim), strict=True)
+        where = [(qkv.data_ptr() + 4 * first, weight, size, qkv.shape[1]) for first, weight, size in parts]
+        return [operation(Operation.NORMALISE_PARTS, *one, factors=(q_norm.eps, 0.0)) for one in where], (0, 0, 0.0)
+
+    def _add_mlp(self, mlp: nn.Module) -> list[list[int]]:
+        """The residual stream, and what comes of the normalised one."""
+        normed, residual = self.buffers.normed, self.buffers.residual
+        if isinstance(mlp, MLP):
+            return self._multiply_mlp(mlp, residual, adds=True)
+        assert isinstance(mlp, SparseMLP)
+        assert self._experts is not None
+        operations = self._experts.add_mixture(mlp, normed, residual)
+        if mlp.shared_expert is None:
+            return operations
+        shared = self.buffers.shared
+        return [
+            *operations,
+            *self._multiply_mlp(mlp.shared_expert, shared, adds=False),
+            *self._experts.add_shared(mlp, normed, shared, residual),
+        ]
+
+    def _multiply_mlp(self, mlp: MLP, out: Tensor, *, adds: bool) -> list[list[int]]:
+        buffers, up, down = self.buffers, packed(mlp.gate_up_proj), packed(mlp.down_proj)
+        gate_up, activated = buffers.of_mlp[down.depth]
+        where = (gate_up.data_ptr(), activated.data_ptr(), activated.shape[1])
+        return [
+            *self._multiply(buffers.normed, up, mlp.gate_up_proj.bias, gate_up),
+            operation(Operation.SILU_AND_MULTIPLY, *where),
+            *self._multiply(activated, down, mlp.down_proj.bias, out, adds=adds),
         ]
 
     def _normalise(self, weight: Tensor, eps: float) -> list[int]:
@@ -216,7 +251,7 @@ class OutputProgram:
         self.hidden = torch.empty(num_rows, depth)
         self.logits = torch.empty(num_rows, matrix.num_panels * LANES)
         self.step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
-        scratch = _product_scratch(num_rows, depth, [matrix])
+        scratch = product_scratch(num_rows, depth, [matrix])
         self.operations = products.operations(
             self.hidden, matrix, self.logits, scratch, adds=False, rows=Step.NUM_LOGITS
         )
@@ -255,108 +290,11 @@ class _Buffers:
         self.normed = torch.empty(num_rows, a.hidden_size)
         self.qkv = torch.empty(num_rows, heads + 2 * layer.num_kv_heads * layer.head_dim)
         self.attended = torch.empty(num_rows, heads)
-        self.gate_up = torch.empty(num_rows, 2 * a.intermediate_size)
-        self.activated = torch.empty(num_rows, a.intermediate_size)
+        widths = {mlp.down_proj.in_features for mlp in model.modules() if isinstance(mlp, MLP)}
+        # by width: gate and up side by side, and what comes of them
+        self.of_mlp = {n: (torch.empty(num_rows, 2 * n), torch.empty(num_rows, n)) for n in widths}
+        has_shared = any(isinstance(mlp, SparseMLP) and mlp.shared_expert is not None for mlp in model.modules())
+        self.shared = torch.empty(num_rows if has_shared else 0, a.hidden_size)
         stacks = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
-        depth = max(a.hidden_size, heads, a.intermediate_size)
-        self.scratch = _product_scratch(num_rows, depth, [one for one in stacks if isinstance(one, Stack)])
-
-
-class ProductScratch(NamedTuple):
-    """What rows become before a product."""
-
-    rounded: Tensor  # as integers of 16 bits or fewer, or as bfloat16
-    factors: Tensor  # of each group of integers
-    ordered: Tensor  # in the order in which a matrix has its columns; empty where none has another than rows
-
-
-def _product_scratch(num_rows: int, depth: int, matrices: Iterable[Stack]) -> ProductScratch:
-    groups = -(-depth // GROUP)
-    parts = [part for matrix in matrices for part in matrix.parts if part.order is not None]
-    return ProductScratch(
-        torch.empty(num_rows, groups * GROUP, dtype=torch.int16),
-        torch.empty(num_rows, groups, 4),
-        torch.empty(num_rows, max((part.depth for part in parts), default=0)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Products:
-    """Writes the operations of matrix products, the rounding of rows to what they are multiplied as included."""
-
-    num_threads: int
-    rounds_to_bfloat16: bool
-
-    def kind_with(self, matrix: PackedMatrix) -> int:
-        """The kind of products with a matrix: its own, unless rows are rounded for it."""
-        kind: int = matrix.kind
-        rounded: int = ROUNDED_BFLOAT16
-        return rounded if kind == BFLOAT16 and self.rounds_to_bfloat16 else kind
-
-    def operations(
-        self,
-        x: Tensor,
-        matrix: Stack,
-        out: Tensor,
-        scratch: ProductScratch,
-        *,
-        adds: bool,
-        rows: Step = Step.ROWS,
-    ) -> list[list[int]]:
-        """out = x @ matrix.T, or added to out."""
-        operations: list[list[int]] = []
-        taken: tuple[Operation | None, int] | None = None  # what the rows became for the part before: they may stay so
-        source, factors, first = x.data_ptr(), 0, 0
-        for part in matrix.parts:
-            kind = self.kind_with(part)
-            wanted = _rounding_of(kind), 0 if part.order is None else part.order.data_ptr()
-            if wanted != taken:
-                taken = wanted
-                made, source, factors = self._prepare(x, *wanted, scratch, rows=rows)
-                operations += made
-            operations.append(self._product(part, kind, (source, factors), out, first, adds=adds, rows=rows))
-            first += part.num_rows
-        return operations
-
-    def _prepare(
-        self, x: Tensor, rounding: Operation | None, order: int, scratch: ProductScratch, *, rows: Step
-    ) -> tuple[list[list[int]], int, int]:
-        """(operations, address of the rows that come of them, and of their factors). order: an address, or 0"""
-        operations, source = [], x.data_ptr()
-        if order:
-            ordered = scratch.ordered.data_ptr()
-            operations.append(operation(Operation.PERMUTE, source, order, ordered, x.shape[1], rows=rows))
-            source = ordered
-        if rounding is None:
-            return operations, source, 0
-        narrow, factors = scratch.rounded.data_ptr(), scratch.factors.data_ptr()
-        where = [narrow] if rounding == Operation.ROUND else [narrow, factors]
-        operations.append(operation(rounding, source, *where, x.shape[1], rows=rows))
-        return operations, narrow, factors
-
-    def _product(
-        self, part: PackedMatrix, kind: int, x: tuple[int, int], out: Tensor, first: int, *, adds: bool, rows: Step
-    ) -> list[int]:
-        """x: addresses of rows and of their factors; first: the column of out"""
-        # six units or so for each thread, so that all end at about the same time; an even number, for tiles of two
-        at_once = max(2, min(16, part.num_panels // (6 * self.num_threads) // 2 * 2))
-        where = (part.values.data_ptr(), part.scales.data_ptr(), part.num_panels, at_once)
-        multiply: list[int] = operation(
-            Operation.MULTIPLY, product_address(kind), *x, part.depth, *where, out.data_ptr() + 4 * first,
-            out.shape[1], int(adds), rows=rows,
-        )  # fmt: skip
-        return multiply
-
-
-def _rounding_of(kind: int) -> Operation | None:
-    """What rows go through before such a product."""
-    if kind in INTEGERS:
-        return Operation.QUANTISE if INTEGERS[kind].depths == 2 else Operation.QUANTISE_TO_BYTES
-    rounded: int = ROUNDED_BFLOAT16
-    return Operation.ROUND if kind == rounded else None
-
-
-def _packed(linear: object) -> Stack:
-    assert isinstance(linear, Linear)
-    assert isinstance(linear.weight, Stack)
-    return linear.weight
+        depth = max(a.hidden_size, heads, *widths)
+        self.scratch = product_scratch(num_rows, depth, [one for one in stacks if isinstance(one, Stack)])

@@ -172,6 +172,10 @@ class Model(Decoder, nn.Module):
         """Whether `load_weights` has all weights in the model's dtype before it packs the first."""
         return False
 
+    def own_name(self, name: str) -> str:
+        """The name in `stored_shapes` of a checkpoint's tensor, where checkpoints have several ways to name one."""
+        return name
+
     def stored_names(self, path: str) -> list[str]:
         """What a checkpoint calls the tensors that one linear layer is made of; empty if that is not known."""
         return []

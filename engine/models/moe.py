@@ -5,6 +5,7 @@ Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE differ in facts (`Architecture`, `Mixtur
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from engine.models.operations import Operations
 from engine.quantization.linear import KeptMatrix, LinearMethods, LinearSpec, Part
 from engine.quantization.stored_levels import StoredLevels
 
+_OF_EXPERT = re.compile(r"(\.experts)\.\d+\.(?:(down_proj)|(?:gate|up)_proj)\.weight$")
 _NAMES_OF_MIXTRAL = {  # in its first checkpoints
     ".block_sparse_moe.": ".mlp.",
     ".w1.": ".gate_proj.",
@@ -102,8 +104,17 @@ class SparseLlama(Llama):
         return ExpertFacts(
             num_parameters=len(mixtures) * mixture.num_experts * 3 * a.hidden_size * mixture.intermediate_size,
             share=mixture.top_k / mixture.num_experts,
-            widest=mixture.top_k * (a.hidden_size + mixture.intermediate_size),
+            widest=mixture.top_k * (a.hidden_size + 2 * mixture.intermediate_size),
         )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        a = self.architecture
+        mixtures = [mixture for mixture in a.mixtures if mixture is not None]
+        if not mixtures:
+            return super().widths
+        found = {"expert": mixtures[0].intermediate_size, "shared expert": mixtures[0].shared_size}
+        return found | ({"intermediate": a.intermediate_size} if None in a.mixtures else {})
 
     @staticmethod
     def make_mlp(architecture: Architecture, index: int, methods: LinearMethods) -> nn.Module:
@@ -112,13 +123,17 @@ class SparseLlama(Llama):
             return Llama.make_mlp(architecture, index, methods)
         return SparseMLP(architecture, mixture, methods)
 
+    def own_name(self, name: str) -> str:
+        for old, new in _NAMES_OF_MIXTRAL.items():
+            name = name.replace(old, new)
+        return name
+
     def _one_by_one(
         self, weights: Iterable[tuple[str, Tensor | StoredLevels]]
     ) -> Iterator[tuple[str, Tensor | StoredLevels]]:
         """Every expert's matrices under their own names, whether the checkpoint keeps them apart or stacked."""
-        for name, weight in weights:
-            for old, new in _NAMES_OF_MIXTRAL.items():
-                name = name.replace(old, new)
+        for stored_name, weight in weights:
+            name = self.own_name(stored_name)
             is_stack = name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
             if is_stack and isinstance(weight, Tensor) and weight.dim() == 3:
                 yield from _matrices(name, weight)
@@ -140,6 +155,11 @@ class Olmoe(SparseLlama):
     @staticmethod
     def adapt(architecture: Architecture) -> Architecture:
         return replace(architecture, qk_norm="projection")
+
+
+def name_of_stack(name: str) -> str:
+    """What a checkpoint that stacks experts calls the stack that has this matrix of one."""
+    return _OF_EXPERT.sub(lambda match: f"{match[1]}.{match[2] or 'gate_up_proj'}", name)
 
 
 def _matrices(name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:

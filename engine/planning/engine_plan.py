@@ -31,7 +31,6 @@ from engine.planning.resolve import (
 )
 from engine.planning.sizes import DTYPES, MAX_NUM_GRAPHS, GraphDemand, PlanError, Sizer, gib
 from engine.planning.stored_formats import stored_notes
-from engine.quantization.method import formats_of
 from engine.speculation.proposer import ProposerNeeds, TargetShape, needs_of
 
 __all__ = ["MemoryPlan", "PlanError", "plan_memory", "render_plan"]
@@ -64,6 +63,7 @@ class MemoryPlan:
     available_bytes: int
     linear_bytes: int
     embedding_bytes: int  # and everything else that is no linear layer
+    expert_bytes: int  # of those, at most; in many formats of linear layers, experts are kept in the model's dtype
     loading_bytes: int  # at the peak while weights are loaded and packed
     process_bytes: int  # of the process itself, with its libraries
     workspace_bytes: int  # of the largest step, besides weights and cache
@@ -107,12 +107,6 @@ class MemoryPlan:
     def can_load(self) -> bool:
         """Whether the peak while loading fits into the free memory. If not, the system may kill the process."""
         return self.loading_bytes <= self.available_bytes
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of the embedding_bytes, at most; in many formats of linear layers, experts are kept in the model's dtype."""
-        num_bytes = formats_of(self.kernels)[self.quantization].experts or self.dtype.itemsize
-        return int(self.facts.experts.num_parameters * num_bytes)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -191,7 +185,7 @@ def plan_memory(
         total_bytes=machine.total_bytes,
         available_bytes=machine.available_bytes,
         linear_bytes=demand.linear,
-        embedding_bytes=demand.embedding,
+        embedding_bytes=demand.embedding, expert_bytes=demand.experts,
         loading_bytes=demand.loading,
         process_bytes=machine.process_bytes + (COMPILER_BYTES if kernels.value == "numba" else 0),
         workspace_bytes=demand.workspace,

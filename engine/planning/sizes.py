@@ -16,7 +16,7 @@ from engine.loading.loading_peak import OTHER_BYTES, READ_BYTES, Matrix, WeightS
 from engine.loading.model_facts import ModelFacts
 from engine.planning.machine import Machine
 from engine.planning.resolve import Resolved, SettingError, parse_cache_size
-from engine.quantization.method import WeightFormat, formats_of
+from engine.quantization.method import WeightFormat, formats_of, most_stored
 from engine.speculation.proposer import ProposerNeeds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +57,8 @@ class Demand:
     """The bytes that are needed besides the KV cache, and those that each token of it takes."""
 
     linear: int
-    embedding: int
+    embedding: int  # and everything else that is no linear layer
+    experts: int  # of the embedding's
     loading: int  # at the peak while the weights are loaded and packed; nothing of the rest is there then
     workspace: int
     speculation: int  # weights of the proposer, and the workspace of its own steps
@@ -119,7 +120,7 @@ class Sizer:
 
     def demand(self, dtype: str, kv_dtype: str, *, max_num_seqs: int, max_num_batched_tokens: int) -> Demand:
         facts, size = self.facts, DTYPES[dtype].itemsize
-        linear, embedding = self._weights(size)
+        linear, embedding, experts = self._weights(size)
         codec = make_codec(kv_dtype)
         code_size = codec.dtype.itemsize
         kv_per_block = bytes_per_block(facts.attention_layers, self.block_size, codec)
@@ -134,6 +135,7 @@ class Sizer:
         return Demand(
             linear=linear,
             embedding=embedding,
+            experts=experts,
             loading=self._loading(linear + embedding, size),
             workspace=estimated if self.measured_workspace is None else self.measured_workspace,
             speculation=self.needs.num_bytes,
@@ -156,8 +158,11 @@ class Sizer:
     def format(self) -> WeightFormat:
         return formats_of(self.kernels)[self.quantization]
 
-    def _weights(self, size: int) -> tuple[int, int]:
-        """(bytes of linear layers, of everything else), at most. size: bytes of a weight in the model's dtype"""
+    def _weights(self, size: int) -> tuple[int, int, int]:
+        """(bytes of linear layers, of everything else, of experts among that), at most.
+
+        size: bytes of a weight in the model's dtype
+        """
         facts = self.facts
         is_packed = self.quantization != "none" or self.device == "cpu"  # a packed output layer shares no matrix
         output = facts.num_embedding_parameters if facts.ties_output and is_packed else 0
@@ -167,21 +172,22 @@ class Sizer:
             in_layers -= output
         linear = in_layers * (self.format.num_bytes or size) + output * (self.format.output or size)
         others: float = (facts.num_parameters - facts.num_linear_parameters) * size
-        others -= facts.experts.num_parameters * (size - (self.format.experts or size))
+        others -= facts.experts.num_parameters * size
+        experts = facts.experts.num_parameters * (self.format.experts or size)
         if self.kernels == "numba":  # which keeps what files have in few bits as it is
-            linear -= sum(self._saved(matrix, size) for matrix in facts.matrices)
             others -= facts.num_embedding_parameters * (size - self._table_bytes(size))
-        if self.quantization == "stored":
-            linear -= sum(self._saved_as_stored(matrix, size) for matrix in facts.matrices)
-        return int(linear), int(others)
+        for matrix in facts.matrices:
+            saved = self._saved(matrix, size)
+            experts -= saved if matrix.is_of_experts else 0
+            linear -= 0 if matrix.is_of_experts else saved
+        return int(linear), int(others + experts), int(experts)
 
     def _table_bytes(self, size: int) -> float:
         """Of a weight of the embedding under compiled layers, beside the output layer's, if that shares it."""
         facts, exact = self.facts, self.facts.embedding_bytes
         if exact is None or exact >= size:
             return size
-        has_levels = exact < 2
-        is_output_s = has_levels and facts.ties_output and self._keeps(exact) and exact <= (self.format.output or size)
+        is_output_s = facts.ties_output and self._keeps(exact) and exact <= most_stored(self.format.output or size)
         return 0 if is_output_s else exact
 
     def _keeps(self, exact: float) -> bool:
@@ -189,28 +195,31 @@ class Sizer:
         return self.format.num_bytes is not None or exact == 2
 
     def _saved(self, matrix: Matrix, size: int) -> float:
-        """Bytes of a compiled matrix that is kept in fewer than its format has at most."""
+        """Bytes of a matrix that is kept in fewer than its format has for floats; below 0 of one in a few more."""
         fmt, exact = self.format, matrix.exact_bytes
+        if self.quantization == "stored":
+            return 0 if matrix.code_bytes is None else matrix.num_weights * max(0.0, size - matrix.code_bytes)
         planned = (fmt.output if matrix.is_output else fmt.num_bytes) or size
-        if exact is None or not self._keeps(exact):
+        if self.kernels != "numba" or exact is None or not self._keeps(exact) or exact > most_stored(planned):
             return 0
-        return matrix.num_weights * max(0.0, planned - exact)
-
-    def _saved_as_stored(self, matrix: Matrix, size: int) -> float:
-        """Bytes of a GPU's matrix that stays in a checkpoint's codes; scales may take four bytes of 32 weights."""
-        exact = matrix.exact_bytes
-        return 0 if exact is None or not matrix.has_levels else matrix.num_weights * max(0.0, size - exact - 4 / 32)
+        return matrix.num_weights * (planned - exact)
 
     def _loading(self, stays: int, size: int) -> int:
         """The peak while the weights are loaded and packed. size: bytes of a weight in the model's dtype"""
         facts, is_random = self.facts, self.config.model.load_format == "dummy"
         if is_random:
-            return loading_peak(stays, facts.matrices, WeightSizes(size, self.format.scratch))
-        has_levels = facts.embedding_bytes is not None and facts.embedding_bytes < 2
-        table = Matrix(facts.num_embedding_parameters, has_levels=has_levels)  # is read like any other
-        whole = [one for one in (*facts.matrices, table) if not (one.has_levels and self.kernels == "numba")]
+            return loading_peak(stays, self._packed, WeightSizes(size, self.format.scratch))
+        table = Matrix(facts.num_embedding_parameters, exact_bytes=facts.embedding_bytes)  # is read like any other
+        whole = [*self._packed, table]
+        if self.kernels == "numba":  # rows of others are read out of the file, some at a time
+            whole = [one for one in whole if one.exact_bytes is None]
         peak = loading_peak(stays, whole, WeightSizes(READ_BYTES, self.format.scratch))
         return max(peak, facts.num_parameters * size + OTHER_BYTES) if facts.loads_whole else peak
+
+    @property
+    def _packed(self) -> list[Matrix]:
+        """Those that are floats first, and then something else."""
+        return [one for one in self.facts.matrices if not one.is_of_experts or self.format.experts is not None]
 
     @property
     def _has_triton(self) -> bool:

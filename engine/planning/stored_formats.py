@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.loading.model_facts import ModelFacts, StoredKind
-from engine.quantization.method import COMPILED_FORMATS
-from kernels.numba.core.formats import NAMES, SIZES
+from engine.quantization.method import COMPILED_FORMATS, most_stored
+from kernels.numba.core.formats import FLOAT8, NAMES, SIZES
 
 _MOST_BITS = {"stored": 8, "int8": 8, "int4": 4}  # that are kept as they are, by `model.quantization`
 _MOST_NAMES = 8  # of kinds of layer in one line
@@ -30,8 +30,9 @@ def _compiled(kind: StoredKind, quantization: str) -> str:
     most = COMPILED_FORMATS[quantization].num_bytes
     if most is None:
         return "kept as floats that hold every weight, since model.quantization is none"
-    if kind.kept_in is not None and most >= SIZES[kind.kept_in]:
-        return f"kept as {NAMES[kind.kept_in]}, multiplied by compiled integer tiles"
+    if kind.kept_in is not None and most_stored(most) >= SIZES[kind.kept_in]:
+        tiles = "float" if kind.kept_in == FLOAT8 else "integer"
+        return f"kept as {NAMES[kind.kept_in]}, multiplied by compiled {tiles} tiles"
     if most >= 2:
         return f"kept as floats of 16 bits, multiplied by compiled float tiles: {kind.why_float}"
     why = f": {kind.why_float}" if kind.why_float else ""

@@ -1,4 +1,5 @@
-"""Integers of 2 to 8 bits out of the 32-bit words of a checkpoint, lowest bits first, along the last dimension."""
+"""Integers of 2 to 8 bits out of the 32-bit words of a checkpoint, and into them, lowest bits first, along the last
+dimension."""
 
 from __future__ import annotations
 
@@ -32,6 +33,35 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
             value = value | (blocks[..., word + 1] << (32 - first))
         out[..., place] = value & ((1 << bits) - 1)
     return out.flatten(-2)[..., :count]
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Words without a gap, of which `unpack_bits` makes the integers again; the last one ends in zeros.
+
+    values: uint8 [..., count], below 2^bits -> int32 [..., num_words(count, bits)]
+    """
+    assert bits in _BITS, f"{bits} bits"
+    count = values.shape[-1]
+    missing = -count % 32
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    if bits in (1, 2, 4, 8):
+        parts = values.reshape(*values.shape[:-1], -1, 8 // bits)
+        octets = parts[..., 0].clone()
+        for place in range(1, 8 // bits):
+            octets |= parts[..., place] << (bits * place)
+        words = octets.contiguous().view(torch.int32)
+    else:
+        blocks = values.reshape(*values.shape[:-1], -1, 32).long()  # [..., blocks, 32]
+        wide = torch.zeros(*blocks.shape[:-1], bits, dtype=torch.int64, device=values.device)
+        for place in range(32):
+            word, first = divmod(place * bits, 32)
+            wide[..., word] |= blocks[..., place] << first & 0xFFFFFFFF
+            if first + bits > 32:
+                wide[..., word + 1] |= blocks[..., place] >> (32 - first)
+        words = wide.flatten(-2).to(torch.int32)  # the upper half is zero, and the lower keeps its bits
+    found: Tensor = words[..., : num_words(count, bits)].contiguous()
+    return found
 
 
 def unpack_padded_bits(words: Tensor, bits: int, count: int) -> Tensor:

@@ -165,6 +165,10 @@ class LinearMethod(ABC, Generic[W]):
         """An embedding as it is; None where it has to be floats. output: what is kept of the layer that shares it"""
         return None
 
+    def shared_table(self, table: Tensor, output: object) -> Table | None:
+        """An embedding of floats in what is kept of the output layer that shares it, where that has every element."""
+        return None
+
     def finish(self) -> None:
         """Frees what only loading needed, when a model is loaded or was given up; another one may follow."""
 
@@ -331,7 +335,8 @@ class Linear(KeptMatrix):
 
 
 def exchange_linears(model: nn.Module, methods: LinearMethods, *, num_threads: int = 1) -> list[Linear]:
-    """Exchanges the linear layers of `model` that are plain floats, nn.Linear among them, for packed ones, in place.
+    """Exchanges the linear layers of `model` that are plain floats, nn.Linear among them, for packed ones, in place;
+    and packs the matrices of experts, where the method multiplies with those.
 
     For models that others build and fill. Each frees its float matrix, so that memory peaks at a few matrices more than
     before; an embedding that shares its matrix with the output layer keeps it. num_threads: what packing may take
@@ -343,10 +348,24 @@ def exchange_linears(model: nn.Module, methods: LinearMethods, *, num_threads: i
     try:
         with ThreadPoolExecutor(num_at_once) as pool:  # packing holds no interpreter lock
             packed = list(pool.map(lambda place: exchange_linear(place[0], place[1], methods), places))
+        for module in model.modules():
+            if type(module) is KeptMatrix and module.is_plain:
+                _pack_in_place(module, methods)
     finally:
         methods.method.finish()
         torch.set_num_threads(num_before)
     return [layer for layer in packed if layer is not None]
+
+
+@torch.no_grad()
+def _pack_in_place(matrix: KeptMatrix, methods: LinearMethods) -> None:
+    weight = matrix.dense()
+    with weight.device:
+        method = methods.of_experts(matrix.spec, weight.dtype)
+        kept = None if method is PLAIN else method.pack(Shards(matrix.spec, weight.dtype, [weight]))
+    if kept is not None:
+        matrix.method = method
+        matrix.keep(kept)
 
 
 def plain_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear | Linear]]:

@@ -27,6 +27,7 @@ from kernels.torch_cpu.int8_linear import (
 
 W = TypeVar("W")
 _PIECE = 1 << 20  # elements that are quantised at a time
+_EIGHT_BITS, _EIGHT_BITS_AT_MOST = 1.0625, 1.125  # bytes of a weight, scales included
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,14 @@ COMPILED_FORMATS = {  # whose module is imported only where it runs
         meaning="bfloat16, float16 or float32, whichever holds every weight of a matrix as it is",
     ),
     "fp16": WeightFormat(
-        f"{_COMPILED}:HalfMethod", 2, 2,
+        f"{_COMPILED}:HalfMethod", 2, 2, 2,
         meaning="float16, or what is smaller and holds every weight: bfloat16, or the integers of a GGUF file",
     ),
-    "int8": WeightFormat(f"{_COMPILED}:Int8Method", 1.0625, 1.0625, meaning="8 bits and a scale for each 32 weights"),
+    "int8": WeightFormat(
+        f"{_COMPILED}:Int8Method", 1.0625, 1.0625, 1.0625, meaning="8 bits and a scale for each 32 weights"
+    ),
     "int4": WeightFormat(
-        f"{_COMPILED}:Int4Method", 0.625, 1.0625,
+        f"{_COMPILED}:Int4Method", 0.625, 1.0625, 0.625,
         meaning="4 bits, a scale and an offset for each 32 weights; the output layer has 8 bits",
     ),
 }  # fmt: skip
@@ -89,6 +92,12 @@ TRITON_FORMATS = {
     ),
 }  # fmt: skip
 _FORMATS_OF = {"torch": FORMATS, "numba": COMPILED_FORMATS, "triton": TRITON_FORMATS}
+
+
+def most_stored(num_bytes: float) -> float:
+    """Bytes of a weight that a checkpoint's own format may take to be kept where floats become one of so many: 8 bits
+    are 8 bits, with zero points or as FP8 too."""
+    return _EIGHT_BITS_AT_MOST if num_bytes == _EIGHT_BITS else num_bytes
 
 
 def formats_of(kernels: str) -> Mapping[str, WeightFormat]:

@@ -14,9 +14,21 @@ from torch import Tensor
 from engine.config import Activations
 from engine.quantization.huge_pages import HugePages
 from engine.quantization.linear import ALL_ROWS, LinearMethod, LinearSpec, Part, Shards, Table
+from engine.quantization.method import most_stored
 from engine.quantization.stored_levels import StoredLevels
 from engine.quantization.threads import Threads
-from kernels.numba.core.formats import BFLOAT16, FLOAT16, FLOAT32, GROUP, IN_QUADS, INT4, INT8, SIZES, concatenate
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FORMAT_OF,
+    GROUP,
+    IN_QUADS,
+    INT4,
+    INT8,
+    SIZES,
+    concatenate,
+)
 from kernels.numba.core.lanes import LANES
 from kernels.numba.packing.packing import (
     PackedMatrix,
@@ -27,6 +39,7 @@ from kernels.numba.packing.packing import (
     pack_levels,
     unpack_rows,
 )
+from kernels.reference.moe import mix_experts
 
 _BLOCK = 1 << 19  # elements that one thread packs at a time: what they are made of stays in its caches
 _OF_16_BITS = (BFLOAT16, FLOAT16)
@@ -55,6 +68,7 @@ class CompiledMethod(LinearMethod[Stack]):
     matrix's floats there is only what was packed so far.
     """
 
+    has_experts = True
     wanted: ClassVar[int]
     of_output: ClassVar[int]
 
@@ -88,6 +102,12 @@ class CompiledMethod(LinearMethod[Stack]):
         shards = Shards(_spec_of([table], None), torch.float32, [table])
         return PackedTable(self._pack_levels(shards, table.kind))
 
+    def shared_table(self, table: Tensor, output: object) -> PackedTable | None:
+        if not isinstance(output, Stack) or len(output.parts) != 1:
+            return None
+        kinds = FORMAT_OF.get(table.dtype), output.parts[0].kind  # of wider floats, 16 bits would be rounded
+        return PackedTable(output.parts[0]) if all(kind in _OF_16_BITS for kind in kinds) else None
+
     def _kept_kind(self, wanted: int, tensor: Tensor | StoredLevels) -> int | None:
         """The format of integers that a part stays in; None where it has to be floats first."""
         if isinstance(tensor, Tensor) or tensor.kind is None or not self.keeps(tensor.kind, wanted):
@@ -101,7 +121,7 @@ class CompiledMethod(LinearMethod[Stack]):
 
     def keeps(self, kind: int, wanted: int) -> bool:
         """Whether the setting allows a format of integers that a file has."""
-        return bool(SIZES[kind] <= SIZES[wanted])
+        return bool(SIZES[kind] <= most_stored(SIZES[wanted]))
 
     def _pack_levels(self, shards: Shards, kind: int) -> PackedMatrix:
         kind = self._lay_out(kind)
@@ -143,6 +163,12 @@ class CompiledMethod(LinearMethod[Stack]):
         out = x.float() @ self.dense(weight).T
         product: Tensor = (out if bias is None else out + bias).to(x.dtype)
         return product
+
+    def mix_experts(self, x: Tensor, gate_up: Stack, down: Stack, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `apply`: what compiled programs compute (`engine.models.moe_numba`)."""
+        num_experts = down.num_rows // x.shape[1]
+        wide, narrow = (one.dense(0, one.num_rows).view(num_experts, -1, one.depth) for one in (gate_up, down))
+        return mix_experts(x.float(), wide, narrow, weights, experts).to(x.dtype)
 
     def dense(self, weight: Stack, rows: slice = ALL_ROWS) -> Tensor:
         start, stop, _ = rows.indices(weight.num_rows)

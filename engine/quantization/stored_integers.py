@@ -15,10 +15,31 @@ from torch import Tensor
 
 from engine.quantization.bit_packing import unpack_bits
 from engine.quantization.stored_levels import StoredLevels
-from kernels.numba.core.formats import GROUP, INT4_ZEROS, INT8, INTEGERS, MXFP4, NVFP4, Q4_0, Q5_0, Levels
+from kernels.numba.core.formats import (
+    FLOAT8,
+    FP4,
+    FP4_BOOK,
+    FP4_STEPS,
+    GROUP,
+    INT4_ZEROS,
+    INT6,
+    INT8,
+    INT8_ZEROS,
+    INTEGERS,
+    MXFP4,
+    NF4,
+    NF4_BOOK,
+    NF4_STEPS,
+    NVFP4,
+    Q4_0,
+    Q5_0,
+    Levels,
+)
 
 _PIECE = 1 << 20  # elements that are computed at a time
-_AROUND_ZERO = (Q4_0, Q5_0)  # whose levels less a zero are from -zero to zero - 1; the smallest first
+_BOOKS = {NF4: (NF4_BOOK, NF4_STEPS), FP4: (FP4_BOOK, FP4_STEPS)}  # and what makes integers of their numbers
+_NAN = 0x7F  # of FP8, but for its sign
+_AROUND_ZERO = (Q4_0, Q5_0, INT6)  # whose levels less a zero are from -zero to zero - 1; the smallest first
 
 ReadRows = Callable[[int, int], Tensor]  # (first row, last + 1) -> those rows
 
@@ -56,10 +77,61 @@ class StoredFloats(StoredMatrix):
 
 @dataclass(frozen=True)
 class ScaledFloats(StoredFloats):
-    """8-bit floats. values: float8_e4m3fn; scales: float32 of the matrix [1, 1], of rows [num_rows, 1] or of blocks"""
+    """8-bit floats. values: float8_e4m3fn; scales: float32 of the matrix [1, 1], of rows [num_rows, 1] or of blocks
+
+    read_scales: of some rows and each 32 of their columns, [n, depth / 32]; where `kind` is FLOAT8
+    """
 
     values: Tensor
     scales: Tensor
+    read_scales: ReadRows
+
+    def levels(self, start: int, stop: int) -> Levels:
+        assert self.kind == FLOAT8
+        bits = self.values[start:stop].view(torch.uint8)
+        if bool(((bits & _NAN) == _NAN).any()):
+            raise ValueError(f"a matrix ({self.label}) has weights that are no numbers; the file is damaged")
+        return Levels(self.kind, bits, self.read_scales(start, stop).unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class BookPlaces(StoredMatrix):
+    """Places in a book of 16 numbers, and a factor for each `block_size` weights, counted through the whole matrix.
+
+    codes: of some rows, uint8 [n, depth] below 16; book: float32 [16]; factors: float32 [blocks]
+    """
+
+    codes: ReadRows
+    book: Tensor
+    factors: Tensor
+    block_size: int
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], label: str, codes: ReadRows, book: Tensor, factors: Tensor, *, block_size: int
+    ) -> BookPlaces:
+        """With the compiled format that holds it, if one does: within 2.9e-4 of each number of nf4, exactly of fp4."""
+        fits = shape[1] % GROUP == 0 and block_size % GROUP == 0
+        known = [kind for kind, (numbers, _) in _BOOKS.items() if _is_book(book, numbers)]
+        return cls(shape, known[0] if known and fits else None, codes, book, factors, block_size, label=label)
+
+    def levels(self, start: int, stop: int) -> Levels:
+        assert self.kind is not None
+        scales = self.factors[self._blocks(start, stop, GROUP)] / _BOOKS[self.kind][1]
+        return Levels(self.kind, self.codes(start, stop), scales.unsqueeze(-1))
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        return self.book[self.codes(start, stop).int()] * self.factors[self._blocks(start, stop, 1)]
+
+    def _blocks(self, start: int, stop: int, step: int) -> Tensor:
+        """The block of each `step` columns of some rows: int64 [n, depth / step]."""
+        depth = self.shape[1]
+        return torch.arange(start * depth, stop * depth, step, device="cpu").view(stop - start, -1) // self.block_size
+
+
+def _is_book(book: Tensor, numbers: tuple[float, ...]) -> bool:
+    """Whether it is this one, but for what writers round away."""
+    return bool(torch.allclose(book.float(), torch.tensor(numbers, device="cpu"), rtol=1e-6, atol=1e-7))
 
 
 @dataclass(frozen=True)
@@ -129,9 +201,12 @@ class StoredIntegers(StoredMatrix):
         assert self.kind is not None
         assert chunks is not None
         scales = self._scale_rows(start, stop).half()
-        if self.kind == INT4_ZEROS:
-            both = torch.stack((scales, self._zero_rows(start, stop).half()), -1)
-            return Levels(self.kind, self.read_levels(start, stop).to(torch.uint8), both[:, chunks])
+        if INTEGERS[self.kind].has_zeros:
+            levels, zeros = self.read_levels(start, stop), self._zero_rows(start, stop)
+            if self.kind == INT8_ZEROS and not self.is_signed:
+                levels, zeros = levels.to(torch.int16) - 128, zeros - 128
+            both = torch.stack((scales, zeros.half()), -1)
+            return Levels(self.kind, levels.to(torch.int8 if self.kind == INT8_ZEROS else torch.uint8), both[:, chunks])
         levels = self._signed_rows(start, stop)
         if self.kind == INT8:
             return Levels(self.kind, levels.to(torch.int8), scales[:, chunks].unsqueeze(-1))
@@ -156,6 +231,8 @@ class StoredIntegers(StoredMatrix):
             fitting.append(INT4_ZEROS)
         if low >= -128 and high <= 127:
             fitting.append(INT8)
+        if self.bits == 8:
+            fitting.append(INT8_ZEROS)
         return min(fitting, key=lambda kind: INTEGERS[kind].num_bytes, default=None)
 
     def _span(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.batch.device_inputs import to_device
+from engine.batch.pooling import hand_out, sum_rows
 from engine.batch.step_inputs import StepInputs
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.output import SamplerOutput
@@ -43,9 +44,12 @@ class InFlightStep:
         output: SamplerOutput,
         hidden: Tensor,
         keep_accepted: Callable[[StepInputs, list[Sampled]], None],
+        *,
+        pooled: Tensor | None = None,
     ) -> None:
+        """pooled: the sums of `inputs.pooled`"""
         self.inputs = inputs
-        self._output, self._hidden, self._keep_accepted = output, hidden, keep_accepted
+        self._output, self._hidden, self._keep_accepted, self._pooled = output, hidden, keep_accepted, pooled
 
     @property
     def tokens(self) -> Tensor:
@@ -56,6 +60,8 @@ class InFlightStep:
         sampled = self._output.finish(self.inputs)
         if self.inputs.tree_mask is not None:
             self._keep_accepted(self.inputs, sampled)
+        if self._pooled is not None and self.inputs.pooled is not None:
+            hand_out(self._pooled, self.inputs.pooled, sampled)
         return StepResult(sampled, self._hidden)
 
 
@@ -110,8 +116,13 @@ class ModelExecutor:
     @torch.inference_mode()
     def launch(self, inputs: StepInputs, newest: Tensor | None = None) -> InFlightStep:
         hidden, logits = self.runner.forward(inputs, None if newest is None else input_tokens(inputs, newest))
+        pooled: Tensor | None = None
+        if inputs.pooled is not None:
+            pooled = sum_rows(hidden, inputs.pooled, self.runner.model.hidden_size)
+            if inputs.pooled.shown is not None:
+                hidden = hidden.index_select(0, to_device(inputs.pooled.shown, hidden.device))
         output = self.sampler.launch(logits, inputs.sampling, newest)
-        return InFlightStep(inputs, output, hidden, self.runner.keep_accepted)
+        return InFlightStep(inputs, output, hidden, self.runner.keep_accepted, pooled=pooled)
 
     def run(self, inputs: StepInputs) -> StepResult:
         return self.launch(inputs).finish()

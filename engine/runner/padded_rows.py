@@ -25,8 +25,10 @@ from kernels.reference.moe import mix_experts
 _FREE_ROWS = 2  # the weights are read once either way
 _MOST_ROWS = 16  # that strict determinism may take
 _NUM_CORRECTIONS = 4  # each leaves a 256th of what was left, in bfloat16
-_NUM_PLACES = 8  # in which each number of rows is tried, if there are so many
-_TRIED = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 64, 65, 130)  # rows; odd numbers end in a partial tile
+_NUM_PLACES = 4  # in which each number of rows is tried, if there are so many
+# Rows: all that padding may leave, and beyond them some of every stretch in which AMX has been seen to sum in another
+# order (float32 up to 15 rows; bfloat16 33 to 63, up to 36, from 37 on)
+_TRIED = (*range(1, 18), 24, 31, 32, 33, 36, 37, 48, 63, 64, 65, 96, 130)
 _LARGE_MATRIX = 1 << 26  # elements: an output layer's, which seldom has many rows and takes seconds to try
 _PRODUCTS = (nn.Linear, Linear, Gate)
 

@@ -6,10 +6,12 @@ import numpy as np
 
 from engine.batch.block_tables import BlockTables
 from engine.batch.gather import gather_step
+from engine.batch.pooling import pooling_inputs
 from engine.batch.step_inputs import StepInputs
 from engine.sampling.metadata import SamplingBuilder
 from engine.sampling.token_counts import CountKeeper
 from engine.sampling.typical import TypicalRule
+from engine.structured.grammar_states import GrammarStates
 from engine.types import Scheduled
 
 
@@ -22,7 +24,7 @@ class StepBuilder:
     num_groups: groups of layers, each with a block table (`AttentionLayer.group`)
     counts_on_device: whether the executor's sampler keeps the token counts of penalised sequences itself
     shows_all_rows: whether somebody wants the hidden states of all rows, not of those with logits alone
-    typical: as of `SamplingBuilder`
+    typical, grammars: as of `SamplingBuilder`
     """
 
     def __init__(
@@ -34,12 +36,15 @@ class StepBuilder:
         counts_on_device: bool = False,
         shows_all_rows: bool = False,
         typical: TypicalRule | None = None,
+        grammars: GrammarStates | None = None,
     ) -> None:
         self._shows_all_rows = shows_all_rows
         self._counts_on_device = counts_on_device
         self.block_size, self.vocab_size = block_size, vocab_size
         self.tables = BlockTables(num_groups)
-        self.sampling = SamplingBuilder(vocab_size, CountKeeper() if counts_on_device else None, typical=typical)
+        self.sampling = SamplingBuilder(
+            vocab_size, CountKeeper() if counts_on_device else None, typical=typical, grammars=grammars
+        )
 
     def fresh(self) -> StepBuilder:
         """One for an executor of the same kind that was told nothing yet."""
@@ -50,12 +55,15 @@ class StepBuilder:
             counts_on_device=self._counts_on_device,
             shows_all_rows=self._shows_all_rows,
             typical=self.sampling.typical,
+            grammars=self.sampling.grammars,
         )
 
     def build(self, batch: list[Scheduled]) -> StepInputs:
         """The inputs of a plan, which must not be empty."""
         step = gather_step(batch, self.block_size)
         table_rows, width = self.tables.read(batch)
+        pooled = pooling_inputs(batch, step, shows_all_rows=self._shows_all_rows)
+        has_all_rows = self._shows_all_rows or pooled is not None
         return StepInputs(
             *step[:5],
             table_rows=table_rows,
@@ -66,7 +74,8 @@ class StepBuilder:
             seqs=step.seqs,
             sampling=self.sampling.build(batch, step),
             sources=step.sources,
-            hidden_rows=np.arange(len(step.input_ids)) if self._shows_all_rows else None,
+            hidden_rows=np.arange(len(step.input_ids)) if has_all_rows else None,
+            pooled=pooled,
         )
 
     def launched(self) -> None:

@@ -17,13 +17,26 @@ def item_of_no_request(
     builder: StepBuilder, *, first_block: int, num_drafts: int = 0, temperature: float = 1.0
 ) -> Scheduled:
     """Token 0 at position 0, and a run of drafts behind it, in the blocks from the first one on, whatever is there."""
-    params = SamplingParams(seed=0, max_tokens=1, temperature=temperature)
-    request = Request(request_id="trial", prompt_token_ids=[0], params=params)
-    num_groups, num_blocks = builder.tables.num_groups, -(-(1 + num_drafts) // builder.block_size)
-    tables = [list(range(first_block, first_block + num_blocks)) for _ in range(num_groups)]
-    seq = Sequence(request, [0], block_tables=tables, num_released_blocks=[0] * num_groups)
+    seq = _sequence(builder, 1, num_drafts, first_block=first_block, temperature=temperature)
     seq.draft_run([0] * num_drafts, [])
     return Scheduled(seq, 1 + num_drafts, num_drafts, samples=True)
+
+
+def chunk_of_no_request(builder: StepBuilder, num_computed: int, num_new_tokens: int) -> Scheduled:
+    """The last tokens of a prompt, behind so many that count as computed: whatever is in the blocks is their cache."""
+    seq = _sequence(builder, num_computed + num_new_tokens, first_block=FIRST_BLOCK, temperature=0.0)
+    seq.num_computed_tokens = num_computed
+    return Scheduled(seq, num_new_tokens, 0, samples=True)
+
+
+def _sequence(
+    builder: StepBuilder, num_tokens: int, num_more: int = 0, *, first_block: int, temperature: float
+) -> Sequence:
+    params = SamplingParams(seed=0, max_tokens=1, temperature=temperature)
+    request = Request(request_id="trial", prompt_token_ids=[0], params=params)
+    num_groups, num_blocks = builder.tables.num_groups, -(-(num_tokens + num_more) // builder.block_size)
+    tables = [list(range(first_block, first_block + num_blocks)) for _ in range(num_groups)]
+    return Sequence(request, [0] * num_tokens, block_tables=tables, num_released_blocks=[0] * num_groups)
 
 
 def compute_one_token(executor: Executor, builder: StepBuilder, *, block: int) -> Sampled:

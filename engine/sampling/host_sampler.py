@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.arrays import Floats, Ints
+from engine.arrays import Bools, Floats, Ints
+from engine.batch.grammar_masks import GrammarMasks
 from engine.batch.step_inputs import NO_INTS, RowEdits, SamplingInputs, TypicalInputs
 from engine.sampling.acceptance import NO_TOKEN, NOT_FINITE
 from engine.sampling.gumbel import GumbelRace
@@ -57,6 +58,10 @@ class HostSampler:
 
     def _typical(self, logits: Floats, inputs: SamplingInputs, typical: TypicalInputs, newest: Ints) -> Tensor:
         rows = logits[inputs.logits_rows[typical.rows]]
+        if inputs.masks is not None:
+            _, places, of_masks = np.intersect1d(typical.rows, inputs.masks.rows, return_indices=True)
+            forbidden = inputs.masks.forbidden(self.vocab_size)[of_masks]
+            rows[places] = np.where(forbidden, np.float32(-np.inf), rows[places])
         for edit in inputs.edits:
             places = np.flatnonzero(typical.rows == edit.row)
             if len(places):
@@ -68,7 +73,27 @@ class HostSampler:
         rows = inputs.logits_rows
         if not len(rows):
             return np.empty(0, dtype=np.int64)
-        return self._sample_rows(logits if len(rows) == len(logits) else logits[rows], inputs, newest)
+        sampled = logits if len(rows) == len(logits) else logits[rows]
+        if inputs.masks is None:
+            return self._sample_rows(sampled, inputs, newest)
+        masked, is_finite = self._mask(sampled, inputs.masks)
+        tokens = self._sample_rows(masked, inputs, newest)
+        of_masked = tokens[inputs.masks.rows]
+        of_masked[of_masked == NOT_FINITE] = NO_TOKEN  # the mask, or what the request forbids, leaves none
+        of_masked[~is_finite] = NOT_FINITE
+        tokens[inputs.masks.rows] = of_masked
+        return tokens
+
+    def _mask(self, logits: Floats, masks: GrammarMasks) -> tuple[Floats, Bools]:
+        """The rows with minus infinity where a grammar forbids a token; whether each masked row was finite before.
+
+        logits: [num_sampled, vocab_size], which stay as they are
+        """
+        masked = logits.copy()
+        peaks = logits[masks.rows].max(-1)  # not a number, if there is one
+        masked[masks.rows] = np.where(masks.forbidden(self.vocab_size), np.float32(-np.inf), logits[masks.rows])
+        is_finite: Bools = np.isfinite(peaks)
+        return masked, is_finite
 
     def _sample_rows(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
         """logits: [num_sampled, vocab_size]"""

@@ -29,6 +29,7 @@ from engine.sampling.logit_processors import LogitEdits, edits_every_step, is_pe
 from engine.sampling.token_counts import CountKeeper, TokenHistories
 from engine.sampling.truncation import limits_of
 from engine.sampling.typical import TypicalRule, typical_inputs
+from engine.structured.grammar_states import GrammarStates
 from engine.types import SamplingParams, Scheduled, Sequence
 
 GREEDY_BELOW = 1e-5  # a temperature: the noise, at most 22, could not reverse a difference of 3e-4 between logits
@@ -47,13 +48,19 @@ class SamplingBuilder:
 
     counts: who keeps the token counts of penalised sequences where the executor counts itself; None: the host counts
     typical: keeps drafts that are likely enough, which is lossy; None: drafts that are sampled
+    grammars: of the sequences; None: they have none
     """
 
     def __init__(
-        self, vocab_size: int, counts: CountKeeper | None = None, *, typical: TypicalRule | None = None
+        self,
+        vocab_size: int,
+        counts: CountKeeper | None = None,
+        *,
+        typical: TypicalRule | None = None,
+        grammars: GrammarStates | None = None,
     ) -> None:
         self.vocab_size = vocab_size
-        self.typical = typical
+        self.typical, self.grammars = typical, grammars
         self._counts = counts
         self._histories = TokenHistories()
         self._known: WeakKeyDictionary[Sequence, _SequenceFacts] = WeakKeyDictionary()
@@ -81,6 +88,7 @@ class SamplingBuilder:
             counts=counts,
             logprobs=logprob_inputs(batch) if step.has_scores or step.wants_logprobs else None,
             typical=None if self.typical is None else typical_inputs(batch, self.typical, GREEDY_BELOW),
+            masks=None if self.grammars is None else self.grammars.masks(batch),
         )
 
     def advance(self, batch: list[Scheduled], before: SamplingInputs) -> SamplingInputs:
@@ -127,7 +135,10 @@ class SamplingBuilder:
 
     def needs_host(self, item: Scheduled) -> bool:
         """Whether a step of this sequence can only be sampled when the host knows all tokens before it."""
-        return self._counts is None and is_penalised(item.seq.request.params)
+        params = item.seq.request.params
+        if params.grammar is not None and item.samples and item.source != KNOWN:
+            return True
+        return self._counts is None and is_penalised(params)
 
     def _facts_of(self, seqs: list[Sequence], num_rows: Ints) -> RowFacts:
         """The same object as the last time where the rows are of the same sequences. num_rows: of each sequence"""

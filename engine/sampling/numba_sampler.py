@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 
-from engine.arrays import Floats, Ints
+from engine.arrays import Bools, Floats, Ints
+from engine.batch.grammar_masks import GrammarMasks
 from engine.batch.step_inputs import RowFacts, SamplingInputs
 from engine.sampling.gumbel import TIME_OF_GAP, GumbelRace
 from engine.sampling.host_sampler import HostSampler
@@ -19,6 +21,7 @@ from kernels.numba.ops.sampling import (
     MAX_LISTED,
     NOT_DECIDED,
     draw_noise,
+    mask_rows,
     sample_rows,
     sum_weights,
 )
@@ -49,11 +52,40 @@ class NumbaSampler(HostSampler):
         self._num_threads = num_threads
         self._facts: _CompiledFacts | None = None
         self._helpers = ThreadPoolExecutor(max(num_threads - 1, 1), thread_name_prefix="sampler")
+        self._masked: Floats = np.empty((0, vocab_size), dtype=np.float32)  # kept between steps
         num_blocks = -(-vocab_size // BLOCK_TOKENS)
         self._scratch = [
             (np.empty((2, vocab_size), dtype=np.float32), np.empty(num_blocks, dtype=np.float32))
             for _ in range(num_threads)
         ]
+
+    def _mask(self, logits: Floats, masks: GrammarMasks) -> tuple[Floats, Bools]:
+        num_rows = len(logits)
+        if len(self._masked) < num_rows:
+            self._masked = np.empty((num_rows, self.vocab_size), dtype=np.float32)
+        masked, are_finite = self._masked[:num_rows], np.zeros(len(masks.rows), dtype=np.int64)
+        places = np.full(num_rows, -1, dtype=np.int64)
+        places[masks.rows] = np.arange(len(masks.rows))
+        words = masks.words()
+
+        def work(_: int, first: int, last: int) -> None:
+            mask_rows(first, last, logits, places, words, masked, are_finite)
+
+        self._share(logits, work)
+        return masked, are_finite > 0
+
+    def _share(self, logits: Floats, work: Callable[[int, int, int], None]) -> None:
+        """Has each thread, by its number, work on a part of the rows, where there are enough for several."""
+        num_threads = self._num_threads if logits.size >= SHARED_LOGITS else 1
+        ends = [len(logits) * thread // num_threads for thread in range(num_threads + 1)]
+        helping = [
+            self._helpers.submit(work, thread, first, last)
+            for thread, (first, last) in enumerate(pairwise(ends))
+            if thread
+        ]
+        work(0, *ends[:2])
+        for helper in helping:
+            helper.result()
 
     def _sample_rows(self, logits: Floats, inputs: SamplingInputs, newest: Ints) -> Ints:
         facts = self._facts_of(inputs.facts)
@@ -70,20 +102,15 @@ class NumbaSampler(HostSampler):
         out = _Rows(num_rows, has_lists=bool(facts.has_list.any()))
         columns = facts.columns
 
-        def work(first: int, last: int, scratch: Floats, lows: Floats) -> None:
+        def work(thread: int, first: int, last: int) -> None:
+            scratch, lows = self._scratch[thread]
             logits[first:last].argmax(-1, out=out.best[first:last])
             sample_rows(
                 first, last, logits, out.best, self._race.words, keys, columns, TIME_OF_GAP, scratch, lows, tokens,
                 out.weights, out.lists, out.counts,
             )  # fmt: skip
 
-        num_threads = self._num_threads if logits.size >= SHARED_LOGITS else 1
-        ends = [num_rows * thread // num_threads for thread in range(num_threads + 1)]
-        shares = [(*share, *scratch) for share, scratch in zip(pairwise(ends), self._scratch, strict=False)]
-        helping = [self._helpers.submit(work, *share) for share in shares[1:]]
-        work(*shares[0])
-        for helper in helping:
-            helper.result()
+        self._share(logits, work)
         for row in np.flatnonzero(tokens == LISTED).tolist():
             tokens[row] = self._among(logits[row], out, row, inputs, keys[row])
         is_left = tokens == NOT_DECIDED

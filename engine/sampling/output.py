@@ -20,8 +20,8 @@ _NOT_FINITE = (
     "this prompt overflows the model's arithmetic: try dtype float32 or bfloat16"
 )
 _NOTHING_ALLOWED = (
-    "no token is allowed at position {position}: allowed_token_ids, bad_words, logit_bias and min_tokens together "
-    "exclude the whole vocabulary; loosen one of them"
+    "no token is allowed at position {position}: allowed_token_ids, bad_words, logit_bias and min_tokens together, "
+    "and the grammar if there is one, exclude the whole vocabulary; loosen one of them"
 )
 
 

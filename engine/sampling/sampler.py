@@ -7,6 +7,7 @@ the speed of a request and never its output, and neither does what else is in th
 The order of operations is vLLM's from the temperature on:
 
     raw logits -> [log-probabilities]      logprobs.py
+      -> the grammar's mask                engine/structured
       -> penalties, bias, bans             logit_processors.py
       -> temperature                       host_sampler.py
       -> min-p -> top-k -> top-p           truncation.py

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.arrays import Ints
 from engine.batch.device_inputs import to_device
+from engine.batch.grammar_masks import GrammarMasks
 from engine.batch.step_inputs import CountChanges, LogprobInputs, RowEdits, SamplingInputs
 from engine.sampling.acceptance import NO_TOKEN, NOT_FINITE
 from engine.sampling.device_columns import Columns
@@ -21,6 +22,7 @@ from engine.sampling.device_edits import DeviceEdits
 from engine.sampling.output import SamplerOutput
 from engine.sampling.token_counts import TokenCounts
 from engine.sampling.typical import are_typical
+from kernels.triton.sampling.grammar_masks import apply_masks
 from kernels.triton.sampling.sample_tokens import sample_tokens
 from kernels.triton.sampling.token_scores import penalise, score_tokens
 
@@ -66,16 +68,28 @@ class TritonSampler:
                 facts, inputs.positions, logits.device, vocab_size=self.vocab_size, before=self._columns
             )
         columns = self._columns
-        if not inputs.edits:
+        if not inputs.edits and inputs.masks is None:
             tokens = _sample_by_columns(logits, columns, inputs.positions, none=NOT_FINITE)
             return tokens, _typical(logits, inputs)
         is_finite = logits.amax(-1).isfinite()
         edited = logits.clone()
+        if inputs.masks is not None:
+            self._mask(edited, inputs.masks)
         if inputs.counts is not None:
             self._penalise(edited, inputs.edits, inputs.counts, newest)
-        self._edits.apply(edited, inputs.edits, newest)
+        if inputs.edits:
+            self._edits.apply(edited, inputs.edits, newest)
         tokens = _sample_by_columns(edited, columns, inputs.positions, none=NO_TOKEN)
         return tokens.masked_fill_(~is_finite, NOT_FINITE), _typical(edited, inputs)
+
+    def _mask(self, logits: Tensor, masks: GrammarMasks) -> None:
+        """Waits for the masks while the model still computes, and queues their use. In place."""
+        rows = to_device(masks.rows, logits.device)
+        words = masks.words()
+        padded = np.zeros((len(words), words.shape[1] + words.shape[1] % 2), dtype=np.uint32)  # whole int64s
+        padded[:, : words.shape[1]] = words
+        there = to_device(padded.view(np.int64), logits.device)
+        apply_masks(logits, rows, there.view(torch.int32))
 
     def _penalise(
         self, logits: Tensor, edits: tuple[RowEdits, ...], changes: CountChanges, newest: Tensor | None

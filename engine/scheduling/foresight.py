@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_work import count_work
 from engine.types import Scheduled, Sequence
 
 
@@ -24,7 +25,7 @@ class _Outlook(NamedTuple):
 def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | None:
     """The batch that the scheduler will make when `batch` has run, with its blocks allocated. None if that is unknown.
 
-    It is where new sequences may be admitted, blocks are short, drafts are verified or prompts are scored.
+    It is where new sequences may be admitted, blocks are short, drafts are verified or prompts are scored or pooled.
     """
     caught_up: list[_Outlook] = []
     behind: list[_Outlook] = []
@@ -36,11 +37,19 @@ def foresee(scheduler: Scheduler, batch: list[Scheduled]) -> list[Scheduled] | N
     places = {seq: place for place, seq in enumerate(scheduler.in_service_order([one.seq for one in behind]))}
     behind.sort(key=lambda one: places[one.seq])
     budget = limits.max_num_batched_tokens - len(caught_up)
-    if caught_up and limits.min_prompt_share is not None:
-        budget = min(budget, scheduler.prompt_share(len(caught_up), [outlook.seq for outlook in behind]))
     plan = [Scheduled(one.seq, 1, 0, True, 0, one.num_ahead, one.source) for one in caught_up]
+    pacing, pace = scheduler.pacing, None
+    if caught_up and behind and pacing is not None:
+        pace = pacing.foresee(count_work(plan))
+    elif caught_up and pacing is None:
+        share = scheduler.share_of_prompts(len(caught_up), [outlook.seq for outlook in behind])
+        budget = budget if share is None else min(budget, share)
     for one in behind:
         num_new_tokens = min(one.num_lacking, budget)
+        if pace is not None and num_new_tokens > 0:
+            room = pace.room(one.seq, one.seq.num_computed_tokens + one.num_ahead, num_new_tokens)
+            budget = budget if room == num_new_tokens else room  # none is left for others
+            num_new_tokens = room
         if num_new_tokens <= 0:
             break
         budget -= num_new_tokens
@@ -69,7 +78,8 @@ def _outlooks(scheduler: Scheduler, batch: list[Scheduled]) -> list[_Outlook | N
         num_ahead = running[seq].num_new_tokens if seq in running else 0
         source = sources.get(seq, -1)
         num_tokens = seq.num_tokens + (source >= 0)
-        if seq.params.prompt_logprobs is not None and num_tokens == seq.num_tokens:
+        is_scored = seq.params.prompt_logprobs is not None and num_tokens == seq.num_tokens
+        if is_scored or seq.request.pooling is not None:
             return [None]
         if source < 0 or num_tokens < seq.max_num_tokens:  # else the token that is being sampled is its last
             outlooks.append(_Outlook(seq, num_ahead, source, num_tokens - seq.num_computed_tokens - num_ahead))

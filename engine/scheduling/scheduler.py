@@ -12,21 +12,22 @@ from bisect import bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from engine.batch.pooling import add_rows, is_complete
 from engine.circuit_breaker import CircuitBreaker
 from engine.kv_cache.groups import span_of_step
 from engine.kv_cache.manager import KVCacheManager, Prefix, needs_prompt_scores
 from engine.scheduling.fair_share import FairShare, arrival_order
 from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.prompt_pacing import PromptPacing
+from engine.scheduling.prompt_share import prompt_share
 from engine.scheduling.prompts_in_progress import PromptsInProgress
 from engine.scheduling.request_queue import WaitingQueue
 from engine.scheduling.step_outputs import one_more_token, output_of
 from engine.scheduling.step_plan import StepPlan
-from engine.types import Sampled, Scheduled, Sequence, StepOutput
+from engine.scheduling.step_work import count_work
+from engine.types import PromptLimit, Sampled, Scheduled, Sequence, StepOutput
 
 logger = logging.getLogger(__name__)
-
-PROMPT_SHARE = 3  # prompt tokens for each sequence that decodes in the same step
-MAX_PROMPT_STEPS = 16  # beside others that decode, where the budget allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,16 @@ class Scheduler:
 
     Admission cannot thrash: a sequence is admitted only while every running one could still grow by its headroom, and
     each preemption doubles a sequence's headroom. So a request is preempted at most log2(max_tokens / headroom) times.
+
+    pacing: where there is a target for the wait between tokens, who chooses the chunks of prompts beside streams
     """
 
     def __init__(self, kv: KVCacheManager, limits: SchedulerLimits) -> None:
         self.kv = kv
+        self.is_ready: Callable[[Sequence], bool] = lambda _: True  # whether a waiting sequence may start
         self.limits = limits
+        self.pacing: PromptPacing | None = None
+        self.prompt_limit: PromptLimit = ""  # what ended the prompts' part of the last step
         self._full_budget = limits.max_num_batched_tokens
         self._check_room_for_one()
         self.fair_share = FairShare()
@@ -72,7 +78,7 @@ class Scheduler:
         request_id = seq.request.request_id
         if request_id in self._by_id:
             raise ValueError(f"request id {request_id} is in use; ids must be unique among unfinished requests")
-        if seq.num_tokens >= self.limits.max_model_len:
+        if seq.num_tokens + (seq.request.pooling is None) > self.limits.max_model_len:
             raise ValueError(
                 f"prompt has {seq.num_tokens} tokens, but max_model_len is {self.limits.max_model_len} and at least "
                 "one token must be generated; shorten it or raise model.max_model_len"
@@ -110,15 +116,16 @@ class Scheduler:
         for seq in self.running:
             (caught_up if _is_caught_up(seq) else behind).append(seq)
         self._continue_streams(caught_up, plan)
-        if caught_up and self.limits.min_prompt_share is not None:
-            plan.budget = min(plan.budget, self.prompt_share(len(caught_up), behind))
+        if caught_up and (behind or len(self.waiting)):
+            self._pace_prompts(plan, len(caught_up), behind)
         for seq in self.in_service_order(behind):
             if self.fair_share.is_shared and self.num_preemptions == num_preemptions:
                 self._admit(plan, ahead_of=seq)
             plan.num_to_come -= 1
-            self._continue(seq, plan, plan.budget)
+            self._continue(seq, plan, plan.room_for(seq))
         if self.num_preemptions == num_preemptions:
             self._admit(plan)
+        self.prompt_limit = "" if plan.pace is None else plan.pace.limit
         self.fair_share.charge(plan.items.values())
         return list(plan.items.values())
 
@@ -137,6 +144,7 @@ class Scheduler:
             if item.num_new_tokens == 1 and self._goes_on(seq, result):  # most of them
                 outputs.append(one_more_token(seq, result))
                 continue
+            add_rows(seq, result)
             seq.num_computed_tokens += item.num_new_tokens
             if item.num_drafts:
                 seq.num_computed_tokens += len(result.accepted) - item.num_drafts
@@ -146,9 +154,11 @@ class Scheduler:
                 seq.draft_token_ids, seq.draft_parents = [], []
             seq.num_scored_tokens += item.num_scored
             token_ids = self._append(seq, result.token_ids)
+            if result.is_over and seq.finish_reason != "stop" and len(token_ids) == len(result.token_ids):
+                seq.finish_reason = "stop"
             if seq.first_token_at is None:
                 seq.num_prefill_chunks += 1
-                if token_ids:
+                if token_ids or is_complete(seq):
                     seq.first_token_at = now
                     self.num_first_prompt_tokens += _num_computed_prompt_tokens(seq)
             if result.error is not None:
@@ -156,6 +166,8 @@ class Scheduler:
                 self.kv.uncache(seq)
             else:
                 self.kv.commit(seq)
+                if is_complete(seq):
+                    seq.finish_reason = "stop"
             if token_ids or result.prompt_logprobs or seq.finish_reason:
                 outputs.append(output_of(seq, token_ids, result, now))
             if seq.finish_reason:
@@ -206,17 +218,19 @@ class Scheduler:
     def _num_blocks_at_most(self, num_tokens: int) -> int:
         return self.kv.num_blocks_at_most(num_tokens + self.limits.num_lookahead_tokens, self._span)
 
-    def prompt_share(self, num_decoding: int, behind: list[Sequence]) -> int:
-        """Prompt tokens of a step that others decode in: each of their tokens waits for all of these.
-
-        A step takes about as long as it has tokens, so that few streams would stutter with each prompt that fills the
-        budget. The share grows with the streams, as many short answers need many prompts, and with the prompts, whose
-        first tokens must not wait for hundreds of steps.
-        """
-        assert self.limits.min_prompt_share is not None
+    def share_of_prompts(self, num_decoding: int, behind: list[Sequence]) -> int | None:
+        """Prompt tokens of a step that so many others decode in; None: as many as the budget allows."""
+        if self.limits.min_prompt_share is None:
+            return None
         read = behind or ([self.waiting.first] if len(self.waiting) else [])
-        longest = max((seq.num_tokens for seq in read), default=0)
-        return max(self.limits.min_prompt_share, PROMPT_SHARE * num_decoding, -(-longest // MAX_PROMPT_STEPS))
+        return prompt_share(self.limits.min_prompt_share, num_decoding, (seq.num_tokens for seq in read))
+
+    def _pace_prompts(self, plan: StepPlan, num_streams: int, behind: list[Sequence]) -> None:
+        """Bounds what prompts get of a step, once its streams are planned."""
+        if self.pacing is not None:
+            plan.pace = self.pacing.begin(count_work(plan.items.values()))
+        elif (share := self.share_of_prompts(num_streams, behind)) is not None:
+            plan.budget = min(plan.budget, share)
 
     def _continue_streams(self, caught_up: list[Sequence], plan: StepPlan) -> None:
         """Schedules the newest token of each sequence that lacks no other, and its drafts."""
@@ -231,7 +245,8 @@ class Scheduler:
                 num_drafts = _num_verified_drafts(seq, min(budget - num_after, num_rows) - 1)
             tables = seq.block_tables
             has_place = tables and num_tokens + num_drafts + num_lookahead <= len(tables[0]) * size
-            if has_place and num_drafts >= 0 and budget > num_drafts and seq.request.params.prompt_logprobs is None:
+            is_plain = seq.request.params.prompt_logprobs is None and seq.request.pooling is None
+            if has_place and num_drafts >= 0 and budget > num_drafts and is_plain:
                 items[seq.arrival] = Scheduled(seq, 1 + num_drafts, num_drafts, True)
                 budget -= 1 + num_drafts
                 plan.num_logits -= 1 + num_drafts
@@ -283,6 +298,9 @@ class Scheduler:
             if len(self.running) == self.limits.max_num_seqs:
                 self._takes_place(seq, 1, _one_seat, self.limits.max_num_seqs, plan)
                 break
+            if not self.is_ready(seq):  # those behind it go on
+                held.append(self.waiting.pop())
+                continue
             if self._is_still_refused(seq, num_reserved):
                 break
             prefix = self._find_prefix(seq, plan)
@@ -300,7 +318,7 @@ class Scheduler:
             self._start(self.waiting.pop(), prefix)
             in_progress.add(seq)
             plan.num_to_come = max(plan.num_to_come - 1, 0)
-            self._continue(seq, plan, plan.budget)
+            self._continue(seq, plan, plan.room_for(seq))
             num_reserved += self._num_reserved_blocks(seq)
         for seq in held:
             self.waiting.push(seq)
@@ -381,7 +399,7 @@ class Scheduler:
         num_verified = min(seq.num_tokens - computed, budget)
         if needs_prompt_scores(seq):
             return self._fit_scored(seq, num_verified, num_logits)
-        samples = computed + num_verified == seq.num_tokens
+        samples = computed + num_verified == seq.num_tokens and seq.request.pooling is None
         num_drafts = _num_verified_drafts(seq, min(budget - num_verified, num_logits - 1)) if samples else 0
         if num_drafts:
             num_drafts = self._num_drafts_with_room(seq, num_drafts, plan)
@@ -433,7 +451,7 @@ class Scheduler:
         token_ids, known = result.token_ids, seq.token_ids
         if not token_ids or seq.first_token_at is None or result.prompt_logprobs is not None or seq.draft_token_ids:
             return False
-        if len(known) + 1 >= seq.max_num_tokens or token_ids[0] in seq.stop_token_ids:
+        if len(known) + 1 >= seq.max_num_tokens or token_ids[0] in seq.stop_token_ids or result.is_over:
             return False
         known.append(token_ids[0])
         seq.num_computed_tokens += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.batch.pooling import pooled_vector
 from engine.types import RequestTiming, Sampled, Sequence, StepOutput
 
 
@@ -21,6 +22,7 @@ def output_of(seq: Sequence, token_ids: list[int], result: Sampled, now: float) 
         prompt_logprobs=result.prompt_logprobs,
         num_cached_tokens=seq.num_cached_tokens,
         timing=_timing(seq, now),
+        pooled=pooled_vector(seq) if result.error is None else None,
         error=result.error,
         error_kind=result.error_kind,
     )

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappushpop
-from typing import NamedTuple
 
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.step_work import StepWork, count_work
 from engine.types import DraftOutcome, Sampled, Scheduled, StepOutput, StepStats
 
 MIN_PACE_TOKENS = 32  # of a step from which its pace is learned: fewer are bound by memory, not by arithmetic
@@ -28,36 +28,6 @@ class StepClock:
         now = time.perf_counter()
         self.seconds[name] += now - self._last
         self._last = now
-
-
-class StepWork(NamedTuple):
-    """num_kv_tokens: that are in the cache when the step is over; num_pairs: of a new token and one that it sees;
-    drafts: of the sequences that have any; num_prompt_tokens: of sequences that lack more than their newest token"""
-
-    num_tokens: int
-    num_logits: int
-    num_kv_tokens: int
-    num_pairs: int
-    drafts: list[int]
-    num_prompt_tokens: int = 0
-
-
-def count_work(batch: list[Scheduled]) -> StepWork:
-    """Counts what a step will compute. To be called before the step changes the sequences."""
-    num_tokens = num_logits = num_kv_tokens = num_pairs = num_prompt_tokens = 0
-    drafts: list[int] = []
-    for item in batch:
-        num_new_tokens, computed = item.num_new_tokens, item.seq.num_computed_tokens
-        num_tokens += num_new_tokens
-        num_kv_tokens += computed + num_new_tokens
-        num_pairs += num_new_tokens * (computed + (num_new_tokens + 1) // 2)
-        num_logits += item.num_scored + item.samples
-        if item.num_drafts:
-            drafts.append(item.num_drafts)
-        num_own_tokens = num_new_tokens - item.num_drafts
-        if num_own_tokens > 1 or not item.samples:
-            num_prompt_tokens += num_own_tokens
-    return StepWork(num_tokens, num_logits + sum(drafts), num_kv_tokens, num_pairs, drafts, num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +101,8 @@ class StepRecorder:
         outputs: list[StepOutput],
         degraded_modes: list[str],
         draft_outcome: DraftOutcome = "",
+        *,
+        predicted: float = 0.0,
     ) -> StepStats:
         pool = self._scheduler.kv.pool
         preemptions, queries, hits, first_prompt_tokens = (
@@ -169,6 +141,8 @@ class StepRecorder:
             started_at=self.clock.started_at,
             num_prompt_tokens=work.num_prompt_tokens,
             degraded_modes=degraded_modes,
+            predicted=predicted,
+            prompt_limit=self._scheduler.prompt_limit,
         )
 
 

@@ -144,7 +144,7 @@ class DraftController:
             if ones:
                 indices = [index for index in range(len(ones)) if start + index in kept]
                 most_kept = max(most_kept, len(indices))
-                _keep(seq, indices)
+                seq.keep_drafts(indices)
                 start += len(ones)
         if most_kept >= self.num_wanted:
             self._num_wanted = 2.0 * most_kept
@@ -194,17 +194,3 @@ class DraftController:
         if bucket in self._drafting:
             return self._drafting[bucket]
         return max(self._drafting.values(), default=0.0)
-
-
-def _keep(seq: Sequence, kept: list[int]) -> None:
-    """Leaves a sequence the drafts of these indices, rising; of each of them, its parent is one."""
-    if len(kept) == len(seq.draft_token_ids):
-        return
-    places = {-1: -1}
-    token_ids: list[int] = []
-    parents: list[int] = []
-    for index in kept:
-        places[index] = len(token_ids)
-        token_ids.append(seq.draft_token_ids[index])
-        parents.append(places[seq.draft_parents[index]])
-    seq.draft_token_ids, seq.draft_parents = token_ids, parents

@@ -66,7 +66,8 @@ class _CompiledMatrix:
         return self._program_for(len(x)).multiply(x, self._team)[:, : self.num_rows].clone()
 
     def _program_for(self, num_inputs: int) -> OutputProgram:
-        from engine.models.llama_numba import OutputProgram, Products
+        from engine.models.llama_numba import OutputProgram
+        from engine.models.products import Products
 
         if self._program is None or self._program.num_rows < num_inputs:
             self._program = OutputProgram(self._packed, num_inputs, Products(1, rounds_to_bfloat16=False))

@@ -232,4 +232,5 @@ def _params_of_drafts(params: SamplingParams, vocab_size: int) -> SamplingParams
         stop_token_ids=[token_id for token_id in params.stop_token_ids if token_id < vocab_size],
         logprobs=0,
         prompt_logprobs=None,
+        grammar=None,
     )

@@ -18,13 +18,16 @@ from engine.circuit_breaker import CircuitBreaker
 from engine.faults import check_device
 from engine.sampling.typical import TypicalRule
 from engine.speculation.controller import DraftController
-from engine.speculation.proposer import Proposer
+from engine.speculation.proposer import Proposer, draft_budget
 from engine.speculation.verified_step import Place, VerifiedStep, places_of
+from engine.structured.grammar_states import GrammarStates
 from engine.types import DraftOutcome, Sampled, Scheduled, Sequence, StepStats
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE = 64  # steps
+FORCED_CONFIDENCE = 0.999  # of what a mask has no other choice than; the request's own bans may forbid it
+MAX_FORCED = 8  # drafts of a sequence, where nobody else proposes any
 MAX_STRANGE = 4  # sequences in a row with nonsense, before the proposer itself counts as failed
 
 
@@ -33,6 +36,7 @@ class Speculator:
 
     controller: chooses how many drafts are verified; None: as many as are proposed
     typical: keeps drafts that are likely enough, which is lossy; None: those that are sampled
+    grammars: leave only drafts that they allow, and draft what they leave no choice about
     is_off: whether the proposer is left out for now, for everybody, because it has failed
     """
 
@@ -43,8 +47,11 @@ class Speculator:
         controller: DraftController | None = None,
         *,
         typical: TypicalRule | None = None,
+        grammars: GrammarStates | None = None,
     ) -> None:
         self.proposer, self.controller, self.typical = proposer, controller, typical
+        self.grammars = grammars
+        self.drafts_forced = True  # whether what a grammar leaves no choice about is drafted
         self._vocab_size = vocab_size
         self._breaker = CircuitBreaker(first_pause=FIRST_PAUSE)
         self._strange: WeakKeyDictionary[Sequence, CircuitBreaker] = WeakKeyDictionary()  # that had nonsense
@@ -107,6 +114,7 @@ class Speculator:
         """num_other_rows: of the next step, beside those of the sequences that are drafted for"""
         if not self.proposer.needs.num_drafts:  # it only looks on, if that
             self.proposer.propose(step)
+            self._draft_forced(step.drafting, MAX_FORCED)
             return
         controller, seqs = self.controller, step.drafting
         for seq in seqs:
@@ -114,6 +122,8 @@ class Speculator:
         if controller is None:
             self.proposer.propose(step)
             has_nonsense = self._drop_nonsense(seqs)
+            self._constrain(seqs)
+            self._draft_forced(seqs, self.proposer.needs.num_drafts)
             if seqs:
                 self.outcome = "drafted" if _has_drafts(seqs) else "failed" if has_nonsense else "no_guess"
             return
@@ -123,12 +133,32 @@ class Speculator:
         self.proposer.propose(step)
         has_nonsense = self._drop_nonsense(seqs)
         is_all_nonsense = has_nonsense and not _has_drafts(seqs)
+        self._constrain(seqs)
         if seqs and step.max_depth:
             controller.choose(seqs, [seq.draft_confidences for seq in seqs], num_other_rows)
             seconds, catching_up = time.perf_counter() - start, step.seconds_catching_up
             controller.note_drafting(len(seqs), step.max_depth, seconds - catching_up, catching_up)
         if seqs:
             self.outcome = "failed" if is_all_nonsense else controller.outcome
+        self._draft_forced(seqs, self.proposer.needs.num_drafts)
+
+    def _constrain(self, seqs: list[Sequence]) -> None:
+        """Leaves only drafts that grammars allow."""
+        if self.grammars is not None:
+            self.grammars.constrain(seqs)
+
+    def _draft_forced(self, seqs: list[Sequence], most: int) -> None:
+        """Drafts the tokens that a grammar leaves no choice about, unless they are drafted already.
+
+        They pay whatever a controller says: a row that is computed now is one less in a step of its own.
+        """
+        if self.grammars is None or not self.drafts_forced or not self.grammars.has_any:
+            return
+        for seq in seqs:
+            budget = draft_budget(seq, most)
+            forced = self.grammars.forced(seq)[:budget] if budget > 0 else []
+            if forced and not _begins_with(seq, forced):
+                seq.draft_run(forced, [FORCED_CONFIDENCE] * len(forced))
 
     def _drop_nonsense(self, seqs: list[Sequence]) -> bool:
         """Takes drafts that make no sense from their sequences, and says whether there were any.
@@ -167,6 +197,18 @@ class Speculator:
         if any(map(math.isnan, seq.draft_confidences)):  # learned once, nothing else would be known after
             return f"confidences that are no numbers: {seq.draft_confidences}"
         return ""
+
+
+def _begins_with(seq: Sequence, token_ids: list[int]) -> bool:
+    """Whether these tokens are a path of the sequence's drafts from the root."""
+    node = -1
+    for token_id in token_ids:
+        children = range(node + 1, len(seq.draft_token_ids))
+        found = [i for i in children if seq.draft_parents[i] == node and seq.draft_token_ids[i] == token_id]
+        if not found:
+            return False
+        node = found[0]
+    return True
 
 
 def _has_drafts(seqs: list[Sequence]) -> bool:

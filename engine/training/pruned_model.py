@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.ipc.messages import TokenizerAssets
 from engine.loading.loader import open_weights
+from engine.loading.tokenizer_assets import save_tokenizer
 from engine.models.checkpoint_config import BareConfig
 from engine.models.model_error import ModelError
 
@@ -74,11 +75,7 @@ class PrunedModel(nn.Module):
         partial.replace(folder / "model.safetensors")
         config = self.config.to_dict() | {"dtype": "bfloat16"} | fields
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json, encoding="utf-8")
-        described: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
-        if tokenizer.chat_template is not None:
-            described["chat_template"] = tokenizer.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        save_tokenizer(tokenizer, folder)
 
 
 def prune(model: ModelConfig, num_layers: int | None) -> PrunedModel:

@@ -81,6 +81,17 @@ def _wrapped_product(words: Tensor, multiplier: int) -> Tensor:
     return (words * (multiplier & 0xFFFF) + ((words * (multiplier >> 16) & 0xFFFF) << 16)) & _WORD
 
 
+def apply_masks(logits: Tensor, rows: Tensor, words: Tensor) -> None:
+    """Makes the logits of tokens that a mask does not allow minus infinity, in place. Other rows are not read.
+
+    logits: [num_rows, vocab_size] float32; rows: [num_masked] int64, each once
+    words: [num_masked, at least vocab_size / 32] int32: bit i of word j says whether token 32 j + i is allowed
+    """
+    bits = (words[:, :, None] >> torch.arange(32, device=words.device, dtype=torch.int32)) & 1
+    is_allowed = bits.flatten(1)[:, : logits.shape[1]] > 0
+    logits[rows] = logits[rows].masked_fill(~is_allowed, -torch.inf)
+
+
 def penalise(
     logits: Tensor,
     counts: Tensor,

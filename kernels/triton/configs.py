@@ -57,14 +57,18 @@ class QuantizedConfig:
     programs: int = 512  # that are wanted at least: tiles of fewer are split along their inputs
 
 
-def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str) -> AttentionConfig:
+def attention_config(
+    head_dim: int, group: int, dtype: torch.dtype, *, chip: str, has_codes: bool = False
+) -> AttentionConfig:
     """The measured config of this chip, or the default one. A tile must hold a group of query heads.
+
+    has_codes: the cache has 8 bits, which take registers until they are numbers: its tiles may be smaller
 
     Where the group needs larger tiles than the table has, the defaults replace what was measured with the smaller ones,
     which might not fit into shared memory.
     """
     config, plain = (
-        AttentionConfig(**_lookup("attention", f"{head_dim}", f"{dtype}".removeprefix("torch."), name))
+        _attention_config(f"{head_dim}", f"{dtype}".removeprefix("torch."), name, has_codes=has_codes)
         for name in (chip, "default")
     )
     rows = next_power_of_2(group)
@@ -75,6 +79,11 @@ def attention_config(head_dim: int, group: int, dtype: torch.dtype, *, chip: str
         keys, stages, warps = plain.prompt_keys, plain.prompt_stages, max(plain.prompt_warps, rows // 16)
         config = replace(config, prompt_rows=rows, prompt_keys=keys, prompt_stages=stages, prompt_warps=warps)
     return config
+
+
+def _attention_config(shape: str, dtype: str, chip: str, *, has_codes: bool) -> AttentionConfig:
+    config = AttentionConfig(**_lookup("attention", shape, dtype, chip))
+    return replace(config, **_lookup("attention_on_codes", shape, dtype, chip)) if has_codes else config
 
 
 def moe_config(pairs_per_expert: int, dtype: torch.dtype, *, chip: str) -> MoeConfig:

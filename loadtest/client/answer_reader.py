@@ -14,6 +14,7 @@ class _Delta(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
+    index: int = 0
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
@@ -102,12 +103,15 @@ class AnswerReader:
         self._finish_reason: str | None = None
         self._finish_at = 0.0
         self._is_done = False
+        self._ended: set[int] = set()  # choices
         self._failure: tuple[FailureKind, str] | None = None
 
     def feed(self, received_at: float, piece: bytes) -> None:
         for data in self._splitter.feed(piece):
             self.num_events += 1
             self._last_event_at = received_at
+            if self._is_done:
+                self._fail(FailureKind.TWICE, f"after [DONE] came {data[:200]!r}")
             if data == b"[DONE]":
                 self._is_done = True
                 continue
@@ -124,7 +128,10 @@ class AnswerReader:
         if event.usage is not None:
             self._usage = event.usage
         for choice in event.choices:
+            if choice.index in self._ended:
+                self._fail(FailureKind.TWICE, f"choice {choice.index} had ended, and went on")
             if choice.finish_reason is not None:
+                self._ended.add(choice.index)
                 self._finish_reason = choice.finish_reason
                 self._finish_at = received_at
             delta = choice.delta

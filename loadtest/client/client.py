@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +16,8 @@ import msgspec
 
 from loadtest.client.answer_reader import AnswerReader
 from loadtest.client.outcome import Failure, FailureKind, Outcome
-from loadtest.client.transport import Connections, ResponseError, Sink
-from loadtest.workload.prompts import Exchange, Prompt
+from loadtest.client.transport import Connections, Headers, ResponseError, Sink
+from loadtest.workload.prompts import Exchange, Message, Prompt
 
 Result = TypeVar("Result")
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
@@ -76,7 +78,6 @@ class Client:
         head = [f"POST {url.path}{path} HTTP/1.1", f"host: {url.netloc.rpartition('@')[2]}"]
         head += ["accept-encoding: identity", "content-type: application/json"]
         head += ["connection: " + ("keep-alive" if target.keeps_alive else "close")]
-        head += [f"{name}: {value}" for name, value in target.authorization.items()]
         self._head = "".join(f"{line}\r\n" for line in head).encode()
 
     async def __aenter__(self) -> Client:
@@ -105,22 +106,30 @@ class Client:
 
     def _prompt(self, prompt: Prompt) -> dict[str, JsonValue | Prompt]:
         if self.target.api is Api.COMPLETIONS:
+            if isinstance(prompt, tuple):
+                raise ValueError("the completions API takes no messages; use the chat API with a scenario of chats")
             return {"prompt": prompt}
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list):
             raise ValueError("the chat API takes text, not token ids; use text prompts with it")
-        messages: list[JsonValue] = [{"role": "user", "content": prompt}]
+        said = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        messages: list[JsonValue] = [{"role": each.role, "content": each.content} for each in said]
         return {"messages": messages}
+
+    def _headers(self, exchange: Exchange, num_bytes: int) -> bytes:
+        key = exchange.api_key or self.target.api_key
+        authorization = f"authorization: Bearer {key}\r\n".encode() if key else b""
+        return self._head + authorization + b"content-length: %d\r\n\r\n" % num_bytes
 
     async def send(self, exchange: Exchange, *, intended_at: float | None = None) -> Outcome:
         """Sends one request and reads its answer. Latencies count from `intended_at`, else from the sending."""
         body = self.body(exchange)
-        request = self._head + b"content-length: %d\r\n\r\n" % len(body) + body
+        request = self._headers(exchange, len(body)) + body
         asked = None if self.target.ignore_eos is IgnoreEos.NO else exchange.num_output_tokens
         reader, refusal = AnswerReader(asked, has_done_marker=self.target.has_done_marker), _Refusal()
 
-        def on_head(status: int, content_type: str) -> Sink:
-            is_stream = status == 200 and content_type.startswith("text/event-stream")
-            return reader.feed if is_stream else refusal.begin(status, content_type)
+        def on_head(status: int, headers: Headers) -> Sink:
+            is_stream = status == 200 and headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            return reader.feed if is_stream else refusal.begin(status, headers)
 
         sent_at = time.perf_counter()
         started_at = sent_at if intended_at is None else intended_at
@@ -135,7 +144,8 @@ class Client:
             kind, detail = FailureKind.DISCONNECT, str(error)
         else:
             if refusal.kind:
-                return Failure(refusal.kind, refusal.detail, started_at, time.perf_counter())
+                now = time.perf_counter()
+                return Failure(refusal.kind, refusal.detail, started_at, now, refusal.retry_after)
             self.num_events += reader.num_events
             return reader.outcome(started_at=started_at, sent_at=sent_at)
         return Failure(kind, detail, started_at, time.perf_counter())
@@ -146,11 +156,15 @@ class _Refusal:
 
     def __init__(self) -> None:
         self.kind = self._content_type = ""
+        self.retry_after: float | None = None
         self._text = b""
 
-    def begin(self, status: int, content_type: str) -> Sink:
+    def begin(self, status: int, headers: Headers) -> Sink:
         self.kind = FailureKind.NOT_A_STREAM if status == 200 else f"http_{status}"
-        self._content_type = content_type or "missing"
+        self._content_type = headers.get(b"content-type", b"missing").decode(errors="replace")
+        for name, unit in ((b"retry-after", 1.0), (b"retry-after-ms", 0.001)):
+            if (value := headers.get(name, b"")).isdigit():
+                self.retry_after = int(value) * unit
         return self._take
 
     def _take(self, received_at: float, piece: bytes) -> None:
@@ -163,8 +177,16 @@ class _Refusal:
         return self._text.decode(errors="replace")
 
 
+def _allow_many_connections() -> None:
+    """As many as the system lets this process have: in an open loop they are as many as a slow server makes them."""
+    with contextlib.suppress(OSError, ValueError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def run_in_loop(work: Coroutine[None, None, Result]) -> Result:
     """Runs a coroutine on uvloop where that is installed, at half the cost per event of asyncio's loop."""
+    _allow_many_connections()
     try:
         import uvloop
     except ImportError:

@@ -71,6 +71,11 @@ async def calibrate(target: Target, *, seed: int) -> PromptText:
     async with Client(target) as client:
         short = await _num_tokens(client, _words(random, _SHORT))
         long = await _num_tokens(client, _words(random, _LONG))
+    if long <= short:
+        counts = f"{short} tokens of {_SHORT} words and {long} of {_LONG}"
+        raise ValueError(
+            f"{target.base_url}: its usage counts {counts}, so text prompts cannot be sized; send token ids"
+        )
     tokens_per_word = (long - short) / (_LONG - _SHORT)
     return PromptText(tokens_of_template=short - tokens_per_word * _SHORT, tokens_per_word=tokens_per_word)
 

@@ -20,6 +20,7 @@ class FailureKind(StrEnum):
     UNFINISHED = "unfinished"  # a finish reason that means the answer was given up (timeout, abort, error)
     WRONG_LENGTH = "wrong_length"  # another number of tokens than was asked for with ignore_eos
     EMPTY = "empty"  # finished, without a single token
+    TWICE = "twice"  # a choice that had ended went on or ended again, or something followed the end marker
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +75,16 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request without a complete answer. Counted by kind; its times and tokens enter no other figure."""
+    """A request without a complete answer. Counted by kind; its times and tokens enter no other figure.
+
+    retry_after: seconds that a refusal asks the client to wait, in milliseconds where it says so, else in whole seconds
+    """
 
     kind: str
     detail: str
     started_at: float
     failed_at: float
+    retry_after: float | None = None
 
 
 Outcome = Answer | Failure

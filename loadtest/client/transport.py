@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import cast
 from urllib.parse import urlsplit
@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import httptools
 
 Sink = Callable[[float, bytes], None]  # (time.perf_counter() of the arrival, piece of the body)
-OnHead = Callable[[int, str], Sink]  # (status, content type) -> what takes the body
+Headers = Mapping[bytes, bytes]  # their names in small letters
+OnHead = Callable[[int, Headers], Sink]  # (status, headers) -> what takes the body
 
 MAX_IDLE_SECONDS = 2.0  # servers close idle connections after 5 s or more: a reused one must not meet that moment
 
@@ -85,8 +86,7 @@ class Connection(asyncio.Protocol):
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        kind = self._headers.get(b"content-type", b"").decode(errors="replace")
-        self._sink = self._on_head(self._parser.get_status_code(), kind)
+        self._sink = self._on_head(self._parser.get_status_code(), self._headers)
 
     def on_body(self, piece: bytes) -> None:
         assert self._sink is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -13,13 +14,12 @@ from loadtest.client.draft_counters import read_draft_counters
 from loadtest.client.outcome import Failure, Outcome
 from loadtest.compare.processes import memory_of
 from loadtest.compare.progress import Progress
-from loadtest.compare.runner import Plan, run
-from loadtest.report.session import Measurement, Scenario, Server
+from loadtest.compare.runner import Plan, index_of, run
+from loadtest.report.session import Measurement, Sample, Scenario, Server
 from loadtest.report.slo import ServiceLevel
-from loadtest.report.statistics import summarize
+from loadtest.report.statistics import Figures, summarize
 from loadtest.workload.arrivals import ClosedLoop, OpenLoop
-from loadtest.workload.prompts import PromptText
-from loadtest.workload.written import AnyWorkload
+from loadtest.workload.prompts import AnyWorkload, PromptText
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """A scenario in the objects that run it."""
+    """A scenario in the objects that run it. keeps_samples: of each request, for plots over time"""
 
     name: str
     workload: AnyWorkload
     plan: Plan
+    keeps_samples: bool = False
 
     def scenario(self) -> Scenario:
         arrivals, workload = self.plan.arrivals, self.workload
@@ -58,6 +59,7 @@ class Case:
             output_length=str(workload.output_length),
             concurrency=arrivals.concurrency if isinstance(arrivals, ClosedLoop) else None,
             rate=arrivals.rate if isinstance(arrivals, OpenLoop) else None,
+            arrivals="" if isinstance(arrivals, ClosedLoop | OpenLoop) else str(arrivals),
             num_requests=self.plan.num_requests,
             duration=self.plan.duration,
             num_shared_tokens=workload.num_shared_tokens,
@@ -125,5 +127,41 @@ async def measure(
         failure_examples={failure.kind: failure.detail for failure in reversed(failures)},  # the first of each
         resident_memory=None if memory is None else memory.resident,
         drafts=drafts.since(drafts_before) if drafts is not None and drafts_before is not None else None,
+        kinds=_figures_by_kind(workload, outcomes, service_level),
+        samples=_samples(workload, outcomes) if case.keeps_samples else [],
     )
     return measurement, outcomes
+
+
+def _figures_by_kind(
+    workload: AnyWorkload, outcomes: Mapping[int, Outcome], service_level: ServiceLevel | None
+) -> dict[str, Figures]:
+    kinds: dict[str, list[Outcome]] = {}
+    for number, outcome in outcomes.items():
+        kinds.setdefault(workload.kind_of(index_of(number)[0]), []).append(outcome)
+    return {kind: summarize(each, service_level) for kind, each in sorted(kinds.items()) if kind}
+
+
+def _samples(workload: AnyWorkload, outcomes: Mapping[int, Outcome]) -> list[Sample]:
+    start = min(outcome.started_at for outcome in outcomes.values())
+    samples = [_sample(workload, number, outcome, start) for number, outcome in outcomes.items()]
+    return sorted(samples, key=lambda sample: sample.at)
+
+
+def _sample(workload: AnyWorkload, number: int, outcome: Outcome, start: float) -> Sample:
+    index, turn = index_of(number)
+    kind, at = workload.kind_of(index), round(outcome.started_at - start, 6)
+    if isinstance(outcome, Failure):
+        seconds = round(outcome.failed_at - outcome.started_at, 6)
+        return Sample(at, 0.0, 0.0, 0.0, seconds, 0, 0, kind, turn, error=outcome.kind)
+    return Sample(
+        at,
+        round(outcome.time_to_first_token, 6),
+        round(outcome.time_per_output_token or 0.0, 6),
+        round(max(outcome.gaps, default=0.0), 6),
+        round(outcome.end_to_end, 6),
+        outcome.num_prompt_tokens,
+        outcome.num_output_tokens,
+        kind,
+        turn,
+    )

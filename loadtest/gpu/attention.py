@@ -15,6 +15,7 @@ from loadtest.gpu.attention_peers import PEERS, Attend
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import BOUNDS, name_of, poisoned_memory, relative_error
 from loadtest.gpu.machine import l2_bytes
+from loadtest.gpu.quantized import FIRST_FP8
 from loadtest.gpu.records import Check, Problem, Record, Timing
 from loadtest.gpu.stopwatch import Stopwatch, Work, num_sets
 
@@ -47,6 +48,10 @@ def checks(context: Context) -> list[Job]:
     for name, options in _variants(heads_of_variants, context.device).items():
         title = f"attention, {name}, {heads_of_variants}"
         found.append(Job(title, partial(_attend, context, title, heads_of_variants, mix, dtypes[-1], **options)))
+    for codes in _codes(context):
+        title = f"attention over a cache of {name_of(codes)}, {heads_of_variants}"
+        work = partial(_attend, context, title, heads_of_variants, mix, dtypes[-1], codes=codes)
+        found.append(Job(title, work))
     for window in (None, 40):
         title = f"attention, draft trees{'' if window is None else ' in a window'}, {heads_of_variants}"
         options = tree_options(drafts, _TREE, context.device) | ({} if window is None else {"window": window})
@@ -71,10 +76,24 @@ def _variants(heads: Heads, device: torch.device) -> dict[str, Options]:
     }
 
 
+def _codes(context: Context) -> list[torch.dtype]:
+    """Those of a cache of 8 bits that this chip reads."""
+    is_cuda = context.device.type == "cuda"
+    has_fp8 = not is_cuda or torch.cuda.get_device_capability(context.device) >= FIRST_FP8
+    return [torch.int8, *([torch.float8_e4m3fn] if has_fp8 else [])]
+
+
 def _attend(
-    context: Context, name: str, heads: Heads, lens: Lens, dtype: torch.dtype, **options: Unpack[Options]
+    context: Context,
+    name: str,
+    heads: Heads,
+    lens: Lens,
+    dtype: torch.dtype,
+    *,
+    codes: torch.dtype | None = None,
+    **options: Unpack[Options],
 ) -> Iterator[Record]:
-    case = make_case(heads, lens, dtype, context.generator(name), **options)
+    case = make_case(heads, lens, dtype, context.generator(name), codes=codes, **options)
     prepared = case.prepare()
     with poisoned_memory():
         found = case.run(prepared)
@@ -130,7 +149,14 @@ def timings(context: Context) -> list[Job]:
     decodes, prompts, heads = DECODES, PROMPTS, LLAMA
     if context.is_rehearsal:
         decodes, prompts, heads = [(2, 40)], [(1, 24)], Heads(2, 1, 16)
-    return [Job(name, partial(_time, context, name, heads, lens)) for name, lens in _cases(decodes, prompts).items()]
+    cases = _cases(decodes, prompts)
+    found = [Job(name, partial(_time, context, name, heads, lens)) for name, lens in cases.items()]
+    some = cases if context.is_rehearsal else _cases([(32, 4096), (128, 1024)], [(1, 4096)])
+    for codes in _codes(context):
+        for name, lens in some.items():
+            title = f"{name}, a cache of {name_of(codes)}"
+            found.append(Job(title, partial(_time_codes, context, title, heads, lens, codes)))
+    return found
 
 
 def _cases(decodes: list[tuple[int, int]], prompts: list[tuple[int, int]]) -> dict[str, Lens]:
@@ -169,5 +195,22 @@ def _time(context: Context, name: str, heads: Heads, lens: Lens) -> Iterator[Rec
     yield Timing(name, seconds.pop(""), floor, peers=seconds)
 
 
-def _in_turn(attends: list[Attend]) -> Work:
-    return lambda index: attends[index]()
+def _time_codes(context: Context, name: str, heads: Heads, lens: Lens, codes: torch.dtype) -> Iterator[Record]:
+    """Beside the same attention over floats."""
+    dtype = torch.float32 if context.is_rehearsal else torch.bfloat16
+    count, works, first = 1, dict[str, Work](), None
+    for title, kind in ((f"{name_of(dtype)} cache", None), ("", codes)):
+        first = make_case(heads, lens, dtype, context.generator(name), codes=kind)
+        most = 4 if context.is_rehearsal else 64
+        count = max(count, min(most, num_sets(first.num_bytes, l2_bytes(context.device))))
+        more = [make_case(heads, lens, dtype, context.generator(f"{name} {i}"), codes=kind) for i in range(1, count)]
+        works[title] = _in_turn([partial(case.run, case.prepare()) for case in (first, *more)], len(more) + 1)
+    assert first is not None
+    seconds = Stopwatch(context.device).compare(works, num_sets=count)
+    floor = context.floor(num_bytes=first.num_bytes, num_flops=first.num_flops)
+    yield Timing(name, seconds.pop(""), floor, peers=seconds)
+
+
+def _in_turn(attends: list[Attend], count: int | None = None) -> Work:
+    """count: how many there are, where others in the same run have more"""
+    return lambda index: attends[index if count is None else index % count]()

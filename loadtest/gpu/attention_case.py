@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels.reference.attention
+from kernels.reference.kv_codes import encode
 from kernels.triton.attention.paged_attention import Prepared, paged_attention
 from kernels.triton.attention.work_partition import Workspace, partition_any_lengths, partition_attention
 from kernels.triton.configs import AttentionConfig, attention_config, chip_of
@@ -25,6 +26,8 @@ class Options(TypedDict, total=False):
     sinks: Tensor
     tree_mask: Tensor
     positions: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,14 @@ class AttentionCase:
     def num_bytes(self) -> int:
         """Keys and values of all contexts, read once, with the queries and the output."""
         num_tokens = sum(length for _, length in self.lens)
-        kv = 2 * num_tokens * self.heads.num_kv_heads * self.heads.head_dim
-        return (kv + 2 * self.q.numel()) * self.q.element_size()
+        of_token = self.heads.head_dim * self.k_cache.element_size() + (4 if self.has_codes else 0)
+        kv = 2 * num_tokens * self.heads.num_kv_heads * of_token
+        return kv + 2 * self.q.numel() * self.q.element_size()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether keys and values have 8 bits, and scales."""
+        return self.k_cache.element_size() == 1
 
     @property
     def num_flops(self) -> int:
@@ -79,7 +88,8 @@ class AttentionCase:
         """Prepares the calls, as the engine does once per step. config: by default that of this chip's table."""
         device, dtype = self.q.device, self.q.dtype
         if config is None:
-            config = attention_config(self.heads.head_dim, self.heads.group, dtype, chip=chip_of(device))
+            heads = self.heads.head_dim, self.heads.group
+            config = attention_config(*heads, dtype, chip=chip_of(device), has_codes=self.has_codes)
         partition = partition_attention(
             self.query_starts.diff().cpu().numpy(),
             self.seq_lens.cpu().numpy(),
@@ -122,9 +132,18 @@ class AttentionCase:
 
 
 def make_case(
-    heads: Heads, lens: Lens, dtype: torch.dtype, generator: torch.Generator, **options: Unpack[Options]
+    heads: Heads,
+    lens: Lens,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    codes: torch.dtype | None = None,
+    **options: Unpack[Options],
 ) -> AttentionCase:
-    """A case of random values. Blocks are in random order, and slots without a token hold NaN."""
+    """A case of random values. Blocks are in random order, and slots without a token hold NaN.
+
+    codes: of a cache of 8 bits
+    """
     device = generator.device
     num_each = [-(-length // BLOCK_SIZE) for _, length in lens]
     num_blocks = sum(num_each) + 1
@@ -140,6 +159,9 @@ def make_case(
     shape = (num_blocks, heads.num_kv_heads, 2, BLOCK_SIZE, heads.head_dim)
     cache = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
     cache.permute(0, 3, 1, 2, 4)[~is_used] = torch.nan
+    if codes is not None:
+        cache, scales = _with_scales(cache, codes)
+        options = {**options, "k_scales": scales[:, :, 0], "v_scales": scales[:, :, 1]}
     num_new = torch.tensor([new for new, _ in lens], device=device)
     query_starts = torch.cat((num_new.new_zeros(1), num_new.cumsum(0)))
     q = torch.empty(int(num_new.sum()), heads.num_heads, heads.head_dim, dtype=dtype, device=device)
@@ -154,6 +176,18 @@ def make_case(
         seq_lens=torch.tensor([length for _, length in lens], device=device),
         options=options,
     )
+
+
+def _with_scales(cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales as an engine has them: of a block and head in one piece, its keys' before its values'."""
+    codes, scales = encode(cache, dtype)
+    num_codes, num_bytes = codes[0, 0, 0].nbytes, codes[0, 0, 0].nbytes + scales[0, 0, 0].nbytes
+    memory = torch.empty(*cache.shape[:3], num_bytes, dtype=torch.uint8, device=cache.device)
+    of_codes = memory[..., :num_codes].view(dtype).view(*cache.shape[:3], *cache.shape[3:])
+    of_scales = memory[..., num_codes:].view(torch.float32)
+    of_codes.copy_(codes)
+    of_scales.copy_(scales)
+    return of_codes, of_scales
 
 
 def tree_options(lens: Lens, parents: list[int], device: torch.device) -> Options:

@@ -21,8 +21,9 @@ from loadtest.gpu.context import Context, Job
 from loadtest.gpu.errors import BOUNDS, name_of, poisoned_memory, relative_error
 from loadtest.gpu.machine import l2_bytes
 from loadtest.gpu.records import Check, Record, Timing
-from loadtest.gpu.shapes import LLAMA_8B, TINY, Shape
+from loadtest.gpu.shapes import LLAMA_8B, TINY
 from loadtest.gpu.stopwatch import Stopwatch, Work, num_sets
+from loadtest.micro.shapes import Shape
 
 _ACTIVATIONS = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
 _NUM_BLOCKS = 512

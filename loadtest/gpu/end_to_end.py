@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loadtest.gpu.context import Context
-from loadtest.gpu.shapes import Load, Shape
+from loadtest.gpu.shapes import Load
+from loadtest.micro.shapes import Shape
 
 TOKENS_PER_STEP = 8192  # of a prompt, or of several
 _SLOWEST = 3.0  # times the floor: a case that would not fit into the time at this pace is left out

@@ -25,8 +25,9 @@ from loadtest.gpu.end_to_end import (
     random_prompts,
 )
 from loadtest.gpu.records import Problem, Record, Timing
-from loadtest.gpu.shapes import Load, Shape, load_of
+from loadtest.gpu.shapes import Load, load_of
 from loadtest.gpu.transformers_times import time_transformers
+from loadtest.micro.shapes import Shape
 
 _WARM_UP = NUM_STEPS_BETWEEN + NUM_USES + 8  # outputs, after which a batch's graph is captured
 _SHORT = 40  # tokens of a prompt that only warms up

@@ -14,8 +14,9 @@ from loadtest.compare.runner import Plan
 from loadtest.gpu.context import Context, Job
 from loadtest.gpu.end_to_end import Case, allow, cases_of, decode_floor
 from loadtest.gpu.records import Problem, Record, Timing
-from loadtest.gpu.shapes import Load, Shape, load_of
+from loadtest.gpu.shapes import Load, load_of
 from loadtest.micro.own_server import own_server
+from loadtest.micro.shapes import Shape
 from loadtest.workload.arrivals import ClosedLoop
 from loadtest.workload.lengths import FixedLength
 from loadtest.workload.prompts import Workload

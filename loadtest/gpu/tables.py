@@ -30,6 +30,30 @@ GOALS = [
     Goal("prefill attention, 4,096 tokens", "prefill attention, 1 x 4096", 0.75, "FlashAttention-3"),
     *(
         Goal(
+            f"decode attention, 32 x 4,096 tokens, a cache of {codes}",
+            f"decode attention, 32 x 4096, a cache of {codes}",
+            0.85,
+            "bfloat16 cache",
+        )
+        for codes in ("int8", "float8_e4m3fn")
+    ),
+    *(
+        Goal(
+            f"products with {kind}, {rows} row{'' if rows == 1 else 's'}",
+            f"{kind}, gate and up, {rows} rows",
+            goal,
+            peer,
+        )
+        for kind, peer in (
+            ("int4, groups of 128", "Humming"),
+            ("int8, groups of 128", "torch, bfloat16"),
+            ("FP8 by FP8", "torch, bfloat16"),
+            ("int8 by int8", "torch, bfloat16"),
+        )
+        for rows, goal in ((1, 0.80), (16, 0.80), (256, 0.60))
+    ),
+    *(
+        Goal(
             f"{name}, decode, batch {batch}, context {length:,}",
             f"decode, {name}, {batch} x {length}",
             goal,

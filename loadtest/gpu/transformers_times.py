@@ -12,7 +12,8 @@ import torch
 from loadtest.gpu.context import Context
 from loadtest.gpu.end_to_end import Case, allow, cases_of, num_prefill_steps, random_prompts
 from loadtest.gpu.records import Problem, Record, Timing
-from loadtest.gpu.shapes import Load, Shape
+from loadtest.gpu.shapes import Load
+from loadtest.micro.shapes import Shape
 
 NAME = "transformers"
 _START = 6.0  # seconds: it makes its cache and captures its graphs for each batch

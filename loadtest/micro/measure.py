@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,9 +39,9 @@ def print_table(rows: list[Row]) -> None:
 
 
 def save(name: str, rows: list[Row]) -> Path:
-    """Writes the rows beside the facts of this machine to loadtest/results/micro-{name}.json."""
+    """Writes the rows beside the facts of this machine, and what else it did, to loadtest/results/micro-{name}.json."""
     machine = {key: value for key, value in asdict(read_machine()).items() if key != "available_bytes"}
-    record = {"torch": torch.__version__, "machine": machine, "rows": rows}
+    record = {"torch": torch.__version__, "machine": machine, "load_average": list(os.getloadavg()), "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"micro-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -19,6 +19,7 @@ from engine.build import build_engine
 from engine.config import DEFAULT_MODEL
 from engine.engine import Engine
 from engine.types import Request, SamplingParams, StepOutput
+from loadtest.micro.measure import Row, save
 from loadtest.micro.perplexity import parse
 
 NEEDLE, QUESTION = " The secret code of the lighthouse is {}. ", "\nThe secret code of the lighthouse is"
@@ -32,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--context", type=int, default=8000, help="tokens")
+    parser.add_argument("--save", action="store_true", help="write the rows to loadtest/results")
     options = parser.parse_args(arguments)
     haystack = options.text.read_text()
-    rows = []
+    rows: list[Row] = []
     for settings in options.settings:
         engine, model = build_engine(parse(options.model, settings), lambda phase, detail: None)
         tokenizer = Tokenizer.from_str(model.tokenizer.tokenizer_json)
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 }
             )
     print(tabulate(rows, headers="keys", disable_numparse=True, tablefmt="plain"))
+    if options.save:
+        print(f"\n{save('needle', rows)}")
 
 
 def hide(tokenizer: Tokenizer, haystack: str, code: str, depth: float, *, num_tokens: int) -> list[int]:

@@ -1,20 +1,31 @@
 """How fast are compiled products? `python -m loadtest.micro.products [--kinds int4,int8] [--rows 1,4,32] [--save]`
 
-GOP/s and GB/s of one thread multiplying rows by packed matrices of 3,072 x 576 (x 768, where formats need a multiple of
-256), one matrix after another that is in no cache, by format and number of rows. `loadtest.micro.instruction_rates` has
-what they cannot exceed.
+Medians of GOP/s and GB/s, one thread multiplying rows by packed matrices of 3,072 x 576 (x 768, where formats need a
+multiple of 256), one matrix after another that is in no cache, by format and number of rows.
+`loadtest.micro.instruction_rates` has what they cannot exceed.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.quantization.huge_pages import HugePages
-from kernels.numba.core.formats import BFLOAT16, FLOAT32, GROUP, INTEGERS, QUADS, ROUNDED_BFLOAT16, Levels
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FLOAT8,
+    FLOAT16,
+    FLOAT32,
+    GROUP,
+    INTEGERS,
+    QUADS,
+    ROUNDED_BFLOAT16,
+    Levels,
+)
 from kernels.numba.core.processor import level
 from kernels.numba.ops.linear import SCRATCH_BYTES, product_address
 from kernels.numba.packing.packing import PackedMatrix, pack, pack_levels
@@ -25,8 +36,13 @@ from loadtest.micro.measure import Row, fastest, parse_numbers, print_table, sav
 NUM_OUTPUTS, DEPTH = 3072, 576  # SmolLM2-135M's widest matrix
 SUPER_DEPTH = 768  # the next depth that formats with scales of two levels have
 STREAMED_BYTES = 160 << 20
-KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "bfloat16 x bfloat16": ROUNDED_BFLOAT16} | {
-    one.name.replace(", by activations of", " x"): kind for kind, one in INTEGERS.items()
+KINDS = {
+    "float32": FLOAT32,
+    "float16": FLOAT16,
+    "bfloat16": BFLOAT16,
+    "bfloat16 x bfloat16": ROUNDED_BFLOAT16,
+    "FP8": FLOAT8,
+    **{one.name.replace(", by activations of", " x"): kind for kind, one in INTEGERS.items()},
 }
 
 
@@ -35,23 +51,24 @@ def main(arguments: list[str] | None = None) -> int:
     team, rows = Team(1, scratch_bytes=SCRATCH_BYTES), list[Row]()
     products = {name: _Products(KINDS[name], max(options.rows), options.depth) for name in options.kinds}
     for num_rows in options.rows:
-        best = dict.fromkeys(products, float("inf"))
+        rounds: dict[str, list[float]] = {name: [] for name in products}
         for _ in range(options.rounds):  # in turns, so that others' load meets all kinds alike
             for name, programs in products.items():
                 programs.step[Step.ROWS] = num_rows
                 work = partial(programs.run, team)
-                best[name] = min(best[name], fastest(work, num_calls=len(programs.programs), num_rounds=1))
+                rounds[name].append(fastest(work, num_calls=len(programs.programs), num_rounds=0))
         for name, programs in products.items():
-            seconds, num_weights = best[name], NUM_OUTPUTS * programs.depth
+            seconds, num_weights = statistics.median(rounds[name]), NUM_OUTPUTS * programs.depth
             rates = {
                 "GOP/s": 2 * num_rows * num_weights / seconds / 1e9,
                 "GB/s": programs.matrix.num_bytes / seconds / 1e9,
                 "ns/1000 weights": 1e12 * seconds / num_weights,
+                "fastest": 1e12 * min(rounds[name]) / num_weights,
             }
             rows.append({"product": name, "rows": num_rows, **rates, "level": level().name})
     print_table(rows)
     if options.save:
-        print(f"\n{save('products-1t', rows)}")
+        print(f"\n{save(options.name, rows)}")
     return 0
 
 
@@ -84,6 +101,9 @@ class _Products:
 
 def _matrix(kind: int, depth: int) -> PackedMatrix:
     weights = INTEGERS.get(kind)
+    if kind == FLOAT8:
+        numbers = torch.randn(NUM_OUTPUTS, depth).to(torch.float8_e4m3fn).view(torch.uint8)
+        return pack_levels(Levels(kind, numbers, torch.ones(NUM_OUTPUTS, depth // GROUP, 1)), kind)
     if weights is None:
         return pack(torch.randn(NUM_OUTPUTS, depth), BFLOAT16 if kind == ROUNDED_BFLOAT16 else kind)
     levels = torch.randint(0, 1 << min(weights.bits, 7), (NUM_OUTPUTS, depth))
@@ -104,8 +124,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS), help=", ".join(KINDS))
     parser.add_argument("--rows", type=parse_numbers, default=[1, 2, 4, 8, 16, 32, 96])
     parser.add_argument("--depth", type=int, help=f"of all matrices ({DEPTH}, or {SUPER_DEPTH} where that is needed)")
-    parser.add_argument("--rounds", type=int, default=7, help="of which the fastest counts (7)")
+    parser.add_argument("--rounds", type=int, default=7, help="whose median counts (7)")
     parser.add_argument("--save", action="store_true", help="write the rows to loadtest/results")
+    parser.add_argument("--name", default="products-1t", help="of that file (products-1t)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.kinds if name not in KINDS]:
         parser.error(f"no kind of product is called {', '.join(unknown)}; there are: {', '.join(KINDS)}")

@@ -37,6 +37,7 @@ class Scenario:
     """One load, the same for every server. Lengths and arrivals as they are written on the command line.
 
     workload: what the prompts say, where they are written for a purpose; they are as long as that makes them
+    arrivals: when requests come, in words, where that is neither one rate nor a number of clients
     """
 
     name: str
@@ -49,6 +50,7 @@ class Scenario:
     num_shared_tokens: int = 0
     shared_fraction: float = 0.0
     workload: str = ""
+    arrivals: str = ""
 
     @property
     def decodes(self) -> bool:
@@ -57,7 +59,63 @@ class Scenario:
 
     @property
     def load(self) -> str:
+        if self.arrivals:
+            return self.arrivals
         return f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests/s"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request of a run, for the plots over time. at: seconds from the run's start at which it was due
+
+    kind: of its traffic, where there are several; turn: of its conversation; error: why it failed, and then all seconds
+    but `end_to_end` are 0
+    """
+
+    at: float
+    time_to_first_token: float
+    time_per_output_token: float
+    longest_gap: float
+    end_to_end: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    kind: str = ""
+    turn: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One run of a search for the highest rate. is_good: every limit was kept; reason: which was not, in words
+
+    is_cut: the run was ended early, since it could not become good any more
+    values: what was measured of each limit, in seconds, by its name; of a run that was cut, so far
+    """
+
+    rate: float
+    is_good: bool
+    reason: str
+    is_cut: bool
+    values: dict[str, float]
+    num_answers: int
+    num_failures: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search for the highest rate at which the limits are kept, in requests per second.
+
+    best: the rate that was confirmed; None: none was. limits: in seconds, by name, which this percentile of all
+    requests' values, or of all tokens' for itl, has to keep. stopped_by: why it ended, in words
+    """
+
+    best: float | None
+    limits: dict[str, float]
+    percentile: int
+    precision: float
+    num_confirmations: int
+    probes: list[Probe]
+    stopped_by: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +129,7 @@ class Measurement:
     client_seconds_per_event: processor time that this process spent on each event of the streams
     client_load: processor time that this process spent per second
     drafts: what the server counted of speculative decoding, in the warm-up as well; None where it counts nothing
+    kinds: the figures of each kind of traffic, where there are several; samples: of each request, where they are kept
     """
 
     server: str
@@ -85,6 +144,8 @@ class Measurement:
     failure_examples: dict[str, str]
     resident_memory: int | None = None
     drafts: DraftCounters | None = None
+    kinds: dict[str, Figures] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def turn(self) -> int:
@@ -96,6 +157,7 @@ class Measurement:
 class Session:
     """ours: names of the servers whose best is compared with the best of the others; empty: the first one's
     error: what ended the session before all was measured; empty: nothing did
+    service_level: the limits in seconds, by name; search: what a search for the highest rate found
     num_compared: answers whose text was compared with another server's; differences: where those were not the same
     """
 
@@ -110,6 +172,8 @@ class Session:
     error: str = ""
     num_compared: int = 0
     differences: list[str] = field(default_factory=list)
+    service_level: dict[str, float] = field(default_factory=dict)
+    search: Search | None = None
 
     def of(self, scenario: str, server: str) -> list[Measurement]:
         """The rounds of one scenario and server; without the disturbed ones unless all were."""

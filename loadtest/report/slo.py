@@ -20,6 +20,12 @@ class ServiceLevel:
     itl: float | None = None
     e2e: float | None = None
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that there are, by name."""
+        known = {"ttft": self.ttft, "tpot": self.tpot, "itl": self.itl, "e2e": self.e2e}
+        return {name: limit for name, limit in known.items() if limit is not None}
+
     def is_kept_by(self, answer: Answer) -> bool:
         """Whether the answer stayed within every limit."""
         return (
@@ -41,6 +47,8 @@ def parse_service_level(text: str) -> ServiceLevel:
             limits[name] = _seconds(value)
         except ValueError as error:
             raise ValueError(f"{part!r}: {value!r} is no time; use seconds (0.05) or milliseconds (50ms)") from error
+        if not 0 < limits[name] < float("inf"):
+            raise ValueError(f"{part!r}: a limit is a time above 0")
     return ServiceLevel(**limits)
 
 

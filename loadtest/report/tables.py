@@ -30,7 +30,29 @@ START = Metric("start, s", lambda measurement: None, 1, more_is_better=False)  #
 
 
 def run_table(measurement: Measurement) -> str:
-    """The table of all figures of one run."""
+    """The table of all figures of one run, and of its kinds of traffic, where there are several."""
+    return "\n\n".join([_whole_run(measurement), *([_kinds_table(measurement)] if measurement.kinds else [])])
+
+
+def _kinds_table(measurement: Measurement) -> str:
+    """A row for each kind of traffic."""
+    has_goodput = any(figures.goodput is not None for figures in measurement.kinds.values())
+    rows = []
+    for kind, figures in measurement.kinds.items():
+        first, gaps, whole = figures.time_to_first_token, figures.inter_token_latency, figures.end_to_end
+        latencies = [value for of in (first, gaps, whole) for value in _median_and_p99(of)]
+        goodput = [figures.goodput] if has_goodput else []
+        rows.append([kind, figures.num_answers, figures.num_failures, *latencies, *goodput])
+    headers = ["", "answers", "failed"]
+    headers += [f"{name} {level}" for name in ("TTFT", "ITL", "e2e") for level in ("p50, ms", "p99")]
+    return tabulate(rows, [*headers, *(["goodput, req/s"] if has_goodput else [])], floatfmt=".1f", missingval="-")
+
+
+def _median_and_p99(values: Distribution | None) -> list[float | None]:
+    return [None, None] if values is None else [1e3 * values.p50, 1e3 * values.p99]
+
+
+def _whole_run(measurement: Measurement) -> str:
     figures = measurement.figures
     counted = " (counted in chunks: the server gives no usage)" if figures.num_output_tokens_are_counted else ""
     facts = [

@@ -35,6 +35,10 @@ class RolloutProcess:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def wait_until_ready(self, client: httpx.AsyncClient, *, patience: float) -> float:
         """Seconds until its url says 200. Raises RuntimeError, with what it printed last, where it does not."""
         began = time.monotonic()

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MAX_TOKENS = 10_000_000  # of a prompt or an answer: more than any model takes
+
 
 @dataclass(frozen=True)
 class FixedLength:
     tokens: int
+
+    @property
+    def high(self) -> int:
+        return self.tokens
 
     def draw(self, random: np.random.Generator) -> int:
         return self.tokens
@@ -69,4 +75,6 @@ def parse_length(text: str) -> Length:
         raise ValueError(f"{text!r} is no length: 128, uniform:64:256 or lognormal:128:0.5[:1024] are") from error
     if length.draw(np.random.default_rng(0)) < 1:
         raise ValueError(f"{text!r} gives lengths below 1 token; use 1 or more")
+    if length.high > MAX_TOKENS:
+        raise ValueError(f"{text!r} gives lengths up to {length.high:,} tokens; {MAX_TOKENS:,} are the most")
     return length

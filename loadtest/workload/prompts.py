@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from loadtest.workload.lengths import Length
 
-Prompt = list[int] | str
+
+class Message(NamedTuple):
+    """Of a conversation. role: system, user or assistant"""
+
+    role: str
+    content: str
+
+
+Prompt = list[int] | str | tuple[Message, ...]
 
 _SINGLE_TOKEN_WORDS = (  # with the space before them, in every common vocabulary
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -24,11 +32,78 @@ WORDS = tuple(_SINGLE_TOKEN_WORDS.split(" "))
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request to be sent: the prompt, how many tokens to ask for, and the seed of its sampling if it names one."""
+    """One request to be sent: the prompt, how many tokens to ask for, and the seed of its sampling if it names one.
+
+    api_key: of the tenant that sends it; None: the target's
+    """
 
     prompt: Prompt
     num_output_tokens: int
     seed: int | None = None
+    api_key: str | None = None
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """The next turn of a conversation. think_seconds: after the answer, before it is sent"""
+
+    exchange: Exchange
+    think_seconds: float
+
+
+class AnyWorkload(Protocol):
+    """What a run sends. The same seed, stream and index give the same exchange; other streams and indexes give others.
+
+    name: what the prompts say, where they are written for a purpose; prompt_length, output_length: in words
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def prompt_length(self) -> object: ...
+
+    @property
+    def output_length(self) -> object: ...
+
+    @property
+    def num_shared_tokens(self) -> int: ...
+
+    @property
+    def shared_fraction(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def stream(self) -> int: ...
+
+    @property
+    def text(self) -> PromptText | None: ...
+
+    def of_stream(self, stream: int, text: PromptText | None) -> AnyWorkload:
+        """The same with other prompts, for a server that takes them so."""
+        ...
+
+    def exchange(self, index: int) -> Exchange: ...
+
+    def follow_up(self, index: int, turn: int, before: Exchange, answer: str) -> FollowUp | None:
+        """What is sent after the answer to `before`, which was turn 0, 1, ...; None: the conversation is over."""
+        ...
+
+    def kind_of(self, index: int) -> str:
+        """The kind of traffic that it belongs to; empty where there is only one."""
+        ...
+
+
+class SingleTurns:
+    """A workload of one kind, whose exchanges have nothing to do with each other."""
+
+    def follow_up(self, index: int, turn: int, before: Exchange, answer: str) -> FollowUp | None:
+        return None
+
+    def kind_of(self, index: int) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +112,10 @@ class PromptText:
 
     tokens_of_template: float
     tokens_per_word: float
+
+    def words_for(self, num_tokens: float) -> int:
+        """Words of so many tokens, whatever the template adds; at least one."""
+        return max(round(num_tokens / self.tokens_per_word), 1)
 
     def num_words(self, num_tokens: int) -> int:
         """Words that bring a prompt to `num_tokens` tokens. ValueError if the template alone is longer."""
@@ -49,8 +128,18 @@ class PromptText:
         return words
 
 
+def draw_ids(random: np.random.Generator, num_tokens: int, token_ids: tuple[int, int]) -> list[int]:
+    """token_ids: the lowest and the highest"""
+    ids: list[int] = random.integers(token_ids[0], token_ids[1] + 1, size=num_tokens).tolist()
+    return ids
+
+
+def draw_words(random: np.random.Generator, num_words: int) -> str:
+    return "".join(f" {WORDS[i]}" for i in random.integers(0, len(WORDS), size=num_words))
+
+
 @dataclass(frozen=True)
-class Workload:
+class Workload(SingleTurns):
     """The same seed, stream and index give the same exchange; other streams and indexes give other prompts.
 
     `shared_fraction` of the requests begin with the same `num_shared_tokens` tokens. Token ids are drawn from
@@ -81,22 +170,17 @@ class Workload:
         if self.text is not None:
             prompt: Prompt = self._words(random, self.text.num_words(num_tokens), num_shared)
         else:
-            prompt = self._draw(self._shared_random(), num_shared) + self._draw(random, num_tokens - num_shared)
+            shared = draw_ids(self._shared_random(), num_shared, self.token_ids)
+            prompt = shared + draw_ids(random, num_tokens - num_shared, self.token_ids)
         return Exchange(prompt, num_output_tokens)
 
     def _shared_random(self) -> np.random.Generator:
         return np.random.default_rng((self.seed, _SHARED_STREAM))  # the same in all streams: a prefix outlives a round
 
-    def _draw(self, random: np.random.Generator, num_tokens: int) -> list[int]:
-        low, high = self.token_ids
-        ids: list[int] = random.integers(low, high + 1, size=num_tokens).tolist()
-        return ids
-
     def _words(self, random: np.random.Generator, num_words: int, num_shared: int) -> str:
         num_shared = min(num_shared, num_words - 1)
-        own = random.integers(0, len(WORDS), size=num_words - num_shared)
-        shared = self._shared_random().integers(0, len(WORDS), size=num_shared)
-        return "".join(f" {WORDS[i]}" for i in np.concatenate([shared, own]))
+        own = draw_words(random, num_words - num_shared)
+        return draw_words(self._shared_random(), num_shared) + own
 
 
 _SHARED_STREAM = 0x5A4ED

@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 
 from loadtest.workload.lengths import Length
-from loadtest.workload.prompts import WORDS, Exchange, PromptText, Workload
+from loadtest.workload.prompts import WORDS, Exchange, PromptText, SingleTurns
 
 Author = Callable[[np.random.Generator], str]
 
 
 @dataclass(frozen=True)
-class WrittenWorkload:
+class WrittenWorkload(SingleTurns):
     """The same seed, stream and index give the same exchange; `author` writes each prompt, as long as it likes.
 
     Two prompts could be alike by chance: one pair in 23 million. sends_seeds: requests name a seed to sample by
@@ -34,6 +34,7 @@ class WrittenWorkload:
     prompt_length: ClassVar[str] = "written"
     num_shared_tokens: ClassVar[int] = 0
     shared_fraction: ClassVar[float] = 0.0
+    text: ClassVar[PromptText | None] = None
 
     def of_stream(self, stream: int, text: PromptText | None) -> WrittenWorkload:
         """The same with other prompts; text: does not matter here."""
@@ -43,9 +44,6 @@ class WrittenWorkload:
         random = np.random.default_rng((self.seed, self.stream, index))
         prompt, num_output_tokens = self.author(random), self.output_length.draw(random)
         return Exchange(prompt, num_output_tokens, int(random.integers(2**31)) if self.sends_seeds else None)
-
-
-AnyWorkload = Workload | WrittenWorkload
 
 
 class _Phrases(msgspec.Struct):

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from server.api.admit_request import Serving, accept, make_generation, make_record
+from server.api.admit_request import Reading, Serving, accept, make_generation, make_record
 from server.api.echo import Echo, read_echoes
 from server.api.token_logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, prompt_logprobs
-from server.errors import bad_request
+from server.errors import ApiError, bad_request
 from server.generation.choice import Choice, Delta
 from server.generation.generation import Generation
 from server.generation.prompts import PromptOptions, read_prompts, split_prompts
@@ -20,7 +20,7 @@ from server.generation.usage import StreamUsage
 from server.protocol.body import read_body
 from server.protocol.openapi import replies, request_body
 from server.protocol.request_fields import CompletionBody
-from server.protocol.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
+from server.protocol.responses import Completion, CompletionChoice, CompletionLogprobs, ErrorReply, Usage, error_reply
 from server.telemetry.request_record import RequestRecord
 
 router = APIRouter()
@@ -72,8 +72,11 @@ async def _prepare(body: CompletionBody, serving: Serving, record: RequestRecord
         max_tokens=max(max_tokens, 1),
         logprobs=body.logprobs,
         prompt_logprobs=_num_scored(body),
+        grammar=await serving.read_grammar(body),
     )
-    return make_generation(serving, body, prompts, params, id_prefix="cmpl", record=record, scores_only=max_tokens == 0)
+    return make_generation(
+        serving, body, prompts, params, id_prefix="cmpl-", record=record, reading=Reading(max_tokens == 0)
+    )
 
 
 async def _read_echoes(body: CompletionBody, generation: Generation, serving: Serving) -> list[Echo]:
@@ -121,6 +124,9 @@ class CompletionWriter:
     def last_chunk(self) -> Completion | None:
         usage = self._usage.of_end()
         return None if usage is None else self._completion([], usage=usage, has_timing=False)
+
+    def failure(self, error: ApiError) -> Iterator[ErrorReply]:
+        yield error_reply(error)
 
     def reply(self, choices: list[Delta]) -> Completion:
         worded = [self._choice(delta) for delta in choices]

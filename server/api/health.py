@@ -89,8 +89,14 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/server/effective-config")
 async def effective_config(request: Request) -> Response:
-    """Every setting as it is in force: its value, where that came from, and why."""
-    return _json(effective_settings(request.app.state.server))
+    """Every setting as it is in force: its value, where that came from, and why; and how answers are taken apart."""
+    state: ServerState = request.app.state.server
+    shown = effective_settings(state)
+    template = state.tokenizer.chat_template if state.tokenizer is not None else None
+    traits = state.template_traits.get(template or "")  # found out soon after the model is there
+    for name, value, reason in traits.describe() if traits is not None else ():
+        shown[f"chat.{name}"] = {"value": value, "source": "model", "reason": reason}
+    return _json(shown)
 
 
 def effective_settings(state: ServerState) -> dict[str, JsonValue]:

@@ -6,11 +6,13 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from server.api.admit_request import check_known, served_model
-from server.api.chat import render_messages
+from server.api.chat_prompt import render_messages
 from server.errors import bad_request
 from server.generation.prompts import check_vocabulary
 from server.json_encoding import encode_json
 from server.off_loop import off_lock, off_loop
+from server.parsing.callable_tools import check_tools
+from server.parsing.conversation import tool_objects
 from server.protocol.body import read_body
 from server.protocol.chat_fields import TokenizeBody
 from server.protocol.openapi import replies, request_body
@@ -37,7 +39,9 @@ async def tokenize(request: Request) -> Response:
     model, tokenizer = served_model(state, body.model)
     text = body.prompt if body.prompt is not None else body.content
     if text is None:
-        text = await render_messages(body, tokenizer, state.chat_renderer)
+        limits = state.config.limits
+        check_tools(body.tools or [], max_tools=limits.max_tools, max_bytes=limits.max_tool_bytes)
+        text = await render_messages(body, state, tokenizer, tools=tool_objects(body.tools))
     has_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     num_bytes, most = len(text.encode(errors="replace")), state.config.limits.max_tokenize_bytes
     if num_bytes > most:

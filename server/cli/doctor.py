@@ -1,4 +1,4 @@
-"""`peregrine doctor`: what this machine has, and which kernel each part of a model will use."""
+"""`peregrine doctor`: what this machine has, which kernel each part of a model will use, and how its chats are read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.ipc.messages import EXIT_CODES
+from server.cli.chat_format import chat_format
 from server.complain import complain
 from server.settings import LoadedConfig
 from server.version import VERSION
@@ -101,7 +102,7 @@ def default_model() -> Iterator[Row]:
 
 def kernels(loaded: LoadedConfig) -> Iterator[Row]:
     """For the configured dtype and weight format, and a model of Llama's kind; of a directory, what its headers say of
-    quantised weights too.
+    quantised weights too; and how its answers are taken apart.
 
     Raises ValueError for settings that this machine cannot honour.
     """
@@ -135,6 +136,7 @@ def kernels(loaded: LoadedConfig) -> Iterator[Row]:
         yield f"  {part}", kernel
     if Path(config.model.path).is_dir():
         yield from _stored_weights(config, found)
+    yield from chat_format(config.model)
 
 
 def _stored_weights(config: EngineConfig, machine: Machine) -> Iterator[Row]:

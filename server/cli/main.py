@@ -16,8 +16,9 @@ from pydantic import JsonValue
 
 from engine.client.client import EngineClient, launch_engine
 from engine.ipc.messages import EXIT_CODES
+from server.cli import quantize as quantize_command
+from server.cli import run_batch, train_heads
 from server.cli.completion import SHELLS, Completed, script
-from server.cli.train_heads import FLAGS, add_arguments, train_heads
 from server.complain import complain, until_the_reader_leaves
 from server.settings import (
     ConfigError,
@@ -36,9 +37,13 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "plan": "say what fits into this machine's memory, before anything is loaded",
     "doctor": "say what this machine has, and which kernel each part of a model will use",
+    "run-batch": "answer a file of requests, with a model in this process or by a server that runs",
     "train-heads": "train Medusa heads for a model, which guess its next tokens; or, with --draft, a draft model",
+    "quantize": "write a checkpoint of a model whose matrices have 4 or 8 bits, which vLLM reads too",
     "completion": "print a script with which a shell completes commands and flags",
 }
+
+OWN_FLAGS = {"train-heads": train_heads.FLAGS, "run-batch": run_batch.FLAGS}  # beside those of settings
 
 CONFIG_VARIABLE = "PEREGRINE_CONFIG"
 
@@ -87,7 +92,9 @@ class Parser(argparse.ArgumentParser):
         flags = [name for setting in flagged_settings() for name in option_names(setting)]
         if command == "completion":
             return ["--help"]
-        own = FLAGS if command == "train-heads" else ()
+        if command == "quantize":
+            return [*quantize_command.FLAGS, "--config", "--set", "--help"]
+        own = OWN_FLAGS.get(command, ())
         return [*flags, *own, "--config", "--set", "--help"] if command in COMMANDS else ["--version", "--help"]
 
 
@@ -115,7 +122,11 @@ def run(arguments: Sequence[str] | None) -> int:
 
         return doctor(loaded)
     if parsed.command == "train-heads":
-        return train_heads(loaded, parsed)
+        return train_heads.train_heads(loaded, parsed)
+    if parsed.command == "run-batch":
+        return run_batch.run_batch(loaded, parsed)
+    if parsed.command == "quantize":
+        return quantize_command.quantize(loaded, parsed)
     return _serve(loaded)
 
 
@@ -145,13 +156,21 @@ def make_parser() -> Parser:
         if name == "completion":
             command.add_argument("shell", choices=SHELLS, help="source what it prints, or put it where the shell looks")
             continue
-        command.add_argument("model", nargs="?", metavar="MODEL", help=all_settings()["model.path"].description)
+        if name == "run-batch":
+            run_batch.add_files(command)
+        number = None if name == "quantize" else "?"
+        command.add_argument("model", nargs=number, metavar="MODEL", help=all_settings()["model.path"].description)
         command.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, as YAML")
+        if name == "quantize":  # of the settings, --set has the few that count: the model's tokenizer, the seed
+            quantize_command.add_arguments(command)
+            continue
         for setting in flagged_settings():
             add_flag(command, setting)
         if name == "train-heads":
-            add_arguments(command)
+            train_heads.add_arguments(command)
+        if name == "run-batch":
+            run_batch.add_arguments(command)
     return parser
 
 
@@ -163,7 +182,8 @@ def completed_commands() -> dict[str, Completed]:
         flags |= dict.fromkeys(option_names(setting), tuple(words))
     all_flags: dict[str, dict[str, tuple[str, ...]]] = {
         "completion": {"--help": ()},
-        "train-heads": {**flags, **dict.fromkeys(FLAGS, ())},
+        **{name: {**flags, **dict.fromkeys(own, ())} for name, own in OWN_FLAGS.items()},
+        "quantize": {**quantize_command.FLAGS, "--config": (), "--set": (), "--help": ()},
     }
     return {name: Completed(text, all_flags.get(name, flags)) for name, text in COMMANDS.items()}
 

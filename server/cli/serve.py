@@ -29,6 +29,7 @@ from server.config import Config
 from server.http.http_protocol import HttpProtocol
 from server.http.intake import Intake
 from server.http.key_file import KeyFileError
+from server.offline.batch_folder import BatchFolderError
 from server.settings import LoadedConfig
 from server.state import ServerState
 from server.telemetry.console import Console, process_begun_at
@@ -64,7 +65,7 @@ def serve(loaded: LoadedConfig, *, make_engine: MakeEngine = EngineClient) -> in
     console.timed("listen", f"{url} (GET /readyz tells when the model is ready)")
     try:
         app = create_app(config, sources=loaded.sources, observers=[console], make_engine=make_engine)
-    except (KeyFileError, TracingError) as error:
+    except (KeyFileError, BatchFolderError, TracingError) as error:
         complain(f"config: {error}")
         return EXIT_CODES["config"]
     state: ServerState = app.state.server

@@ -29,6 +29,8 @@ SLACK = 1.25  # places are this much further apart than the queue drains, for cl
 GUESSED_RATE = 2.0  # requests per second, before anything was measured
 GUESS_SECONDS = 0.5  # how much measured time the guess counts for
 STARTING_RETRY_AFTER = 2.0
+SURE = 2.33  # standard deviations of a wait, so that 99 of 100 are no longer
+FRESH_SECONDS = 1.0  # of a queue: who waits longer beside free seats does not wait for a seat
 DRAINING_RETRY_AFTER = 5.0  # for the load balancer to choose another server, or for the next one to start
 FAILED_RETRY_AFTER = 30.0
 
@@ -70,6 +72,26 @@ class DrainRate:
         return (SLACK + 1.0 / (1.0 + self._num_ends)) / self.per_second()
 
 
+class Residence:
+    """For how many seconds requests occupy a seat, from the first step to the last; the newest count most."""
+
+    def __init__(self, *, num_remembered: float = 32.0) -> None:
+        self._forgetting = 1.0 / num_remembered
+        self._num_seen = 0
+        self._mean = self._mean_square = 0.0
+
+    def note(self, seconds: float) -> None:
+        self._num_seen += 1
+        share = max(self._forgetting, 1.0 / self._num_seen)
+        self._mean += share * (seconds - self._mean)
+        self._mean_square += share * (seconds**2 - self._mean_square)
+
+    @property
+    def short(self) -> float:
+        """That of the shorter ones, a standard deviation below the mean; 0 while nothing has ended."""
+        return max(self._mean - math.sqrt(max(self._mean_square - self._mean**2, 0.0)), 0.0)
+
+
 class Place:
     """Room in the queue for the choices of one request. A context manager that spans the request's life: what no choice
     has taken is given back at its end."""
@@ -87,15 +109,18 @@ class Place:
 
     def __exit__(self, *_: object) -> None:
         self._release(self._num_requests, self._num_tokens)
-        self._admission.note_finished(self._tenant, *self._unfinished)
+        self._admission.note_finished(self, self._tenant, *self._unfinished)
 
     def hand_over(self, num_tokens: int) -> None:
         """Notes that the engine gets a choice in this iteration of the event loop, and counts it itself."""
         self._release(1, num_tokens)
 
-    def end(self) -> None:
-        """Notes that a choice that was handed over has left the engine."""
-        self._admission.note_end()
+    def end(self, seconds: float | None = None) -> None:
+        """Notes that a choice that was handed over has left the engine.
+
+        seconds: that it was in its seat, of one that ended by itself
+        """
+        self._admission.note_end(seconds)
 
     def charge_output(self, num_tokens: int) -> None:
         """Notes how long the answers became."""
@@ -105,6 +130,24 @@ class Place:
         self._num_requests -= num_requests
         self._num_tokens -= num_tokens
         self._admission.release(num_requests, num_tokens)
+
+
+class BackgroundPlace(Place):
+    """The place of a request that nobody waits for: it takes none from those whose sender does."""
+
+    def __exit__(self, *_: object) -> None:
+        """It was not counted."""
+
+    def hand_over(self, num_tokens: int) -> None:
+        """It was not counted."""
+
+    def end(self, seconds: float | None = None) -> None:
+        """It says nothing of how fast the queue drains, which it is no part of."""
+
+
+def _most_within(mean: float) -> float:
+    """The largest k of which k + SURE * sqrt(k) <= mean."""
+    return ((math.sqrt(SURE**2 + 4.0 * mean) - SURE) / 2.0) ** 2
 
 
 class Admission:
@@ -122,9 +165,10 @@ class Admission:
         *,
         is_shared: Callable[[], bool] = lambda: False,
         terms_of: TermsOf = lambda _: NO_TERMS,
+        num_seats: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """is_shared: whether there is more than one tenant"""
+        """is_shared: whether there is more than one tenant. num_seats: choices that may run at once, 0 if unknown"""
         self._engine = engine
         self._limits = limits
         self._drain_rate = drain_rate
@@ -132,11 +176,16 @@ class Admission:
         self._num_reserved = 0  # admitted, and not with the engine yet
         self._num_reserved_tokens = 0
         self._is_shared = is_shared
+        self._terms_of = terms_of
         self._quotas = TokenQuotas(terms_of, clock=clock)
         self._unfinished: Counter[str] = Counter()  # choices by tenant, waiting or running
         self._unfinished_tokens: Counter[str] = Counter()  # their prompts' tokens
         self._places: list[tuple[float, int]] = []  # a heap: when a refused request may come again, and its choices
         self._num_placed = 0  # of all of them
+        self._num_seats = num_seats
+        self._residence = Residence()
+        self._admitted_at: dict[Place, float] = {}  # of all that are unfinished, the oldest first
+        self._waits_since = 0.0
         self._is_closed = False
 
     def close(self) -> None:
@@ -173,12 +222,27 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Choices that wait in the engine, and those that were admitted but not handed over yet."""
-        return self._engine.num_waiting + self._num_reserved
+        """Choices that wait in the engine, and those that were admitted but not handed over yet. Those of background
+        requests are left out: all others come before them."""
+        return self._engine.num_waiting - self._engine.num_background_waiting + self._num_reserved
 
     @property
     def num_waiting_tokens(self) -> int:
-        return self._engine.num_waiting_tokens + self._num_reserved_tokens
+        engine = self._engine
+        return engine.num_waiting_tokens - engine.num_background_waiting_tokens + self._num_reserved_tokens
+
+    def admit_background(self, num_requests: int, num_tokens: int, tenant: str = "") -> Place:
+        """Gives a request that nobody waits for a place: there is always one, as its sender has few at once.
+
+        Raises ApiError: 400 where it can never run, 429 where the tenant's quota of tokens is used up, 503 as `admit`.
+        """
+        self.check_available()
+        self.check_size(num_requests, num_tokens)
+        self._quotas.check(tenant)
+        self._quotas.charge(tenant, num_tokens)
+        engine = self._engine
+        ahead = Ahead(engine.num_waiting, engine.num_waiting_tokens, engine.num_running)
+        return BackgroundPlace(self, tenant, num_requests, num_tokens, ahead=ahead)
 
     def check_size(self, num_requests: int, num_tokens: int) -> None:
         """Raises ApiError 400 for what even an empty queue has no room for: sending it again would not help."""
@@ -203,8 +267,25 @@ class Admission:
         """
         self.check_available()
         self.check_size(num_requests, num_tokens)
+        self.check_room(tenant, num_requests, num_tokens)
+        waiting, waiting_tokens = self.num_waiting, self.num_waiting_tokens
+        self._num_reserved += num_requests
+        self._num_reserved_tokens += num_tokens
+        self._unfinished[tenant] += num_requests
+        self._unfinished_tokens[tenant] += num_tokens
+        self._quotas.charge(tenant, num_tokens)
+        self._drain_rate.watch(waited=waiting > 0, waits=True)
+        ahead = Ahead(waiting, waiting_tokens, self._engine.num_running)
+        place = Place(self, tenant, num_requests, num_tokens, ahead=ahead)
+        self._admitted_at[place] = self._clock()
+        return place
+
+    def check_room(self, tenant: str, num_requests: int = 1, num_tokens: int = 1) -> None:
+        """Raises ApiError 429 where there is no room for so much now; by default, for the smallest request there is."""
         waiting, waiting_tokens = self.num_waiting, self.num_waiting_tokens
         self._drain_rate.watch(waited=waiting > 0, waits=waiting > 0)
+        if not waiting:
+            self._waits_since = self._clock()
         limit = self._limits.max_queued_requests
         if waiting + num_requests > limit:
             raise ApiError(
@@ -225,15 +306,7 @@ class Admission:
         self._quotas.check(tenant)
         if self._is_shared():
             self._check_share(tenant, num_requests, num_tokens)
-        self._check_wait(num_requests)
-        self._num_reserved += num_requests
-        self._num_reserved_tokens += num_tokens
-        self._unfinished[tenant] += num_requests
-        self._unfinished_tokens[tenant] += num_tokens
-        self._quotas.charge(tenant, num_tokens)
-        self._drain_rate.watch(waited=waiting > 0, waits=True)
-        ahead = Ahead(waiting, waiting_tokens, self._engine.num_running)
-        return Place(self, tenant, num_requests, num_tokens, ahead=ahead)
+        self._check_wait(tenant, num_requests)
 
     def _check_share(self, tenant: str, num_requests: int, num_tokens: int) -> None:
         """Raises ApiError 429 where a tenant has more unfinished than the queue has room for. One request at a time is
@@ -254,28 +327,58 @@ class Admission:
             retry_after=self._seconds_to_place(num_requests, max((own + num_requests - room) / 2, 1.0)),
         )
 
-    def _check_wait(self, num_requests: int) -> None:
-        """Raises ApiError 429 where, as fast as the queue has drained lately, the wait would be beyond the limit."""
-        limit, waiting = self._limits.max_queue_seconds, self.num_waiting
-        if limit is None or not waiting:
+    def _check_wait(self, tenant: str, num_requests: int) -> None:
+        """Raises ApiError 429 where, as fast as the queue has drained lately, the wait may be beyond the limit.
+
+        Ends come as they like, about so many per second: the k-th from now in (k + `SURE` * sqrt(k)) / rate, or sooner.
+        """
+        limit, free = self._limits.max_queue_seconds, self._num_free_seats()
+        place = self._place_in_queue(tenant, num_requests)
+        position = place - free  # among those that wait until others end
+        if limit is None or position <= 0:
             return
-        seconds = waiting / self._drain_rate.per_second()
-        if seconds <= limit:
+        lull, rate = self._seconds_of_lull(), self._drain_rate.per_second()
+        room = _most_within(max(limit - lull, 0.0) * rate)
+        if lull <= limit and position <= max(room, num_requests):  # one may always wait, so that no seat is idle
             return
-        excess = waiting + num_requests - limit * self._drain_rate.per_second()
+        seconds = lull + (position + SURE * math.sqrt(position)) / rate
         raise ApiError(
             429,
-            f"{waiting} requests wait, the last of them about {seconds:.1f} s, longer than limits.max_queue_seconds "
-            f"({limit:g}); try again later",
-            retry_after=self._seconds_to_place(num_requests, max(excess, 1.0)),
+            f"{self.num_waiting} requests wait, and one more would for up to {seconds:.1f} s, longer than "
+            f"limits.max_queue_seconds ({limit:g}); try again later",
+            retry_after=self._seconds_to_place(num_requests, max(position - room, 1.0)),
         )
+
+    def _place_in_queue(self, tenant: str, num_requests: int) -> float:
+        """How many will have started when the last choice of one more request has. Tenants are served in turns, by
+        their weights: one that floods the queue is not ahead of the others."""
+        at_most = self.num_waiting + num_requests
+        if not self._is_shared():
+            return at_most
+        others = sum(self._terms_of(other).weight for other in self._unfinished if other != tenant)
+        in_turns = (self._unfinished[tenant] + num_requests) * (1.0 + others / self._terms_of(tenant).weight)
+        return min(at_most, in_turns)
+
+    def _num_free_seats(self) -> int:
+        """Seats that those who wait will have in the next step. 0 where they have waited beside free ones, and so wait
+        for other things: for memory, or for the turn of their prompts."""
+        if self._clock() - self._waits_since > FRESH_SECONDS:
+            return 0
+        return max(self._num_seats() - self._engine.num_running, 0)
+
+    def _seconds_of_lull(self) -> float:
+        """Seconds until requests begin to end, where all of those that run have begun together, as after a burst: until
+        then a rate that was measured before says nothing."""
+        oldest = next(iter(self._admitted_at.values()), None)
+        return 0.0 if oldest is None else max(self._residence.short - (self._clock() - oldest), 0.0)
 
     def charge_output(self, tenant: str, num_tokens: int) -> None:
         """Called by `Place`: so many tokens were answered."""
         self._quotas.charge(tenant, num_tokens)
 
-    def note_finished(self, tenant: str, num_requests: int, num_tokens: int) -> None:
+    def note_finished(self, place: Place, tenant: str, num_requests: int, num_tokens: int) -> None:
         """Called by `Place`: a request of so many choices has left."""
+        self._admitted_at.pop(place, None)
         self._unfinished[tenant] -= num_requests
         self._unfinished_tokens[tenant] -= num_tokens
         if not self._unfinished[tenant]:
@@ -286,8 +389,10 @@ class Admission:
         self._num_reserved -= num_requests
         self._num_reserved_tokens -= num_tokens
 
-    def note_end(self) -> None:
-        """Called by `Place`: a choice has left the engine."""
+    def note_end(self, seconds: float | None) -> None:
+        """Called by `Place`: a choice has left the engine, after so many seconds in its seat."""
+        if seconds is not None:
+            self._residence.note(seconds)
         waits = self.num_waiting > 0
         self._drain_rate.watch(waited=waits, waits=waits)
         if waits:
@@ -304,7 +409,7 @@ class Admission:
         while self._places and self._places[0][0] <= now:
             self._num_placed -= heapq.heappop(self._places)[1]
         spacing = max(self._drain_rate.cautious_seconds(), 1.0 / self._limits.max_queued_requests)
-        seconds = (self._num_placed + num_excess) * spacing
+        seconds = self._seconds_of_lull() + (self._num_placed + num_excess) * spacing
         if seconds > MAX_RETRY_AFTER:
             return random.uniform(MIN_FAR_RETRY_AFTER, MAX_RETRY_AFTER)
         heapq.heappush(self._places, (now + seconds, num_requests))

@@ -25,7 +25,7 @@ class Choice:
     request: Request
     text: TextOptions
     asked_stop_ids: frozenset[int]  # stop tokens that the client named, so that it may be told which one it was
-    scores_only: bool = False  # the prompt's log-probabilities are wanted, and no token
+    scores_only: bool = False  # of the prompt its log-probabilities or its pooled states are wanted, and no token
 
 
 class Delta(msgspec.Struct, kw_only=True):
@@ -37,9 +37,11 @@ class Delta(msgspec.Struct, kw_only=True):
     offsets: list[int] = []  # in characters: where each token begins in the choice's text
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    specials: list[tuple[int, str]] = []  # skipped special tokens that were asked for: their places, as `offsets`
     is_first: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    pooled: bytes | None = None  # as of `StepOutput`
 
 
 class DeltaCollector:
@@ -56,7 +58,9 @@ class DeltaCollector:
         self._rest.offsets += delta.offsets
         self._rest.logprobs += delta.logprobs
         self._rest.prompt_logprobs += delta.prompt_logprobs
+        self._rest.specials += delta.specials
         self._rest.finish_reason, self._rest.stop_reason = delta.finish_reason, delta.stop_reason
+        self._rest.pooled = delta.pooled or self._rest.pooled
 
     def collected(self) -> Delta:
         return msgspec.structs.replace(self._rest, text=self._text.getvalue())
@@ -93,12 +97,14 @@ class ChoiceReader:
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
         delta = self._next
         delta.prompt_logprobs += output.prompt_logprobs or []
+        delta.pooled = output.pooled
         if not self.choice.scores_only:
             self._take_tokens(output, delta)
         if output.finish_reason is not None and self.finish_reason is None:
             self._finish(delta, output.finish_reason, self._stop_reason(output))
         if not delta.text and delta.finish_reason is None:
             return None
+        delta.specials += self._detokenizer.take_specials()
         self._next = self._cut_held_tokens(delta)
         return delta
 
@@ -106,6 +112,7 @@ class ChoiceReader:
         """The last delta of a choice whose deadline passed: all that was held back."""
         delta = self._next
         self._finish(delta, "length", "timeout")
+        delta.specials += self._detokenizer.take_specials()
         self.has_expired = self._detokenizer.matched_stop is None  # else what was held back was a stop string's end
         return delta
 

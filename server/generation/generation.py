@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from engine.client.client import EngineClient, EngineError, OutputStream
-from engine.types import RequestTiming, StepOutput
+from engine.types import Request, RequestTiming, StepOutput
 from server.errors import ApiError
 from server.generation.active_requests import ActiveRequests
 from server.generation.admission import Admission, Place
 from server.generation.choice import Choice, ChoiceReader, Delta
+from server.parsing.answer_shape import PLAIN_SHAPE, AnswerShape
 from server.protocol.responses import CompletionDetails, PromptDetails, Timing, Usage
 from server.telemetry.request_record import RequestRecord
 from server.telemetry.request_timeline import Admitted, Ahead
@@ -27,7 +28,8 @@ class Job:
     """What one HTTP request asks for, after all checks.
 
     tenant: whose it is. deadline: in the event loop's time, seconds.
-    choices_per_prompt: choice i belongs to prompt i // choices_per_prompt.
+    choices_per_prompt: choice i belongs to prompt i // choices_per_prompt. shape: how `AnswerReader` takes it apart.
+    is_background: nobody waits for it, so the queue's limits are not for it
     """
 
     response_id: str
@@ -39,6 +41,8 @@ class Job:
     choices: list[Choice]
     choices_per_prompt: int
     deadline: float | None
+    shape: AnswerShape = PLAIN_SHAPE
+    is_background: bool = False
 
 
 class Generation:
@@ -71,9 +75,10 @@ class Generation:
         """
         ids = (self.job.response_id, self.job.request_id)
         num_tokens = sum(len(choice.prompt.token_ids) for choice in self.job.choices)
+        admit = self._admission.admit_background if self.job.is_background else self._admission.admit
         has_begun = False
         with (
-            self._admission.admit(len(self.job.choices), num_tokens, self.job.tenant) as place,
+            admit(len(self.job.choices), num_tokens, self.job.tenant) as place,
             self._record.running(self, place.ahead),
             self._in_engine(place) as outputs,
             self._active_requests.register(self.job.tenant, ids, self.job.deadline, outputs),
@@ -145,7 +150,8 @@ class Generation:
         request_id = reader.choice.request.request_id
         outputs.leave(request_id)
         del self._open[request_id]
-        place.end()
+        timing = reader.timing
+        place.end(None if timing is None or reader.has_expired else timing.prefill + timing.decode)
 
     def _failure(self, message: str, kind: str) -> ApiError:
         message = f"{message} (request {self.job.request_id})"
@@ -206,7 +212,7 @@ class Generation:
             num_prompt_tokens=self.counts().num_prompt_tokens,
             num_choices=len(self.job.choices),
             ahead=ahead,
-            scores_prompt=first.request.params.prompt_logprobs is not None,
+            needs_all=_what_needs_all(first.request),
         )
 
     @property
@@ -252,3 +258,10 @@ class Generation:
             drafts_accepted=counts.num_accepted_drafts,
             restarts_survived=self.num_restarts,
         )
+
+
+def _what_needs_all(request: Request) -> str:
+    """As of `Admitted`."""
+    if request.params.prompt_logprobs is not None:
+        return "prompt_logprobs need"
+    return "the mean of all hidden states needs" if request.pooling == "mean" else ""

@@ -28,6 +28,12 @@ class PromptOptions:
     keeps_beginning: bool = False  # of a prompt that is cut, instead of its end
     param: str = "prompt"
     limit_param: str = "max_tokens"  # the field that the client set it with
+    samples: bool = True  # False: no token follows, and a prompt may fill the context
+
+    @property
+    def num_reserved(self) -> int:
+        """Tokens that must fit behind the prompt. Scoring a prompt samples one, too."""
+        return max(self.max_tokens or 1, 1) if self.samples else 0
 
 
 PromptInput = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -78,7 +84,7 @@ def _read_prompt(prompt: str | list[int], options: PromptOptions, tokenizer: Tok
 
 def _num_kept(options: PromptOptions, model: ModelInfo) -> int | None:
     if options.truncate_to == -1:
-        return max(model.max_model_len - max(options.max_tokens or 1, 1), 1)
+        return max(model.max_model_len - options.num_reserved, 1)
     if options.truncate_to == 0:
         raise bad_request("truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
     return options.truncate_to
@@ -111,9 +117,16 @@ def _check_fits(token_ids: list[int], options: PromptOptions, model: ModelInfo, 
             "the prompt is empty: it has no tokens, and this model does not begin with one of its own",
             param=options.param,
         )
-    num_needed = num_prompt + max(num_output or 1, 1)  # scoring a prompt samples a token, too
+    num_needed = num_prompt + options.num_reserved
     if num_needed <= context:
         return
+    if not options.samples:
+        raise bad_request(
+            f"This model's maximum context length is {context} tokens, and the text is too long for it: "
+            f"{'' if is_whole else 'at least '}{num_prompt} tokens; shorten it, or set truncate_prompt_tokens",
+            param=options.param,
+            code="context_length_exceeded",
+        )
     wanted = f"the {num_output} that {options.limit_param} asks for" if num_output else "at least 1 to be written"
     at_least = "" if is_whole else "at least "
     raise bad_request(

@@ -6,6 +6,7 @@ import hashlib
 import re
 import secrets
 
+from engine.grammar import GrammarSpec
 from engine.ipc.messages import ModelInfo
 from engine.types import SamplingParams
 from server.config import Config
@@ -17,6 +18,7 @@ from server.text.tokenizer import LONG_TEXT, Tokenizer
 INTEGER = re.compile(r"-?[0-9]{1,20}")
 GREEDY_BELOW = 1e-5  # dividing float32 logits by less than this may overflow, and chooses the most likely token anyway
 SEED_BITS = 63
+MAX_GRAMMAR_BYTES = 1 << 24  # of all choices of a request
 MAX_PARAMETER_VALUES = 1 << 19  # of all choices of a request: some milliseconds to encode
 
 
@@ -28,10 +30,11 @@ def make_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: GrammarSpec | None = None,
 ) -> SamplingParams:
     """The parameters that all choices of a request share; each then gets its own seed. Raises ApiError 400.
 
-    bad_words: of `read_bad_words`
+    bad_words: of `read_bad_words`; grammar: of `server.structured.request_grammar`
     """
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
@@ -59,6 +62,7 @@ def make_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         num_drafts=_num_drafts(body),
+        grammar=grammar,
     )
 
 
@@ -74,6 +78,13 @@ async def read_bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[in
 
 def check_parameters(params: SamplingParams, num_choices: int) -> None:
     """Refuses lists that are too long for all choices: each choice sends them to the engine. Raises ApiError 400."""
+    num_bytes = 0 if params.grammar is None else len(params.grammar.text)
+    if num_bytes * num_choices > MAX_GRAMMAR_BYTES:
+        raise bad_request(
+            f"{num_choices} choices that each follow a grammar of {num_bytes} bytes are more than the "
+            f"{MAX_GRAMMAR_BYTES} bytes of one request; ask for fewer choices at once, or simplify it",
+            param="n",
+        )
     num_values = len(params.allowed_token_ids or ()) + len(params.logit_bias) + len(params.stop_token_ids)
     num_values += sum(map(len, params.bad_words))
     if num_values * num_choices > MAX_PARAMETER_VALUES:
@@ -110,6 +121,10 @@ def check_num_logprobs(num_logprobs: int | None, config: Config, *, param: str) 
 
 def check_num_prompts(num_prompts: int, config: Config) -> None:
     _at_most(num_prompts, config.limits.max_prompts, "prompt", "limits.max_prompts")
+
+
+def check_num_inputs(num_inputs: int, config: Config, *, param: str) -> None:
+    _at_most(num_inputs, config.limits.max_embedding_inputs, param, "limits.max_embedding_inputs")
 
 
 def choice_seeds(seed: int | None, num_choices: int) -> list[int]:

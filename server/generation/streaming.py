@@ -13,9 +13,10 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, error_body, internal_error
+from server.errors import ApiError, internal_error
 from server.generation.choice import Choice, Delta, DeltaCollector
 from server.generation.generation import Generation, Job
+from server.generation.wires import DATA_EVENTS, Wire, without_line_ends
 from server.json_encoding import encode_json
 from server.off_loop import off_loop
 
@@ -23,13 +24,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 KEEP_ALIVE_SECONDS = 10.0
-KEEP_ALIVE = b": keep-alive\n\n"
-DONE = b"data: [DONE]\n\n"
 LARGE_DELTA = 256  # scored tokens; what tells of more is put into words off the event loop
+POOLED_BYTES = 128  # of a vector: they cost as much as a scored token
 PLAIN_TOKENS = 64  # which only add their text, or their number, to an answer: they cost as much as a scored one
-LINE_ENDS = {text.encode(): b"\\u%04x" % ord(text) for text in "\u2028\u2029\x85"}
-"""Characters that may stand in JSON as they are, but at which many readers of events cut lines."""
-
 MARK = "the text of a chunk"  # stands for it where the rest is encoded ahead
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
@@ -37,8 +34,16 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 encode = msgspec.json.Encoder().encode
 
 
-class ReplyWriter(Protocol):
+class Replier(Protocol):
     """The interface of an endpoint's formatter, made for one request."""
+
+    def reply(self, choices: list[Delta]) -> msgspec.Struct:
+        """The whole answer at once; one delta per choice, in order."""
+        ...
+
+
+class ReplyWriter(Replier, Protocol):
+    """The same, where the answer may also be streamed."""
 
     def chunks(self, delta: Delta) -> Iterable[msgspec.Struct]:
         """What a stream says of a delta."""
@@ -52,14 +57,12 @@ class ReplyWriter(Protocol):
         """What a stream says after the last delta, if anything."""
         ...
 
-    def reply(self, choices: list[Delta]) -> msgspec.Struct:
-        """The whole answer at once; one delta per choice, in order."""
+    def failure(self, error: ApiError) -> Iterable[msgspec.Struct]:
+        """What a stream says of an error that ends it."""
         ...
 
 
-async def deliver(
-    request: Request, generation: Generation, writer: ReplyWriter, *, headers: dict[str, str]
-) -> Response:
+async def deliver(request: Request, generation: Generation, writer: Replier, *, headers: dict[str, str]) -> Response:
     """Runs the generation and answers with all of it. If the client leaves, the generation is aborted."""
     choices = [DeltaCollector(choice.index) for choice in generation.job.choices]
 
@@ -88,6 +91,7 @@ async def deliver_stream(
     *,
     headers: dict[str, str],
     patience: float = KEEP_ALIVE_SECONDS,
+    wire: Wire = DATA_EVENTS,
 ) -> Response:
     """Waits for the first deltas, so that what fails early has a status, and then streams.
 
@@ -101,7 +105,7 @@ async def deliver_stream(
         if not stays:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         first.result()
-    source = EventSource(deltas, first, writer, generation.job)
+    source = EventSource(deltas, first, writer, generation.job, wire)
     return EventStream(source, headers, patience=patience)
 
 
@@ -146,7 +150,9 @@ class EventSource:
         first: asyncio.Future[list[Delta]],
         writer: ReplyWriter,
         job: Job,
+        wire: Wire = DATA_EVENTS,
     ) -> None:
+        self.wire = wire
         self._deltas = deltas
         self._first = first
         self._writer = writer
@@ -161,13 +167,14 @@ class EventSource:
             async for deltas in self._deltas:
                 yield await self._joined(deltas)
             if (last := self._writer.last_chunk()) is not None:
-                yield _event(last)
+                yield self._event(last)
         except ApiError as error:
-            yield _event(error_body(error))
+            yield self._failure(error)
         except Exception:  # the border: the status is sent, so the client can only be told here
             logger.exception("the stream of request %s failed", self._request_id)
-            yield _event(error_body(internal_error(self._request_id)))
-        yield DONE
+            yield self._failure(internal_error(self._request_id))
+        if self.wire.end:
+            yield self.wire.end
 
     async def close(self) -> None:
         self._first.cancel()
@@ -182,7 +189,7 @@ class EventSource:
         return b"".join(pieces)
 
     def _text_frame(self, delta: Delta) -> TextFrame | None:
-        if not delta.text or delta.is_first or delta.finish_reason is not None:
+        if not delta.text or delta.is_first or delta.finish_reason is not None or self.wire is not DATA_EVENTS:
             return None
         if delta.index not in self._text_frames:
             self._text_frames[delta.index] = make_text_frame(self._writer, delta.index)
@@ -191,8 +198,15 @@ class EventSource:
     async def _worded(self, delta: Delta) -> bytes:
         chunks = self._writer.chunks
         if _num_items(delta, self._choices[delta.index]) > LARGE_DELTA:  # the scores of a long prompt, or its text
-            return await off_loop(lambda: b"".join([_framed(encode_json(chunk)) for chunk in chunks(delta)]))
-        return b"".join(_event(chunk) for chunk in chunks(delta))
+            frame = self.wire.frame
+            return await off_loop(lambda: b"".join([frame(chunk, encode_json(chunk)) for chunk in chunks(delta)]))
+        return b"".join(self._event(chunk) for chunk in chunks(delta))
+
+    def _event(self, message: msgspec.Struct) -> bytes:
+        return self.wire.frame(message, encode(message))
+
+    def _failure(self, error: ApiError) -> bytes:
+        return b"".join(self._event(message) for message in self._writer.failure(error))
 
 
 class TextFrame:
@@ -202,7 +216,7 @@ class TextFrame:
         self._head, self._tail = b"data: " + head, tail + b"\n\n"
 
     def encoded(self, text: str) -> bytes:
-        return self._head + _without_line_ends(encode(text)) + self._tail
+        return self._head + without_line_ends(encode(text)) + self._tail
 
 
 def make_text_frame(writer: ReplyWriter, index: int) -> TextFrame | None:
@@ -210,24 +224,23 @@ def make_text_frame(writer: ReplyWriter, index: int) -> TextFrame | None:
     empty, marked = writer.text_chunk(index, ""), writer.text_chunk(index, MARK)
     if empty is None or marked is None:
         return None
-    head, mark, tail = _without_line_ends(encode(marked)).partition(encode(MARK))
-    if not mark or head + encode("") + tail != _without_line_ends(encode(empty)):  # the mark is also a model's name
+    head, mark, tail = without_line_ends(encode(marked)).partition(encode(MARK))
+    if not mark or head + encode("") + tail != without_line_ends(encode(empty)):  # the mark is also a model's name
         return None
     return TextFrame(head, tail)
 
 
 class EventStream(StreamingResponse):
-    """Sends the events, and a comment whenever nothing else was sent for `patience` seconds."""
-
-    media_type = "text/event-stream"
+    """Sends the events, and a sign of life whenever nothing else was sent for `patience` seconds."""
 
     def __init__(self, source: EventSource, headers: dict[str, str], *, patience: float) -> None:
         self._patience = patience
         self._source = source
+        self._keep_alive_bytes = source.wire.keep_alive
         self._events = source.events()
         self._last_sent_at = 0.0
         unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._events, headers={**unbuffered, **headers})
+        super().__init__(self._events, headers={**unbuffered, **headers}, media_type=source.wire.media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -252,33 +265,17 @@ class EventStream(StreamingResponse):
 
     async def _keep_alive(self, send: Send) -> None:
         now = asyncio.get_running_loop().time
-        while True:
+        while self._keep_alive_bytes:
             due_at = self._last_sent_at + self._patience
             if now() < due_at:
                 await asyncio.sleep(due_at - now())
                 continue
             self._last_sent_at = now()
-            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-
-
-def _event(message: msgspec.Struct | dict[str, dict[str, str | None]]) -> bytes:
-    return _framed(encode(message))
-
-
-def _framed(message: bytes) -> bytes:
-    return b"data: " + _without_line_ends(message) + b"\n\n"
-
-
-def _without_line_ends(message: bytes) -> bytes:
-    if not message.isascii():
-        for character, escaped in LINE_ENDS.items():
-            if character in message:
-                message = message.replace(character, escaped)
-    return message
+            await send({"type": "http.response.body", "body": self._keep_alive_bytes, "more_body": True})
 
 
 def _num_items(delta: Delta, choice: Choice) -> float:
     """How much an answer may say of it. The first may repeat the prompt."""
     num_scored = len(delta.logprobs) + len(delta.prompt_logprobs)
     num_plain = len(delta.token_ids) + (len(choice.prompt.token_ids) if delta.is_first else 0)
-    return num_scored + num_plain / PLAIN_TOKENS
+    return num_scored + num_plain / PLAIN_TOKENS + len(delta.pooled or b"") / POOLED_BYTES

@@ -16,6 +16,8 @@ from server.generation.tenant_terms import NO_TERMS, TenantTerms
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/startupz", "/health", "/ping"})
 """The probes of load balancers and orchestrators."""
+KEY_HEADER = b"x-api-key"
+"""Where Anthropic's clients send their key; beside another one it must be the same tenant's."""
 PAGES = re.compile(r"/|/docs|/static/[^/]+")
 """Pages for people, which hold nothing of the server's: what they show they fetch with a key."""
 
@@ -31,9 +33,11 @@ class ApiKeys:
         self._has_file = has_file
         digests = [_digest(key.encode()) for key in (*keys, *operator_keys)]
         self._tenants = {digest: self._salt(digest) for digest in digests}
+        self._origins = {tenant: digest for digest, tenant in self._tenants.items()}  # what tenants are made of
         self._operators = {self._tenants[_digest(key.encode())] for key in operator_keys}
         self._named: dict[bytes, str] = {}  # tenants of the keys of the file
         self._names: dict[str, str] = {}  # by tenant
+        self._named_origins: dict[str, bytes] = {}
         self._terms: dict[str, TenantTerms] = {}  # by tenant
 
     @property
@@ -50,6 +54,7 @@ class ApiKeys:
         salts = {name: self._salt(b"name " + name.encode()) for name in names.values()}
         self._named = {_digest(key.encode()): salts[name] for key, name in names.items()}
         self._names = {salt: name for name, salt in salts.items()}
+        self._named_origins = {salt: b"name " + name.encode() for name, salt in salts.items()}
         self._terms = {salts[name]: each for name, each in (terms or {}).items()}
 
     def name_of(self, tenant: str) -> str:
@@ -67,6 +72,19 @@ class ApiKeys:
             if hmac.compare_digest(digest, given):
                 found = tenant
         return found
+
+    def owner_of(self, tenant: str, secret: bytes) -> str:
+        """A name of the tenant that outlives the server, for what is kept on a disk: it reveals the key to nobody who
+        lacks the secret. "" where no key is needed."""
+        origin = self._origins.get(tenant) or self._named_origins.get(tenant)
+        return "" if origin is None else hmac.new(secret, b"owner " + origin, hashlib.sha256).hexdigest()[:32]
+
+    def tenant_of_owner(self, owner: str, secret: bytes) -> str | None:
+        """The tenant that has this name; None while its key is not in force."""
+        if not owner:
+            return "" if self.is_empty else None
+        tenants = (*self._origins, *self._named_origins)
+        return next((tenant for tenant in tenants if self.owner_of(tenant, secret) == owner), None)
 
     def is_operator(self, tenant: str) -> bool:
         """Whether a tenant may see what belongs to others. Without keys everybody may."""
@@ -95,7 +113,9 @@ class Authentication:
             return
         tenant = self._tenant(scope)
         if tenant is None:
-            message = "no valid API key was sent; send the header Authorization: Bearer YOUR_KEY"
+            message = (
+                "no valid API key was sent; send the header Authorization: Bearer YOUR_KEY, or x-api-key: YOUR_KEY"
+            )
             response = error_response(ApiError(401, message))
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
@@ -112,9 +132,14 @@ class Authentication:
         if self._keys.is_empty or path in self._public_paths or _is_page(scope["method"], path):
             return ""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(values) != 1:  # with two headers, a proxy may have checked the other one
+        others = [value for name, value in scope["headers"] if name == KEY_HEADER]
+        if len(values) > 1 or len(others) > 1:  # with two headers, a proxy may have checked the other one
             return None
-        scheme, _, key = values[0].partition(b" ")
+        tenants = {self._tenant_of_bearer(value) for value in values} | {self._keys.tenant_of(key) for key in others}
+        return tenants.pop() if len(tenants) == 1 else None
+
+    def _tenant_of_bearer(self, value: bytes) -> str | None:
+        scheme, _, key = value.partition(b" ")
         return self._keys.tenant_of(key.strip()) if scheme.lower() == b"bearer" else None
 
 

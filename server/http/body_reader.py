@@ -12,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.config import Config
 from server.errors import ApiError, bad_request, error_response
 
+UPLOAD = ("POST", "/v1/files")  # whose body goes to the disk as it comes
+FORM_BYTES = 65536  # of a form around a file
 PIECE = 262144  # bytes that are decompressed before others have a turn: about a millisecond
 ACCEPTED_CODINGS = "gzip, deflate"
 
@@ -77,7 +79,9 @@ class BodyReader:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = IncomingBody(scope, receive, config=self._config, budget=self._budget)
+        is_upload = self._config.batches.folder is not None and (scope["method"], scope["path"]) == UPLOAD
+        kind = StreamedBody if is_upload else IncomingBody
+        body = kind(scope, receive, config=self._config, budget=self._budget)
         try:
             body.check_declared()
         except ApiError as error:
@@ -106,7 +110,7 @@ class IncomingBody:
     def __init__(self, scope: Scope, receive: Receive, *, config: Config, budget: BodyBudget) -> None:
         self._scope = scope
         self._receive = receive
-        self._max_bytes = config.limits.max_body_bytes
+        self._max_bytes, self._limit = config.limits.max_body_bytes, "limits.max_body_bytes"
         self._timeout = config.operation.body_timeout
         self._budget = budget
         self._is_read = False
@@ -179,9 +183,66 @@ class IncomingBody:
     def _too_large(self, num_bytes: int) -> ApiError:
         return ApiError(
             413,
-            f"the body has {num_bytes} bytes or more, but limits.max_body_bytes is {self._max_bytes}; "
+            f"the body has {num_bytes} bytes or more, but {self._limit} allows {self._max_bytes}; "
             "send less, or raise the limit",
         )
+
+
+class StreamedBody(IncomingBody):
+    """The body of an upload, which is handed on in pieces: little of it is in memory, so it may be as long as a file.
+
+    Each piece has the time that other bodies have for all of theirs.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, *, config: Config, budget: BodyBudget) -> None:
+        super().__init__(scope, receive, config=config, budget=budget)
+        self._max_bytes, self._limit = config.batches.max_file_bytes + FORM_BYTES, "batches.max_file_bytes"
+        self._decoding: Decompression | None = None
+        self._has_begun = False
+        self._pieces: Iterator[bytes] = iter(())
+        self._num_decoded = 0
+        self._is_last = False
+
+    async def receive(self) -> Message:
+        """Raises ApiError: 400 for what cannot be decompressed, 408, 413, 415, 503."""
+        if self._is_read:
+            return await self._receive()
+        if not self._has_begun:
+            self._has_begun = True
+            self._decoding = _decoding(self._header(b"content-encoding"))
+        piece = next(self._pieces, None)
+        while piece is None and not self._is_last:
+            message = await self._next_message()
+            if message["type"] == "http.disconnect":
+                return message
+            data = message.get("body", b"")
+            self._num_received += len(data)
+            self._is_last = not message.get("more_body", False)
+            self._pieces = iter((data,)) if self._decoding is None else self._decoding.pieces(data)
+            piece = next(self._pieces, None)
+        if piece is None:  # the last ones are out
+            if self._decoding is not None:
+                self._decoding.finish()
+            self._is_read = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        self._num_decoded += len(piece)
+        if max(self._num_decoded, self._num_received) > self._max_bytes:
+            raise self._too_large(max(self._num_decoded, self._num_received))
+        return {"type": "http.request", "body": piece, "more_body": True}
+
+    async def _next_message(self) -> Message:
+        try:
+            async with asyncio.timeout(self._timeout) as timeout:
+                with self._budget.reading(timeout):
+                    return await self._receive()
+        except TimeoutError:
+            self.is_late = True
+            self._budget.refuse_if_closed()
+            message = (
+                f"nothing of the upload came for {self._timeout:g} s (operation.body_timeout), {self._num_received} "
+                "bytes of it were there; send it faster"
+            )
+            raise ApiError(408, message, code="request_timeout") from None
 
 
 class Decompression:

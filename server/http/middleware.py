@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import error_response, internal_error
 from server.http.auth import PUBLIC_PATHS
+from server.http.paths import TEXT_PATHS
 from server.telemetry.tracing import PassedOn, RequestSpan, Tracing, parse_traceparent
 
 access_log = logging.getLogger("peregrine.access")
@@ -23,7 +24,6 @@ USABLE_ID = re.compile(rb"[A-Za-z0-9._:=+/@-]{1,128}")  # goes into logs, bodies
 QUIET_PATHS = PUBLIC_PATHS | {"/metrics"}
 """Logged at a lower level, since they are polled."""
 LINE = "id=%s client=%s method=%s path=%s status=%s bytes=%d first_byte_seconds=%.3f seconds=%.3f complete=%s%s%s%s"
-SPAN_NAMES = frozenset({"/v1/completions", "/v1/chat/completions"})  # ids in others would be names without end
 
 
 class RequestContext:
@@ -60,7 +60,8 @@ class RequestContext:
         path, method = scope["path"], scope["method"]
         if path in QUIET_PATHS:
             return PassedOn(parent)
-        return self._tracing.start(parent, name=f"{method} {path}" if path in SPAN_NAMES else method)
+        # ids in other paths would be names without end
+        return self._tracing.start(parent, name=f"{method} {path}" if path in TEXT_PATHS else method)
 
 
 class Reply:

@@ -7,6 +7,18 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+TEXT_PATHS = frozenset(
+    {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/api/chat",
+        "/api/generate",
+    }
+)
+"""The routes whose requests are those "for text" of the metrics."""
 _SLASHES = re.compile("/{2,}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from server.monitoring.batches_row import batches_row
 from server.monitoring.panels import Panel, Query, Row
 from server.monitoring.promql import Scope, ratio
 from server.telemetry import metric_families as families
@@ -201,6 +202,27 @@ LATENCY = Row(
             ],
         ),
         Panel(
+            title="Prompts beside streams", unit="none",
+            description="With scheduler.target_itl_ms: the prompt tokens of a step beside streams, mean, and which "
+            "share of such steps the target has cut, or could not be met in, however little the prompts got.",
+            queries=[
+                Query(SCOPE.mean(families.PACED_PROMPT_TOKENS), "prompt tokens"),
+                Query(
+                    ratio(SCOPE.rate(families.PACED_STEPS, limit="target"), SCOPE.rate(families.PACED_STEPS)),
+                    "share cut to the target",
+                ),
+                Query(
+                    ratio(SCOPE.rate(families.PACED_STEPS, limit="least"), SCOPE.rate(families.PACED_STEPS)),
+                    "share beyond the target",
+                ),
+            ],
+        ),
+        Panel(
+            title="Predicted step time", unit="none",
+            description="With scheduler.target_itl_ms: the time of a step over what was predicted for it. 1 is right.",
+            queries=quantiles(families.STEP_TIME_RATIO, 0.1, 0.5, 0.9),
+        ),
+        Panel(
             title="Lengths", unit="tokens", description="Of prompts and answers.",
             queries=[
                 Query(SCOPE.quantile(0.5, families.REQUEST_PROMPT_TOKENS), "prompt p50"),
@@ -331,6 +353,24 @@ SPECULATION = Row(
     ],
 )  # fmt: skip
 
+STRUCTURE = Row(
+    "Structured output",
+    panels=[
+        Panel(
+            title="Grammars", unit="reqps", is_stacked=True,
+            description="Requests per second whose answers must follow a grammar, by what came of it: compiled; cached "
+            "(known from another request); refused (400). Many compiled ones: clients send another each time.",
+            queries=[Query(SCOPE.rate(families.GRAMMARS, by=("outcome",)), "{{outcome}}")],
+        ),
+        Panel(
+            title="Compiling a grammar", unit="s",
+            description="Time that a request with a new grammar waits before it is queued. Schemas that take long are "
+            "large, or have bounds such as maxLength: 10000.",
+            queries=quantiles(families.GRAMMAR_SECONDS, 0.5, 0.99),
+        ),
+    ],
+)  # fmt: skip
+
 ROOFLINE = Row(
     "Roofline",
     panels=[
@@ -445,6 +485,11 @@ REPLICAS = Row(
             queries=[Query(f"process_resident_memory_bytes{{{PROCESS}}}", "{{instance}}")],
         ),
         Panel(
+            title="Tasks of the server process", unit="none",
+            description="One for each request, and a few more. A level that rises while the load does not is a leak.",
+            queries=[Query(SCOPE.gauge(families.SERVER_TASKS, by=("instance",)), "{{instance}}")],
+        ),
+        Panel(
             title="Processor time of the server process", unit="none",
             description="Cores in use for HTTP and text. At 1 it is the bottleneck.",
             queries=[Query(f"rate(process_cpu_seconds_total{{{PROCESS}}}[$__rate_interval])", "{{instance}}")],
@@ -452,4 +497,4 @@ REPLICAS = Row(
     ],
 )  # fmt: skip
 
-ROWS = (OVERVIEW, LATENCY, MEMORY, SPECULATION, ROOFLINE, REPLICAS)
+ROWS = (OVERVIEW, LATENCY, MEMORY, SPECULATION, STRUCTURE, ROOFLINE, batches_row(SCOPE), REPLICAS)

@@ -20,13 +20,11 @@ from server.protocol.request_fields import Body
 BodyT = TypeVar("BodyT", bound=Body)
 
 JSON_TYPE = re.compile(r"application/(.+\+)?json")
-UNION_TAG = re.compile(r"function-\w+\[.*\]|constrained-\w+|list\[.*\]|str|bool|int|float|none|TextPart")
+UNION_TAG = re.compile(r"function-\w+\[.*\]|constrained-\w+|(list|dict)\[.*\]|str|bool|int|float|none|TextPart")
 KINDS_OF_MESSAGE = frozenset({"instruction", "assistant", "tool"})
 NOT_YET = frozenset(
     {
-        "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-        "use_beam_search", "tools", "tool_choice", "tool_calls", "functions", "function_call", "modalities", "audio",
-        "web_search_options", "suffix",
+        "use_beam_search", "functions", "function_call", "modalities", "audio", "web_search_options", "suffix",
     }
 )  # fmt: skip
 INLINE_BYTES = 1 << 18  # of a body that is parsed in the event loop, not in a thread,
@@ -41,11 +39,16 @@ async def read_body(request: Request, body_type: type[BodyT]) -> BodyT:
     if not JSON_TYPE.fullmatch(media_type):
         raise bad_request(f"the body must be JSON; send Content-Type: application/json, not {_shown(media_type)!r}")
     data = b"".join([part async for part in request.stream()])  # unlike body(), this leaves no copy in the request
+    limits: LimitsConfig = request.app.state.server.config.limits
+    return await parse_body(data, body_type, limits)
+
+
+async def parse_body(data: bytes, body_type: type[BodyT], limits: LimitsConfig) -> BodyT:
+    """Validates a body that has been read. Raises ApiError 400."""
     if len(data) <= INLINE_BYTES:
         bound = bound_json(data)
         if bound.num_fields + bound.num_values <= INLINE_VALUES:
             return _parse(data, body_type)
-    limits: LimitsConfig = request.app.state.server.config.limits
     return await off_loop(_parse_large, data, body_type, limits)
 
 
@@ -144,6 +147,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     path: list[str | int] = []
     for i, item in enumerate(loc):
         is_kind = i > 1 and loc[0] == "messages" and isinstance(loc[i - 1], int) and item in KINDS_OF_MESSAGE
+        is_kind = is_kind or (i == 1 and loc[0] == "response_format")  # its type
         if i > 0 and (is_kind or (isinstance(item, str) and UNION_TAG.fullmatch(item))):
             continue
         path.append(item)

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, JsonValue, Tag, WithJsonSchema
 
 from server.protocol.request_fields import MAX_TOKEN_ID, Body, NotYet, NumLogprobs, RequestFields, Whole
+from server.protocol.tool_fields import MAX_CALLS, EarlierCall, ToolChoice, Tools
 
 MAX_MESSAGES = 2048
-MAX_TOOLS = 1024
 PLAIN_SCHEMA = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean", "null"]}}
 
 
@@ -35,9 +35,10 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    reasoning_content: str | None = None
+    reasoning_content: str | None = Field(None, description="what it thought before, if the template shows that again")
+    reasoning: str | None = Field(None, description="the same, by another name")
     refusal: str | None = None
-    tool_calls: NotYet = None
+    tool_calls: Annotated[list[EarlierCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     function_call: None = None
     audio: None = None
 
@@ -45,7 +46,7 @@ class AssistantMessage(Body):
 class ToolMessage(Body):
     role: Literal["tool"]
     content: Content
-    tool_call_id: str | None = None
+    tool_call_id: str | None = Field(None, description="the id of the call whose result this is")
     name: str | None = None
 
 
@@ -63,7 +64,7 @@ ChatMessage = Annotated[
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-Tools = Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_TOOLS, fail_fast=True)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Variables = Annotated[dict[str, JsonValue], WithJsonSchema(PLAIN_SCHEMA)]
 
 
@@ -77,7 +78,8 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = Field(None, description="default true")
     continue_final_message: bool | None = Field(None, description="go on writing the last message")
     chat_template_kwargs: Variables | None = None
-    tools: Tools | None = Field(None, description="functions that the template describes to the model")
+    tools: Tools | None = Field(None, description="functions that are described to the model")
+    reasoning_effort: ReasoningEffort | None = Field(None, description="for the chat template")
     add_special_tokens: bool | None = Field(None, description="default true, with messages false")
     return_token_strs: bool | None = Field(None, description="each token's text beside its id")
 
@@ -98,12 +100,20 @@ class ChatBody(RequestFields):
         None, description="variables for the chat template; plain values only"
     )
 
-    # Without tools these two change nothing.
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: Tools | None = Field(None, description="functions that the model may call")
+    tool_choice: ToolChoice | None = Field(
+        None, description="auto (the default): as it likes; none; required: at least one; or which"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer")
+    include_reasoning: bool | None = Field(None, description="false: reasoning is left out of the answer")
+    reasoning_effort: ReasoningEffort | None = Field(
+        None, description="for the chat template; none turns thinking off where the template can"
+    )
+    reasoning_max_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKEN_ID)] | None = Field(
+        None, description="after so many tokens of reasoning it is ended, and the answer begins"
+    )
 
     # Refused, because they would change the answer.
-    tools: NotYet = None
     functions: NotYet = None
     function_call: None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None

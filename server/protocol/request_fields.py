@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from server.protocol.structured_fields import Choices, ResponseFormat, Schema, StructuredOutputs
+
 MAX_TOKEN_ID = 2**31 - 1
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_ID_LENGTH = 128
@@ -64,10 +66,6 @@ class Speculation(Body):
     num_drafts: Annotated[Whole, Field(ge=0, le=64)] | None = Field(
         None, description="drafted tokens per step, at most as many as the server is configured for"
     )
-
-
-class TextFormat(Body):
-    type: Literal["text"]
 
 
 class SamplingFields(Body):
@@ -146,13 +144,18 @@ class RequestFields(SamplingFields):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    # Refused, because they would.
-    response_format: TextFormat | None = None
-    structured_outputs: None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
+    response_format: ResponseFormat | None = Field(None, description="what the answer must follow")
+    structured_outputs: StructuredOutputs | None = Field(None, description="the same, with more ways to say it")
+    guided_json: Schema | str | None = Field(None, description="the older name of structured_outputs.json")
+    guided_regex: str | None = Field(None, description="the older name of structured_outputs.regex")
+    guided_choice: Choices | None = Field(None, description="the older name of structured_outputs.choice")
+    guided_grammar: str | None = Field(None, description="the older name of structured_outputs.grammar")
+    guided_whitespace_pattern: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="the older name of structured_outputs.whitespace_pattern"
+    )
+    guided_decoding_backend: str | None = None  # there is one
+
+    # Refused, because it would change the answer.
     use_beam_search: Literal[False] | None = None
 
 

@@ -11,7 +11,10 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-FinishReason = Literal["stop", "length"]  # of OpenAI's five; the others need tools or a filter
+from server.errors import ApiError
+
+FinishReason = Literal["stop", "length"]  # of an engine's answer
+ChatFinishReason = Literal["stop", "length", "tool_calls"]  # of OpenAI's five; the others need a filter
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -111,17 +114,31 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatReply(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET  # the same, by the name that it has elsewhere
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
     index: int
     message: ChatReply
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: int | str | None = None
     token_ids: list[int] | UnsetType | None = UNSET
 
@@ -139,16 +156,31 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     timing: Timing | UnsetType = UNSET
 
 
+class FunctionDelta(msgspec.Struct, omit_defaults=True):
+    name: str | UnsetType = UNSET  # with the first delta of a call
+    arguments: str | UnsetType = UNSET  # all joined are the arguments
+
+
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta | UnsetType = UNSET
+
+
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | UnsetType | None = UNSET
 
@@ -200,3 +232,7 @@ class ErrorDetail(msgspec.Struct):
 
 class ErrorReply(msgspec.Struct):
     error: ErrorDetail
+
+
+def error_reply(error: ApiError) -> ErrorReply:
+    return ErrorReply(ErrorDetail(error.message, error.type, error.param, error.code))

@@ -256,8 +256,8 @@ class _Explainer:
         assert self.admitted is not None
         size = self.circumstances.block_size
         num_tokens = len(self.timeline.prompt)
-        if self.admitted.scores_prompt:
-            return "; prompt_logprobs need every token computed"
+        if self.admitted.needs_all:
+            return f"; {self.admitted.needs_all} every token computed"
         if not self.circumstances.prefix_caching:
             return "; kv_cache.prefix_caching is off"
         if num_cached >= num_tokens - size - 1 or num_cached > self.shared + size:  # the latter: of an earlier answer

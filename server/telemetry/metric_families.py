@@ -43,6 +43,7 @@ SHORT_SECONDS = _decades(0.0001, 10, COARSE)
 FINE_SHORT_SECONDS = _decades(0.0001, 10, FINE)
 TOKENS = _octaves(262_144, 4)
 STEP_TOKENS = _octaves(16_384, 2)
+RATIOS = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 2.8, 4.0)
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 SEQUENCES = _octaves(1024, 2)
 
@@ -241,6 +242,25 @@ STEP_PROGRESS = Family(
     buckets=STEP_TOKENS,
     vllm=(VllmName("iteration_tokens_total"),),
 )
+PACED_PROMPT_TOKENS = Family(
+    "paced_prompt_tokens",
+    "histogram",
+    "Prompt tokens of a step beside streams, with scheduler.target_itl_ms: the chunks that it has chosen.",
+    buckets=STEP_TOKENS,
+)
+PACED_STEPS = Family(
+    "paced_steps_total",
+    "counter",
+    "Steps with prompts beside streams, with scheduler.target_itl_ms, by what ended the prompts' part: none (all that "
+    "there was, or the token budget); target; least (the streams alone take as long as the target: it is not met).",
+    ("limit",),
+)
+STEP_TIME_RATIO = Family(
+    "step_time_ratio",
+    "histogram",
+    "Time of a step over what was predicted for it, with scheduler.target_itl_ms.",
+    buckets=RATIOS,
+)
 STEP_SEQUENCES = Family("step_sequences", "histogram", "Sequences in a step (the batch size).", buckets=SEQUENCES)
 PREEMPTIONS = Family(
     "preemptions_total",
@@ -322,8 +342,24 @@ DRAFTED_STEPS = Family(
     "too_slow (drafting costs more than it gains); failed (the proposer is left out for a while).",
     ("proposer", "outcome"),
 )
+GRAMMARS = Family(
+    "grammars_total",
+    "counter",
+    "Grammars that requests asked their answers to follow, by what came of them: compiled, cached (known from another "
+    "request), refused (400: too large, not supported, took too long).",
+    ("outcome",),
+)
+GRAMMAR_SECONDS = Family(
+    "grammar_compile_seconds",
+    "histogram",
+    "Time to compile a grammar that was not known, and was not refused for its size.",
+    buckets=SHORT_SECONDS,
+)
 READY = Family("ready", "gauge", "1 while GET /readyz says that requests are taken; not while the server drains.")
 ENGINE_READY = Family("engine_ready", "gauge", "1 while the engine has a model and can run requests.")
+SERVER_TASKS = Family(
+    "server_tasks", "gauge", "Tasks of the server's event loop: one for each request that is answered, and a few more."
+)
 ENGINE_DEATHS = Family("engine_deaths_total", "counter", "Times that the engine process ended without being asked to.")
 ENGINE_RESTARTS = Family("engine_restarts_total", "counter", "Times that the engine process was started again.")
 REPLAYED_REQUESTS = Family(
@@ -339,6 +375,15 @@ CEILING_FLOPS = Family("ceiling_flops_per_second", "gauge", "Fastest arithmetic 
 ROOFLINE = Family(
     "roofline_ratio", "gauge", "Least time that the ceilings allow for the forward pass, by the time that it took."
 )
+BATCHES = Family("batches", "gauge", "Batches that are kept, by status.", ("status",))
+BATCH_LINES = Family(
+    "batch_lines_total",
+    "counter",
+    "Requests of batches that were written to a file of answers, by outcome: completed, failed, expired, cancelled.",
+    ("outcome",),
+)
+BATCH_LINES_IN_WORK = Family("batch_lines_in_work", "gauge", "Requests of batches that the server answers now.")
+BATCH_FILE_BYTES = Family("batch_file_bytes", "gauge", "Bytes of the files that are kept for batches.")
 BUILD_INFO = Family("build_info", "gauge", "Always 1; what runs.", ("version", "fingerprint"))
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))

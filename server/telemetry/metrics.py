@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 
 ENDS = (
     ("stop", 200), ("length", 200), ("timeout", 200), ("timeout", 408), ("abort", 409), ("abort", 499), ("error", 500),
-    ("error", 503), ("rejected", 429), ("rejected", 503), ("invalid", 400), ("invalid", 404), ("invalid", 413),
-    ("invalid", 415),
+    ("error", 503), ("rejected", 429), ("rejected", 503), ("invalid", 400), ("invalid", 401), ("invalid", 404),
+    ("invalid", 413), ("invalid", 415),
 )  # fmt: skip
 """Outcomes and statuses that have a series before they occur: a rate begins at the second sample."""
+GRAMMAR_OUTCOMES = ("compiled", "cached", "refused")
+REFUSED = {408: "timeout", 429: "rejected", 500: "error", 503: "rejected"}  # other client errors are "invalid"
 OUTCOMES = tuple(dict.fromkeys(outcome for outcome, _ in ENDS))
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 OPENMETRICS = "application/openmetrics-text"
@@ -85,6 +88,10 @@ class Metrics:
         self._request_generation_tokens = families.REQUEST_GENERATION_TOKENS.histogram(registry).labels(name)
         self._request_choices = families.REQUEST_CHOICES.histogram(registry).labels(name)
         self._request_max_tokens = families.REQUEST_MAX_TOKENS.histogram(registry).labels(name)
+        self._grammars = families.GRAMMARS.counter(registry)
+        for outcome in GRAMMAR_OUTCOMES:
+            self._grammars.labels(name, outcome)
+        self._grammar_seconds = families.GRAMMAR_SECONDS.histogram(registry).labels(name)
         self._prompt_tokens = families.PROMPT_TOKENS.counter(registry).labels(name)
         self._cached_prompt_tokens = families.CACHED_PROMPT_TOKENS.counter(registry).labels(name)
 
@@ -97,6 +104,10 @@ class Metrics:
         """Counts a request that ended before anything of it ran."""
         self._ends.labels(self.model_name, outcome, status).inc()
 
+    def request_refused(self, status: int) -> None:
+        """Counts a request that was refused with this status, by the outcome that goes with it."""
+        self.request_rejected(REFUSED.get(status, "invalid"), status)
+
     def request_started(self, num_choices: int, max_tokens: int) -> None:
         """Observes an admitted request: its choices per prompt, and the most output tokens of each."""
         self._request_choices.observe(num_choices)
@@ -106,12 +117,8 @@ class Metrics:
         self, outcome: str, status: int, counts: TokenCounts, seconds: float, timing: RequestTiming | None
     ) -> None:
         """Counts a request that ran and ended. `timing`: of the choice that ended last, if the engine reported one."""
-        self._ends.labels(self.model_name, outcome, status).inc()
+        self.background_finished(outcome, status, counts)
         self._duration.observe(seconds)
-        self._request_prompt_tokens.observe(counts.num_prompt_tokens)
-        self._request_generation_tokens.observe(counts.num_output_tokens)
-        self._prompt_tokens.inc(counts.num_prompt_tokens)
-        self._cached_prompt_tokens.inc(counts.num_cached_tokens)
         if timing is None:
             return
         self._queue_time.observe(timing.queued)
@@ -120,6 +127,14 @@ class Metrics:
         self._inference_time.observe(timing.prefill + timing.decode)
         if counts.num_output_tokens > 1:
             self._time_per_output_token.observe(timing.decode / (counts.num_output_tokens - 1))
+
+    def background_finished(self, outcome: str, status: int, counts: TokenCounts) -> None:
+        """Counts a request that nobody waited for. How long it took says nothing of the others."""
+        self._ends.labels(self.model_name, outcome, status).inc()
+        self._request_prompt_tokens.observe(counts.num_prompt_tokens)
+        self._request_generation_tokens.observe(counts.num_output_tokens)
+        self._prompt_tokens.inc(counts.num_prompt_tokens)
+        self._cached_prompt_tokens.inc(counts.num_cached_tokens)
 
     def first_token(self, seconds: float) -> None:
         """Observes the seconds from a request's arrival to its first token."""
@@ -130,6 +145,12 @@ class Metrics:
         self._tokens.count(num_tokens, seconds_since_last)
 
     # EngineObserver
+
+    def grammar_checked(self, outcome: str, seconds: float | None) -> None:
+        """seconds: that compiling took, if it was compiled for this request"""
+        self._grammars.labels(self.model_name, outcome).inc()
+        if seconds is not None:
+            self._grammar_seconds.observe(seconds)
 
     def on_phase(self, name: str, detail: str) -> None:
         """Phases are counted when they are over: `on_ready` has their times."""
@@ -193,7 +214,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
         yield self._gauge(families.REQUESTS_RUNNING, engine.num_running)
-        yield self._gauge(families.MAX_REQUESTS_RUNNING, _max_num_seqs(engine.model))
+        yield self._gauge(families.MAX_REQUESTS_RUNNING, max_num_seqs(engine.model))
         yield self._gauge(families.REQUESTS_WAITING, engine.num_waiting)
         by_reason = families.WAITING_BY_REASON
         waiting = GaugeMetricFamily(by_reason.full_name, by_reason.help, labels=["model_name", *by_reason.labels])
@@ -203,6 +224,7 @@ class EngineCollector(Collector):
         yield self._gauge(families.WAITING_TOKENS, engine.num_waiting_tokens)
         yield self._gauge(families.READY, int(self._is_ready()))
         yield self._gauge(families.ENGINE_READY, int(engine.state == "ready"))
+        yield self._gauge(families.SERVER_TASKS, _num_tasks())
         restarts = families.ENGINE_RESTARTS
         counter = CounterMetricFamily(restarts.full_name, restarts.help, labels=["model_name"])
         counter.add_metric([self._model_name], engine.num_restarts)
@@ -214,6 +236,15 @@ class EngineCollector(Collector):
         return gauge
 
 
-def _max_num_seqs(model: ModelInfo | None) -> float:
+def _num_tasks() -> int:
+    """Of the running event loop; 0 where none runs, before the server has begun."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0
+
+
+def max_num_seqs(model: ModelInfo | None) -> float:
+    """How many requests may run at once; 0 until that is known."""
     setting = model.settings.get("scheduler.max_num_seqs") if model is not None else None
     return setting.value if setting is not None and isinstance(setting.value, int | float) else 0.0

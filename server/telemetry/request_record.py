@@ -12,13 +12,13 @@ from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
 
 from server.errors import ApiError
-from server.telemetry.metrics import Metrics
+from server.telemetry.metrics import REFUSED, Metrics
 from server.telemetry.request_timeline import Ahead, RequestHistory, RunningRequest, Timeline
 from server.telemetry.token_counts import TokenCounts
 
-REFUSED = {408: "timeout", 429: "rejected", 500: "error", 503: "rejected"}  # other client errors are "invalid"
 BROKEN_OFF = {400: "invalid", 408: "timeout", 409: "abort"}  # all else is "error"
 MAX_ERROR_CHARACTERS = 1_000  # that are remembered: some name what a client sent
+IS_COUNTED = "is_counted"  # the key of a request's state that says that it is in the metrics
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; logs, metrics and explanations do
 
 
@@ -35,10 +35,12 @@ class RequestRecord:
         self.outcome = "abort"  # unless somebody knows better
         self.timeline = Timeline(request_state.request_id, request_state.tenant, self.started_at)
         self._request_state = request_state
+        self._is_background = bool(getattr(request_state, "is_background", False))  # nobody waits for it
         self._metrics = metrics
         self._history = history
         self._is_taken_over = False
         self._is_over = False
+        setattr(request_state, IS_COUNTED, True)
         metrics.request_arrived()
 
     def __enter__(self) -> Self:
@@ -54,7 +56,8 @@ class RequestRecord:
         status = _status_of(error)
         self._metrics.request_rejected(self.outcome, status)
         self._end_timeline(status, error)
-        self._history.add_refused(self.timeline)
+        if not self._is_background:
+            self._history.add_refused(self.timeline)
         self._tell_log(TokenCounts())
 
     @contextmanager
@@ -67,7 +70,8 @@ class RequestRecord:
         self.timeline.request_id = self._request_state.request_id  # the body may have named another
         self._metrics.request_started(request.choices_per_prompt, request.max_tokens)
         self.timeline.admit(request, ahead, time.monotonic())
-        self._history.add(self.timeline)
+        if not self._is_background:  # thousands of a batch would push out what somebody asks about
+            self._history.add(self.timeline)
         failure: Exception | None = None
         try:
             yield
@@ -83,19 +87,23 @@ class RequestRecord:
         status = _status_of(failure) if failure is not None or self.outcome == "abort" else 200
         seconds = self._end_timeline(status, failure)
         counts, timing = self.timeline.counts, self.timeline.timing
-        self._metrics.request_finished(self.outcome, status, counts, seconds, timing)
+        if self._is_background:
+            self._metrics.background_finished(self.outcome, status, counts)
+        else:
+            self._metrics.request_finished(self.outcome, status, counts, seconds, timing)
         self._tell_log(counts)
 
     def first_token(self) -> None:
         now = time.monotonic()
-        self._metrics.first_token(now - self.started_at)
+        if not self._is_background:
+            self._metrics.first_token(now - self.started_at)
         self.timeline.begin_answer(now)
 
     def tokens(self, num_tokens: int, previous_at: float | None, now: float | None) -> None:
         """Tokens of one choice, and when it had some before; both times in seconds, time.monotonic."""
         if not num_tokens or now is None:
             return
-        if previous_at is None:
+        if previous_at is None or self._is_background:
             self._metrics.tokens_delivered(num_tokens, None)
             return
         self._metrics.tokens_delivered(num_tokens, now - previous_at)

@@ -29,7 +29,7 @@ class Ahead:
 class Admitted:
     """What is known of a request once the queue has taken it.
 
-    scores_prompt: it wants the prompt's log-probabilities, so nothing of it is reused.
+    needs_all: what of the request needs every token of the prompt computed, so that nothing is reused; "": nothing
     """
 
     response_id: str
@@ -37,7 +37,7 @@ class Admitted:
     num_prompt_tokens: int  # each prompt counted once
     num_choices: int
     ahead: Ahead
-    scores_prompt: bool = False
+    needs_all: str = ""
 
 
 class RunningRequest(Protocol):

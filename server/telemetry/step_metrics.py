@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.types import DEGRADED_MODES, DRAFT_OUTCOMES, StepStats
+from engine.types import DEGRADED_MODES, DRAFT_OUTCOMES, PROMPT_LIMITS, StepStats
 from server.telemetry import metric_families as families
 from server.telemetry.distribution import Distribution
 from server.telemetry.metric_families import Family
@@ -82,6 +82,9 @@ class StepMetrics(Collector):
         self._num_tokens = Distribution(families.STEP_SIZE)
         self._progress = Distribution(families.STEP_PROGRESS)
         self._num_seqs = Distribution(families.STEP_SEQUENCES)
+        self._paced_tokens = Distribution(families.PACED_PROMPT_TOKENS)
+        self._paced_steps = dict.fromkeys(PROMPT_LIMITS, 0)
+        self._time_ratio = Distribution(families.STEP_TIME_RATIO)
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -111,6 +114,11 @@ class StepMetrics(Collector):
             self._num_accepted[position] += num_accepted
         if stats.draft_outcome:
             self._draft_outcomes[stats.draft_outcome] += 1
+        if stats.prompt_limit:
+            self._paced_steps[stats.prompt_limit] += 1
+            self._paced_tokens.observe(stats.num_prompt_tokens)
+        if stats.predicted > 0.0:
+            self._time_ratio.observe(stats.seconds / stats.predicted)
         self._bytes += stats.bytes_moved
         self._flops += stats.flops
         num_owned, num_cached = stats.num_owned_blocks, stats.num_cached_blocks
@@ -142,6 +150,8 @@ class StepMetrics(Collector):
         yield self._histogram(families.STEP_SIZE, {(): self._num_tokens})
         yield self._histogram(families.STEP_PROGRESS, {(): self._progress})
         yield self._histogram(families.STEP_SEQUENCES, {(): self._num_seqs})
+        yield self._histogram(families.PACED_PROMPT_TOKENS, {(): self._paced_tokens})
+        yield self._histogram(families.STEP_TIME_RATIO, {(): self._time_ratio})
         yield from self._collect_counters()
         owned, cached, free = self._blocks
         yield self._gauge(families.KV_BLOCKS, {("owned",): owned, ("cached",): cached, ("free",): free})
@@ -166,6 +176,7 @@ class StepMetrics(Collector):
         yield self._counter(families.ACCEPTED_DRAFT_TOKENS, {(*proposer, str(position)): n for position, n in accepted})
         outcomes = self._draft_outcomes.items()
         yield self._counter(families.DRAFTED_STEPS, {(*proposer, outcome): n for outcome, n in outcomes})
+        yield self._counter(families.PACED_STEPS, {(limit,): n for limit, n in self._paced_steps.items()})
         yield self._counter(families.MODEL_BYTES, {(): self._bytes})
         yield self._counter(families.MODEL_FLOPS, {(): self._flops})
 

@@ -20,6 +20,7 @@ class TextOptions:
     min_tokens: int = 0  # stop strings that end before this many tokens are ordinary text
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    tells_special_tokens: bool = False  # those that are skipped, by their places: for parsers of what was written
 
 
 class Detokenizer:
@@ -42,6 +43,7 @@ class Detokenizer:
         self.num_characters = 0  # decoded so far, held ones included
         self.num_released = 0  # characters of the text that was given out
         self.matched_stop: str | None = None
+        self._specials: list[tuple[int, str]] = []  # skipped: their places in characters, and how they are spelt
 
     def push(self, token_id: int) -> str:
         """The text that has become certain with this token. After `matched_stop` is set, push nothing more."""
@@ -60,6 +62,12 @@ class Detokenizer:
         text, held, self._held = text + self._held, self._held, ""
         self.num_released += len(held)
         return text
+
+    def take_specials(self) -> list[tuple[int, str]]:
+        """The special tokens that were skipped in the text given out, or right behind it, since the last time."""
+        taken = [special for special in self._specials if special[0] <= self.num_released]
+        self._specials = self._specials[len(taken) :]
+        return taken
 
     @property
     def is_holding(self) -> bool:
@@ -81,6 +89,8 @@ class Detokenizer:
     def _bytes(self, token_id: int) -> bytes:
         is_special = token_id in self._tokenizer.special_ids
         if is_special and self._options.skip_special_tokens:
+            if self._options.tells_special_tokens:
+                self._specials.append((self.num_characters, self._tokenizer.token_text(token_id)))
             return b""
         token = self._tokenizer.token_bytes(token_id)
         if is_special and self._after_special and not self._options.spaces_between_special_tokens:

@@ -8,18 +8,16 @@ nothing is lost with it. It reads requests from its standard input and ends with
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
-from typing import IO
 
 import msgspec
 
+from server.text.worker_limits import frame, limited, read_frame
+
 Plain = str | int | float | bool | None
-GRACE = 2  # seconds of processor time from the alarm, which a call into C does not hear, to the end of the process
 _PROBE = "peregrine-probe"
 _MOST_KNOWN = 16  # templates
 _LONGEST_REASON = 1000  # characters; a template may quote all that it was given
@@ -30,7 +28,7 @@ class Render(msgspec.Struct, kw_only=True):
     """A conversation and the template to render it with. Limits: processor seconds, characters, bytes of memory."""
 
     template: str
-    turns: list[dict[str, str | None]]
+    turns: list[dict[str, object]]
     variables: dict[str, Plain]
     tools: list[dict[str, object]] | None = None
     add_generation_prompt: bool
@@ -41,68 +39,50 @@ class Render(msgspec.Struct, kw_only=True):
 
 
 class Rendered(msgspec.Struct):
-    """text: None where the template, or a limit, refused the conversation; then why."""
+    """text: None where the template, or a limit, refused the conversation; then why, and which of them it was."""
 
     text: str | None
     reason: str = ""
+    was_limit: bool = False
 
 
 class TimeIsUp(BaseException):
     """The processor time of a rendering is used up. Not an Exception, so that no template or library catches it."""
 
 
-def frame(message: msgspec.Struct) -> bytes:
-    """The message in MessagePack, behind its length.
-
-    Raises OverflowError for numbers of more than 64 bits, UnicodeEncodeError for lone surrogates.
-    """
-    data = msgspec.msgpack.encode(message)
-    return len(data).to_bytes(8, "little") + data
-
-
-def read_frame(stream: IO[bytes]) -> bytes | None:
-    """The next frame's message, encoded; None at the end of the stream."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    size = int.from_bytes(head, "little")
-    data = stream.read(size)
-    return data if len(data) == size else None
-
-
 def render(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> Rendered:
     """Renders a conversation within the limits. An exception of the template becomes the reason of the refusal."""
-    own_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    end = int(used.ru_utime + used.ru_stime + request.max_seconds) + 1 + GRACE
-    _limit(resource.RLIMIT_CPU, end)
-    _limit(resource.RLIMIT_AS, own_bytes + request.max_bytes)
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, request.max_seconds)
-        turns = [_in_parts(turn) for turn in request.turns] if _wants_parts(request, render_template) else request.turns
-        texts, _ = render_template(
-            [turns],
-            tools=request.tools,
-            chat_template=request.template,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            **request.variables,
-        )
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        with limited(request.max_seconds, request.max_bytes):
+            texts = _rendered(request, render_template)
     except TimeIsUp:
-        return Rendered(None, f"it took more than {request.max_seconds:g} s of processor time")
+        return Rendered(None, f"it took more than {request.max_seconds:g} s of processor time", was_limit=True)
     except MemoryError:
-        return Rendered(None, f"it took more than {request.max_bytes >> 20} MiB of memory")
+        return Rendered(None, f"it took more than {request.max_bytes >> 20} MiB of memory", was_limit=True)
     except RecursionError:
         return Rendered(None, "it called itself too often")
     except _template_errors() as error:
         return Rendered(None, _as_unicode(str(error).split("Final message to continue:")[0][:_LONGEST_REASON]))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY)
     if len(texts[0]) > request.max_characters:
         return Rendered(None, f"it made {len(texts[0])} characters, more than {request.max_characters}")
     return Rendered(_as_unicode(texts[0]))
+
+
+def _rendered(request: Render, render_template: Callable[..., tuple[list[str], object]]) -> list[str]:
+    signal.setitimer(signal.ITIMER_VIRTUAL, request.max_seconds)
+    turns = [_in_parts(turn) for turn in request.turns] if _wants_parts(request, render_template) else request.turns
+    texts, _ = render_template(
+        [turns],
+        tools=request.tools,
+        chat_template=request.template,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        **request.variables,
+    )
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    return texts
 
 
 def _as_unicode(text: str) -> str:
@@ -117,8 +97,8 @@ def _template_errors() -> tuple[type[Exception], ...]:
     return TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError
 
 
-def _in_parts(turn: dict[str, str | None]) -> dict[str, object]:
-    if turn["content"] is None:
+def _in_parts(turn: dict[str, object]) -> dict[str, object]:
+    if not isinstance(turn["content"], str):
         return dict(turn)
     return {**turn, "content": [{"type": "text", "text": turn["content"]}]}
 
@@ -130,7 +110,7 @@ def _wants_parts(request: Render, render_template: Callable[..., tuple[list[str]
     """
     wants = _WANT_PARTS.get(request.template)
     if wants is None:
-        turn: dict[str, str | None] = {"role": "user", "content": _PROBE}
+        turn: dict[str, object] = {"role": "user", "content": _PROBE}
         shown = []
         for probe in (turn, _in_parts(turn)):
             try:
@@ -143,13 +123,6 @@ def _wants_parts(request: Render, render_template: Callable[..., tuple[list[str]
             _WANT_PARTS.clear()
         _WANT_PARTS[request.template] = wants
     return wants
-
-
-def _limit(kind: int, value: int) -> None:
-    """Sets a resource limit of this process, as far as the hard limit that it was started with allows."""
-    hard = resource.getrlimit(kind)[1]
-    bounds = [bound for bound in (value, hard) if bound != resource.RLIM_INFINITY]
-    resource.setrlimit(kind, (min(bounds, default=resource.RLIM_INFINITY), hard))
 
 
 def _time_is_up(number: int, frame: FrameType | None) -> None:

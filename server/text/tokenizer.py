@@ -12,7 +12,7 @@ from engine.ipc.messages import TokenizerAssets
 from server.text.chat_renderer import ChatRenderer
 from server.text.template_worker import Plain, Render
 
-Message = Mapping[str, str | None]
+Message = Mapping[str, object]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 LONG_TEXT = 1024  # characters of all texts of a request; reading more than this leaves the event loop for a thread
@@ -56,6 +56,21 @@ class Tokenizer:
         if token_id is None:
             raise ValueError(f"the model's files ask for a BOS token that its tokenizer does not have: {token!r}")
         return token_id
+
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """The texts of the special tokens, which an ordinary text never becomes."""
+        return frozenset(token for id in self.special_ids if (token := self._backend.id_to_token(id)) is not None)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that were added to the vocabulary, special or not, by their texts: each is one token wherever its
+        text stands."""
+        return {token.content: token_id for token_id, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._assets.chat_template
 
     @property
     def has_chat_template(self) -> bool:

@@ -35,12 +35,15 @@ async def _rendered(tokenizer: Tokenizer, conversations: list[Turns]) -> list[li
         renderer.close()
 
 
-def read_texts(tokenizer: Tokenizer, file: Path) -> list[list[int]]:
-    """The pieces of a text file. ValueError where it cannot be read, or holds too little to learn from."""
+def read_texts(
+    tokenizer: Tokenizer, file: Path, *, flag: str = "--text", max_chars: int | None = None
+) -> list[list[int]]:
+    """The pieces of a text file, or of its beginning. flag: that named it. ValueError where it cannot be read."""
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(max_chars)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--text: {file} cannot be read as UTF-8 text: {error}") from error
+        raise ValueError(f"{flag}: {file} cannot be read as UTF-8 text: {error}") from error
     token_ids = tokenizer.encode(text, add_special_tokens=True)
     pieces = [token_ids[start : start + PIECE] for start in range(0, len(token_ids), PIECE)]
     return [piece for piece in pieces if len(piece) > 1]

@@ -95,3 +95,37 @@ def test_the_output_layer_is_counted_for_rows_that_have_logits(dummy, ties_outpu
     in_layers = 19 * 2 * layers
     attention = 19 * 10 * (2 * 4 * 2 * 16)  # on average, a token attends to ten
     assert engine.step()[2].flops == in_layers + attention + 2 * 300 * 32
+
+
+def test_a_target_for_the_wait_between_tokens_measures_steps_and_changes_no_answer(dummy):
+    assert _build(dummy)[0].scheduler.pacing is None
+    phases: list[str] = []
+    settings = {"model": {"path": str(dummy), "load_format": "dummy"}, "device": {"num_threads": 1}}
+    config = EngineConfig.model_validate(settings | {"scheduler": {"target_itl_ms": 0.01}})
+    engine, _ = build_engine(config, lambda phase, detail: phases.append(phase))
+    assert "step_costs" in phases
+    params = SamplingParams(seed=0, max_tokens=40, temperature=0.0)
+    engine.add(Request(request_id="stream", prompt_token_ids=[5], params=params))
+    engine.step()
+    engine.add(Request(request_id="prompt", prompt_token_ids=list(range(1, 90)), params=params))
+    limits, chunks, tokens = set(), [], []
+    while engine.has_work:
+        outputs, _, stats = engine.step()
+        limits.add(stats.prompt_limit)
+        chunks.append(stats.num_prompt_tokens)
+        assert stats.predicted > 0
+        tokens += [token for output in outputs if output.request_id == "prompt" for token in output.token_ids]
+    assert "least" in limits  # steps of 10 microseconds are not to be had
+    assert 0 < max(chunks) < 89
+    untargeted, _ = _build(dummy)
+    untargeted.add(Request(request_id="prompt", prompt_token_ids=list(range(1, 90)), params=params))
+    expected = []
+    while untargeted.has_work:
+        expected += [token for output in untargeted.step()[0] for token in output.token_ids]
+    assert tokens == expected
+
+
+@pytest.mark.parametrize("target", [0, -5, float("nan"), float("inf"), 1e9, True, "fast", [50]])
+def test_a_target_that_is_no_time_is_refused(target):
+    with pytest.raises(ValueError, match="target_itl_ms"):
+        EngineConfig.model_validate({"scheduler": {"target_itl_ms": target}})

@@ -13,7 +13,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -261,7 +260,6 @@ NOT_COMPILED = {
     "head size 8": (LlamaConfig(**SIZES, head_dim=8), {}, "head size 8"),
     "hidden size 72": (LlamaConfig(**{**SIZES, "hidden_size": 72}, head_dim=16), {}, "hidden size 72"),
     "intermediate size 100": (LlamaConfig(**{**SIZES, "intermediate_size": 100}), {}, "intermediate size 100"),
-    "experts": (MixtralConfig(**SIZES, num_local_experts=4), {}, "experts"),
     "a family without layers of ours": (
         GPT2Config(vocab_size=VOCAB_SIZE, n_embd=64, n_layer=1, n_head=4, n_positions=64),
         {},

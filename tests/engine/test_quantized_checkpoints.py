@@ -13,7 +13,7 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.types import Request, SamplingParams
 from tests.support import quantizers as q
-from tests.support.quantized_files import write_checkpoint, write_floats
+from tests.support.quantized_files import OLMOE, write_checkpoint, write_floats
 from tests.support.quantizers import Quantize
 
 NUM_TOKENS = 12
@@ -35,7 +35,11 @@ CASES: dict[str, tuple[Quantize | dict[str, Quantize], dict[str, object]]] = {
     "FP8": (q.eight_bit_floats(rows=True), {"quant_method": "fp8"}),
     "mxfp4": (q.mxfp4, COMPRESSED),
     "ModelOpt, nvfp4": (q.nvfp4(of_modelopt=True), {"quant_method": "modelopt"}),
+    "FP8, blocks": (q.eight_bit_floats(block=(128, 128), name="weight_scale_inv"), {"quant_method": "fp8"}),
+    "compressed-tensors, 8 bits and zero points": (q.eight_bit_integers(symmetric=False, scales="groups"), COMPRESSED),
+    "GPTQ, 8 bits and zero points": (q.gptq(8, symmetric=False), GPTQ | {"bits": 8, "sym": False}),
     "bitsandbytes, nf4": (q.book_of_four_bits(nested=True), {"quant_method": "bitsandbytes"}),
+    "bitsandbytes, fp4": (q.book_of_four_bits("fp4"), {"quant_method": "bitsandbytes"}),
     "bitsandbytes, 8 bits": (q.bitsandbytes_integers, {"quant_method": "bitsandbytes"}),
 }
 
@@ -67,10 +71,12 @@ def answers(path: Path, *, kernels: str = "auto", **model: str) -> Answers:
     return Answers(found, info.weights, notes)
 
 
-def tokens_of_floats(directory: Path, state: dict[str, Tensor]) -> list[list[int]]:
-    """What the same model of floats answers, in compiled layers that round nothing."""
-    write_floats(directory, state)
-    return answers(directory, dtype="float32").tokens
+def tokens_of_floats(
+    directory: Path, state: dict[str, Tensor], *, kernels: str = "auto", **changes: object
+) -> list[list[int]]:
+    """What the same model of floats answers, in compiled layers that round nothing, or in others."""
+    write_floats(directory, state, **changes)
+    return answers(directory, kernels=kernels, dtype="float32").tokens
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -83,6 +89,35 @@ def test_a_quantised_checkpoint_answers_as_its_floats_do(tmp_path: Path, name: s
     for layer in ("layers.self_attn.qkv_proj", "layers.mlp.down_proj"):
         assert ["stored as " in kept for kept in found.weights[layer]] == [True]
     assert any(note.startswith("note: stored as ") and "q_proj (2)" in note for note in found.notes)
+
+
+EXPERTS: dict[str, tuple[Quantize | dict[str, Quantize], dict[str, object]]] = {
+    "GPTQ": (q.gptq(4), GPTQ),
+    "GPTQ, an order for each matrix": (q.gptq(4, order="own"), GPTQ | {"desc_act": True}),
+    "AWQ": CASES["AWQ"],
+    "FP8": (q.eight_bit_floats(rows=True), {"quant_method": "fp8"}),
+    "mxfp4": CASES["mxfp4"],
+    "nf4": (q.book_of_four_bits(), {"quant_method": "bitsandbytes"}),
+    "formats of their own": (
+        {
+            "experts.1.down_proj": q.compressed_integers(8),
+            "experts.2": q.eight_bit_floats(rows=True),
+            "up_proj": q.compressed_integers(4, symmetric=False),
+            "experts": q.compressed_integers(4),
+        },
+        COMPRESSED | {"config_groups": GROUPS | {"b": {"weights": {"num_bits": 8, "type": "int"}}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_quantised_experts_answer_as_torchs_of_floats_do(tmp_path: Path, name: str) -> None:
+    state = write_checkpoint(tmp_path / "quantized", *EXPERTS[name], changes=OLMOE)
+    expected = tokens_of_floats(tmp_path / "floats", state, kernels="torch", **OLMOE)
+    found = answers(tmp_path / "quantized")
+    assert found.tokens == expected
+    assert ["stored as " in kept for kept in found.weights["layers.mlp.experts.gate_up_proj"]] == [True]
+    assert any(note.startswith("note: stored as ") and "experts.up_proj" in note for note in found.notes)
 
 
 def test_rows_of_8_bit_activations_meet_columns_in_activation_order(tmp_path: Path) -> None:

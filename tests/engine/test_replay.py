@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine import replay
+from engine.batch.grammar_masks import GrammarMasks
 from engine.batch.step_file import StepFile, without_contents
 from engine.build import build_engine
 from engine.config import EngineConfig
@@ -140,6 +141,9 @@ def _holds(value: object, token: int) -> bool:
 def test_a_file_says_what_was_written(config: EngineConfig, tmp_path: Path) -> None:
     engine = _engine(config)
     inputs = engine.builder.build(engine.scheduler.schedule())
+    words = np.array([[7, 0], [1 << 31, 5]], dtype=np.uint32)
+    masks = GrammarMasks(np.array([0, 2]), words)
+    inputs = replace(inputs, sampling=replace(inputs.sampling, masks=masks))
     StepFile(config_json="{}", has_contents=True, inputs=inputs).write(tmp_path / "a.step")
     found = StepFile.read(tmp_path / "a.step").inputs
     assert found.input_ids.tolist() == inputs.input_ids.tolist()
@@ -147,6 +151,12 @@ def test_a_file_says_what_was_written(config: EngineConfig, tmp_path: Path) -> N
     assert found.sampling.facts.seeds.tolist() == inputs.sampling.facts.seeds.tolist()
     assert found.sampling.edits[0].tokens.biased.tolist() == [SECRET]
     assert found.tree_mask is None
+    assert found.sampling.masks is not None
+    assert found.sampling.masks.rows.tolist() == [0, 2]
+    assert found.sampling.masks.words().tolist() == words.tolist()
+    hidden = without_contents(found).sampling.masks
+    assert hidden is not None
+    assert (hidden.words() == 2**32 - 1).all()
 
 
 def test_what_cannot_be_run_again_is_a_sentence(config: EngineConfig, tmp_path: Path, capsys) -> None:

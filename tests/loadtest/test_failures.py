@@ -42,11 +42,14 @@ def broken_replies() -> dict[str, object]:
         "unfinished": Reply((*tokens, (0.0, event(finish_reason="abort")), usage, marker)),
         "wrong_length": Reply((*tokens[:2], end, few, marker)),
         "disconnect": Reply(tuple(tokens), ending="disconnect"),
+        "twice": Reply((*tokens, end, (0.0, event(" more")), usage, marker)),
         "empty": Reply((end, (0.0, event(usage=(3, 0))), marker)),
     }
 
 
-KINDS = "http_500 http_429 not_a_stream bad_event error_event cut no_finish_reason unfinished wrong_length disconnect"
+KINDS = (
+    "http_500 http_429 not_a_stream bad_event error_event cut no_finish_reason unfinished wrong_length disconnect twice"
+)
 
 
 @pytest.mark.parametrize("kind", KINDS.split())
@@ -114,7 +117,7 @@ async def _write(writer, data: bytes) -> bool:
 
 
 async def test_failures_enter_no_figure_but_the_count_of_errors(serve) -> None:
-    """Of eleven kinds of broken answers and as many good ones, only the good ones are measured."""
+    """Of twelve kinds of broken answers and as many good ones, only the good ones are measured."""
     replies = list(broken_replies().values())
 
     def alternate(index: int, served) -> object:
@@ -129,11 +132,11 @@ async def test_failures_enter_no_figure_but_the_count_of_errors(serve) -> None:
     answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
     # asked for three tokens, an answer of none is first of all one of the wrong length
     assert figures.errors == {**dict.fromkeys(KINDS.split(), 1), "wrong_length": 2}
-    assert (figures.num_answers, figures.num_failures) == (len(answers), len(replies)) == (11, 11)
-    assert figures.num_output_tokens == 11 * NUM_TOKENS
-    assert figures.num_prompt_tokens == 11 * 3
-    assert figures.inter_token_latency.count == 11 * (NUM_TOKENS - 1)
-    assert figures.time_to_first_token.count == figures.end_to_end.count == 11
+    assert (figures.num_answers, figures.num_failures) == (len(answers), len(replies)) == (12, 12)
+    assert figures.num_output_tokens == 12 * NUM_TOKENS
+    assert figures.num_prompt_tokens == 12 * 3
+    assert figures.inter_token_latency.count == 12 * (NUM_TOKENS - 1)
+    assert figures.time_to_first_token.count == figures.end_to_end.count == 12
 
 
 async def test_without_ignore_eos_an_answer_may_be_short(serve) -> None:

@@ -22,10 +22,11 @@ from loadtest.gpu.candidates import Load, Tunable, tunables
 from loadtest.gpu.context import Context
 from loadtest.gpu.errors import poisoned_memory, relative_error
 from loadtest.gpu.records import Ceilings, Problem, Tuned
-from loadtest.gpu.shapes import LLAMA_8B, QWEN_600M, TINY, Shape
+from loadtest.gpu.shapes import LLAMA_8B, TINY
 from loadtest.gpu.stopwatch import Work, num_sets
 from loadtest.gpu.tune import tune, write_entry
 from loadtest.gpu.wheels import needed_packages, read_pins, write_flash_wheel
+from loadtest.micro.shapes import QWEN_600M, Shape
 from tests import ROOT
 
 

@@ -12,7 +12,17 @@ import torch
 from transformers import LlamaConfig
 
 from kernels.numba.core.formats import NAMES
-from loadtest.micro import host_step, instruction_rates, kv_codecs, needle, perplexity, products, scaling, step_profile
+from loadtest.micro import (
+    grammar_cost,
+    host_step,
+    instruction_rates,
+    kv_codecs,
+    needle,
+    perplexity,
+    products,
+    scaling,
+    step_profile,
+)
 from loadtest.micro.operation_times import ATTENTION, OTHER, WEIGHTS, TorchClock, by_kind, kind_of, merged
 from loadtest.micro.steady import PARTS, State, SteadyEngine, StepTimes, build_steady
 from loadtest.report.environment import read_environment
@@ -55,6 +65,14 @@ def test_the_timed_steps_do_nothing_but_decode_in_the_state_asked_for(build, sta
     steady.clear()
     assert not steady.engine.has_work
     assert steady.engine.scheduler.kv.pool.num_owned == 0
+
+
+def test_steps_with_a_grammar_are_measured_beside_those_without(options: list[str]) -> None:
+    arguments = [*options, "--num-seqs", "2", "--steps", "3", "--rounds", "1"]
+    rows = grammar_cost.measure(grammar_cost.parse(arguments))
+    assert [row["grammar"] for row in rows] == list(grammar_cost.GRAMMARS)
+    assert rows[0]["percent of none"] == 100.0
+    assert all(float(row["step ms"]) > 0 for row in rows)
 
 
 def test_a_state_leaves_nothing_to_the_next(build) -> None:

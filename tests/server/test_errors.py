@@ -98,7 +98,7 @@ def test_a_route_that_is_not_there_is_404_and_a_wrong_method_405(broken):
 
 def test_a_body_over_the_limit_is_413(broken):
     error = check(broken.post("/v1/completions", content=b"x" * 1001), 413)
-    assert "limits.max_body_bytes is 1000" in error["message"]
+    assert "limits.max_body_bytes allows 1000" in error["message"]
 
 
 def test_an_unknown_model_is_404_with_a_code_of_its_own(broken):

@@ -20,7 +20,8 @@ def answer(index: int, served: Served) -> Reply:
     count, asked = served.body["max_tokens"], [served.body.get(name) for name in ("prompt", "messages", "seed")]
     text = f" {zlib.crc32(json.dumps(asked).encode())}" + (" oh" if METHOD == "wrong" and index % 5 == 4 else "")
     details = {"accepted_prediction_tokens": int(METHOD != "none"), "rejected_prediction_tokens": int(METHOD != "none")}
-    usage = {"prompt_tokens": 7, "completion_tokens": count, "completion_tokens_details": details}
+    num_words = len(json.dumps(asked).split())
+    usage = {"prompt_tokens": num_words, "completion_tokens": count, "completion_tokens_details": details}
     end = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
     pieces = [event(text, chat="messages" in served.body), event(finish_reason="length"), end, DONE]
     return Reply(tuple((0.0, piece) for piece in pieces))

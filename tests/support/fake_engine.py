@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import struct
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -28,6 +29,7 @@ CHAT_TEMPLATE = (
 )
 CORPUS = ["hello world of tokens, the quick brown fox jumps over the lazy dog. 你好 世界 🙂🚀 naïve café"] * 3
 CONTEXT = 256
+HIDDEN_SIZE = 4
 
 
 @cache
@@ -58,6 +60,7 @@ def make_model(assets: TokenizerAssets, vocab_size: int) -> ModelInfo:
         architecture="Tiny",
         num_parameters=1,
         vocab_size=vocab_size,
+        hidden_size=HIDDEN_SIZE,
         trained_context=CONTEXT,
         max_model_len=CONTEXT,
         num_kv_tokens=10 * CONTEXT,
@@ -81,6 +84,7 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.state, self.phase, self.phase_detail, self.failure = "ready", "ready", "", None
         self.num_restarts = self.num_waiting = self.num_waiting_tokens = self.num_running = 0
+        self.num_background_waiting = self.num_background_waiting_tokens = 0
         self.script: Callable[[Request], list[int]] = self.invent
         self.step_size = 1  # tokens per output
         self.first_delay = self.delay = 0.0  # seconds before the first and before each further output
@@ -115,6 +119,10 @@ class FakeEngine:
 
     def outputs(self, request: Request) -> Iterator[StepOutput]:
         params = request.params
+        if request.pooling is not None:
+            vector = struct.pack("<4f", len(request.prompt_token_ids), request.prompt_token_ids[-1], 1, 2)
+            yield StepOutput(request_id=request.request_id, finish_reason="stop", pooled=vector, timing=self.timing(0))
+            return
         tokens = self.script(request)[: params.max_tokens]
         stop_at = next((i for i, token in enumerate(tokens) if token in params.stop_token_ids), None)
         tokens = tokens if stop_at is None else tokens[: stop_at + 1]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.loading.loader import load_model, read_model_facts
+from engine.models.llama import TokenTable
 from engine.models.model import Model
 from engine.planning.engine_plan import MemoryPlan, plan_memory
 from engine.planning.machine import read_machine
@@ -47,8 +48,10 @@ def weights_of(model: Model) -> dict[str, Tensor]:
             for part in module.spec.parts:
                 place = f"{parent}.{part.name}" if part.name else name
                 found[f"{place}.weight"] = module.dense(module.spec.rows(part.name)).float()
+        elif isinstance(module, TokenTable) and module.table is not None:
+            found[f"{name}.weight"] = module.table.rows(torch.arange(module.num_embeddings))
     for name, parameter in model.named_parameters():
-        if not isinstance(model.get_submodule(name.rpartition(".")[0]), KeptMatrix):
+        if name not in found and not isinstance(model.get_submodule(name.rpartition(".")[0]), KeptMatrix):
             found[name] = parameter.data.float()
     outer = ("lm_head.", "decoder.", "head.")
     return {_named(name) if name.startswith(outer) else f"model.{name}": weight for name, weight in found.items()}

@@ -33,6 +33,7 @@ class OperatedEngine:
         self.state, self.phase, self.phase_detail = "starting", "process", ""
         self.failure: Failed | None = None
         self.num_restarts = self.num_waiting = self.num_waiting_tokens = self.num_running = 0
+        self.num_background_waiting = self.num_background_waiting_tokens = 0
         self.failed = asyncio.Event()
         self.observer: EngineObserver
         self.loop: asyncio.AbstractEventLoop

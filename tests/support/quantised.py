@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.numba.core.formats import GROUP, INTEGERS, QUADS, SUPER_GROUP, Levels
+from kernels.numba.core.formats import FLOAT8, GROUP, INTEGERS, QUADS, SUPER_GROUP, Levels
 
 
 def random_levels(kind: int, num_rows: int, depth: int) -> Levels:
@@ -29,8 +29,19 @@ def random_levels(kind: int, num_rows: int, depth: int) -> Levels:
     return Levels(kind & ~QUADS, levels, small, commons.half())
 
 
+def random_float8(num_rows: int, depth: int) -> Levels:
+    """All numbers of FP8 there are, those below the normal ones included, and scales of either sign."""
+    bits = torch.randint(0, 254, (num_rows, depth))
+    bits += (bits >= 127).int()  # less the two that are no numbers
+    scales = torch.randn(num_rows, depth // GROUP, 1) / 448
+    return Levels(FLOAT8, bits.to(torch.uint8), scales)
+
+
 def weights_of(rows: Levels) -> Tensor:
     """What they stand for, in float32, one operation after the other."""
+    if rows.kind == FLOAT8:
+        scales = rows.factors.flatten(1).repeat_interleave(GROUP, 1)
+        return rows.levels.view(torch.float8_e4m3fn).float() * scales
     weights, num_rows = INTEGERS[rows.kind], len(rows.levels)
     values = rows.levels.float() - weights.zero
     if weights.table:

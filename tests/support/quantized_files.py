@@ -32,10 +32,18 @@ SIZES = {
 def config_fields(**changes: object) -> dict[str, object]:
     """Of a config.json that leaves nothing out, as transformers would write it."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    return {**SIZES, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_parameters": rope, **changes} | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-    }
+    family = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return {**SIZES, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_parameters": rope, **family, **changes}
+
+
+OLMOE = {  # whose layers have experts, and norms over all heads
+    "model_type": "olmoe",
+    "architectures": ["OlmoeForCausalLM"],
+    "intermediate_size": 96,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+}
 
 
 def shapes_of(fields: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
@@ -57,11 +65,16 @@ def shapes_of(fields: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
             "self_attn.k_proj": (keys, hidden),
             "self_attn.v_proj": (keys, hidden),
             "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
         }
         norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        places = ["mlp"]
+        if "num_experts" in fields:
+            places = [f"mlp.experts.{expert}" for expert in range(number("num_experts"))]
+            matrices["mlp.gate"] = (number("num_experts"), hidden)
+            norms |= {"self_attn.q_norm": (queries,), "self_attn.k_norm": (keys,)}
+        for place in places:
+            matrices |= {f"{place}.{name}": (inner, hidden) for name in ("gate_proj", "up_proj")}
+            matrices[f"{place}.down_proj"] = (hidden, inner)
         found |= {f"model.layers.{layer}.{name}": shape for name, shape in (matrices | norms).items()}
     return {f"{name}.weight": shape for name, shape in found.items()}
 
@@ -134,10 +147,10 @@ def write_random_gptq(directory: Path, *, group_size: int = 128, **changes: obje
     write_tokenizer(directory)
 
 
-def write_floats(directory: Path, state: Mapping[str, Tensor]) -> None:
+def write_floats(directory: Path, state: Mapping[str, Tensor], **changes: object) -> None:
     """The checkpoint of floats that a quantised one stands for."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config_fields()))
+    (directory / "config.json").write_text(json.dumps(config_fields(**changes)))
     _save(state, directory, 1 << 40)
     write_tokenizer(directory)
 

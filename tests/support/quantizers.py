@@ -201,12 +201,22 @@ def nvfp4(*, of_modelopt: bool = False) -> Quantize:
     return quantize
 
 
-def book_of_four_bits(kind: str = "nf4", *, nested: bool = False) -> Quantize:
-    """bitsandbytes' 4 bits, blocks of 64 weights."""
+NF4 = np.array(  # of QLoRA's paper, appendix E
+    [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1], np.float32,
+)  # fmt: skip
+FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
+
+
+def book_of_four_bits(kind: str = "nf4", *, nested: bool = False, is_own: bool = False) -> Quantize:
+    """bitsandbytes' 4 bits, blocks of 64 weights. is_own: the book is nobody else's"""
 
     def quantize(name: str, num_rows: int, depth: int) -> Quantized:
         rng = np.random.default_rng([*name.encode()])
-        codes, book = rng.integers(0, 16, num_rows * depth), np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+        codes, book = rng.integers(0, 16, num_rows * depth), {"nf4": NF4, "fp4": FP4}[kind].copy()
+        if is_own:
+            book = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
         blocks = num_rows * depth // 64
         factors = (rng.uniform(0.5, 1, blocks) * 2 / depth**0.5).astype(np.float32)
         state = {"quant_type": kind, "blocksize": 64, "dtype": "float16", "shape": [num_rows, depth]}

@@ -180,6 +180,15 @@ def random_case(rng: random.Random, vocab_size: int) -> tuple[Scheduled, Tensor]
             return item, logits
 
 
+def random_masks(rng: random.Random, num_rows: int, vocab_size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Rows of a step that follow a grammar, what it allows in each, bool, and the same as packed words."""
+    rows = sorted(rng.sample(range(num_rows), rng.randint(0, num_rows)))
+    allowed = np.random.default_rng(rng.getrandbits(32)).random((len(rows), vocab_size)) < rng.choice([0.05, 0.5, 0.95])
+    padded = np.ones((len(rows), -(-vocab_size // 32) * 32 + 32), dtype=bool)  # tokens that the model does not have
+    padded[:, :vocab_size] = allowed
+    return rows, allowed, np.packbits(padded, axis=1, bitorder="little").view(np.uint32)
+
+
 def chosen_fast(logits: np.ndarray, item: Scheduled) -> int:
     """The definition again, with numpy's sort and exact integer sums instead of lists."""
     params = item.seq.params

@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.ipc.messages import ModelInfo, TokenizerAssets
 from engine.types import Request, Scheduled, Sequence, StepOutput, StepStats, TokenLogprobs
 
-EXIT, SEGFAULT, RAISE, HANG, POISONED, REFUSED, CRASH_WHEN_FRESH, GARBAGE, FORK = range(9001, 9010)
+EXIT, SEGFAULT, RAISE, HANG, POISONED, REFUSED, CRASH_WHEN_FRESH, GARBAGE, FORK, STALL = range(9001, 9011)
 CHUNK = 8  # prompt tokens per step
 CRASH_POSITION = 5  # where CRASH_WHEN_FRESH ends the process, unless the request is a replay
 
@@ -76,6 +76,9 @@ class ScriptedEngine:
         started = list(self._waiting)[: self._max_num_seqs - len(self._running)]
         for name in started:
             self._running[name] = self._waiting.pop(name)
+        if any(_stalls(seq) for seq in self._running.values()):
+            time.sleep(self._delay)
+            return [], [], self._stats(0)
         batch = [Scheduled(seq, CHUNK, 0, samples=True) for seq in self._running.values()]
         if batch:
             self.on_batch(batch)
@@ -129,6 +132,12 @@ class ScriptedEngine:
             bytes_moved=0,
             flops=0,
         )
+
+
+def _stalls(seq: Sequence) -> bool:
+    """Whether its engine goes around in circles from now on."""
+    is_fresh = not seq.request.output_token_ids and seq.num_output_tokens >= CRASH_POSITION
+    return is_fresh and seq.request.prompt_token_ids[0] == STALL
 
 
 def obey(seq: Sequence) -> None:

@@ -153,7 +153,7 @@ def whole_answer(served: Served, *, first: float = 0.0, gap: float = 0.0) -> Rep
     """As many tokens as were asked for, one per event, then the usage and the end marker."""
     count = served.body["max_tokens"]
     pieces = [(first, event(" t0"))] + [(gap, event(f" t{i}")) for i in range(1, count)]
-    prompt = served.body.get("prompt")
-    num_prompt_tokens = len(prompt) if isinstance(prompt, list) else 7
+    prompt = served.body.get("prompt") or json.dumps(served.body.get("messages"))
+    num_prompt_tokens = len(prompt if isinstance(prompt, list) else prompt.split())
     pieces += [(0.0, event(finish_reason="length")), (0.0, event(usage=(num_prompt_tokens, count))), (0.0, DONE)]
     return Reply(tuple(pieces))

@@ -15,12 +15,16 @@ import httpx
 from fastapi import FastAPI
 
 from engine.types import RequestTiming
-from server.api import chat, completions, requests, tokenize
+from server.api import chat, completions, embeddings, requests, tokenize
+from server.api.messages_api import routes as messages
+from server.api.ollama_api import routes as ollama
+from server.api.responses_api import routes as responses
 from server.cli.serve import make_http_server
 from server.config import Config
 from server.errors import ApiError, install_error_handlers
 from server.http.body_reader import BodyBudget
 from server.state import ServerState
+from server.structured.grammar_checker import GrammarChecker
 from server.telemetry.request_timeline import Ahead
 from server.text.chat_renderer import ChatRenderer
 from server.text.tokenizer import Tokenizer
@@ -35,13 +39,19 @@ def make_renderer() -> ChatRenderer:
     return ChatRenderer()
 
 
+@cache
+def make_checker() -> GrammarChecker:
+    """The same for grammars."""
+    return GrammarChecker()
+
+
 class FakePlace(AbstractContextManager):
     ahead = Ahead()
 
     def hand_over(self, num_tokens: int) -> None:
         """Nobody counts."""
 
-    def end(self) -> None:
+    def end(self, seconds: float | None = None) -> None:
         """Nobody counts."""
 
     def charge_output(self, num_tokens: int) -> None:
@@ -59,6 +69,9 @@ class FakeAdmission:
     def check_available(self) -> None:
         if self.error is not None and self.error.status == 503:
             raise self.error
+
+    def check_room(self, tenant: str) -> None:
+        """There is some, until the whole request is known."""
 
     def check_size(self, num_requests: int, num_tokens: int) -> None:
         """Nothing is too large."""
@@ -171,12 +184,12 @@ def make_world(template: str | None = CHAT_TEMPLATE, *, tokenizer: Tokenizer | N
     app = FastAPI()
     app.add_middleware(NamesRequests)
     install_error_handlers(app)
-    for module in (completions, chat, tokenize, requests):
+    for module in (completions, chat, responses, messages, embeddings, ollama, tokenize, requests):
         app.include_router(module.router)
     state = ServerState(
         config=Config(), engine=engine, admission=admission, metrics=metrics, tokenizer=engine.tokenizer,
         model_names=[MODEL_NAME, "other-name"], started_at=time.monotonic(), body_budget=BodyBudget(2**25),
-        chat_renderer=make_renderer(),
+        chat_renderer=make_renderer(), grammar_checker=make_checker(),
     )  # fmt: skip
     app.state.server = state
     return World(app, engine, metrics, admission, state, engine.tokenizer)

@@ -34,7 +34,9 @@ from engine.speculation.speculator import Speculator
 from engine.speculation.step_costs import StepCosts
 from engine.speculation.suffix import SuffixProposer
 from engine.speculation.token_map import TokenMap
+from engine.structured.grammar_states import GrammarStates
 from tests.support.eagle_files import make_eagle, random_eagle
+from tests.support.grammars import make_grammars
 
 VOCAB_SIZE, HIDDEN_SIZE, BLOCK_SIZE, MAX_MODEL_LEN = 24, 32, 4, 90
 COST = ModelCost(weight_bytes=1, flops_per_token=1, kv_bytes_per_token=1, attention_flops_per_pair=1)
@@ -124,6 +126,7 @@ def make_engine(
     window: int | None = None,
     is_auto: bool = False,
     typical: TypicalRule | None = None,
+    grammars: GrammarStates | None = None,
 ) -> Engine:
     """is_auto: a controller chooses what is verified; typical: drafts are kept that are likely enough"""
     model = make_model(window=window)
@@ -137,5 +140,7 @@ def make_engine(
     if is_auto:
         costs = StepCosts(FREE_ROWS)
         controller = DraftController(costs, max_rows=budget, depth_costs_time=proposer.needs.depth_costs_time)
-    speculator = Speculator(proposer, VOCAB_SIZE, controller, typical=typical)
+    speculator = Speculator(
+        proposer, VOCAB_SIZE, controller, typical=typical, grammars=make_grammars() if grammars is None else grammars
+    )
     return Engine(executor, Scheduler(kv, limits), speculator, COST)

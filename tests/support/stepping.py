@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from engine.batch.device_inputs import BatchBuilder, ForwardBatch
+from engine.batch.grammar_masks import GrammarMasks
 from engine.batch.step_inputs import StepInputs
 from engine.engine import Engine
 from engine.kv_cache.layer_spec import windows_of
@@ -20,6 +22,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.step_stats import ModelCost
 from engine.speculation.proposer import Proposer
 from engine.speculation.speculator import Speculator
+from engine.structured.grammar_states import GrammarStates
 from engine.types import Sampled, Scheduled
 
 VOCAB_SIZE = 1 << 20  # of inputs whose sampling nobody looks at
@@ -35,9 +38,11 @@ def engine_of(
     cost: ModelCost,
     *,
     overlap: bool = False,
+    grammars: GrammarStates | None = None,
 ) -> Engine:
     executor = ModelExecutor(runner, sampler)
-    return Engine(executor, scheduler, Speculator(proposer, executor.vocab_size), cost, overlap=overlap)
+    speculator = Speculator(proposer, executor.vocab_size, grammars=grammars)
+    return Engine(executor, scheduler, speculator, cost, overlap=overlap)
 
 
 def step_inputs(batch: list[Scheduled], block_size: int, *, typical: TypicalRule | None = None) -> StepInputs:
@@ -70,7 +75,12 @@ def inputs_for(runner: ModelRunner, batch: list[Scheduled]) -> StepInputs:
 
 
 def sample(
-    sampler: TokenSampler, logits: Tensor, batch: list[Scheduled], newest: Tensor | None = None
+    sampler: TokenSampler,
+    logits: Tensor,
+    batch: list[Scheduled],
+    newest: Tensor | None = None,
+    *,
+    masks: GrammarMasks | None = None,
 ) -> list[Sampled]:
     """What a sampler decides for a plan. It remembers the plans that it was given before."""
     builder = _OF_SAMPLERS.get(sampler)
@@ -83,4 +93,5 @@ def sample(
         item.seq.block_tables[0] += [0] * (num_blocks - len(item.seq.block_table))
     inputs = builder.build(batch)
     assert len(logits) == len(inputs.logits_rows), f"{len(logits)} rows of logits for {len(inputs.logits_rows)}"
+    inputs = replace(inputs, sampling=replace(inputs.sampling, masks=masks))
     return sampler.launch(logits, inputs.sampling, newest).finish(inputs)

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 OPTIONS = (
     "--max-num-seqs", "2", "--set", "limits.max_queued_requests=4", "--set", "speculation.method=ngram",
-    "--set", "speculation.depth=3", "--set", "speculation.num_drafts=3",
+    "--set", "speculation.depth=3", "--set", "speculation.num_drafts=3", "--set", "scheduler.target_itl_ms=50",
 )  # fmt: skip
 TRAFFIC_SECONDS = 20
 

@@ -27,6 +27,8 @@ _SCALARS = {  # GGUF value type: struct format
 }  # fmt: skip
 _MAX_DIMS = 4  # of ggml
 _DEFAULT_ALIGNMENT = 32  # bytes
+_MAX_BYTES = 1 << 28  # of a header: half a million tokens and their merges take 30 MB
+_MAX_ITEMS = 1 << 22  # of all its lists together, and of its pairs and tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +151,17 @@ def _tensor(path: Path, info: tuple[str, tuple[int, ...], int, int], data_start:
 
 
 class _Cursor:
-    """Reads forward through the header; whatever lies past the end of the file is a ModelError."""
+    """Reads forward through the header; whatever lies past the end of the file is a ModelError.
+
+    So is a header beyond all sizes: a file may be as large as it says, and yet hold nothing but a hole.
+    """
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
         self.data = data
         self.size = len(data)
         self.position = 0
+        self.num_items = 0  # that lists were said to have
 
     def take(self, num_bytes: int) -> bytes:
         end = self.position + num_bytes
@@ -163,6 +169,10 @@ class _Cursor:
             raise ModelError(
                 f"{self.path} is cut short or damaged: the header goes on past the file's {self.size:,} bytes; "
                 "download it again"
+            )
+        if end > _MAX_BYTES:
+            raise ModelError(
+                f"{self.path}: the header goes on past {_MAX_BYTES:,} bytes, and none is that long; the file is damaged"
             )
         chunk = self.data[self.position : end]
         self.position = end
@@ -179,6 +189,12 @@ class _Cursor:
         value = self.scalar(code)
         if value * min_bytes_each > self.size - self.position:
             raise ModelError(f"{self.path} is cut short or damaged: it announces {value:,} items; download it again")
+        self.num_items += value
+        if self.num_items > _MAX_ITEMS:
+            raise ModelError(
+                f"{self.path}: the header announces {self.num_items:,} items, and none has more than {_MAX_ITEMS:,}; "
+                "the file is damaged"
+            )
         return value
 
     def string(self) -> str:
@@ -213,7 +229,7 @@ class _Cursor:
         for _ in range(length):
             start = position + 8
             position = start + unpack(data, position)[0] if start <= size else size + 1
-            if position > size:
+            if position > min(size, _MAX_BYTES):
                 raise ModelError(f"{self.path} is cut short or damaged inside a list of texts; download it again")
             texts.append(data[start:position].decode())
         self.position = position

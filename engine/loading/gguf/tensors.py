@@ -74,6 +74,7 @@ _FAMILY_EXPERT_NAMES = {
 _INTERLEAVED_ROPE = {"llama", "smollm3", "granite"}  # whose rotations' pairs the writer puts side by side in q and k
 _NORMS_PLUS_ONE = {"gemma", "gemma2", "gemma3"}  # the writer adds the 1 that the layer adds
 _EXACT_BYTES = {Format.F16: 2.0, Format.BF16: 2.0} | {format: SIZES[kind] for format, kind in KINDS.items()}
+_SHARED_GATE = "ffn_gate_inp_shexp"
 _ROPE_FREQS = "rope_freqs.weight"  # read for the config, no weight of the model
 
 
@@ -96,6 +97,15 @@ def gguf_weights(header: GGUFHeader, *, num_threads: int = 1) -> Generator[tuple
     with closing(Threads(num_threads)) as threads:
         for info, pages in _mapped(header):
             yield hugging_face_name(header, info.name), _restore(header, info, _read(pages, info, threads))
+
+
+def gguf_shapes(header: GGUFHeader) -> dict[str, tuple[int, ...]]:
+    """Those of what `gguf_weights` gives, by name, in order."""
+    found = {}
+    for info in _tensors(header):
+        is_vector = _stem(info) == _SHARED_GATE
+        found[hugging_face_name(header, info.name)] = (1, *info.shape) if is_vector else info.shape
+    return found
 
 
 def gguf_stored_weights(header: GGUFHeader) -> Generator[tuple[str, Tensor | StoredLevels], None, None]:
@@ -188,7 +198,7 @@ def _read(data: mmap.mmap, info: TensorInfo, threads: Threads = ONE_THREAD) -> T
 
 def _restore(header: GGUFHeader, info: TensorInfo, weight: Tensor) -> Tensor:
     """Undoes what the writer changed."""
-    if _stem(info) == "ffn_gate_inp_shexp":
+    if _stem(info) == _SHARED_GATE:
         return weight.view(1, -1)  # which it writes as a vector
     if header.architecture in _NORMS_PLUS_ONE and _stem(info).endswith("norm"):
         return weight.float() - 1

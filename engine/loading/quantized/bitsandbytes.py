@@ -23,15 +23,17 @@ from engine.loading.quantized.matrix_header import (
     expect_dtype,
     expect_finite,
     expect_shape,
+    fits_chunks,
     kept_integers,
     num_groups,
+    why_not_chunks,
 )
 from engine.loading.quantized.scheme import Scheme
-from engine.quantization.stored_integers import StoredFloats, StoredIntegers, even_groups
+from engine.quantization.stored_integers import BookPlaces, StoredIntegers, even_groups
 from engine.quantization.stored_levels import StoredLevels
+from kernels.numba.core.formats import FP4, NF4
 
 _STATES = {f"weight.quant_state.bitsandbytes__{kind}": kind for kind in ("nf4", "fp4")}
-_WHY_BOOK = "no compiled kernel multiplies places in a code book"
 _MOST_STATE_BYTES = 1 << 16
 _INVERSE_127 = 7.874015718698502e-3  # as bitsandbytes writes 1 / 127
 
@@ -75,7 +77,10 @@ def _four_bits(tensors: Headers, state_name: str, kind: str) -> MatrixHeader:
             expect_dtype(tensors, name, "F32")
     label = f"bitsandbytes, {kind}, groups of {state.block_size}{', nested' if is_nested else ''}"
     used = {name: tensors[name] for name in names}
-    return MatrixHeader(state.shape, label, None, _WHY_BOOK, used, partial(_read_four_bits, state, label))
+    depth, fits = state.shape[1], fits_chunks(state.shape[1], state.block_size)
+    why = "" if fits else why_not_chunks(depth, state.block_size)
+    kept = {"nf4": NF4, "fp4": FP4}[kind] if fits else None
+    return MatrixHeader(state.shape, label, kept, why, used, partial(_read_four_bits, state, label))
 
 
 def _read_state(tensors: Headers, name: str) -> _State:
@@ -106,14 +111,13 @@ def _read_four_bits(state: _State, label: str, tensors: Tensors) -> StoredLevels
     octets, book = tensors["weight"].reshape(-1), expect_finite(tensors["weight.quant_map"], "quant_map")
     factors, depth = _factors(state, tensors), state.shape[1]
 
-    def read(start: int, stop: int) -> Tensor:
+    def codes(start: int, stop: int) -> Tensor:
         first, last = start * depth, stop * depth
         some = octets[first // 2 : -(-last // 2)]
         places = torch.stack((some >> 4, some & 15), 1).flatten()[first % 2 :][: last - first]
-        groups = torch.arange(first, last, device="cpu") // state.block_size
-        return (book[places.int()] * factors[groups]).view(-1, depth)
+        return places.view(-1, depth)
 
-    return StoredFloats(state.shape, None, read, label=label)
+    return BookPlaces.of(state.shape, label, codes, book, factors, block_size=state.block_size)
 
 
 def _factors(state: _State, tensors: Tensors) -> Tensor:

@@ -21,16 +21,20 @@ from engine.loading.quantized.matrix_header import (
     expect_dtype,
     expect_finite,
     expect_shape,
+    fits_chunks,
     group_label,
     kept_integers,
     num_groups,
+    why_not_chunks,
 )
 from engine.quantization.stored_integers import ScaledFloats, StoredFloats, StoredIntegers, even_groups
 from engine.quantization.stored_levels import StoredLevels
+from kernels.numba.core.formats import FLOAT8 as FLOAT8_KIND
+from kernels.numba.core.formats import GROUP
 
 FLOAT8, FLOAT8_WIDE = "F8_E4M3", "F8_E5M2"
 EXPONENTS = ("U8", "F8_E8M0")  # of scales that are powers of two
-WHY_FLOAT8 = "no compiled kernel multiplies 8-bit floats"
+WHY_WIDE = "no compiled kernel multiplies 8-bit floats of five exponent bits"
 Block = tuple[int, int]  # (outputs, inputs)
 
 
@@ -50,11 +54,12 @@ class ScaleLayout:
             return group_label(self.shape[1], width)
         return f"blocks of {height} x {width}"
 
-    def rows_of(self, scales: Tensor, start: int, stop: int) -> Tensor:
-        """[n, depth] of scales, [rows of blocks, columns of blocks]."""
+    def rows_of(self, scales: Tensor, start: int, stop: int, *, step: int = 1) -> Tensor:
+        """Of each `step` columns of some rows, [n, depth / step], of scales, [rows of blocks, columns of blocks]."""
         height, width = self.block
         rows = scales[torch.arange(start, stop, device="cpu") // height]
-        return rows if rows.shape[1] == 1 else rows[:, torch.arange(self.shape[1], device="cpu") // width]
+        columns = torch.arange(0, self.shape[1], step, device="cpu")
+        return rows.expand(-1, len(columns)) if rows.shape[1] == 1 else rows[:, columns // width]
 
 
 def scale_layout(tensors: Headers, name: str, shape: tuple[int, int], block: Block | None) -> ScaleLayout:
@@ -94,10 +99,19 @@ def eight_bit_matrix(
     is_float = weight.dtype != "I8"
     label = f"{method}, {'8-bit floats' if is_float else '8 bits'}, {layout.label}"
     if is_float:
-        read = partial(_read_floats, layout, label, scale)
-        return MatrixHeader((num_rows, depth), label, None, WHY_FLOAT8, used, read)
+        kind, why = _kept_floats(weight.dtype, layout)
+        read = partial(_read_floats, kind, layout, label, scale)
+        return MatrixHeader((num_rows, depth), label, kind, why, used, read)
     kind, why = kept_integers(8, depth, layout.block[1], has_zeros="weight_zero_point" in used)
     return MatrixHeader((num_rows, depth), label, kind, why, used, partial(_read_integers, layout, label, scale))
+
+
+def _kept_floats(dtype: str, layout: ScaleLayout) -> tuple[int | None, str]:
+    """(the format that compiled layers keep them in, or why they do not)"""
+    depth, width = layout.shape[1], layout.block[1]
+    if dtype != FLOAT8:
+        return None, WHY_WIDE
+    return (FLOAT8_KIND, "") if fits_chunks(depth, width) else (None, why_not_chunks(depth, width))
 
 
 def read_scales(tensor: Tensor, name: str) -> Tensor:
@@ -116,7 +130,7 @@ def powers_of_two(exponents: Tensor) -> Tensor:
     return torch.where(bits == 0, smallest, bits << 23).view(torch.float32)
 
 
-def _read_floats(layout: ScaleLayout, label: str, scale: str, tensors: Tensors) -> StoredLevels:
+def _read_floats(kind: int | None, layout: ScaleLayout, label: str, scale: str, tensors: Tensors) -> StoredLevels:
     weight, scales = tensors["weight"], read_scales(tensors[scale], scale)
     if "weight_zero_point" in tensors and bool(tensors["weight_zero_point"].float().any()):
         raise ValueError("its weight_zero_point is not 0, and 8-bit floats have none")
@@ -125,7 +139,8 @@ def _read_floats(layout: ScaleLayout, label: str, scale: str, tensors: Tensors) 
         return weight[start:stop].float().mul_(layout.rows_of(scales, start, stop))
 
     if weight.dtype == torch.float8_e4m3fn:
-        return ScaledFloats(layout.shape, None, read, weight, scales, label=label)
+        of_chunks = partial(layout.rows_of, scales, step=GROUP)
+        return ScaledFloats(layout.shape, kind, read, weight, scales, of_chunks, label=label)
     return StoredFloats(layout.shape, None, read, label=label)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.loading.stored_weights import StoredTensor
 from engine.quantization.stored_levels import StoredLevels
-from kernels.numba.core.formats import GROUP, INT4_ZEROS, INT8, Q4_0, Q5_0
+from kernels.numba.core.formats import GROUP, INT4_ZEROS, INT6, INT8, INT8_ZEROS, Q4_0, Q5_0
 
 Tensors = Mapping[str, Tensor]  # of one matrix, by the last words of their names
 Headers = Mapping[str, StoredTensor]  # likewise
@@ -85,22 +85,22 @@ def why_not_chunks(depth: int, group_size: int) -> str:
     return f"groups of {group_size} are not made of whole groups of {GROUP}"
 
 
-def kind_of_integers(bits: int, *, has_zeros: bool) -> int | None:
+def kind_of_integers(bits: int, *, has_zeros: bool) -> int:
     """The compiled format that integers are expected to stay in, from -2^(bits - 1) on or less a zero of each group.
 
     Less a zero, b bits have b + 1; of 2 and 3 bits, the zero lies near the middle.
     """
     if has_zeros:
-        return Q4_0 if bits < 4 else INT4_ZEROS if bits == 4 else INT8 if bits < 8 else None
-    return Q4_0 if bits <= 4 else Q5_0 if bits == 5 else INT8
+        few = Q4_0 if bits < 4 else INT4_ZEROS if bits == 4 else INT6 if bits == 5 else INT8
+        return few if bits < 8 else INT8_ZEROS
+    return Q4_0 if bits <= 4 else Q5_0 if bits == 5 else INT6 if bits == 6 else INT8
 
 
 def kept_integers(bits: int, depth: int, group_size: int, *, has_zeros: bool) -> tuple[int | None, str]:
     """(the format that compiled layers are expected to keep them in, or why they do not)"""
     if not fits_chunks(depth, group_size):
         return None, why_not_chunks(depth, group_size)
-    kind = kind_of_integers(bits, has_zeros=has_zeros)
-    return kind, "" if kind is not None else "8 bits less a zero point have 9"
+    return kind_of_integers(bits, has_zeros=has_zeros), ""
 
 
 def transposed_rows(tensor: Tensor, start: int, stop: int) -> Tensor:

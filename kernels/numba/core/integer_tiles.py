@@ -1,4 +1,4 @@
-"""Register tiles of integer weights: exact sums of products within a group that shares a scale, then float32 sums.
+"""Register tiles of integer weights: exact sums of products within what shares a scale, then float32 sums.
 
 Rows are integers too: of 16 bits, two depths side by side in a panel, or of 8 bits, four depths.
 """
@@ -105,14 +105,17 @@ def _integer_tile(module: ir.Module, rows: int, panels: int, weights: IntegerFor
     ]
     of_panels = [load_scales(builder, base, weights, group) for base in s_panels]
     sums = list(outer.values)
-    for part in range(weights.num_scales):
+    for part in range(weights.num_sums):
+        scale = part * weights.per_sum // weights.per_scale
         totals = _sums_of_part(builder, x_groups, w_groups, weights, part, of_rows)
         for row, address in enumerate(of_rows):
             row_scale = splat(builder, load(builder, address, FLOAT, 4))
             row_sum = _sum_of_row(builder, address, weights, part) if weights.has_offsets else None
             for panel in range(panels):
                 index = row * panels + panel
-                sums[index] = _add_part(builder, sums[index], totals[index], of_panels[panel][part], row_scale, row_sum)
+                sums[index] = _add_part(
+                    builder, sums[index], totals[index], of_panels[panel][scale], row_scale, row_sum
+                )
     sums = outer.close(sums)
     write_sums(builder, sums, panels, out, ldo, adds)
     builder.ret_void()
@@ -164,7 +167,7 @@ def _sums_of_part(
     part: int,
     of_rows: list[ir.Value],
 ) -> list[ir.Value]:
-    """sum(x * (level - zero)) of what shares a scale, part by part of a group, of each row and panel: [16] float32.
+    """sum(x * (level - zero)) of one exact sum, part by part of a group, of each row and panel: [16] float32.
 
     It is sum(x * level) - zero * sum(x), with which a sum begins. In bytes, x is an integer less the one that stands
     for zero: that one times sum(level) is taken away too. sum(level) is taken here: it costs less than to read it.

@@ -56,11 +56,17 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 
 
 def load_floats(builder: ir.IRBuilder, address: ir.Value, element: str) -> ir.Value:
-    """16 consecutive elements as float32, exactly."""
+    """16 consecutive elements as float32, exactly; those of float8 times 2^-8."""
     if element == "float32":
         return load(builder, address, FLOATS, 4)
     if element == "int8":
         return builder.sitofp(builder.sext(load(builder, address, ir.VectorType(I8, LANES), 1), INTS), FLOATS)
+    if element == "float8":  # e4m3, of which float16 has the same bits, but for 2^8 in the exponent: here without it
+        wide = builder.zext(load(builder, address, ir.VectorType(I8, LANES), 1), ir.VectorType(I16, LANES))
+        kind = wide.type
+        spread = builder.ashr(builder.shl(wide, ir.Constant(kind, [8] * LANES)), ir.Constant(kind, [1] * LANES))
+        half = builder.and_(spread, ir.Constant(kind, [0xBF80] * LANES))
+        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
     bits = load(builder, address, ir.VectorType(I16, LANES), 2)
     if element == "bfloat16":  # the upper half of a float32
         wide = builder.shl(builder.zext(bits, INTS), ir.Constant(INTS, [16] * LANES))

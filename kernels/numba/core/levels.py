@@ -29,6 +29,8 @@ def load_levels(builder: ir.IRBuilder, base: ir.Value, weights: IntegerFormat, s
             return load(builder, address, INTS, 1)
         return builder.sext(load(builder, address, ir.VectorType(I8, 2 * LANES), 1), WORDS)
     assert isinstance(step, int), "levels in planes are written out"
+    if weights.has_wide_table:
+        return _look_up_wide(builder, _load_plane(builder, base, weights, step, bits=4, place=0), weights.table)
     if weights.table:
         return _look_up(builder, _load_plane(builder, base, weights, step, bits=4, place=_place(weights)), weights)
     parts, skipped = [], 0
@@ -66,6 +68,25 @@ def _look_up(builder: ir.IRBuilder, levels: ir.Value, weights: IntegerFormat) ->
     if weights.depths == 4:
         return builder.bitcast(found, INTS)
     return builder.ashr(builder.bitcast(found, WORDS), ir.Constant(WORDS, [8] * (2 * LANES)))
+
+
+def _look_up_wide(builder: ir.IRBuilder, levels: ir.Value, table: tuple[int, ...]) -> ir.Value:
+    """table[level] of each 16 bits, [32] int16: the lower bytes of its numbers and the upper ones, of a table each."""
+    if "avx2" not in features():
+        words = builder.bitcast(levels, WORDS)
+        found = ir.Constant(WORDS, [table[0]] * (2 * LANES))
+        for index, value in enumerate(table[1:], 1):
+            is_it = builder.icmp_unsigned("==", words, ir.Constant(WORDS, [index] * (2 * LANES)))
+            found = builder.select(is_it, ir.Constant(WORDS, [value] * (2 * LANES)), found)
+        return found
+    nothing = 0x80  # the index of a byte that becomes zero
+    lower = builder.or_(levels, ir.Constant(INTS, [nothing << 8 | nothing << 24] * LANES))
+    upper = builder.or_(builder.shl(levels, ir.Constant(INTS, [8] * LANES)), ir.Constant(INTS, [0x800080] * LANES))
+    halves = [
+        _shuffle_bytes(builder, tuple((value >> shift) & 255 for value in table), builder.bitcast(indices, BYTES))
+        for shift, indices in ((0, lower), (8, upper))
+    ]
+    return builder.bitcast(builder.or_(*halves), WORDS)
 
 
 def _shuffle_bytes(builder: ir.IRBuilder, table: tuple[int, ...], indices: ir.Value) -> ir.Value:

@@ -22,6 +22,7 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from kernels.numba.core.formats import GROUP
 from kernels.numba.core.lanes import (
     FLOAT,
     FLOATS,
@@ -175,6 +176,44 @@ def add_bfloat16_products(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b
     return fma(builder, a_low, b_low, fma(builder, a_high, b_high, total))
 
 
+def _float8_tile(module: ir.Module, rows: int, panels: int, element: str) -> ir.Function:
+    """(x, ldx, w, panel_stride, scales, scale_stride, num_groups, ahead, out, ldo, adds): sums of products with 8-bit
+    floats (e4m3), each of which is multiplied by its scale first.
+
+    x: float32 [rows, num_groups * GROUP]; w: [num_groups * GROUP, 16] of a panel; scales: float32 [num_groups, 16], 2^8
+    times those of the numbers; strides: bytes from panel to panel; ahead: as of `_float_tile`, for the scales too
+    """
+    function, is_new = define(module, f"float8_tile_{rows}x{panels}", 11)
+    if not is_new:
+        return function
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    x, ldx, w, panel_stride, scales, scale_stride, num_groups, ahead, out, ldo, adds = function.args
+    x_rows = [builder.add(x, builder.mul(ldx, I64(4 * row))) for row in range(rows)]
+    w_panels = [builder.add(w, builder.mul(panel_stride, I64(panel))) for panel in range(panels)]
+    s_panels = [builder.add(scales, builder.mul(scale_stride, I64(panel))) for panel in range(panels)]
+    outer = Loop(builder, num_groups, [ir.Constant(FLOATS, [0.0] * LANES)] * (rows * panels))
+    of_scales = builder.mul(outer.index, I64(4 * LANES))
+    factors = [load_floats(builder, builder.add(base, of_scales), "float32") for base in s_panels]
+    prefetch_span(builder, s_panels, builder.add(builder.mul(scale_stride, I64(panels)), of_scales), LINE)
+    first = builder.mul(outer.index, I64(GROUP * LANES))
+    prefetch_span(builder, w_panels, builder.add(ahead, first), GROUP * LANES)
+    inner = Loop(builder, I64(GROUP), outer.values)
+    depth = builder.add(builder.mul(outer.index, I64(GROUP)), inner.index)
+    offset = builder.mul(depth, I64(LANES))
+    codes = [load_floats(builder, builder.add(base, offset), element) for base in w_panels]
+    weights = [builder.fmul(one, factor) for one, factor in zip(codes, factors, strict=True)]
+    sums = []
+    for row in range(rows):
+        address = builder.add(x_rows[row], builder.shl(depth, I64(2)))
+        broadcast = splat(builder, load(builder, address, FLOAT, 4))
+        totals = inner.values[row * panels : (row + 1) * panels]
+        sums += [fma(builder, broadcast, weight, total) for weight, total in zip(weights, totals, strict=True)]
+    sums = outer.close(inner.close(sums))
+    write_sums(builder, sums, panels, out, ldo, adds)
+    builder.ret_void()
+    return function
+
+
 _Element = TypeVar("_Element")  # of the weights: a name, or what says more
 _Writer = Callable[[ir.Module, int, int, _Element], ir.Function]
 
@@ -220,6 +259,7 @@ multiply_float32 = dispatching(_float_tile, "float32", 10)
 multiply_bfloat16 = dispatching(_bfloat16_tile, "float32", 10)
 multiply_rounded_bfloat16 = dispatching(_bfloat16_tile, "bfloat16", 10)
 multiply_float16 = dispatching(_float_tile, "float16", 10)
+multiply_float8 = dispatching(_float8_tile, "float8", 11)
 
 
 @njit(inline="always")

@@ -63,6 +63,13 @@ def _normalise_head(x, weight, size, eps):
         head[i] = head[i] * inverse * factors[i]
 
 
+@njit
+def normalise_parts(x, weight, first, last, size, stride, eps):
+    """Normalises the first `size` elements of rows first..last in place. x: float32 [rows, stride]"""
+    for row in range(first, last):
+        _normalise_head(x + row * stride * 4, weight, size, eps)
+
+
 @njit(fastmath=_FUSED)
 def _rotate_head(x, cos, sin, half):
     """As `kernels.reference.rope.apply_rope`, for one head in place. cos, sin: [2 * half], sin's first half negated"""

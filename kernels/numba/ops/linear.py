@@ -13,6 +13,8 @@ from numba import njit, types
 
 from kernels.numba.core.formats import (
     BFLOAT16,
+    FLOAT8,
+    FLOAT8_SCALE_BYTES,
     FLOAT16,
     FLOAT32,
     GROUP,
@@ -37,6 +39,7 @@ from kernels.numba.core.processor import TileRows
 from kernels.numba.core.tiles import (
     FLOAT_TILES,
     multiply_bfloat16,
+    multiply_float8,
     multiply_float16,
     multiply_float32,
     multiply_rounded_bfloat16,
@@ -85,6 +88,17 @@ def _of_floats(name: str, tile: Callable[..., None], *, row_bits: int, weight_bi
     return _Product(name, row_bits, weight_bits, 0, 0, FLOAT_TILES, multiply)
 
 
+def _of_float8() -> _Product:
+    tile = multiply_float8
+
+    @njit(inline="always")
+    def multiply(rows, panels, x, depth, factors, w, scales, count, out, ldo, adds):
+        stride, scale_stride = depth * LANES, depth // GROUP * FLOAT8_SCALE_BYTES
+        tile((rows, panels, x, depth, w, stride, scales, scale_stride, count // GROUP, panels * stride, out, ldo, adds))
+
+    return _Product("float8", 32, 8, 0, FLOAT8_SCALE_BYTES, FLOAT_TILES, multiply)
+
+
 def _of_integers(kind: int) -> _Product:
     weights = INTEGERS[kind]
     group_bytes, scale_bytes = weights.group_bytes, weights.scale_bytes
@@ -127,6 +141,8 @@ def _product(kind: int) -> _Product:
         return _of_floats("float16", multiply_float16, row_bits=32, weight_bits=16)
     if kind == BFLOAT16:
         return _of_floats("bfloat16", multiply_bfloat16, row_bits=32, weight_bits=16)
+    if kind == FLOAT8:
+        return _of_float8()
     if kind == ROUNDED_BFLOAT16:
         return _of_floats("rounded bfloat16", multiply_rounded_bfloat16, row_bits=16, weight_bits=16)
     return _of_integers(kind)

@@ -243,3 +243,38 @@ def sample_rows(
             if facts[row, 2] != 0.0:
                 weights[row, 0], weights[row, 1] = _weights_before(gaps, winner)
             tokens[row] = winner
+
+
+@njit
+def _mask_block(logits, word, masked):
+    """Masks up to 32 tokens. Returns whether any is no number or plus infinity, and whether any is possible."""
+    is_broken, is_possible = False, False
+    for i in range(len(logits)):
+        value = logits[i]
+        is_broken |= not (value < np.float32(np.inf))
+        is_possible |= value > np.float32(-np.inf)
+        masked[i] = value if (word >> np.uint32(i)) & np.uint32(1) else np.float32(-np.inf)
+    return is_broken, is_possible
+
+
+@kernel(types.void(int64, int64, _ROWS, _TOKENS, _KEYS, _ROWS, _TOKENS), nogil=True)
+def mask_rows(first, last, logits, masks, words, masked, are_finite):
+    """Copies rows first to last of logits, with minus infinity for the tokens that their masks do not allow.
+
+    logits, masked: [rows, vocab_size]; masks: [rows] of each the row of its mask, or -1
+    words: [masks, at least vocab_size / 32] bit i of word j says whether token 32 j + i is allowed
+    are_finite: [masks] whether the largest logit was a finite number
+    """
+    size = logits.shape[1]
+    for row in range(first, last):
+        mask = masks[row]
+        if mask < 0:
+            masked[row] = logits[row]
+            continue
+        is_broken, is_possible = False, False
+        for word in range((size + 31) // 32):
+            part = slice(word * 32, min(word * 32 + 32, size))
+            found = _mask_block(logits[row, part], words[mask, word], masked[row, part])
+            is_broken |= found[0]
+            is_possible |= found[1]
+        are_finite[mask] = 1 if is_possible and not is_broken else 0

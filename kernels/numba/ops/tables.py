@@ -1,4 +1,4 @@
-"""Rows of packed matrices as floats: what a token's embedding is, where the table is kept in integers."""
+"""Rows of packed matrices as floats: what a token's embedding is, where it has no table of plain floats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from functools import cache
 import numpy as np
 from numba import njit, types
 
-from kernels.numba.core.formats import GROUP, INTEGERS, SUPER_GROUP, IntegerFormat
+from kernels.numba.core.formats import (
+    BFLOAT16,
+    FLOAT16,
+    GROUP,
+    INTEGERS,
+    NAMES,
+    SUPER_GROUP,
+    IntegerFormat,
+)
 from kernels.numba.core.lanes import LANES
 from kernels.numba.core.memory import bfloat16_value, flags, float16_value, floats, words
 from kernels.numba.kernel_cache import address_of, by_address, kernel, named
@@ -18,10 +26,12 @@ call_row = by_address(_SIGNATURE)
 
 @cache
 def row_kernel(kind: int):
-    """The kernel that writes one row of a matrix in a format of integers: (values, scales, depth, row, out).
+    """The kernel that writes a row of a matrix of integers, or of floats of 16 bits: (values, scales, depth, row, out).
 
     values, scales: addresses of those of a PackedMatrix; out: float32 [depth], the very numbers of `packing.unpack`
     """
+    if kind in (FLOAT16, BFLOAT16):
+        return _row_of_floats(kind)
     weights = INTEGERS[kind]
     read_level, read_factor = _level_reader(weights), _factor_reader(weights)
     group_bytes, scale_bytes, per_scale = weights.group_bytes, weights.scale_bytes, weights.per_scale
@@ -44,6 +54,20 @@ def row_kernel(kind: int):
                     target[group * GROUP + i] = value + offset if has_offsets else value
 
     return kernel(_SIGNATURE)(named(read_row, f"read row of {weights.name}"))
+
+
+def _row_of_floats(kind: int):
+    """Of those the elements of bfloat16 lie in pairs of depths."""
+    is_bfloat16, depths = kind == BFLOAT16, 2 if kind == BFLOAT16 else 1
+
+    def read_row(values, scales, depth, row, out):
+        panel, column = row // LANES, row % LANES
+        source, target = words(values + panel * depth * LANES * 2, depth * LANES), floats(out, depth)
+        for i in range(depth):
+            bits = source[(i // depths * LANES + column) * depths + i % depths]
+            target[i] = bfloat16_value(bits) if is_bfloat16 else float16_value(bits)
+
+    return kernel(_SIGNATURE)(named(read_row, f"read row of {NAMES[kind]}"))
 
 
 def row_address(kind: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.numba.core.formats import (
     BFLOAT16,
     DTYPES,
+    FLOAT8,
     GROUP,
     INTEGERS,
     NAMES,
@@ -24,6 +25,7 @@ from kernels.numba.core.formats import (
 from kernels.numba.core.lanes import LANES
 from kernels.numba.packing.levels import pack_planes, unpack_planes
 
+_FLOAT8_SHIFT = 256.0  # what a tile takes numbers of FLOAT8 to be less than they are, and its scales to be more
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -129,7 +131,12 @@ def pack_exactly(weight: Tensor, kind: int) -> PackedMatrix | None:
 
 
 def pack_levels(rows: Levels, kind: int) -> PackedMatrix:
-    """Rows of integers and scales as they are, in their format's layout. kind: the rows', or the same in quads"""
+    """Rows of integers, or of FLOAT8, and scales as they are, in their format's layout.
+
+    kind: the rows', or the same in quads
+    """
+    if kind == FLOAT8:
+        return _pack_float8(rows)
     assert kind in (rows.kind, rows.kind + QUADS), (kind, rows.kind)
     weights, (num_rows, depth) = INTEGERS[kind], rows.levels.shape
     assert depth % weights.depth_multiple == 0, f"a depth of {depth} in {weights.name}"
@@ -153,17 +160,34 @@ def unpack(packed: PackedMatrix) -> Tensor:
     if packed.kind in DTYPES:
         values = packed.values.transpose(2, 3).flatten(1, 2) if packed.kind == BFLOAT16 else packed.values
         return values.float().transpose(1, 2).reshape(-1, packed.depth)[: packed.num_rows].contiguous()
+    if packed.kind == FLOAT8:
+        return _unpack_float8(packed)
     weights, groups = INTEGERS[packed.kind], packed.depth // GROUP
     is_bytes = weights.bits == 8
     levels = packed.values.transpose(1, 2).flatten(2) if is_bytes else unpack_planes(packed.values, weights)
     if weights.table:
-        table = torch.tensor(weights.table, dtype=torch.int8)
+        table = torch.tensor(weights.table, dtype=torch.int16)
         levels = table[levels.int()]
     wide = (levels.float() - weights.zero).view(-1, LANES, groups * weights.num_scales, weights.per_scale)
     scales, offsets = _factors(packed, weights)
     wide *= scales.unsqueeze(-1)
     if offsets is not None:
         wide += offsets.unsqueeze(-1)
+    return wide.reshape(-1, packed.depth)[: packed.num_rows].contiguous()
+
+
+def _pack_float8(rows: Levels) -> PackedMatrix:
+    num_rows, depth = rows.levels.shape
+    assert depth % GROUP == 0, f"a depth of {depth} in FP8"
+    values = _panels(rows.levels).transpose(1, 2).contiguous()  # [panels, depth, 16]
+    scales = _panels(rows.factors.float().flatten(1) * _FLOAT8_SHIFT).transpose(1, 2).contiguous()
+    return PackedMatrix(FLOAT8, num_rows, depth, values, scales)
+
+
+def _unpack_float8(packed: PackedMatrix) -> Tensor:
+    numbers = packed.values.transpose(1, 2).contiguous().view(torch.float8_e4m3fn).float() / _FLOAT8_SHIFT
+    scales = packed.scales.transpose(1, 2).unsqueeze(-1)  # [panels, 16, groups, 1]
+    wide = numbers.unflatten(2, (-1, GROUP)) * scales
     return wide.reshape(-1, packed.depth)[: packed.num_rows].contiguous()
 
 

@@ -24,6 +24,7 @@ from kernels.numba.ops.elementwise import (
     copy_rows,
     fill_rows,
     gather_rows,
+    normalise_parts,
     normalise_rows,
     permute_rows,
     quantise_rows,
@@ -32,6 +33,7 @@ from kernels.numba.ops.elementwise import (
     round_rows,
     silu_and_multiply_rows,
 )
+from kernels.numba.ops.experts import ARRANGE, NUM_BLOCK_FIELDS, call_expert_operation, most_blocks
 from kernels.numba.ops.linear import BLOCK_ROWS, call_product
 from kernels.numba.ops.tables import call_row
 
@@ -56,6 +58,9 @@ class Operation(IntEnum):
     QUANTISE_TO_BYTES = 10
     GATHER_PACKED = 11
     PERMUTE = 12
+    NORMALISE_PARTS = 13
+    OF_EXPERTS = 14
+    MULTIPLY_EXPERTS = 15
 
 
 class Step(IntEnum):
@@ -70,7 +75,8 @@ class Step(IntEnum):
     TILES = 6  # address of the tiles, see `kernels.numba.ops.attention.cut_tiles`
     NUM_LOGITS = 7
     LOGITS_ROWS = 8
-    ROTATIONS = 9  # addresses of cos and sin of each rotation of the model, up to MAX_ROTATIONS, for every position
+    PAIRS = 9  # of a row and one of its experts
+    ROTATIONS = 10  # addresses of cos and sin of each rotation of the model, up to MAX_ROTATIONS, for every position
     SLOTS = ROTATIONS + 2 * MAX_ROTATIONS  # of each group of layers, up to MAX_BLOCK_TABLES: address of the rows' slots
     TABLES = SLOTS + MAX_BLOCK_TABLES  # likewise: bytes from a tile's block table to its sequence's in this group
 
@@ -85,7 +91,8 @@ class Control(IntEnum):
 
 
 _GATHER, _NORMALISE, _QUANTISE, _FILL, _MULTIPLY, _STORE, _ATTEND = map(int, list(Operation)[:7])
-_SILU, _COPY, _ROUND, _TO_BYTES, _GATHER_PACKED, _PERMUTE = map(int, list(Operation)[7:])
+_SILU, _COPY, _ROUND, _TO_BYTES, _GATHER_PACKED, _PERMUTE = map(int, list(Operation)[7:13])
+_PARTS, _OF_EXPERTS, _EXPERTS = map(int, list(Operation)[13:])
 _POSITIONS, _TREE, _TREE_WIDTH = int(Step.POSITIONS), int(Step.TREE), int(Step.TREE_WIDTH)
 _NUM_TILES, _TILES, _TABLES = int(Step.NUM_TILES), int(Step.TILES), int(Step.TABLES)
 _ROTATIONS, _SLOTS = int(Step.ROTATIONS), int(Step.SLOTS)
@@ -128,17 +135,46 @@ def _cycles(typing_context):
 
 
 @njit(inline="always")
-def _count_units(op, step):
+def count_units(op, step):
+    """From what stays as it is for the whole step: a thread may count when the others have gone on, and have written
+    over what this operation read.
+    """
     kind, rows = op[0], step[op[NUM_FIELDS - 2]]
     if kind == _MULTIPLY:
         return -(-rows // BLOCK_ROWS) * -(-op[7] // op[8])
     if kind == _ATTEND:
         return step[_NUM_TILES] * op[4]
+    if kind == _EXPERTS:
+        return most_blocks(rows, op[14]) * -(-op[7] // op[8])
+    if kind == _OF_EXPERTS and op[2] == ARRANGE:
+        return min(1, rows)
     return -(-rows // _ROWS_AT_ONCE)
 
 
 @njit(inline="always")
-def _run_unit(unit, op, op_floats, step, scratch):
+def _multiply_experts(unit, op, scratch):
+    """A block of pairs of one expert, by some panels of its matrix; nothing, if there are fewer blocks. Fields as of
+    MULTIPLY, but for
+
+    op[5]: int64 [num_experts, 2], addresses of each matrix's values and scales; zeros: another operation has it
+    op[6]: the blocks of `arrange_pairs`; op[12], op[13]: bytes of a pair's row and of its factors; op[14]: num_experts
+    """
+    runs = -(-op[7] // op[8])
+    if unit // runs >= integers(op[6], 1)[0]:
+        return
+    block = integers(op[6] + (1 + NUM_BLOCK_FIELDS * (unit // runs)) * 8, NUM_BLOCK_FIELDS)
+    matrix, first = integers(op[5] + block[0] * 16, 2), block[1]
+    if matrix[0] != 0:
+        call_product(
+            op[1],
+            (unit % runs, op[2] + first * op[12], op[3] + first * op[13], block[2], op[4], matrix[0], matrix[1], op[7],
+             op[8], op[9] + first * op[10] * 4, op[10], op[11], scratch),
+        )  # fmt: skip
+
+
+@njit(inline="always")
+def _run_unit(unit, address, op_floats, step, scratch):
+    op = integers(address, NUM_FIELDS)
     kind = op[0]
     rows = step[op[NUM_FIELDS - 2]]
     first = unit * _ROWS_AT_ONCE
@@ -154,6 +190,8 @@ def _run_unit(unit, op, op_floats, step, scratch):
              op[11], op[12], tile[0], tile[1], kv_head, tile[2], tile[3], tile[4], step[_POSITIONS],
              tile[5] + step[_TABLES + op[13]], step[_TREE], step[_TREE_WIDTH], scratch)
         )  # fmt: skip
+    elif kind == _EXPERTS:
+        _multiply_experts(unit, op, scratch)
     elif kind == _NORMALISE:
         normalise_rows(op[1], op[2], op[3], first, last, op[4], op_floats[0])
     elif kind == _QUANTISE:
@@ -175,6 +213,10 @@ def _run_unit(unit, op, op_floats, step, scratch):
         copy_rows(op[1], op[2], first, last, op[3])
     elif kind == _PERMUTE:
         permute_rows(op[1], op[2], op[3], first, last, op[4])
+    elif kind == _PARTS:
+        normalise_parts(op[1], op[2], first, last, op[3], op[4], op_floats[0])
+    elif kind == _OF_EXPERTS:
+        call_expert_operation(op[1], (address + 2 * 8, first, last, rows))
     elif kind == _FILL:
         fill_rows(op[1], op[2], first, last, op[3], op[4])
     elif kind == _GATHER:
@@ -191,16 +233,17 @@ def _work(program, num_ops, step_address, control, scratch, times):
     if times != 0:
         integers(times, 1)[0] = _cycles()
     for index in range(num_ops):
-        op = integers(program + index * NUM_FIELDS * 8, NUM_FIELDS)
+        address = program + index * NUM_FIELDS * 8
+        op = integers(address, NUM_FIELDS)
         op_floats = floats(program + (index * NUM_FIELDS + NUM_FIELDS - 1) * 8, 2)
         taken = control + _COUNTERS + index * 2 * LINE
         done = taken + LINE
-        num_units = _count_units(op, step)
+        num_units = count_units(op, step)
         while True:
             unit = add_to_counter(taken, 1)
             if unit >= num_units:
                 break
-            _run_unit(unit, op, op_floats, step, scratch)
+            _run_unit(unit, address, op_floats, step, scratch)
             add_to_counter(done, 1)
         spins = 0
         while read_counter(done) < num_units:

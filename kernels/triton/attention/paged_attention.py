@@ -65,7 +65,7 @@ def paged_attention(
     _check(q, k_cache, v_cache, block_tables, query_starts, seq_lens)
     check_scales(k_cache, v_cache, k_scales, v_scales)
     if prepared is None:
-        prepared = _prepare(q, query_starts, seq_lens, k_cache.shape[1])
+        prepared = _prepare(q, query_starts, seq_lens, k_cache)
     words = None
     if tree_mask is not None:
         words = pack_tree(tree_mask) if prepared.tree_words is None else prepared.tree_words
@@ -222,9 +222,10 @@ def _padded(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, num_kv_heads: int) -> Prepared:
+def _prepare(q: Tensor, query_starts: Tensor, seq_lens: Tensor, k_cache: Tensor) -> Prepared:
+    num_kv_heads, has_codes = k_cache.shape[1], k_cache.element_size() == 1
     group = q.shape[1] // num_kv_heads
-    config = attention_config(q.shape[2], group, q.dtype, chip=chip_of(q.device))
+    config = attention_config(q.shape[2], group, q.dtype, chip=chip_of(q.device), has_codes=has_codes)
     partition = partition_attention(
         query_starts.diff().cpu().numpy(),
         seq_lens.cpu().numpy(),

@@ -7,6 +7,8 @@ need it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,29 @@ def route(router_logits: Tensor, top_k: int, *, normalise: bool) -> tuple[Tensor
     return weights, experts
 
 
+class SortedPairs(NamedTuple):
+    """The pairs of a batch in the order of their experts.
+
+    tensors: their numbers, token * top_k + rank, [pairs]; where each expert's begin, and the last one's end, [experts +
+    1]; their shares by number, [tokens, top_k]
+    """
+
+    tensors: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def of(cls, weights: Tensor, experts: Tensor, num_experts: int) -> SortedPairs:
+        """weights, experts: [tokens, top_k], of `route`"""
+        owners, pairs = experts.flatten().sort(stable=True)
+        starts = torch.searchsorted(owners, torch.arange(num_experts + 1, device=experts.device))
+        return cls((pairs, starts, weights.contiguous()))
+
+    def num_tiles(self, num_rows: int) -> int:
+        """Of so many pairs each, at most: each expert may have one partial tile."""
+        num_pairs, num_experts = self.tensors[0].shape[0], self.tensors[1].shape[0] - 1
+        tiles: int = triton.cdiv(num_pairs, num_rows)
+        return tiles + min(num_experts, num_pairs)
+
+
 def mix_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -61,22 +86,17 @@ def mix_experts(
     if not num_pairs:
         return torch.empty_like(x)
     config = config or moe_config(num_pairs // num_experts, x.dtype, chip=chip_of(x.device))
-    owners, pairs = experts.flatten().sort(stable=True)
-    starts = torch.searchsorted(owners, torch.arange(num_experts + 1, device=x.device))
+    sorted_pairs = SortedPairs.of(weights, experts, num_experts)
     hidden = x.new_empty(num_pairs, size)
     parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
-    num_tiles = triton.cdiv(num_pairs, config.rows) + min(
-        num_experts, num_pairs
-    )  # each expert may have one partial tile
+    num_tiles = sorted_pairs.num_tiles(config.rows)
     products = ((x, gate_up, hidden, size), (hidden, down, parts, hidden_size))
     for source, matrix, target, width in products:
         grouped_kernel[(num_tiles, triton.cdiv(width, config.columns))](
             source,
             matrix,
             target,
-            pairs,
-            starts,
-            weights.contiguous(),
+            *sorted_pairs.tensors,
             width,
             source.stride(0),
             *matrix.stride()[:2],

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from kernels.triton.compat import next_power_of_2
 from kernels.triton.configs import MoeConfig, chip_of, quantized_moe_config
-from kernels.triton.layers.moe import locate_tile
+from kernels.triton.layers.moe import SortedPairs, locate_tile
 from kernels.triton.quantized.matrix import QuantizedMatrix
-from kernels.triton.quantized.packing import unit_of
-from kernels.triton.quantized.tile import STEP, multiply_tile
-from kernels.triton.quantized.unpack import SCALES, VALUES
+from kernels.triton.quantized.tile import STEP, Operands, multiply_tile
 
 
 def mix_quantized_experts(
@@ -41,13 +39,11 @@ def mix_quantized_experts(
     if not num_pairs:
         return torch.empty_like(x)
     config = config or quantized_moe_config(num_pairs // num_experts, x.dtype, chip=chip_of(x.device))
-    owners, pairs = experts.flatten().sort(stable=True)
-    starts = torch.searchsorted(owners, torch.arange(num_experts + 1, device=x.device))
+    sorted_pairs = SortedPairs.of(weights, experts, num_experts)
     hidden = x.new_empty(num_pairs, size)
     parts = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=x.device)
-    x, sorted_pairs = x.contiguous(), (pairs, starts, weights.contiguous())
-    _multiply(x, gate_up, hidden, sorted_pairs, config, num_experts=num_experts, top_k=top_k, is_gated=True)
-    _multiply(hidden, down, parts, sorted_pairs, config, num_experts=num_experts, top_k=top_k, is_gated=False)
+    _multiply(x.contiguous(), gate_up, hidden, sorted_pairs, config, top_k=top_k, is_gated=True)
+    _multiply(hidden, down, parts, sorted_pairs, config, top_k=top_k, is_gated=False)
     return parts.view(num_tokens, top_k, hidden_size).sum(1).to(x.dtype)
 
 
@@ -55,38 +51,26 @@ def _multiply(
     source: Tensor,
     matrix: QuantizedMatrix,
     target: Tensor,
-    sorted_pairs: tuple[Tensor, Tensor, Tensor],
+    sorted_pairs: SortedPairs,
     config: MoeConfig,
     *,
-    num_experts: int,
     top_k: int,
     is_gated: bool,
 ) -> None:
-    """One of the two products. sorted_pairs: in the order of their experts; where each of those begins; their shares"""
+    """One of the two products."""
     if matrix.order is not None:
         source = source.index_select(1, matrix.order)
-    (num_pairs, width), num_units = target.shape, matrix.words.shape[0]
-    num_tiles = triton.cdiv(num_pairs, config.rows) + min(num_experts, num_pairs)
-    quantized_experts_kernel[(num_tiles, triton.cdiv(width, config.columns))](
+    width, num_experts = target.shape[1], sorted_pairs.tensors[1].shape[0] - 1
+    operands = Operands.of(matrix)
+    quantized_experts_kernel[(sorted_pairs.num_tiles(config.rows), triton.cdiv(width, config.columns))](
         source,
-        matrix.words,
-        matrix.scales,
-        matrix.scales if matrix.offsets is None else matrix.offsets,
-        matrix.scales if matrix.channel_scales is None else matrix.channel_scales,
-        matrix.scales if matrix.table is None else matrix.table,
+        *operands.tensors,
         target,
-        *sorted_pairs,
+        *sorted_pairs.tensors,
         width,
-        matrix.num_outputs,
-        num_units,
-        matrix.words.stride(1),
-        BITS=matrix.bits,
-        GROUP=matrix.group_size,
-        KIND=SCALES[matrix.scale_kind],
-        VALUES=VALUES[matrix.values],
-        HAS_OFFSETS=matrix.offsets is not None,
-        HAS_CHANNELS=matrix.channel_scales is not None,
-        IS_FULL=width % config.columns == 0 and num_units * unit_of(matrix.bits) % STEP == 0,
+        *operands.sizes,
+        **operands.constants,
+        IS_FULL=width % config.columns == 0 and operands.fills_steps,
         NUM_EXPERTS=num_experts,
         PADDED_EXPERTS=next_power_of_2(num_experts),
         DEPTH=source.shape[1],
@@ -146,44 +130,17 @@ def quantized_experts_kernel(
     columns = expert * (2 * width if IS_GATED else width) + targets
     sources = source_ptr + source_rows * DEPTH
     num_steps = tl.cdiv(DEPTH, STEP)
-    acc = multiply_tile(
-        sources,
-        words_ptr,
-        scales_ptr,
-        offsets_ptr,
-        table_ptr,
-        is_row,
-        columns,
-        is_column,
-        num_outputs,
-        DEPTH,
-        num_units,
-        stride_block,
-        0,
-        num_steps,
-        BITS,
-        GROUP,
-        KIND,
-        VALUES,
-        HAS_OFFSETS,
-        IS_FULL,
-        DEPTH % STEP == 0,
-        ROWS,
-        COLUMNS,
-        STEP,
-        STAGES,
-    )
-    if HAS_CHANNELS:
-        acc *= tl.load(channels_ptr + columns, mask=is_column, other=0.0)[:, None]
-    if IS_GATED:
-        up = multiply_tile(
+    acc = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for part in tl.static_range(2 if IS_GATED else 1):  # gate, then up
+        places = columns + part * width
+        found = multiply_tile(
             sources,
             words_ptr,
             scales_ptr,
             offsets_ptr,
             table_ptr,
             is_row,
-            columns + width,
+            places,
             is_column,
             num_outputs,
             DEPTH,
@@ -204,9 +161,12 @@ def quantized_experts_kernel(
             STAGES,
         )
         if HAS_CHANNELS:
-            up *= tl.load(channels_ptr + width + columns, mask=is_column, other=0.0)[:, None]
-        acc = acc * tl.sigmoid(acc) * up
-    else:
+            found *= tl.load(channels_ptr + places, mask=is_column, other=0.0)[:, None]
+        if part == 0:
+            acc = found
+        else:
+            acc = acc * tl.sigmoid(acc) * found
+    if not IS_GATED:
         acc *= tl.load(weights_ptr + pairs, mask=is_row, other=0.0)[None, :]
     tl.store(
         target_ptr + target_rows[None, :] * width + targets[:, None],

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from kernels.triton.configs import QuantizedConfig, chip_of, quantized_config
 from kernels.triton.quantized.matrix import QuantizedMatrix
-from kernels.triton.quantized.packing import unit_of
-from kernels.triton.quantized.tile import STEP, multiply_tile
-from kernels.triton.quantized.unpack import SCALES, VALUES
+from kernels.triton.quantized.tile import STEP, Operands, multiply_tile
 
 COMBINED = 1024  # outputs that one program adds up
 _LEAST_STEPS = 2  # of a split: less work than that is not worth a sum
@@ -40,31 +38,20 @@ def quantized_linear(
     x = x.contiguous() if matrix.order is None else x.index_select(1, matrix.order)
     config = config or quantized_config(num_rows, x.dtype, chip=chip_of(x.device))
     splits = num_splits(num_outputs, num_inputs, config)
-    num_units = matrix.words.shape[0]
+    operands = Operands.of(matrix)
     sums = x.new_empty(splits, num_rows, num_outputs, dtype=torch.float32) if splits > 1 else out
     grid = (triton.cdiv(num_rows, config.rows), triton.cdiv(num_outputs, config.columns), splits)
     quantized_kernel[grid](
         x,
-        matrix.words,
-        matrix.scales,
-        matrix.scales if matrix.offsets is None else matrix.offsets,
-        matrix.scales if matrix.channel_scales is None else matrix.channel_scales,
-        matrix.scales if matrix.table is None else matrix.table,
+        *operands.tensors,
         x if bias is None else bias,
         sums,
         num_rows,
-        num_outputs,
         num_inputs,
-        num_units,
-        matrix.words.stride(1),
-        BITS=matrix.bits,
-        GROUP=matrix.group_size,
-        KIND=SCALES[matrix.scale_kind],
-        VALUES=VALUES[matrix.values],
-        HAS_OFFSETS=matrix.offsets is not None,
-        HAS_CHANNELS=matrix.channel_scales is not None,
+        *operands.sizes,
+        **operands.constants,
         HAS_BIAS=bias is not None and splits == 1,
-        IS_FULL=num_outputs % config.columns == 0 and num_units * unit_of(matrix.bits) % STEP == 0,
+        IS_FULL=num_outputs % config.columns == 0 and operands.fills_steps,
         HAS_STEPS=num_inputs % STEP == 0,
         ROWS=config.rows,
         COLUMNS=config.columns,
@@ -105,8 +92,8 @@ def quantized_kernel(
     bias_ptr,
     out_ptr,
     num_rows,
-    num_outputs,
     num_inputs,
+    num_outputs,
     num_units,
     stride_block,
     BITS: tl.constexpr,

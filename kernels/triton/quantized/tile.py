@@ -6,13 +6,50 @@ which then are rounded to the dtype of the rows.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.triton.compat import dot
-from kernels.triton.quantized.unpack import load_pairs, load_scales, weights_of
+from kernels.triton.quantized.matrix import QuantizedMatrix
+from kernels.triton.quantized.packing import unit_of
+from kernels.triton.quantized.unpack import SCALES, VALUES, load_pairs, load_scales, weights_of
 
 STEP = 128  # inputs: a whole number of units of any packing
+
+
+class Operands(NamedTuple):
+    """A matrix as kernels around `multiply_tile` take it.
+
+    tensors: words, scales, offsets, channel scales and the table; what a matrix lacks, no kernel reads
+    sizes: outputs, units of words, and words from block to block; constants: by their names in the kernels
+    fills_steps: no step lies beyond the words
+    """
+
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, int, int]
+    constants: dict[str, int | bool]
+    fills_steps: bool
+
+    @classmethod
+    def of(cls, matrix: QuantizedMatrix) -> Operands:
+        words, scales, num_units = matrix.words, matrix.scales, matrix.words.shape[0]
+        others = (matrix.offsets, matrix.channel_scales, matrix.table)
+        return cls(
+            (words, scales, *(scales if one is None else one for one in others)),
+            (matrix.num_outputs, num_units, words.stride(1)),
+            {
+                "BITS": matrix.bits,
+                "GROUP": matrix.group_size,
+                "KIND": SCALES[matrix.scale_kind],
+                "VALUES": VALUES[matrix.values],
+                "HAS_OFFSETS": matrix.offsets is not None,
+                "HAS_CHANNELS": matrix.channel_scales is not None,
+            },
+            num_units * unit_of(matrix.bits) % STEP == 0,
+        )
 
 
 @triton.jit

@@ -33,7 +33,7 @@ class TestTritonAttention(AttentionConformance):
 
     @pytest.fixture(autouse=True)
     def _small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, chip: SMALL)
+        monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, **facts: SMALL)
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +73,7 @@ def test_a_chunk_has_the_bits_of_smaller_chunks(
     small = configs.AttentionConfig(
         split_size=8, max_split_queries=4, decode_rows=16, decode_keys=8, prompt_rows=32, prompt_keys=32
     )
-    monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, chip: small)
+    monkeypatch.setattr("engine.attention.triton_backend.attention_config", lambda *sizes, **facts: small)
     layer = AttentionLayer(0, num_heads=num_heads, num_kv_heads=1, head_dim=16, scale=0.25, window=window)
     rows = [torch.randn(CONTEXT, heads, 16, device=device) for heads in (num_heads, 1, 1)]
     params = SamplingParams(seed=0, max_tokens=9)

@@ -11,6 +11,7 @@ import sys
 from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 
@@ -92,6 +93,18 @@ async def test_a_process_launched_ahead_imports_before_anybody_speaks_to_it_and_
     await until(imported.exists)
     launched.discard()
     assert not process_state(launched.process.pid)
+
+
+async def test_background_requests_that_wait_are_counted_by_themselves_too() -> None:
+    client = make_client()
+    requests = [make_request("somebody"), msgspec.structs.replace(make_request("line"), is_background=True)]
+    streams = [asyncio.create_task(collect(client, request)) for request in requests]
+    await asyncio.sleep(0)
+    assert (client.num_waiting, client.num_waiting_tokens) == (2, 24)
+    assert (client.num_background_waiting, client.num_background_waiting_tokens) == (1, 12)
+    await client.start()
+    await asyncio.gather(*streams)
+    assert (client.num_background_waiting, client.num_background_waiting_tokens) == (0, 0)
 
 
 async def test_the_counters_follow_a_request_from_the_queue_to_its_end() -> None:

@@ -35,7 +35,7 @@ from tests.support.scripted_client import (
     tokens_of,
     until,
 )
-from tests.support.scripted_engine import EXIT, HANG, expected_tokens
+from tests.support.scripted_engine import EXIT, HANG, STALL, expected_tokens
 
 PATIENT = SupervisionConfig(max_deaths=10)
 
@@ -259,6 +259,18 @@ async def test_a_stopped_process_is_noticed_killed_and_replaced() -> None:
         assert tokens_of(await stream) == expected_tokens(request)
         assert process_state(pid) == ""
         assert observer.deaths == ["the engine process gave no sign of life for 0.8 s"]
+
+
+async def test_an_engine_that_takes_steps_and_computes_nothing_is_replaced() -> None:
+    observer = Recorder()
+    limits = replace(QUICK, step=0.5, silence=0.5, heartbeat_interval=0.1)
+    async with running("delay=0.005", observer=observer, limits=limits) as client:
+        requests = [make_request("stalls", order=STALL), *(make_request(f"r{i}") for i in range(5))]
+        results = await asyncio.gather(*(collect(client, request) for request in requests))
+        assert [tokens_of(outputs) for outputs in results] == [expected_tokens(r) for r in requests]
+        await asyncio.sleep(1.2)  # without requests, nothing has to be computed
+        assert client.num_restarts == 1
+    assert "though it has requests" in observer.deaths[0]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.quantization import bit_packing
 from engine.quantization.bit_packing import num_padded_words, num_words, unpack_bits, unpack_padded_bits
 from tests.support.quantizers import pack_bits, pack_padded_bits
 
@@ -20,6 +21,13 @@ def test_words_without_gaps_give_their_integers_back(bits: int, count: int, num_
     words = torch.from_numpy(pack_bits(values, bits))
     assert words.shape[1] == num_words(count, bits)
     assert torch.equal(unpack_bits(words, bits, count).long(), torch.from_numpy(values))
+
+
+@given(**SIZES)
+def test_integers_become_the_words_that_a_stream_of_bits_makes(bits: int, count: int, num_rows: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << bits, (num_rows, count))
+    words = bit_packing.pack_bits(torch.from_numpy(values).to(torch.uint8), bits)
+    assert torch.equal(words, torch.from_numpy(pack_bits(values, bits)))
 
 
 @given(**SIZES)

@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 
@@ -16,10 +17,13 @@ from engine.kv_cache.storage import KVCache
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.host_sampler import HostSampler
 from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.prompt_pacing import PromptPacing
 from engine.scheduling.scheduler import Scheduler
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.no_proposer import NoProposer
 from engine.types import Request, SamplingParams, StepOutput
+from tests.support.grammars import EOS, NESTED, OBJECT, make_grammars
+from tests.support.paced_world import make_times
 from tests.support.stepping import engine_of
 from tests.support.tiny_llamas import COST, VOCAB_SIZE, make_model
 
@@ -48,7 +52,8 @@ def _make_engine(name: str = "full", *, overlap: bool, num_blocks: int = 200, bu
     kv = KVCacheManager(num_blocks, BLOCK_SIZE, windows=windows_of(model.attention_layers))
     limits = SchedulerLimits(max_num_seqs=6, max_num_batched_tokens=budget, max_model_len=60, headroom=1)
     runner = CountingRunner(model, cache, TorchAttention(cache))
-    return engine_of(runner, Scheduler(kv, limits), HostSampler(VOCAB_SIZE), NoProposer(), COST, overlap=overlap)
+    scheduler, sampler, grammars = Scheduler(kv, limits), HostSampler(VOCAB_SIZE), make_grammars(VOCAB_SIZE)
+    return engine_of(runner, scheduler, sampler, NoProposer(), COST, overlap=overlap, grammars=grammars)
 
 
 def _random_params(rng: random.Random, seed: int) -> SamplingParams:
@@ -131,6 +136,51 @@ def test_a_random_workload_says_the_same_with_and_without_overlap(model, num_blo
         assert engine.scheduler.num_preemptions > 0
     if model == "full":
         assert engine.scheduler.num_prefix_hits > 0
+
+
+@pytest.mark.parametrize(("num_blocks", "budget", "seed"), [(200, 48, 0), (24, 12, 1)])
+def test_a_target_for_the_wait_between_tokens_is_foreseen_and_changes_nothing_that_is_said(num_blocks, budget, seed):
+    requests = _random_requests(random.Random(seed), 16)
+    engine = _make_engine(overlap=True, num_blocks=num_blocks, budget=budget)
+    engine.scheduler.pacing = PromptPacing(make_times(), target=0.03)
+    limits = set()
+    step = engine.step
+
+    def noted():
+        report = step()
+        limits.add(report[2].prompt_limit)
+        return report
+
+    engine.step = noted
+    found = _run(engine, requests, schedule_seed=seed)
+    expected = _run(_make_engine(overlap=False), requests, schedule_seed=1000)
+    both = found.keys() & expected.keys()
+    assert len(both) > 5
+    assert all(_tokens(found[request_id]) == _tokens(expected[request_id]) for request_id in both)
+    assert engine.executor.runner.num_ahead > 0
+    assert limits & {"target", "least", "none"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_follow_a_grammar_wait_for_the_tokens_before_them(seed: int) -> None:
+    """Beside others, which are launched ahead whenever they are alone."""
+    requests = [
+        msgspec.structs.replace(
+            request, params=msgspec.structs.replace(request.params, grammar=grammar, stop_token_ids=[EOS], bad_words=[])
+        )
+        for request, grammar in zip(
+            _random_requests(random.Random(seed), 20), [OBJECT, None, None, NESTED, None] * 4, strict=True
+        )
+    ]
+    engine = _make_engine(overlap=True)
+    found = _run(engine, requests, schedule_seed=seed)
+    expected = _run(_make_engine(overlap=False), requests, schedule_seed=1000)
+    both = found.keys() & expected.keys()
+    assert len(both) > 8
+    for request_id in both:
+        assert _tokens(found[request_id]) == _tokens(expected[request_id])
+        assert found[request_id][-1].finish_reason == expected[request_id][-1].finish_reason
+    assert engine.executor.runner.num_ahead > 0
 
 
 def _add(engine: Engine, request_id: str, **fields: object) -> None:

@@ -9,8 +9,8 @@ import torch
 from engine.sampling.host_sampler import HostSampler
 from engine.sampling.triton_sampler import TritonSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence
+from kernels.triton.sampling import grammar_masks, token_scores
 from kernels.triton.sampling import sample_tokens as sampling
-from kernels.triton.sampling import token_scores
 from tests.support.stepping import sample
 
 pytestmark = [
@@ -25,6 +25,7 @@ VOCAB_SIZE = 90
 def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_TOKENS_AT_ONCE", 64)
     monkeypatch.setattr(token_scores, "_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(grammar_masks, "_TOKENS_AT_ONCE", 64)
 
 
 def _tokens(rng: random.Random, least: int, most: int) -> list[int]:

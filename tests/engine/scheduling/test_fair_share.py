@@ -185,6 +185,30 @@ def test_priority_comes_before_shares_and_waiting_makes_up_for_it():
     assert queue.first is patient
 
 
+@pytest.mark.parametrize(("weight", "seats"), [(0.05, 7), (0.5, 5)])
+def test_a_background_tenant_has_what_nobody_wants_and_gives_it_back(weight, seats):
+    """Batches: low priority, a small share. A request of another comes at once, whatever runs, and all end."""
+    world = make_busy_world(0, 0)
+    rng = random.Random(1)
+    background = []
+    for number in range(40):
+        text = [rng.randrange(VOCAB_SIZE) for _ in range(20)]
+        request = plain_request(f"line{number}", text, 60, tenant="batch", priority=100, tenant_weight=weight)
+        background.append(world.add(request))
+    for _ in range(40):
+        world.step()
+    assert len(world.scheduler.running) == 8, "alone it has every seat"
+    for number in range(seats):  # that are the other's by its weight
+        somebody = world.add(plain_request(f"somebody{number}", [1, 2, 3] * 5, 40, tenant="somebody"))
+        assert steps_to_first_token(world, somebody) <= 3
+    held = [seq.request.tenant for seq in world.scheduler.running]
+    assert held.count("somebody") == seats
+    assert held.count("batch") == 8 - seats, "what is left is used"
+    world.run()
+    assert all(seq.num_preemptions <= 1 for seq in background)
+    assert all(times == 1 for times in world.finished.values())
+
+
 def test_within_a_tenant_a_lower_priority_waits_for_those_that_come_soon_after_and_not_for_ever():
     queue = WaitingQueue(FairShare())
     low = sequence("low", "a", priority=1, arrival=1)

@@ -81,7 +81,8 @@ def make_cache(shape: Shape) -> tuple[list[torch.Tensor], dict[str, torch.Tensor
 def compile_shape(arch: int, name: str, shape: Shape, compiled: list[Compiled]) -> None:
     query_lens, seq_lens = np.array([1, 33]), np.array([600, 700])
     group = shape.num_heads // shape.num_kv_heads
-    config = attention_config(shape.head_dim, group, shape.dtype, chip=f"sm_{arch}")
+    has_codes = shape.codes is not None
+    config = attention_config(shape.head_dim, group, shape.dtype, chip=f"sm_{arch}", has_codes=has_codes)
     partition = partition_attention(
         query_lens,
         seq_lens,

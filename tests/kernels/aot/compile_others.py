@@ -14,6 +14,7 @@ from kernels.triton.layers.activation import gelu_and_mul, gelu_tanh_and_mul, si
 from kernels.triton.layers.moe import mix_experts, route
 from kernels.triton.layers.norm import add_rms_norm, rms_norm
 from kernels.triton.layers.qkv import rotate_and_store
+from kernels.triton.sampling.grammar_masks import apply_masks
 from kernels.triton.sampling.sample_tokens import sample_tokens
 from kernels.triton.sampling.token_scores import penalise, score_tokens
 
@@ -58,6 +59,7 @@ def sampling() -> None:
     sample_tokens(logits, floats, keys, floats, ids, floats.double())
     penalise(logits, counts, counts.bool(), ids, floats, floats.double(), floats.double())
     score_tokens(logits, ids)
+    apply_masks(logits, ids, torch.empty(len(ids), logits.shape[1] // 32 + 1, dtype=torch.int32))
 
 
 def moe_decode() -> None:

@@ -13,6 +13,7 @@ KERNELS = {
     "reduce_kernel",
     "penalise_kernel",
     "score_kernel",
+    "apply_masks_kernel",
     "route_kernel",
     "grouped_kernel",
 }

@@ -26,12 +26,15 @@ class Execute:
         num_rows: int,
         num_threads: int = 1,
         fields: dict[Step, Tensor] | None = None,
+        numbers: dict[Step, int] | None = None,
     ) -> None:
-        """fields: further entries of the step, whose addresses go in"""
+        """fields: further entries of the step, whose addresses go in; numbers: others, as they are"""
         step = torch.zeros(NUM_STEP_FIELDS, dtype=torch.int64)
         step[Step.ROWS] = num_rows
         for field, tensor in (fields or {}).items():
             step[field] = tensor.data_ptr()
+        for field, number in (numbers or {}).items():
+            step[field] = number
         if num_threads not in self._teams:
             self._teams[num_threads] = Team(num_threads, scratch_bytes=SCRATCH_BYTES)
         self._teams[num_threads].run(Program(operations, step))

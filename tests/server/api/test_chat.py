@@ -54,7 +54,7 @@ async def test_messages_become_the_prompt_of_the_template(world, client) -> None
     await ask(client, messages=messages)
     assert prompt_of(world) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
-        "<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -114,9 +114,7 @@ async def test_an_image_is_refused_by_name(client) -> None:
     assert error["param"] == "messages[0].content[0].type"
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("tools", [{"type": "function"}]), ("response_format", {"type": "json_object"})]
-)
+@pytest.mark.parametrize(("field", "value"), [("functions", [{"name": "f"}])])
 async def test_what_is_to_come_is_refused_as_not_supported_yet(client, field: str, value: object) -> None:
     response = await client.post(PATH, json=BODY | {field: value})
     assert response.status_code == 400

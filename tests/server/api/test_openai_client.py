@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from server.generation.answer_store import AnswerStore
 from tests.support.server_world import wait_until
 
 MESSAGES = [{"role": "user", "content": "hello 你好"}]
@@ -115,3 +116,49 @@ def test_many_streams_at_once_are_not_mixed_up(world) -> None:
     with world.serve() as url:
         asyncio.run(ask_all(url))
     assert world.metrics.outcomes == ["length"] * 16
+
+
+def test_responses_stream_and_whole_agree(world, sdk) -> None:
+    fields = {"model": "tiny", "input": "hello 你好", "max_output_tokens": 30, "extra_body": {"seed": 7}}
+    whole = sdk.responses.create(**fields)
+    with sdk.responses.stream(**fields) as stream:
+        events = list(stream)
+    kinds, final = [event.type for event in events], events[-1].response
+    assert final.output_text == whole.output_text
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]  # fmt: skip
+    assert final.status == whole.status == "incomplete"
+    assert final.usage == whole.usage
+
+
+def test_a_response_is_followed_by_its_id_or_by_its_items(world, sdk) -> None:
+    world.state.answers = AnswerStore(max_answers=10, max_bytes=2**20)
+    world.engine.say("hi there")
+    first = sdk.responses.create(model="tiny", input="hello")
+    by_id = sdk.responses.create(model="tiny", input="and?", previous_response_id=first.id)
+    items = [{"role": "user", "content": "hello"}, *first.output, {"role": "user", "content": "and?"}]
+    by_items = sdk.responses.create(model="tiny", input=items)
+    assert by_id.usage.input_tokens == by_items.usage.input_tokens > first.usage.input_tokens
+    assert sdk.responses.retrieve(by_id.id).output_text == "hi there"
+    assert [item.type for item in sdk.responses.input_items.list(by_id.id)] == ["message"]
+    sdk.responses.delete(by_id.id)
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.retrieve(by_id.id)
+
+
+def test_a_response_that_fails_in_its_stream_says_so_once(world, sdk) -> None:
+    world.engine.fail_after = 2
+    *_, last = sdk.responses.create(model="tiny", input="hello", stream=True)
+    assert (last.type, last.response.status) == ("response.failed", "failed")
+    with pytest.raises(openai.NotFoundError):
+        sdk.responses.create(model="gpt-9", input="hello")
+
+
+def test_embeddings_are_the_same_in_both_encodings(world, sdk) -> None:
+    texts = ["hello", "hello world"]
+    encoded = sdk.embeddings.create(model="tiny", input=texts)  # the client asks for base64
+    numbers = sdk.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    for one, other in zip(encoded.data, numbers.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding)
+    assert encoded.usage == numbers.usage

@@ -38,16 +38,25 @@ def make(
     max_seconds: float | None = None,
     is_shared: bool = False,
     quota: int | None = None,
+    seats: int = 0,
+    running: int = 7,
 ):
     engine = SimpleNamespace(
         state=state, phase="weights", phase_detail="98 MB", failure=None,
-        num_waiting=waiting, num_waiting_tokens=tokens, num_running=7,
+        num_waiting=waiting, num_waiting_tokens=tokens, num_running=running,
+        num_background_waiting=0, num_background_waiting_tokens=0,
     )  # fmt: skip
     clock = Clock()
     drain_rate = DrainRate(clock=clock)
     limits = LimitsConfig(max_queued_requests=requests, max_queued_tokens=max_tokens, max_queue_seconds=max_seconds)
     admission = Admission(
-        engine, limits, drain_rate, is_shared=lambda: is_shared, terms_of=lambda _: TenantTerms(1.0, quota), clock=clock
+        engine,
+        limits,
+        drain_rate,
+        is_shared=lambda: is_shared,
+        terms_of=lambda _: TenantTerms(1.0, quota),
+        num_seats=lambda: seats,
+        clock=clock,
     )
     return SimpleNamespace(admission=admission, engine=engine, clock=clock, drain_rate=drain_rate)
 
@@ -206,13 +215,90 @@ def test_who_would_wait_too_long_is_told_how_long_and_when_to_come_again():
         parts.drain_rate.count()
     rate = parts.drain_rate.per_second()
     assert 8 < rate < 12
-    parts.engine.num_waiting = math.floor(2.0 * rate) - 2
+    parts.engine.num_waiting = 9  # of about 20 that leave within 2 s, give or take the square root of that
     parts.admission.admit(1, 1)
     parts.engine.num_waiting += 30
     error = refusal(parts, 1, 1)
     assert error.status == 429
     assert "limits.max_queue_seconds (2)" in error.message
     assert 2.0 <= error.retry_after < 10.0, "about 30 must leave before"
+
+
+def test_the_wait_is_held_to_its_limit_for_all_but_one_of_a_hundred():
+    """Ends that come as they like, ten per second: whoever is taken waits for those before it, and for one more."""
+    parts = make(requests=1000, max_tokens=100_000, max_seconds=2.0)
+    drain(parts, rate=10.0, seconds=60)
+    chance = random.Random(3)
+    waits: list[float] = []
+    for _ in range(3000):
+        parts.engine.num_waiting = chance.randrange(1, 40)
+        try:
+            parts.admission.admit(1, 1).__exit__()
+        except ApiError:
+            continue
+        waits.append(sum(chance.expovariate(10.0) for _ in range(parts.engine.num_waiting + 1)))
+    late = sum(wait > 2.0 for wait in waits) / len(waits)
+    assert 0 < late < 0.02
+
+
+def burst(parts: SimpleNamespace, count: int) -> int:
+    """How many of a burst are taken, none of which has had a step yet."""
+    taken = 0
+    for _ in range(count):
+        try:
+            parts.admission.admit(1, 1).hand_over(1)
+        except ApiError:
+            continue
+        parts.engine.num_waiting += 1
+        taken += 1
+    return taken
+
+
+def test_requests_for_which_there_are_seats_do_not_wait_for_others_to_end():
+    """As far as anybody knows, two leave in a second: for the others of the burst the wait would be too long."""
+    parts = make(requests=1000, max_tokens=100_000, max_seconds=1.0, seats=64, running=0)
+    assert burst(parts, 200) == 64 + 1
+    parts = make(requests=1000, max_tokens=100_000, max_seconds=1.0, seats=64, running=60)
+    assert burst(parts, 200) == 4 + 1
+
+
+def test_a_queue_that_stays_beside_free_seats_waits_for_something_else():
+    parts = make(requests=1000, max_tokens=100_000, max_seconds=1.0, seats=64, running=10)
+    assert burst(parts, 20) == 20
+    parts.clock.now += 2.0  # for memory, say
+    assert burst(parts, 20) == 0
+
+
+def test_a_tenant_does_not_wait_behind_another_s_flood():
+    parts = make(requests=1000, max_tokens=100_000, max_seconds=2.0, is_shared=True, seats=8, running=8)
+    drain(parts, rate=10.0, seconds=60)
+    flood(parts, "a", 1)
+    assert "limits.max_queue_seconds" in refusal(parts, 1, 1, "a").message
+    assert len(flood(parts, "b", 1)) >= 4
+
+
+def test_after_a_burst_nobody_is_promised_the_rate_of_before():
+    """All that run have begun together, and last for 10 s: in the next 5 s hardly any will end."""
+    parts = make(requests=4, max_tokens=1000, waiting=4, seats=8, running=8)
+    with parts.admission.admit(0, 0) as place:
+        for _ in range(64):
+            place.end(10.0)
+        drain(parts, rate=4.0, seconds=30)
+    first = parts.admission.admit(0, 0)
+    assert refusal(parts, 1, 1).retry_after > 10.0
+    parts.clock.now += 9.0
+    assert 1.0 < refusal(parts, 1, 1).retry_after < 10.0
+    first.__exit__()
+
+
+def test_requests_that_last_unequally_end_before_their_mean():
+    parts = make(requests=4, max_tokens=1000, waiting=4, seats=8, running=8)
+    with parts.admission.admit(0, 0) as place:
+        for number in range(64):
+            place.end(1.0 if number % 2 else 19.0)
+        drain(parts, rate=4.0, seconds=30)
+    parts.admission.admit(0, 0)
+    assert refusal(parts, 1, 1).retry_after < 5.0
 
 
 def test_a_restarting_engine_keeps_its_queue_open():

@@ -11,7 +11,8 @@ import pytest
 from server.errors import ApiError
 from server.generation.choice import Delta
 from server.generation.streaming import MARK, EventStream, deliver, deliver_stream, make_text_frame
-from server.protocol.responses import Completion, CompletionChoice
+from server.generation.wires import DATA_EVENTS, JsonLines, ServerSentEvents, Wire
+from server.protocol.responses import Completion, CompletionChoice, error_reply
 
 
 class Words:
@@ -48,6 +49,9 @@ class PlainWriter:
     def last_chunk(self):
         return None
 
+    def failure(self, error: ApiError):
+        yield error_reply(error)
+
     def reply(self, choices: list[Delta]) -> Completion:
         text = "".join(delta.text for delta in choices)
         choice = CompletionChoice(index=0, text=text)
@@ -83,8 +87,8 @@ class Client:
             await response(self.scope, self.receive, self.send)
 
 
-async def start(client: Client, words: Words, patience: float = 10.0):
-    return await deliver_stream(client, words, PlainWriter(), headers={"x-a": "b"}, patience=patience)
+async def start(client: Client, words: Words, patience: float = 10.0, wire: Wire = DATA_EVENTS):
+    return await deliver_stream(client, words, PlainWriter(), headers={"x-a": "b"}, patience=patience, wire=wire)
 
 
 async def test_events_have_data_lines_only_and_end_in_done() -> None:
@@ -126,6 +130,21 @@ async def test_silence_is_filled_with_comments() -> None:
     assert 2 <= kinds.count("comment") <= 5
     assert set(kinds[1:-3]) == {"comment"}
     assert kinds[-3:] == ["event"] * 3
+
+
+async def test_silence_is_filled_with_what_a_wire_has_for_it() -> None:
+    ping = ServerSentEvents(keep_alive=b"event: ping\n\n")
+    client = Client()
+    await client.run(await start(client, Words("a", 0.3, "b"), patience=0.1, wire=ping))
+    assert b"event: ping\n\n" in client.body
+    assert not client.body.endswith(b"data: [DONE]\n\n")
+    client = Client()
+    await client.run(
+        await start(client, Words("a\u2028", 0.3, "b", "c", ApiError(500, "no")), patience=0.1, wire=JsonLines())
+    )
+    lines = [json.loads(line) for line in client.body.decode().splitlines()]
+    assert [line["choices"][0]["text"] for line in lines[:3]] == ["a\u2028", "b", "c"]
+    assert lines[3]["error"]["message"] == "no"
 
 
 async def test_a_stream_begins_without_its_first_delta_if_that_takes_long() -> None:

@@ -35,13 +35,13 @@ class Running:
     last: RequestTiming | None = None
     output: TokenCounts = field(default_factory=TokenCounts)
     num_restarts: int = 0
-    scores_prompt: bool = False
+    needs_all: str = ""
     choices_per_prompt, max_tokens = 1, 100
 
     def admitted(self, ahead: Ahead) -> Admitted:
         return Admitted(
             response_id=self.name, cache_salt=self.salt, num_prompt_tokens=len(self.prompt_token_ids), num_choices=1,
-            ahead=ahead, scores_prompt=self.scores_prompt,
+            ahead=ahead, needs_all=self.needs_all,
         )  # fmt: skip
 
     def counts(self) -> TokenCounts:
@@ -177,7 +177,7 @@ def test_what_was_evicted_switched_off_or_not_allowed_is_named():
     timeline = slow_request(world)
     assert "cmpl-a begins with the same 5,210, which are no longer cached" in world.explain(timeline).sentence
     assert "prefix_caching is off" in world.explain(timeline, changes={"prefix_caching": False}).sentence
-    timeline = slow_request(World(), scores_prompt=True)
+    timeline = slow_request(World(), needs_all="prompt_logprobs need")
     assert "prompt_logprobs need every token computed" in world.explain(timeline).sentence
 
 

@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.config import KVCacheConfig
 from engine.ipc.messages import ModelInfo, Setting, TokenizerAssets
 from engine.types import DRAFT_OUTCOMES, RequestTiming, StepStats
+from server.offline.batch_metrics import BatchCollector
 from server.telemetry.console import StepWindow
 from server.telemetry.metric_families import (
     FAMILIES,
@@ -89,6 +90,7 @@ def model(**changes: object) -> ModelInfo:
 def make(*, vllm_names: bool = False) -> Metrics:
     metrics = Metrics("tiny", proposer="ngram", kv_cache=KVCacheConfig(block_size=4), vllm_names=vllm_names)
     metrics.registry.register(EngineCollector(Engine(), "tiny", is_ready=lambda: True))
+    metrics.registry.register(BatchCollector(None, "tiny"))
     return metrics
 
 
@@ -355,6 +357,23 @@ def test_random_steps_add_up():
     for position in range(5):
         expected = sum(s.accepted_by_position[position] for s in steps if len(s.accepted_by_position) > position)
         assert value(metrics, "peregrine_accepted_draft_tokens_total", position=str(position)) == expected
+
+
+def test_steps_with_a_target_tell_their_chunks_what_ended_them_and_how_well_their_time_was_foretold():
+    metrics = make()
+    metrics.on_step(step())  # without a target nothing of it is counted
+    assert value(metrics, "peregrine_paced_steps_total") == value(metrics, "peregrine_step_time_ratio_count") == 0
+    paced = step(prompt_limit="target", num_prompt_tokens=12, num_tokens=20)
+    metrics.on_step(step(predicted=paced.seconds / 1.12, prompt_limit="target", num_prompt_tokens=12, num_tokens=20))
+    metrics.on_step(step(predicted=paced.seconds, prompt_limit="least", num_prompt_tokens=4, num_tokens=20))
+    metrics.on_step(step(predicted=paced.seconds))  # no prompts
+    assert value(metrics, "peregrine_paced_steps_total", limit="target") == 1
+    assert value(metrics, "peregrine_paced_steps_total", limit="least") == 1
+    assert value(metrics, "peregrine_paced_steps_total", limit="none") == 0
+    assert value(metrics, "peregrine_paced_prompt_tokens_sum") == 16
+    assert value(metrics, "peregrine_step_time_ratio_count") == 3
+    assert value(metrics, "peregrine_step_time_ratio_bucket", le="1.1") == 2
+    assert value(metrics, "peregrine_step_time_ratio_bucket", le="1.25") == 3
 
 
 def test_blocks_are_those_of_the_latest_step_and_gone_with_the_process():

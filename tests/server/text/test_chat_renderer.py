@@ -102,7 +102,7 @@ async def test_a_worker_that_somebody_kills_is_replaced() -> None:
     try:
         for _ in range(4):
             assert await renderer.render(make_request(FINE, renderer.limits)) == "hello"
-            for child in list(renderer._processes):
+            for child in list(renderer._workers.processes):
                 os.kill(child.pid, signal.SIGKILL)
     finally:
         renderer.close()
@@ -118,7 +118,7 @@ async def test_workers_know_no_secrets_and_end_with_their_renderer(monkeypatch) 
     monkeypatch.setenv("PEREGRINE_API_KEY", "secret-key")
     renderer = ChatRenderer()
     await renderer.render(make_request(FINE, renderer.limits))
-    (process,) = renderer._processes
+    (process,) = renderer._workers.processes
     assert "PEREGRINE_API_KEY" not in psutil.Process(process.pid).environ()
     renderer.close()
     assert not psutil.pid_exists(process.pid)
@@ -164,7 +164,13 @@ async def test_what_cannot_be_given_to_a_template_is_a_400(client, value: object
     messages = [{"role": "user", "content": "hi"}]
     bodies = [
         ("/v1/chat/completions", {"messages": messages, "max_tokens": 1, "chat_template_kwargs": {"shade": value}}),
-        ("/tokenize", {"messages": messages, "tools": [{"type": "function", "function": {"default": [value]}}]}),
+        (
+            "/tokenize",
+            {
+                "messages": messages,
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"default": [value]}}}],
+            },
+        ),
         ("/tokenize", {"messages": messages, "chat_template_kwargs": {"shade": value}}),
     ]
     for path, body in bodies:

@@ -8,21 +8,25 @@ from collections.abc import Sequence as Listing
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.batch.grammar_masks import GrammarMasks
 from engine.runner.step_builder import StepBuilder
 from engine.sampling.sampler import TokenSampler
 from engine.types import Request, Sampled, SamplingParams, Scheduled, Sequence, TokenLogprobs
 from tests.support import stepping
 from tests.support.sampling_cases import (
     INF,
+    can_sample,
     chosen_fast,
     expected_logprobs,
     make_item,
     make_params,
     random_case,
+    random_masks,
     random_params,
     walk,
 )
@@ -83,6 +87,47 @@ class SamplerConformance:
                 assert result == walk(item, rows.numpy()), item.seq.params
                 num_accepted += len(result.accepted)
         assert num_accepted > 10
+
+    @pytest.mark.parametrize("vocab_size", [5, 64, 65, 300])
+    def test_a_masked_token_is_as_impossible_as_one_that_the_model_never_says(self, vocab_size: int) -> None:
+        """At every verified position, beside rows without a mask, with whatever else a request asks for."""
+        rng = random.Random(vocab_size)
+        sampler = self.make(vocab_size)
+        num_accepted = num_masked = 0
+        for _ in range(self.num_random_batches):
+            items, logits = zip(*(random_case(rng, vocab_size) for _ in range(10)), strict=True)
+            whole = torch.cat(logits)
+            rows, allowed, words = random_masks(rng, len(whole), vocab_size)
+            masked = whole.clone()
+            masked[rows] = masked[rows].masked_fill(~torch.from_numpy(allowed), -INF)
+            parts = masked.split([len(one) for one in logits])
+            if not all(can_sample(item, part) for item, part in zip(items, parts, strict=True)):
+                continue
+            masks = GrammarMasks(np.array(rows, dtype=np.int64), words) if rows else None
+            before = whole.clone()
+            results = stepping.sample(sampler, whole.to(self.device), list(items), masks=masks)
+            assert torch.equal(whole, before)
+            for item, part, result in zip(items, parts, results, strict=True):
+                assert result == walk(item, part.numpy()), item.seq.params
+                num_accepted += len(result.accepted)
+            num_masked += len(rows)
+        assert num_masked > 20 or vocab_size < 64
+        assert num_accepted > 0 or vocab_size < 64
+
+    def test_a_mask_that_leaves_nothing_is_no_error_of_the_model_s_and_none_hides_one(self) -> None:
+        logits = torch.randn(4, 70)
+        logits[1, 5] = math.nan
+        logits[2] = -INF
+        words = np.zeros((4, 3), dtype=np.uint32)
+        words[3, 1] = 1 << 3
+        masks = GrammarMasks(np.arange(4), words)
+        for temperature in (0.0, 1.0):
+            items = [make_item(make_params(temperature=temperature), prompt=[1]) for _ in range(4)]
+            results = stepping.sample(self.make(70), logits.to(self.device), items, masks=masks)
+            kinds = [result.error_kind for result in results[:3]]
+            assert kinds == ["constraints", "request", "request"]
+            assert "no token is allowed" in str(results[0].error)
+            assert results[3].token_ids == [35]
 
     @pytest.mark.parametrize("scale", [0.0, 0.3, 3.0, 30.0])
     def test_large_vocabularies_follow_the_definition_too(self, scale: float) -> None:

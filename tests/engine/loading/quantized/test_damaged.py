@@ -190,7 +190,13 @@ LAYOUTS = [
     ("compressed-tensors", q.nvfp4()),
     ("fp8", q.eight_bit_floats(block=(128, 128), name="weight_scale_inv")),
     ("bitsandbytes", q.book_of_four_bits(nested=True)),
+    ("bitsandbytes", q.book_of_four_bits("fp4")),
     ("bitsandbytes", q.bitsandbytes_integers),
+    ("compressed-tensors", q.eight_bit_integers(symmetric=False, scales="groups")),
+    ("compressed-tensors", q.eight_bit_floats(block=(1, 32), exponents=True)),
+    ("compressed-tensors", q.mxfp4),
+    ("modelopt", q.eight_bit_floats(rows=True)),
+    ("gptq", q.gptq(8, symmetric=False)),
 ]
 DTYPES = [torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.uint8, torch.float8_e4m3fn]
 

@@ -56,6 +56,12 @@ CASES: dict[str, tuple[Quantize, dict[str, object], str]] = {
     "3 bits, zero points, v2": (gptq(3, symmetric=False, version=2), config(3, sym=False, **V2), "Q4_0"),
     "an order for each layer": (gptq(4, order="own"), config(4, desc_act=True), "Q4_0"),
     "8 bits": (gptq(8), config(8), "int8"),
+    "8 bits, zero points": (gptq(8, symmetric=False), config(8, sym=False), "int8 with zero points"),
+    "8 bits, zero points, v2": (
+        gptq(8, symmetric=False, version=2),
+        config(8, sym=False, **V2),
+        "int8 with zero points",
+    ),
     "8 bits, activation order": (gptq(8, order="shuffled"), config(8, desc_act=True), "int8"),
     "AutoRound": (
         gptq(4),
@@ -64,7 +70,7 @@ CASES: dict[str, tuple[Quantize, dict[str, object], str]] = {
     ),
     "AWQ": (awq(), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, ZEROS),
     "AWQ, 3 bits": (awq(3), {"quant_method": "awq", "bits": 3, "group_size": 32}, "Q4_0"),
-    "AWQ, 5 bits": (awq(5), {"quant_method": "awq", "bits": 5, "group_size": 32}, "int8"),
+    "AWQ, 5 bits": (awq(5), {"quant_method": "awq", "bits": 5, "group_size": 32}, "int6"),
     "AWQ, groups of 128": (awq(group_size=128), {"quant_method": "awq", "w_bit": 4, "q_group_size": 128}, ZEROS),
 }
 
@@ -79,7 +85,6 @@ def test_integers_stay_integers_and_every_weight_is_exact(tmp_path: Path, name: 
 
 
 NOT_INTEGERS: dict[str, tuple[Quantize, dict[str, object]]] = {
-    "8 bits, zero points": (gptq(8, symmetric=False), config(8, sym=False)),
     "groups of 16": (gptq(4, group_size=16), config(4, 16)),
 }
 
@@ -221,7 +226,7 @@ def test_the_first_versions_zero_points_borrow_from_their_neighbours(tmp_path: P
     assert_same(weights_of(load_compiled(tmp_path)), expected)
 
 
-@pytest.mark.parametrize("name", ["4 bits", "4 bits, zero points", "3 bits, zero points", "8 bits", "AWQ"])
+@pytest.mark.parametrize("name", ["4 bits", "4 bits, zero points", "8 bits, zero points", "8 bits", "AWQ"])
 @pytest.mark.parametrize("quantization", ["auto", "none", "int8"])
 def test_the_plan_knows_what_stays(tmp_path: Path, name: str, quantization: str) -> None:
     write_checkpoint(tmp_path, CASES[name][0], CASES[name][1])

@@ -37,9 +37,11 @@ def kept_integers(bits: int, symmetric: bool) -> str:
         return "Q4_0"
     if bits == 4:
         return "int4 with zero points"
-    if bits == 5 and symmetric:
-        return "Q5_0"
-    return "int8" if bits < 8 or symmetric else "float16"
+    if bits == 5:
+        return "Q5_0" if symmetric else "int6"
+    if bits == 6 and symmetric:
+        return "int6"
+    return "int8" if bits < 8 or symmetric else "int8 with zero points"
 
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -62,28 +64,42 @@ CASES: dict[str, tuple[Quantize, dict[str, object], str]] = {
     "integers": (q.eight_bit_integers(), compressed(), "int8"),
     "integers, one scale": (q.eight_bit_integers(scales="matrix"), compressed(), "int8"),
     "integers, groups": (q.eight_bit_integers(scales="groups"), compressed(), "int8"),
-    "integers, zero points": (q.eight_bit_integers(symmetric=False), compressed(), "float16"),
-    "floats": (q.eight_bit_floats(), compressed(kind="float"), "float16"),
-    "floats, a scale for each output": (q.eight_bit_floats(rows=True), compressed(kind="float"), "float16"),
-    "floats, blocks": (
-        q.eight_bit_floats(block=(48, 64)), compressed(kind="float", block_structure=[48, 64]), "float16",
+    "integers, zero points": (q.eight_bit_integers(symmetric=False), compressed(), "int8 with zero points"),
+    "integers, zero points of groups": (
+        q.eight_bit_integers(symmetric=False, scales="groups"), compressed(), "int8 with zero points",
     ),
-    "mxfp8": (q.eight_bit_floats(block=(1, 32), exponents=True), compressed(kind="float"), "bfloat16"),
+    "floats": (q.eight_bit_floats(), compressed(kind="float"), "FP8"),
+    "floats, a scale for each output": (q.eight_bit_floats(rows=True), compressed(kind="float"), "FP8"),
+    "floats, blocks": (
+        q.eight_bit_floats(block=(48, 64)), compressed(kind="float", block_structure=[48, 64]), "FP8",
+    ),
+    "floats, blocks that cut groups of 32": (
+        q.eight_bit_floats(block=(48, 48)), compressed(kind="float", block_structure=[48, 48]), "float16",
+    ),
+    "mxfp8": (q.eight_bit_floats(block=(1, 32), exponents=True), compressed(kind="float"), "FP8"),
     "mxfp4": (q.mxfp4, compressed(4, "float"), "MXFP4"),
     "nvfp4": (q.nvfp4(), compressed(4, "float"), "NVFP4"),
-    "FP8": (q.eight_bit_floats(), fp8(), "float16"),
-    "FP8, a scale for each output": (q.eight_bit_floats(rows=True), {"quant_method": "fbgemm_fp8"}, "float16"),
+    "FP8": (q.eight_bit_floats(), fp8(), "FP8"),
+    "FP8, a scale for each output": (q.eight_bit_floats(rows=True), {"quant_method": "fbgemm_fp8"}, "FP8"),
     "FP8, blocks": (
-        q.eight_bit_floats(block=BLOCK, name="weight_scale_inv"), fp8(weight_block_size=[128, 128]), "float16",
+        q.eight_bit_floats(block=BLOCK, name="weight_scale_inv"), fp8(weight_block_size=[128, 128]), "FP8",
     ),
-    "ModelOpt FP8": (q.eight_bit_floats(), {"quant_method": "modelopt", "quant_algo": "FP8"}, "float16"),
+    "ModelOpt FP8": (q.eight_bit_floats(), {"quant_method": "modelopt", "quant_algo": "FP8"}, "FP8"),
     "ModelOpt NVFP4": (q.nvfp4(of_modelopt=True), {"quant_method": "modelopt", **NVFP4}, "NVFP4"),
-    "bitsandbytes nf4": (q.book_of_four_bits(), BNB, "float16"),
-    "bitsandbytes fp4": (q.book_of_four_bits("fp4"), BNB, "float16"),
-    "bitsandbytes, nested": (q.book_of_four_bits(nested=True), BNB, "float16"),
+    "bitsandbytes nf4": (q.book_of_four_bits(), BNB, "nf4"),
+    "bitsandbytes fp4": (q.book_of_four_bits("fp4"), BNB, "fp4"),
+    "bitsandbytes, nested": (q.book_of_four_bits(nested=True), BNB, "nf4"),
+    "bitsandbytes, fp4 nested": (q.book_of_four_bits("fp4", nested=True), BNB, "fp4"),
+    "bitsandbytes, another book": (q.book_of_four_bits(is_own=True), BNB, "float16"),
     "bitsandbytes int8": (q.bitsandbytes_integers, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
 }  # fmt: skip
-ROUNDED = ("bitsandbytes int8",)  # scales in float32
+ROUNDED = {  # how far, relative to each weight
+    "bitsandbytes int8": 2**-11,  # scales in float32
+    "bitsandbytes nf4": 2**-11,
+    "bitsandbytes, nested": 2**-11,
+    "bitsandbytes fp4": 2**-21,
+    "bitsandbytes, fp4 nested": 2**-21,
+}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -102,12 +118,15 @@ def test_every_weight_is_what_the_file_says(tmp_path: Path, name: str) -> None:
     if kept == "float16":
         assert all(torch.equal(found[key].half(), weight.half()) for key, weight in expected.items())
     elif name in ROUNDED:
-        assert all(bool(((found[key] - w).abs() <= w.abs() * 2**-11).all()) for key, w in expected.items())
+        bound = ROUNDED[name]
+        assert all(bool(((found[key] - w).abs() <= w.abs() * bound).all()) for key, w in expected.items())
     else:
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[2] == "float16" or name in ROUNDED])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case[2] in ("float16", "FP8") or name in ROUNDED]
+)
 def test_nothing_is_rounded_where_that_is_asked_for(tmp_path: Path, name: str) -> None:
     expected = write_checkpoint(tmp_path, *CASES[name][:2], dtype=torch.bfloat16)
     assert_same(weights_of(load_compiled(tmp_path, quantization="none")), expected)
@@ -131,7 +150,7 @@ def test_formats_may_be_mixed(tmp_path: Path) -> None:
     model = load_compiled(tmp_path, quantization="none")
     assert_same(weights_of(model), expected)
     notes = "\n".join(plan_of(tmp_path).notes)
-    for part in ("4 bits", "8-bit floats", "8 bits", "nvfp4", "q_proj", "down_proj", "kept as Q4_0", "kept as floats"):
+    for part in ("4 bits", "8-bit floats", "8 bits", "nvfp4", "q_proj", "down_proj", "kept as Q4_0", "kept as FP8"):
         assert part in notes
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.numba.core.formats import (
     BFLOAT16,
+    FLOAT8,
     FLOAT16,
     FLOAT32,
     GROUP,
@@ -25,7 +26,7 @@ from kernels.numba.core.lanes import LANES
 from kernels.numba.ops.linear import BLOCK_DEPTH, BLOCK_ROWS, product_address
 from kernels.numba.packing.packing import PackedMatrix, _factors, pack, pack_levels, unpack
 from kernels.numba.program.program import Operation
-from tests.support.quantised import random_levels
+from tests.support.quantised import random_float8, random_levels
 
 PRODUCTS = {**NAMES, ROUNDED_BFLOAT16: "rounded bfloat16"}
 KINDS = pytest.mark.parametrize("kind", PRODUCTS, ids=PRODUCTS.values())
@@ -89,6 +90,8 @@ class Product:
 
 def make_matrix(num_rows: int, depth: int, kind: int) -> PackedMatrix:
     """Of about this depth."""
+    if kind == FLOAT8:
+        return pack_levels(random_float8(num_rows, depth), kind)
     if kind not in INTEGERS:
         return pack(torch.randn(num_rows, depth), BFLOAT16 if kind == ROUNDED_BFLOAT16 else kind)
     step = INTEGERS[kind].depth_multiple

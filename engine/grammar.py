@@ -12,7 +12,8 @@ with constrained parts behind triggers (tool calls) is written by `server/struct
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import msgspec
@@ -20,6 +21,7 @@ import msgspec
 GrammarKind = Literal["json_schema", "regex", "lark", "grammars"]
 JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
 """What may stand between the tokens of JSON, besides nothing: indentation, but not blanks for ever."""
+_LARK_LITERAL = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|%json\s.*')
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -38,14 +40,34 @@ class GrammarSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     is_lenient: bool = False
 
 
-def serialised(spec: GrammarSpec) -> str:
+def serialised(spec: GrammarSpec, special_tokens: Collection[str] = ()) -> str:
     """The grammar in llguidance's own form: `{"grammars": [...]}`.
 
+    special_tokens: texts that the tokenizer would make one token of. Where a literal has one in it, nothing is forced:
+    llguidance tokenises what it forces, and would ask for the special token in place of its characters.
     Raises ValueError for JSON that is no JSON, RecursionError for what is nested too deeply to be read.
     """
-    if spec.kind == "grammars":
-        return json.dumps({"grammars": _parsed(spec.text)})
-    return json.dumps({"grammars": [part(spec)]})
+    parts = _parsed(spec.text) if spec.kind == "grammars" else [part(spec)]
+    if isinstance(parts, list) and any(
+        token in literals for literals in map(_literals, parts) for token in special_tokens
+    ):
+        parts = [_without_forcing(parts[0]), *parts[1:]]
+    return json.dumps({"grammars": parts})
+
+
+def _literals(part: dict[str, object]) -> str:
+    """What a part of a grammar may spell, without backslashes. Names of tokens in Lark are no literals."""
+    text = part.get("lark_grammar")
+    found = _LARK_LITERAL.findall(text) if isinstance(text, str) else [json.dumps(part, ensure_ascii=False)]
+    return "\n".join(found).replace("\\", "")
+
+
+def _without_forcing(part: dict[str, object]) -> dict[str, object]:
+    text = part.get("lark_grammar", f"start: %json {json.dumps(part.get('json_schema'))}")
+    if "%llguidance" in str(text):  # options of its own
+        return part
+    kept = {key: value for key, value in part.items() if key != "json_schema"}
+    return {**kept, "lark_grammar": f'%llguidance {{"no_forcing": true}}\n{text}'}
 
 
 def part(spec: GrammarSpec, name: str | None = None) -> dict[str, object]:

@@ -7,7 +7,7 @@ refused, or never ends, is the client's error and costs the engine nothing; the 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.grammar import GrammarSpec, serialised
 
@@ -35,7 +35,9 @@ class GrammarCompiler:
         """vocab_size: of the model. Raises GrammarError for a tokenizer whose tokens have no bytes."""
         from llguidance import LLTokenizer  # a library of 8 MB, for those who need it
 
-        num_tokens = max([vocab_size, *_token_ids(tokenizer_json)])
+        added = json.loads(tokenizer_json).get("added_tokens") or []
+        self._special_tokens = [token["content"] for token in added if _is_special(token)]
+        num_tokens = max([vocab_size, *(int(token["id"]) + 1 for token in added)])  # ids may lie beyond the model's
         self.vocab_size = vocab_size
         self.eos_token_ids = [token for token in eos_token_ids if token < num_tokens]
         eos = self.eos_token_ids or [num_tokens]  # without any, a token that no model samples
@@ -55,7 +57,7 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         try:
-            text = serialised(spec)
+            text = serialised(spec, self._special_tokens)
         except RecursionError as error:
             raise GrammarError("it is nested too deeply") from error
         except ValueError as error:
@@ -90,10 +92,10 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _token_ids(tokenizer_json: str) -> list[int]:
-    """One beyond the largest id that the tokenizer adds, which may lie beyond the model's."""
-    added = json.loads(tokenizer_json).get("added_tokens") or []
-    return [int(token["id"]) + 1 for token in added]
+def _is_special(token: dict[str, Any]) -> bool:
+    """Whether llguidance takes an added token for no text: all that are special, or look like a tag."""
+    content = token["content"]
+    return bool(token.get("special")) or (content.startswith("<") and content.endswith(">"))
 
 
 def _first_line(text: str) -> str:

@@ -20,7 +20,10 @@ from server.protocol.request_fields import Body
 BodyT = TypeVar("BodyT", bound=Body)
 
 JSON_TYPE = re.compile(r"application/(.+\+)?json")
-UNION_TAG = re.compile(r"function-\w+\[.*\]|constrained-\w+|(list|dict)\[.*\]|str|bool|int|float|none|TextPart")
+UNION_TAG = re.compile(
+    r"function-\w+\[.*\]|constrained-\w+|(list|dict|literal)\[.*\]|str|bool|int|float|none"
+    r"|TextPart|NamedTool|AllowedToolChoice|Document"
+)
 KINDS_OF_MESSAGE = frozenset({"instruction", "assistant", "tool"})
 NOT_YET = frozenset(
     {

@@ -89,6 +89,25 @@ def test_a_thousand_answers_parse_and_are_valid(built: tuple[Engine, ModelInfo],
     check(built, name, 1000)
 
 
+def test_literals_that_spell_a_special_token_are_spelled_in_text(built: tuple[Engine, ModelInfo]) -> None:
+    """No client says by a literal which tokens its text is made of."""
+    added = json.loads(built[1].tokenizer.tokenizer_json)["added_tokens"]
+    special = next(token["content"] for token in added if token["special"])
+    schemas = [
+        {"const": special},
+        {"const": f"a{special}b"},
+        {"enum": [f"Stop at {special} now", f"Stop at {special}"]},
+        {"type": "object", "properties": {special: {"type": "null"}}, "required": [special]},
+        {"type": "string", "pattern": f"^x{re.escape(special)}y$"},
+    ]
+    specs = [GrammarSpec("json_schema", json.dumps(schema), None) for schema in schemas]
+    specs += [GrammarSpec("regex", f"x{re.escape(special)}y"), GrammarSpec("lark", f"start: {json.dumps(special)}")]
+    for spec in specs:
+        for text, reason in answers(built, spec, 3):
+            assert reason == "stop"
+            assert special in text
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_enforced_is_refused(built: tuple[Engine, ModelInfo], name: str) -> None:
     _, model = built

@@ -50,11 +50,12 @@ class Reader:
     def text_of(self, blocks: Sequence[Block], where: str, *, between: str) -> str:
         """The texts of blocks that are nothing else. Raises ApiError 400 for images."""
         texts = (self._text(block, f"{where}[{place}]") for place, block in enumerate(blocks))
-        return between.join(text for text in texts if text is not None)
+        return between.join(text for text in texts if text)
 
     def _read_said(self, role: str, blocks: Sequence[Block], where: str) -> None:
         """What a user says. Results of tools are messages of their own, in their place."""
         texts: list[str] = []
+        num_before = len(self.messages)
         for place, block in enumerate(blocks):
             spot = f"{where}.content[{place}]"
             if block.type == "tool_result":
@@ -63,7 +64,7 @@ class Reader:
             elif (text := self._text(block, spot)) is not None:
                 texts.append(text)
         self._flush(role, texts)
-        if not blocks:
+        if len(self.messages) == num_before:  # no block, or none that is read: it is a turn all the same
             self.messages.append({"role": role, "content": ""})
 
     def _flush(self, role: str, texts: list[str]) -> None:
@@ -133,8 +134,11 @@ def chat_json(body: CountBody) -> tuple[bytes, list[str]]:
     reader = Reader()
     system = body.system if isinstance(body.system, str) else ""
     if isinstance(body.system, list):
-        blocks = [block.model_copy(update={"text": without_billing(block.text or "")}) for block in body.system]
-        system = reader.text_of([block for block in blocks if block.text], "system", between="\n\n")
+        blocks = [
+            block.model_copy(update={"text": without_billing(block.text)}) if block.text else block
+            for block in body.system
+        ]
+        system = reader.text_of(blocks, "system", between="\n\n")
     if system := without_billing(system):
         reader.messages.append({"role": "system", "content": system})
     for place, turn in enumerate(body.messages):

@@ -128,10 +128,21 @@ async def test_what_is_not_known_is_left_out_and_named(client) -> None:
         assert name in response.headers["x-ignored-fields"]
 
 
+@pytest.mark.parametrize("block", [{"type": "unheard"}, {"type": "thinking", "thinking": "a"}])
+async def test_a_turn_of_blocks_that_are_left_out_is_a_turn(client, block) -> None:
+    turns = [{"role": "user", "content": [block]}]
+    for path in (PATH, f"{PATH}/count_tokens"):
+        for messages in (turns, [TURN, {"role": "assistant", "content": "I"}, *turns]):
+            response = await client.post(path, json=BODY | {"messages": messages})
+            assert response.status_code == 200, response.text
+            assert f"messages[{len(messages) - 1}].content[0]" in response.headers["x-ignored-fields"]
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"max_tokens": None}, "max_tokens"),
+        ({"system": [{"type": "image", "source": {}}]}, "system[0]"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),

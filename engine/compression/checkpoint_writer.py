@@ -77,7 +77,8 @@ class CheckpointWriter:
             self.write_config(folder)
             write_companions(self._plain, folder, tokenizer)
         except OSError as failure:
-            raise ModelError(f"{folder.parent} cannot be written: {failure}") from failure
+            reason = failure.strerror or failure
+            raise ModelError(f"{folder} cannot be written: {reason}; make room, or name another folder") from failure
         written = self.summary()
         written.error = error
         return written

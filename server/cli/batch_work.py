@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import re
 import signal
 import sys
@@ -31,9 +30,9 @@ from server.offline.answer_lines import AnswerLine, TokenUsage
 from server.offline.answer_writer import AnswerWriter
 from server.offline.fair_slots import FairSlots
 from server.offline.in_process import InProcess
-from server.offline.line_keys import KeyCollector, SealedKeys
+from server.offline.line_keys import NO_KEYS, KeyCollector, SealedKeys, digest_of
 from server.offline.line_runner import Dispatcher, LineRunner, Patience, RunEndedError
-from server.offline.over_http import OverHttp
+from server.offline.over_http import OverHttp, key_for_server
 from server.offline.pieces import in_pieces
 from server.offline.request_lines import BadLine, Line, RequestLine, read_lines
 from server.settings import LoadedConfig
@@ -234,10 +233,18 @@ async def _work(task: Task, stop: Stop) -> int:
     most = task.config.limits.max_body_bytes
     lines = partial(read_lines, task.parsed.input, max_line_bytes=most, urls=urls)
     survey = await _survey(lines)
-    before, done = Tally(), KeyCollector()
+    before, done, num_strange = Tally(), KeyCollector(), 0
+    known = await _Left(lines, NO_KEYS, survey.repeated).keys() if task.answers.path.stat().st_size else NO_KEYS
     async for answer in in_pieces(task.answers.answers()):
-        before.count(answer)
-        done.add(answer.key)
+        if answer.key in known:
+            before.count(answer)
+            done.add(answer.key)
+        else:
+            num_strange += 1
+    if num_strange:
+        say(
+            f"{num_strange:,} lines of {task.answers.path} belong to no line of {task.parsed.input}, and are left alone"
+        )
     left = _Left(lines, done.sealed(), survey.repeated)
     ending = Ending(0)
     with Progress(survey.num_lines, before) as progress:
@@ -283,6 +290,13 @@ class _Left:
             return False
         return True
 
+    async def keys(self) -> SealedKeys:
+        """Of all of them."""
+        found = KeyCollector()
+        async for line in self.lines():
+            found.add(line.key)
+        return await asyncio.to_thread(found.sealed)
+
     async def lines(self) -> AsyncIterator[Line]:
         seen: set[bytes] = set()
         async for line in in_pieces(self._read()):
@@ -298,7 +312,8 @@ class _Left:
             seen.add(line.key)
             return line
         message = f"line {line.number}: custom_id is that of an earlier line; give each line one of its own"
-        return BadLine(line.number, line.custom_id, "duplicate_custom_id", message, "custom_id")
+        digest = digest_of(line.custom_id.encode())
+        return BadLine(line.number, line.custom_id, "duplicate_custom_id", message, "custom_id", digest)
 
 
 async def _survey(read: Callable[[], Iterator[Line]]) -> Survey:
@@ -314,8 +329,9 @@ async def _survey(read: Callable[[], Iterator[Line]]) -> Survey:
 async def _server(task: Task) -> AsyncIterator[Place]:
     """A server elsewhere. Raises RunEndedError where none answers."""
     parsed = task.parsed
-    key = next(iter(task.config.server.api_keys), None) or os.environ.get("OPENAI_API_KEY")
-    async with OverHttp(parsed.url, key=key, max_connections=parsed.concurrency) as server:
+    async with OverHttp(
+        parsed.url, key=key_for_server(task.config.server.api_keys), max_connections=parsed.concurrency
+    ) as server:
         await server.check()
         num_at_once = parsed.concurrency
         if num_at_once is None:

@@ -46,9 +46,12 @@ def run_batch(loaded: LoadedConfig, parsed: argparse.Namespace) -> int:
     if parsed.url is not None and parsed.model is not None:
         complain("config: MODEL and --url exclude each other: the server at the URL has its own")
         return EXIT_CODES["config"]
-    if parsed.url is not None and not parsed.url.startswith(("http://", "https://")):
-        complain(f"config: --url {parsed.url}: must be the address of a server, such as http://127.0.0.1:8000")
-        return EXIT_CODES["config"]
+    if parsed.url is not None:
+        from server.offline.over_http import key_for_server, problem_of  # httpx takes a moment, only this needs it
+
+        if problem := problem_of(parsed.url, key_for_server(loaded.config.server.api_keys)):
+            complain(f"config: {problem}")
+            return EXIT_CODES["config"]
     try:
         _check_files(parsed.input, parsed.output)
     except OSError as error:

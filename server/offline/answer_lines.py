@@ -18,12 +18,13 @@ class AnswerResponse(msgspec.Struct):
 
 
 class AnswerError(msgspec.Struct):
-    """line: of a line that has no custom_id of its own, by which it is known when the file is read again."""
+    """line, digest: of a line that cannot be sent, by which it is known when the file is read again."""
 
     code: str
     message: str
     param: str | None = None
     line: int | None = None
+    digest: str | None = None
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -55,6 +56,7 @@ class _SeenResponse(msgspec.Struct):
 class _SeenError(msgspec.Struct):
     code: str = ""
     line: int | None = None
+    digest: str | None = None
 
 
 class _Seen(msgspec.Struct):
@@ -111,9 +113,9 @@ def answer_of(line: RequestLine, *, status: int, request_id: str, body: bytes) -
 
 def error_of(line: RequestLine | BadLine, *, code: str, message: str) -> AnswerLine:
     """An error in the place of an answer."""
-    number = line.number if isinstance(line, BadLine) else None
-    param = line.param if isinstance(line, BadLine) else None
-    error = AnswerError(code, message, param, number)
+    error = AnswerError(code, message)
+    if isinstance(line, BadLine):
+        error = AnswerError(code, message, line.param, line.number, line.digest)
     answer = Answer(id=_new_id(), custom_id=line.custom_id, error=error)
     return AnswerLine(line.key, _encode(answer) + b"\n", False, TokenUsage())
 
@@ -125,7 +127,7 @@ def read_answer(data: bytes) -> AnswerLine:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"is no answer of a batch: {error}") from None
     if seen.error is not None and seen.error.line is not None:
-        key = number_key(seen.error.line)
+        key = number_key(seen.error.line, seen.error.digest or "")
     elif seen.custom_id is not None:
         key = id_key(seen.custom_id)
     else:

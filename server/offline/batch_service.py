@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -187,7 +188,7 @@ class BatchService:
             for record in self.folder.files.values()
             if record.owner == owner and record.expires_at > now and purpose in (None, record.purpose)
         ]
-        return _page(found, after=after, limit=limit, newest_first=newest_first)
+        return _page(found, FILE_ID, after=after, limit=limit, newest_first=newest_first)
 
     # Batches
 
@@ -257,7 +258,7 @@ class BatchService:
 
     def list_batches(self, owner: str, *, after: str | None, limit: int) -> Page[BatchRecord]:
         found = [record for record in self.folder.batches.values() if record.owner == owner]
-        page = _page(found, after=after, limit=limit, newest_first=True)
+        page = _page(found, BATCH_ID, after=after, limit=limit, newest_first=True)
         return Page([self._now(record) for record in page.records], page.has_more)
 
     def num_batches(self) -> dict[str, int]:
@@ -363,9 +364,11 @@ class BatchService:
                 self.folder.batches.pop(batch.id, None)
 
 
-def _page(found: Iterable[RecordT], *, after: str | None, limit: int, newest_first: bool) -> Page[RecordT]:
+def _page(
+    found: Iterable[RecordT], ids: re.Pattern[str], *, after: str | None, limit: int, newest_first: bool
+) -> Page[RecordT]:
     """Ids begin with the time, so `after` may be one that was deleted meanwhile. Raises ApiError 400 if it is none."""
-    if after is not None and not (FILE_ID.fullmatch(after) or BATCH_ID.fullmatch(after)):
+    if after is not None and not ids.fullmatch(after):
         raise bad_request(f"after must be an id of the list, not {after[:100]!r}", param="after")
     ordered = sorted(found, key=lambda record: record.id, reverse=newest_first)
     if after is not None:

@@ -15,9 +15,14 @@ def id_key(custom_id: str) -> bytes:
     return hashlib.blake2b(b"id " + custom_id.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
-def number_key(number: int) -> bytes:
-    """The key of a line that has no custom_id of its own, by its number in the file."""
-    return hashlib.blake2b(b"line %d" % number, digest_size=KEY_BYTES).digest()
+def number_key(number: int, digest: str) -> bytes:
+    """The key of a line that has no custom_id of its own, by its number in the file and what is in it."""
+    return hashlib.blake2b(b"line %d " % number + digest.encode(), digest_size=KEY_BYTES).digest()
+
+
+def digest_of(data: bytes) -> str:
+    """Of a line, short: another in its place is told from it."""
+    return hashlib.blake2b(data.strip(), digest_size=6).hexdigest()
 
 
 class KeyCollector:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +24,24 @@ KEEP_ALIVES = [  # a server that has vanished is noticed in two minutes, however
         if hasattr(socket, name)  # not everywhere
     ),
 ]
+
+
+def key_for_server(api_keys: Sequence[str]) -> str | None:
+    """The first of this configuration's keys, or that of OpenAI's clients."""
+    return next(iter(api_keys), None) or os.environ.get("OPENAI_API_KEY")
+
+
+def problem_of(url: str, key: str | None) -> str:
+    """Why no request can be made of the address and the key; nothing where it can be tried."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        return f"--url {url}: must be the address of a server, such as http://127.0.0.1:8000"
+    if key and not (key.isascii() and key.isprintable()):
+        return "the API key (PEREGRINE_API_KEY, OPENAI_API_KEY) must be printable ASCII"
+    return ""
 
 
 class OverHttp:

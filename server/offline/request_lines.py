@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from server.offline.line_keys import id_key, number_key
+from server.offline.line_keys import digest_of, id_key, number_key
 
 MAX_CUSTOM_ID = 512  # characters
 MAX_SHOWN = 100  # characters of a line that a message repeats
@@ -37,17 +37,18 @@ class RequestLine:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that cannot be sent. custom_id: None where it has none that could be read."""
+    """A line that cannot be sent. custom_id: None where it has none that could be read; digest: of what is in it"""
 
     number: int
     custom_id: str | None
     code: str
     message: str
     param: str | None = None
+    digest: str = ""
 
     @property
     def key(self) -> bytes:
-        return number_key(self.number)
+        return number_key(self.number, self.digest)
 
 
 Line = RequestLine | BadLine
@@ -84,7 +85,7 @@ def read_lines(path: Path, *, max_line_bytes: int, urls: Collection[str]) -> Ite
     with path.open("rb", buffering=1 << 18) as file:
         for number, data in _raw_lines(file, max_line_bytes):
             if data is None:
-                message = f"the line has more than {max_line_bytes} bytes (limits.max_body_bytes); send less"
+                message = f"line {number}: it has more than {max_line_bytes} bytes (limits.max_body_bytes); send less"
                 yield BadLine(number, None, "line_too_long", message)
             elif not data.isspace():
                 yield parse_line(data, number, urls=urls)
@@ -118,7 +119,8 @@ def parse_line(data: bytes, number: int, *, urls: Collection[str]) -> Line:
         body = bytes(fields.body)
         _check_body(body)
     except LineProblemError as problem:
-        return BadLine(number, custom_id, problem.code, f"line {number}: {problem}", problem.param)
+        message = f"line {number}: {problem}"
+        return BadLine(number, custom_id, problem.code, message, problem.param, digest_of(data))
     return RequestLine(number, custom_id, url, body)
 
 

@@ -148,6 +148,29 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert set(answers(target)) == {"line-1"}
 
 
+def test_lines_of_another_input_are_not_counted_and_hide_no_error(tmp_path):
+    first = write(tmp_path / "a.jsonl", line(1), "{bad")
+    second, target = write(tmp_path / "b.jsonl", line(2), "{worse"), tmp_path / "out.jsonl"
+    with serving("counting?delay=0") as url:
+        run(first, target, "--url", url)
+        code, told = run(second, target, "--url", url)
+        assert (code, "2 of 2 lines" in told, "2 lines of" in told) == (SOME_FAILED, True, True)
+        assert len(target.read_text().splitlines()) == 4
+        write(second, line(2), line(3))
+        code, told = run(second, target, "--url", url)
+        assert (code, "2 of 2 lines" in told, "with errors" in told) == (0, True, False)
+
+
+@pytest.mark.parametrize(
+    ("url", "key"), [("http://[::1", "a"), ("http://127.0.0.1:x", "a"), ("http://", "a"), ("http://a", "ключ")]
+)
+def test_an_address_or_a_key_that_cannot_be_is_named(tmp_path, monkeypatch, capsys, url, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    source, target = write(tmp_path / "in.jsonl", line(1)), tmp_path / "out.jsonl"
+    assert main(["run-batch", str(source), str(target), "--url", url]) == EXIT_CODES["config"]
+    assert ("API key" if key != "a" else url) in capsys.readouterr().err
+
+
 def test_an_engine_that_fails_is_told_as_by_serve(tmp_path):
     source, kind = write(tmp_path / "in.jsonl", line(1)), "memory"
     code, told = run(source, tmp_path / "out.jsonl", f"counting?fail={kind}", *NAMED)

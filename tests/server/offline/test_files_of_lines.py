@@ -105,7 +105,7 @@ def test_keys_are_found_and_repeated_ones_are_known(numbers, other):
         keys.add(id_key(str(number)))
     sealed = keys.sealed()
     assert (id_key(str(other)) in sealed) == (other in numbers)
-    assert number_key(other) not in sealed
+    assert number_key(other, "") not in sealed
     assert keys.repeated() == {id_key(str(n)) for n in numbers if numbers.count(n) > 1}
 
 
@@ -148,7 +148,7 @@ def test_failures_and_what_is_no_json_are_errors():
     assert json.loads(html.data)["error"]["code"] == "invalid_answer"
     assert read_answer(html.data).key == line.key
     bad = BadLine(9, None, "invalid_json", "line 9: it is not")
-    assert read_answer(error_of(bad, code=bad.code, message=bad.message).data).key == number_key(9)
+    assert read_answer(error_of(bad, code=bad.code, message=bad.message).data).key == number_key(9, "")
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)

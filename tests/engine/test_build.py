@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 
 from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.scheduling.step_times import StepTimes
 from engine.types import Request, SamplingParams
 
 
@@ -97,13 +98,14 @@ def test_the_output_layer_is_counted_for_rows_that_have_logits(dummy, ties_outpu
     assert engine.step()[2].flops == in_layers + attention + 2 * 300 * 32
 
 
-def test_a_target_for_the_wait_between_tokens_measures_steps_and_changes_no_answer(dummy):
+def test_a_target_for_the_wait_between_tokens_measures_steps_and_changes_no_answer(dummy, monkeypatch):
     assert _build(dummy)[0].scheduler.pacing is None
     phases: list[str] = []
     settings = {"model": {"path": str(dummy), "load_format": "dummy"}, "device": {"num_threads": 1}}
     config = EngineConfig.model_validate(settings | {"scheduler": {"target_itl_ms": 0.01}})
     engine, _ = build_engine(config, lambda phase, detail: phases.append(phase))
     assert "step_costs" in phases
+    monkeypatch.setattr(StepTimes, "seconds", lambda _, work: 1e-4 * work.num_tokens)  # whatever else runs here
     params = SamplingParams(seed=0, max_tokens=40, temperature=0.0)
     engine.add(Request(request_id="stream", prompt_token_ids=[5], params=params))
     engine.step()

@@ -86,4 +86,4 @@ async def test_answers_and_vectors_survive_the_death_of_the_engine(start_server)
         assert [text, message] == list(expected[:2])
         np.testing.assert_allclose(means, expected[2], atol=1e-4)
         np.testing.assert_allclose(lasts, expected[3], atol=1e-4)
-        assert server.metric("peregrine_engine_restarts_total") == 1
+        await asyncio.to_thread(server.wait_for, lambda: server.metric("peregrine_engine_restarts_total") == 1, 30)

@@ -13,10 +13,17 @@ Message = dict[str, JsonValue]
 USUAL_EFFORT = "medium"  # of thinking that is switched on, and no more is said
 
 
+def asks_nothing(body: OllamaChatBody | OllamaGenerateBody) -> bool:
+    """How Ollama's clients have a model loaded, before anybody asks it something."""
+    return not (body.messages if isinstance(body, OllamaChatBody) else body.prompt or body.system)
+
+
 def chat_json(body: OllamaChatBody | OllamaGenerateBody) -> bytes:
-    """The body of the chat, in JSON."""
-    if isinstance(body, OllamaChatBody):
+    """The body of the chat, in JSON. One that asks nothing becomes an empty message, which is not to be answered."""
+    if isinstance(body, OllamaChatBody) and body.messages:
         messages = _numbered([_message(message) for message in body.messages])
+    elif isinstance(body, OllamaChatBody):
+        messages = [{"role": "user", "content": ""}]
     else:
         messages = [{"role": "system", "content": body.system}] if body.system else []
         messages.append({"role": "user", "content": body.prompt})

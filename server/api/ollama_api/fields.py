@@ -57,14 +57,14 @@ class OllamaBody(Body):
 
 
 class OllamaChatBody(OllamaBody):
-    messages: Annotated[
-        list[OllamaMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), at_most(MAX_MESSAGES)
-    ]
+    messages: Annotated[list[OllamaMessage], Field(max_length=MAX_MESSAGES, fail_fast=True), at_most(MAX_MESSAGES)] = (
+        Field([], description="none: whether the model is loaded, without an answer")
+    )
     tools: Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_TOOLS), at_most(MAX_TOOLS)] | None = None
 
 
 class OllamaGenerateBody(OllamaBody):
-    prompt: str = ""
+    prompt: str = Field("", description="empty, without a system: whether the model is loaded, without an answer")
     system: str | None = None
     suffix: Literal[""] | None = None
     images: Annotated[list[JsonValue], Field(max_length=0)] | None = None

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from server.api.admit_request import accept, make_record
 from server.api.chat import prepare_chat
-from server.api.ollama_api.conversation import chat_json
+from server.api.ollama_api.conversation import asks_nothing, chat_json
 from server.api.ollama_api.fields import (
     Details,
     ErrorLine,
@@ -17,6 +17,7 @@ from server.api.ollama_api.fields import (
     OllamaChatBody,
     OllamaGenerateBody,
     OllamaVersion,
+    SaidMessage,
     Tag,
     Tags,
 )
@@ -62,6 +63,10 @@ async def _answer(request: Request, body: OllamaChatBody | OllamaGenerateBody, r
     data = await off_loop(chat_json, body) if is_long else chat_json(body)
     chat = await parse_body(data, ChatBody, state.config.limits)
     serving = accept(request, chat, arrived_at=record.started_at, ignored=ignored_fields(body))
+    if asks_nothing(body):
+        said = {"message": SaidMessage()} if is_chat else {"response": ""}
+        line = Line(model=body.model, created_at=now(), done=True, done_reason="load", **said)
+        return Response(msgspec.json.encode(line) + b"\n", media_type=LINES.media_type, headers=serving.headers)
     generation = await prepare_chat(chat, serving, record, id_prefix="ollama-", caps_output=True)
     writer = OllamaWriter(generation, is_chat=is_chat, streams=body.stream is not False)
     if body.stream is False:

@@ -43,6 +43,16 @@ async def test_a_prompt_is_a_chat_of_one_message(world, client) -> None:
     assert told[-1]["done_reason"] == "length"
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_what_asks_nothing_is_told_that_the_model_is_there(world, client, streams) -> None:
+    for path, body, key in (("/api/generate", {}, "response"), ("/api/chat", {"messages": []}, "message")):
+        response = await client.post(path, json={"model": "tiny", "stream": streams, "keep_alive": -1} | body)
+        told = response.json()
+        assert (response.status_code, told["done"], told["done_reason"], key in told) == (200, True, "load", True)
+        assert (await client.post(path, json={"model": "unheard"} | body)).status_code == 404
+    assert world.engine.requests == []
+
+
 async def test_an_error_in_a_stream_is_its_last_line(world, client) -> None:
     world.engine.fail_after = 2
     response = await client.post("/api/chat", json=CHAT)
@@ -52,7 +62,7 @@ async def test_an_error_in_a_stream_is_its_last_line(world, client) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [
-        ("/api/chat", CHAT | {"messages": []}, "messages"),
+        ("/api/chat", CHAT | {"messages": 5}, "messages"),
         ("/api/chat", CHAT | {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "images"),
         ("/api/chat", CHAT | {"options": {"temperature": "hot"}}, "temperature"),
         ("/api/generate", GENERATE | {"raw": True}, "raw"),

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-NUM_TOKENS = 300  # so that an answer takes longer than finding out that it has begun
+NUM_TOKENS = 460  # so that an answer takes longer than finding out that it has begun
 
 
 def _body(index: int, *, stream: bool) -> dict[str, object]:
@@ -64,7 +64,7 @@ async def test_requests_survive_the_death_of_the_engine(start_server):
         expected = await _all(server.url)
         started_at, first = time.monotonic(), server.engine_process
         running = asyncio.create_task(_all(server.url))
-        while await asyncio.to_thread(server.metric, "peregrine_requests_running") < 20:
+        while await asyncio.to_thread(server.metric, "peregrine_requests_running") < 4:
             await asyncio.sleep(0.01)
             assert time.monotonic() - started_at < 30
         first.kill()
@@ -85,7 +85,7 @@ async def test_kills_one_after_the_other_end_no_request(start_server):
     with start_server("--set", "supervision.max_deaths=4") as server:
         expected = await _all(server.url, count=8)
         running = asyncio.create_task(_all(server.url, count=8))
-        await asyncio.to_thread(server.wait_for, lambda: server.metric("peregrine_requests_running") == 16, 20)
+        await asyncio.to_thread(server.wait_for, lambda: server.metric("peregrine_requests_running") >= 4, 20)
         for delay in (0.0, 0.0, 0.02):
             await asyncio.to_thread(server.wait_until_ready)
             await asyncio.sleep(delay)

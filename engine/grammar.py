@@ -40,6 +40,11 @@ class GrammarSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     is_lenient: bool = False
 
 
+def looks_like_tag(token: str) -> bool:
+    """Whether llguidance takes an added token of this text for no text, special or not."""
+    return token.startswith("<") and token.endswith(">")
+
+
 def serialised(spec: GrammarSpec, special_tokens: Collection[str] = ()) -> str:
     """The grammar in llguidance's own form: `{"grammars": [...]}`.
 

@@ -7,9 +7,9 @@ refused, or never ends, is the client's error and costs the engine nothing; the 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.grammar import GrammarSpec, serialised
+from engine.grammar import GrammarSpec, looks_like_tag, serialised
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -36,7 +36,9 @@ class GrammarCompiler:
         from llguidance import LLTokenizer  # a library of 8 MB, for those who need it
 
         added = json.loads(tokenizer_json).get("added_tokens") or []
-        self._special_tokens = [token["content"] for token in added if _is_special(token)]
+        self._special_tokens = [
+            token["content"] for token in added if token.get("special") or looks_like_tag(token["content"])
+        ]
         num_tokens = max([vocab_size, *(int(token["id"]) + 1 for token in added)])  # ids may lie beyond the model's
         self.vocab_size = vocab_size
         self.eos_token_ids = [token for token in eos_token_ids if token < num_tokens]
@@ -90,12 +92,6 @@ def _limits() -> LLParserLimits:
         max_grammar_size=MAX_GRAMMAR_SYMBOLS,
         verbose_errors=False,
     )
-
-
-def _is_special(token: dict[str, Any]) -> bool:
-    """Whether llguidance takes an added token for no text: all that are special, or look like a tag."""
-    content = token["content"]
-    return bool(token.get("special")) or (content.startswith("<") and content.endswith(">"))
 
 
 def _first_line(text: str) -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.grammar import GrammarSpec, grammar_list, part
+from engine.grammar import GrammarSpec, grammar_list, looks_like_tag, part
 from server.parsing import harmony_parser as harmony
 from server.parsing.answer_format import AnswerFormat, CallFormat, ReasoningFormat
 from server.parsing.argument_kinds import Kinds, is_text, parameter_kinds
@@ -37,7 +37,7 @@ class Tokens:
     def tags(self) -> frozenset[str]:
         """Those that are not special, and look like a tag: llguidance takes them for no text, either, while a model may
         spell them as text, too."""
-        return frozenset(t for t in self.added if t not in self.special and t.startswith("<") and t.endswith(">"))
+        return frozenset(token for token in self.added if token not in self.special and looks_like_tag(token))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

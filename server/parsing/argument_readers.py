@@ -13,7 +13,7 @@ from typing import Protocol
 from server.parsing.answer_format import CallFormat
 from server.parsing.argument_kinds import ANY, ParameterKinds, as_json, is_text
 from server.parsing.json_scanner import MAX_DEPTH, JsonScanner
-from server.parsing.markers import DIFFERS, WAITS, first_part, match_marker, num_held
+from server.parsing.markers import DIFFERS, WAITS, behind_blanks, first_part, match_marker, num_held
 
 MAX_KEY_LENGTH = 256  # characters
 _SPECIAL = re.compile("[\ud800-\udfff]")
@@ -51,8 +51,7 @@ class JsonArguments:
 
     def read(self, text: str, place: int, out: list[str]) -> int:
         if not self._has_begun:
-            while place < len(text) and text[place].isspace():
-                place += 1
+            place = behind_blanks(text, place)
             if place == len(text):
                 return place
             self._has_begun = True
@@ -67,18 +66,12 @@ class JsonArguments:
         return ""
 
 
-class TaggedArguments:
-    """Arguments that stand in tags, each between its name and a closing tag; values have no quotes."""
+class _InStates:
+    """A reader that is always in one state, whose method `_read_STATE` reads on, and may go to another."""
 
-    def __init__(self, calls: CallFormat, kinds: ParameterKinds) -> None:
+    def __init__(self, state: str) -> None:
         self.is_done = self.has_failed = False
-        self._calls, self._kinds = calls, kinds
-        self._state = "gap"
-        self._num_keys = 0
-        self._value_close = first_part(calls.value_close)
-        self._value_kinds = ANY
-        self._value: list[str] = []  # of one whose type shows at its end
-        self._line_break = ""  # at the end of what came of the value, which may belong to the tag
+        self._state = state
 
     def read(self, text: str, place: int, out: list[str]) -> int:
         while not (self.is_done or self.has_failed):
@@ -88,12 +81,24 @@ class TaggedArguments:
                 break
         return place
 
+
+class TaggedArguments(_InStates):
+    """Arguments that stand in tags, each between its name and a closing tag; values have no quotes."""
+
+    def __init__(self, calls: CallFormat, kinds: ParameterKinds) -> None:
+        super().__init__("gap")
+        self._calls, self._kinds = calls, kinds
+        self._num_keys = 0
+        self._value_close = first_part(calls.value_close)
+        self._value_kinds = ANY
+        self._value: list[str] = []  # of one whose type shows at its end
+        self._line_break = ""  # at the end of what came of the value, which may belong to the tag
+
     def held(self) -> str:
         return "".join(self._value) + self._line_break
 
     def _read_gap(self, text: str, place: int, out: list[str]) -> int:
-        while place < len(text) and text[place].isspace():
-            place += 1
+        place = behind_blanks(text, place)
         end = match_marker(text, place, self._calls.key_open)
         if end >= 0 and place < len(text):
             self._state = "key"
@@ -169,29 +174,20 @@ class TaggedArguments:
         return place
 
 
-class LooseArguments:
+class LooseArguments(_InStates):
     """An object whose keys stand bare, and whose strings stand between delimiters in which nothing is escaped."""
 
     def __init__(self, quote: str) -> None:
-        self.is_done = self.has_failed = False
+        super().__init__("value")
         self._quote = quote
         self._stack: list[str] = []
-        self._state = "value"
         self._bare: list[str] = []  # a number, true, false or null, so far
-
-    def read(self, text: str, place: int, out: list[str]) -> int:
-        while not (self.is_done or self.has_failed):
-            before = place, self._state
-            place = getattr(self, f"_read_{self._state}")(text, place, out)
-            if (place, self._state) == before:
-                break
-        return place
 
     def held(self) -> str:
         return "".join(self._bare)
 
     def _read_value(self, text: str, place: int, out: list[str]) -> int:
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place == len(text):
             return place
         end = match_marker(text, place, self._quote)
@@ -217,14 +213,14 @@ class LooseArguments:
 
     def _read_item(self, text: str, place: int, out: list[str]) -> int:
         """The first of a list, or its end."""
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place < len(text):
             self._state = "comma" if text[place] == "]" else "value"
         return place
 
     def _read_first(self, text: str, place: int, out: list[str]) -> int:
         """The first key of an object, or its end."""
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place < len(text):
             self._state = "comma" if text[place] == "}" else "key"
         return place
@@ -270,7 +266,7 @@ class LooseArguments:
         return end
 
     def _read_comma(self, text: str, place: int, out: list[str]) -> int:
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place == len(text):
             return place
         character = text[place]
@@ -285,12 +281,6 @@ class LooseArguments:
             self.has_failed = True
             return place
         return place + 1
-
-
-def _behind_blanks(text: str, place: int) -> int:
-    while place < len(text) and text[place].isspace():
-        place += 1
-    return place
 
 
 def _plain_end(text: str, place: int, end: int) -> int:

@@ -14,7 +14,7 @@ from server.parsing.answer_format import CallFormat
 from server.parsing.argument_kinds import ParameterKinds
 from server.parsing.argument_readers import ArgumentReader, JsonArguments, make_reader
 from server.parsing.json_scanner import JsonScanner
-from server.parsing.markers import DIFFERS, WAITS, match_marker
+from server.parsing.markers import DIFFERS, WAITS, behind_blanks, match_marker
 
 MAX_HEADER_LENGTH = 256  # characters of a name and an id
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,127}")
@@ -49,16 +49,28 @@ class CallReader(Protocol):
         ...
 
 
-class NamedCall:
+class _Call:
+    """What readers of calls have found, whatever the form."""
+
+    def __init__(self) -> None:
+        self.name = self.call_id = ""
+        self.has_begun = self.is_done = self.has_failed = False
+        self._out: list[str] = []
+
+    def take_arguments(self) -> str:
+        text = "".join(self._out)
+        self._out.clear()
+        return text
+
+
+class NamedCall(_Call):
     """A name, what ends it, and arguments in an encoding of their own."""
 
     def __init__(self, calls: CallFormat, tools: ToolKinds) -> None:
-        self.name = self.call_id = ""
-        self.has_begun = self.is_done = self.has_failed = False
+        super().__init__()
         self._calls, self._tools = calls, tools
         self._arguments: ArgumentReader | None = None
         self._has_named = False
-        self._out: list[str] = []
 
     def read(self, text: str, place: int) -> int:
         if self._arguments is None:
@@ -68,11 +80,6 @@ class NamedCall:
             self.is_done, self.has_failed = self._arguments.is_done, self._arguments.has_failed
             self.has_begun = self.has_begun or bool(self._out)
         return place
-
-    def take_arguments(self) -> str:
-        text = "".join(self._out)
-        self._out.clear()
-        return text
 
     def held(self) -> str:
         return "" if self._arguments is None else self._arguments.held()
@@ -107,7 +114,7 @@ def _behind_name(text: str, place: int) -> int:
     return len(text) if found is None else found.start()
 
 
-class JsonCall:
+class JsonCall(_Call):
     """An object that has the name and the arguments in it, in any order, and perhaps an id.
 
     The arguments are told as they come if the name stands before them. They may also be a string that holds JSON. A
@@ -116,8 +123,7 @@ class JsonCall:
     """
 
     def __init__(self, calls: CallFormat) -> None:
-        self.name = self.call_id = ""
-        self.has_begun = self.is_done = self.has_failed = False
+        super().__init__()
         self._calls = calls
         self._name_keys = _NAME_KEYS | {calls.name_key}
         self._arguments_keys = _ARGUMENTS_KEYS | {calls.arguments_key}
@@ -129,7 +135,6 @@ class JsonCall:
         self._text: list[str] = []  # of a key, or of a value that is not the arguments' object
         self._arguments: JsonArguments | None = None
         self._has_arguments = False  # whole
-        self._out: list[str] = []
 
     def read(self, text: str, place: int) -> int:
         while not (self.is_done or self.has_failed):
@@ -143,17 +148,12 @@ class JsonCall:
         self.has_begun = self.has_begun or bool(self.name and (begun or self.is_done))
         return place
 
-    def take_arguments(self) -> str:
-        text = "".join(self._out)
-        self._out.clear()
-        return text
-
     def held(self) -> str:
         """Of a call that has begun it has told all: what stands behind its arguments does not matter."""
         return ""
 
     def _read_open(self, text: str, place: int) -> int:
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place < len(text):
             self.has_failed = text[place] != "{"
             if not self.has_failed:
@@ -165,7 +165,7 @@ class JsonCall:
     def _read_key(self, text: str, place: int) -> int:
         """A key; or the end of an object that has none."""
         if self._value is None:
-            place = _behind_blanks(text, place)
+            place = behind_blanks(text, place)
             if place == len(text):
                 return place
             if text[place] == "}":
@@ -184,7 +184,7 @@ class JsonCall:
         return place
 
     def _read_colon(self, text: str, place: int) -> int:
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place < len(text):
             self.has_failed = text[place] != ":"
             if not self.has_failed:
@@ -193,7 +193,7 @@ class JsonCall:
         return place
 
     def _read_begin(self, text: str, place: int) -> int:
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place == len(text):
             return place
         character = text[place]
@@ -245,7 +245,7 @@ class JsonCall:
             self.call_id = value
 
     def _read_comma(self, text: str, place: int) -> int:
-        place = _behind_blanks(text, place)
+        place = behind_blanks(text, place)
         if place == len(text):
             return place
         if text[place] == ",":
@@ -271,9 +271,3 @@ def _is_object(text: str) -> bool:
     scanner, out = JsonArguments(), list[str]()
     place = scanner.read(text, 0, out)
     return scanner.is_done and not text[place:].strip()
-
-
-def _behind_blanks(text: str, place: int) -> int:
-    while place < len(text) and text[place].isspace():
-        place += 1
-    return place

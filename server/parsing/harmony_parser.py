@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from server.parsing.answer_format import Spelling
-from server.parsing.answer_parts import AnswerDelta, ContentDelta, ReasoningDelta, Special
+from server.parsing.answer_parts import AnswerDelta, ContentDelta, ReasoningDelta
 from server.parsing.argument_readers import JsonArguments
-from server.parsing.call_emitter import MAX_CALLS, CallEmitter, make_call_id, merged
+from server.parsing.buffered_parser import BufferedParser
+from server.parsing.call_emitter import MAX_CALLS, CallEmitter, make_call_id
 from server.parsing.call_readers import NAME
 from server.parsing.markers import MarkerSearch
 
@@ -22,11 +23,10 @@ START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", 
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 TOKENS = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
 MAX_HEADER_LENGTH = 512  # characters
-PIECE = 128
 _RECIPIENT = re.compile(r"\bto=([^\s\ud800-\udfff<]+)")
 
 
-class HarmonyParser:
+class HarmonyParser(BufferedParser):
     """Of one choice. See `AnswerParser` for what it takes and gives."""
 
     def __init__(
@@ -37,33 +37,19 @@ class HarmonyParser:
         hidden_tokens: Sequence[str] = (),
         make_id: Callable[[], str] = make_call_id,
     ) -> None:
-        self._spelling = Spelling(TOKENS, hidden_tokens)
+        super().__init__(Spelling(TOKENS, hidden_tokens), CallEmitter(holds=holds_calls, make_id=make_id))
         self._parses_calls = parses_calls
-        self._emitter = CallEmitter(holds=holds_calls, make_id=make_id)
         spelt = {token: self._spelling.marker(token) for token in TOKENS}
         self._message, self._channel, self._start = spelt[MESSAGE], spelt[CHANNEL], spelt[START]
         self._header_search = MarkerSearch([spelt[MESSAGE]])
         self._body_search = MarkerSearch([spelt[token] for token in (START, CHANNEL, END, CALL, RETURN)])
-        self._buffer = ""
-        self._raw: list[str] = []  # of a call's message, while it may be taken back
         self._arguments: JsonArguments | None = None
         self._is_first = True
         self._kind: type[ContentDelta] | type[ReasoningDelta] = ContentDelta
-        self._out: list[AnswerDelta] = []
-        self._state: Callable[[], bool] = self._header
-        self.num_scanned = 0
-
-    def feed(self, text: str, specials: Sequence[Special] = ()) -> list[AnswerDelta]:
-        text = self._spelling.merge(text, specials)
-        for begin in range(0, len(text), PIECE):
-            self._buffer += text[begin : begin + PIECE]
-            self._advance()
-        out, self._out = self._out, []
-        return merged(out)
 
     def finish(self, *, is_cut: bool = False) -> list[AnswerDelta]:
         rest, self._buffer = self._buffer, ""
-        if self._state == self._header:
+        if self._state == self._begin:
             if self._is_first or not self._looks_like_header(rest):
                 self._emit(ContentDelta, rest)
         elif self._state == self._body:
@@ -72,17 +58,9 @@ class HarmonyParser:
             self._out += self._emitter.leave()
         elif self._arguments is not None and not self._arguments.is_done:
             self._fail(rest)
-        out, self._out = self._out, []
-        return merged(out)
+        return self._taken_out()
 
-    def _advance(self) -> None:
-        while self._buffer:
-            self.num_scanned += len(self._buffer)
-            before = len(self._buffer), self._state
-            if not self._state() or (len(self._buffer), self._state) == before:
-                break
-
-    def _header(self) -> bool:
+    def _begin(self) -> bool:
         """From behind a message's end up to the next one's body; an answer that begins without one is content."""
         if self._is_first and not self._looks_like_header(self._buffer):
             self._is_first = False
@@ -133,7 +111,7 @@ class HarmonyParser:
         """A header's first token stays for the header."""
         if marker not in (self._start, self._channel):
             self._buffer = self._buffer[len(marker) :]
-        self._state = self._header
+        self._state = self._begin
         return True
 
     def _call(self) -> bool:

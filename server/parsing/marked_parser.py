@@ -13,15 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from server.parsing.answer_format import AnswerFormat, CallFormat, Spelling, markers_of
-from server.parsing.answer_parts import AnswerDelta, ContentDelta, ReasoningDelta, Special
+from server.parsing.answer_parts import AnswerDelta, ContentDelta, ReasoningDelta
+from server.parsing.buffered_parser import BufferedParser
 from server.parsing.call_emitter import MAX_CALLS, CallEmitter, make_call_id, merged
 from server.parsing.call_readers import CallReader, JsonCall, NamedCall, ToolKinds
 from server.parsing.markers import DIFFERS, WAITS, MarkerSearch, first_part, match_marker
 
-PIECE = 128  # characters that are looked at at once
 
-
-class MarkedParser:
+class MarkedParser(BufferedParser):
     """Of one choice. See `AnswerParser` for what it takes and gives."""
 
     def __init__(
@@ -38,43 +37,23 @@ class MarkedParser:
 
         hidden_tokens: the special tokens that come as such, and not as text
         """
-        self._spelling = Spelling(markers_of(answer_format), hidden_tokens)
+        spelling = Spelling(markers_of(answer_format), hidden_tokens)
+        super().__init__(spelling, CallEmitter(holds=holds_calls, make_id=make_id))
         reasoning, calls = answer_format.reasoning, answer_format.calls
-        self._reasoning = self._spelling.spell(reasoning) if reasoning is not None else None
-        self._calls = self._spelling.spell(calls) if calls is not None and tools is not None else None
+        self._reasoning = spelling.spell(reasoning) if reasoning is not None else None
+        self._calls = spelling.spell(calls) if calls is not None and tools is not None else None
         self._tools = tools or {}
-        self._emitter = CallEmitter(holds=holds_calls, make_id=make_id)
         self._search = MarkerSearch(self._content_markers())
         self._close_search = MarkerSearch([self._reasoning.close.strip()] if self._reasoning else [])
-        self._buffer = ""
-        self._raw: list[str] = []  # of what looks like a call, from its trigger on, while it may be taken back
         self._blanks: list[str] = []  # behind what was said, or before anything
         self._drops_blanks = False  # those before the next content: a marker was there
         self._is_trusted = False  # the call that is read has been told of
         self._in_section = self._in_list = False
         self._to_match = ""  # of an opening
         self._reader: CallReader | None = None
-        self._out: list[AnswerDelta] = []
-        self._state: Callable[[], bool] = self._begin
-        self.num_scanned = 0  # characters that were looked at, for whoever watches the cost
         if is_thinking and self._reasoning is not None:
             self._drops_blanks = True
             self._state = self._reason_again
-
-    def feed(self, text: str, specials: Sequence[Special] = ()) -> list[AnswerDelta]:
-        text = self._spelling.merge(text, specials)
-        for begin in range(0, len(text), PIECE):  # as the buffer is cut at each marker, it must not be long
-            self._buffer += text[begin : begin + PIECE]
-            self._advance()
-        out, self._out = self._out, []
-        return merged(out)
-
-    def _advance(self) -> None:
-        while self._buffer:
-            self.num_scanned += len(self._buffer)
-            before = len(self._buffer), self._state
-            if not self._state() or (len(self._buffer), self._state) == before:
-                break
 
     def finish(self, *, is_cut: bool = False) -> list[AnswerDelta]:
         out = self.feed("")

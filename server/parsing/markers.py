@@ -27,6 +27,13 @@ def match_marker(text: str, place: int, marker: str) -> int:
     return place
 
 
+def behind_blanks(text: str, place: int) -> int:
+    """Where the next character stands that is no blank; the text's end if there is none."""
+    while place < len(text) and text[place].isspace():
+        place += 1
+    return place
+
+
 def first_part(marker: str) -> str:
     """The marker up to its first inner blank."""
     return (marker.split() or [""])[0]

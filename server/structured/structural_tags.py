@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from engine.grammar import GrammarSpec, grammar_list, part
+from engine.grammar import GrammarSpec, grammar_list, looks_like_tag, part
 
 ANY_TEXT = "(?s:.*)"
 
@@ -94,9 +94,7 @@ class LarkWriter:
 
     def __init__(self, special_tokens: Collection[str]) -> None:
         self.parts: list[dict[str, object]] = []
-        self._special_tokens = sorted(
-            (token for token in special_tokens if token.startswith("<") and token.endswith(">")), key=len, reverse=True
-        )
+        self._special_tokens = sorted(filter(looks_like_tag, special_tokens), key=len, reverse=True)
         self._known: dict[GrammarSpec, str] = {}
 
     def sequence(self, begin: str, content: GrammarSpec | None, end: str) -> str:

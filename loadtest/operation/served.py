@@ -102,6 +102,17 @@ class ServedModel:
         os.kill(pid, number)
         return pid
 
+    async def replace_engine(self, number: int, *, patience: float, what: str) -> None:
+        """Kills the engine, and waits until another is ready, by the `number`-th restart. Errors as of `wait_for`."""
+        self.signal_engine(signal.SIGKILL)
+        await self.wait_for(
+            lambda seen: (
+                seen.total("peregrine_engine_restarts_total") == number and seen.total("peregrine_engine_ready") == 1
+            ),
+            patience=patience,
+            what=what,
+        )
+
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 

@@ -6,7 +6,6 @@ A small file system is mounted for it, which takes the rights of root.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,15 +28,7 @@ async def run(stage: Stage) -> None:
             async def fill() -> None:
                 _fill(disk / "filling")
                 for number in (1, 2):
-                    served.signal_engine(signal.SIGKILL)
-                    await served.wait_for(
-                        lambda seen, number=number: (  # type: ignore[misc]
-                            seen.total("peregrine_engine_restarts_total") == number
-                            and seen.total("peregrine_engine_ready") == 1
-                        ),
-                        patience=PATIENCE,
-                        what="the engine is back on a full disk",
-                    )
+                    await served.replace_engine(number, patience=PATIENCE, what="the engine is back on a full disk")
                 free = os.statvfs(disk).f_bavail
                 stage.findings.check("the disk was full all the time", free == 0, f"{free} free blocks")
                 (disk / "filling").unlink()

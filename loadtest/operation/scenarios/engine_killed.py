@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 
 from loadtest.operation.disturbance import check_afterwards, check_all_answered, disturb, warmed_up
 from loadtest.operation.stage import Stage
@@ -22,15 +21,7 @@ async def run(stage: Stage) -> None:
 
         async def kill() -> None:
             for number in range(1, times + 1):
-                served.signal_engine(signal.SIGKILL)
-                await served.wait_for(
-                    lambda seen, number=number: (  # type: ignore[misc]
-                        seen.total("peregrine_engine_restarts_total") == number
-                        and seen.total("peregrine_engine_ready") == 1
-                    ),
-                    patience=PATIENCE,
-                    what="the engine that was killed is back",
-                )
+                await served.replace_engine(number, patience=PATIENCE, what="the engine that was killed is back")
                 await asyncio.sleep(chance.uniform(0.0, 2.0))
 
         account = await disturb(crowd, kill, at_least=seconds)

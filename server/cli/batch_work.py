@@ -34,7 +34,7 @@ from server.offline.line_keys import NO_KEYS, KeyCollector, SealedKeys, digest_o
 from server.offline.line_runner import Dispatcher, LineRunner, Patience, RunEndedError
 from server.offline.over_http import OverHttp, key_for_server
 from server.offline.pieces import in_pieces
-from server.offline.request_lines import BadLine, Line, RequestLine, read_lines
+from server.offline.request_lines import BadLine, Line, read_lines
 from server.settings import LoadedConfig
 from server.state import ServerState
 from server.telemetry.console import Console, process_begun_at
@@ -96,10 +96,11 @@ class RoutesElsewhere(Collection[str]):
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The lines of the input. repeated: keys of those whose custom_id another one has."""
+    """The lines of the input. repeated: keys of those whose custom_id another one has; keys: by which all are known"""
 
     num_lines: int
     repeated: frozenset[bytes]
+    keys: SealedKeys
 
 
 @dataclass(slots=True)
@@ -233,19 +234,8 @@ async def _work(task: Task, stop: Stop) -> int:
     most = task.config.limits.max_body_bytes
     lines = partial(read_lines, task.parsed.input, max_line_bytes=most, urls=urls)
     survey = await _survey(lines)
-    before, done, num_strange = Tally(), KeyCollector(), 0
-    known = await _Left(lines, NO_KEYS, survey.repeated).keys() if task.answers.path.stat().st_size else NO_KEYS
-    async for answer in in_pieces(task.answers.answers()):
-        if answer.key in known:
-            before.count(answer)
-            done.add(answer.key)
-        else:
-            num_strange += 1
-    if num_strange:
-        say(
-            f"{num_strange:,} lines of {task.answers.path} belong to no line of {task.parsed.input}, and are left alone"
-        )
-    left = _Left(lines, done.sealed(), survey.repeated)
+    before, done = await _read_output(task, survey)
+    left = _Left(lines, done, survey.repeated)
     ending = Ending(0)
     with Progress(survey.num_lines, before) as progress:
         if not await left.is_nothing():
@@ -255,6 +245,22 @@ async def _work(task: Task, stop: Stop) -> int:
     if ending.complaint:
         complain(ending.complaint)
     return ending.code or (SOME_FAILED if progress.num_failed else 0)
+
+
+async def _read_output(task: Task, survey: Survey) -> tuple[Tally, SealedKeys]:
+    """What the output has of this input's lines, and which those are."""
+    before, done, num_strange = Tally(), KeyCollector(), 0
+    async for answer in in_pieces(task.answers.answers()):
+        if answer.key in survey.keys:
+            before.count(answer)
+            done.add(answer.key)
+        else:
+            num_strange += 1
+    if num_strange:
+        say(
+            f"{num_strange:,} lines of {task.answers.path} belong to no line of {task.parsed.input}, and are left alone"
+        )
+    return before, done.sealed()
 
 
 async def _answer(task: Task, left: _Left, progress: Progress, stop: Stop) -> Ending:
@@ -320,9 +326,12 @@ async def _survey(read: Callable[[], Iterator[Line]]) -> Survey:
     keys, num_lines = KeyCollector(), 0
     async for line in in_pieces(read()):
         num_lines += 1
-        if isinstance(line, RequestLine):
-            keys.add(line.key)
-    return Survey(num_lines, await asyncio.to_thread(keys.repeated))
+        keys.add(line.key)
+    sealed = await asyncio.to_thread(keys.sealed)
+    repeated = await asyncio.to_thread(sealed.repeated)
+    if repeated:  # the later ones are errors, which are known by another key
+        sealed = await _Left(read, NO_KEYS, repeated).keys()
+    return Survey(num_lines, repeated, sealed)
 
 
 @asynccontextmanager

@@ -145,7 +145,7 @@ class BatchRun:
                 break
         if not total:
             errors.append(BatchError(code="empty_file", message="the file has no line; write a request in each"))
-        if not errors and (repeated := keys.repeated()):
+        if not errors and (repeated := keys.sealed().repeated()):
             errors = await self._name_repeated(repeated)
         self._record = replace(self._record, counts=RequestCounts(total))
         if errors:

@@ -38,16 +38,7 @@ class KeyCollector:
         self._keys += key
 
     def sealed(self) -> SealedKeys:
-        return SealedKeys(self._sorted())
-
-    def repeated(self) -> frozenset[bytes]:
-        """The keys that came more than once."""
-        keys = self._sorted()
-        again = np.unique(keys[1:][keys[1:] == keys[:-1]])
-        return frozenset(key.ljust(KEY_BYTES, b"\0") for key in again.tolist())
-
-    def _sorted(self) -> NDArray[np.bytes_]:
-        return np.sort(np.frombuffer(bytes(self._keys), dtype=f"S{KEY_BYTES}"))
+        return SealedKeys(np.sort(np.frombuffer(bytes(self._keys), dtype=f"S{KEY_BYTES}")))
 
 
 class SealedKeys:
@@ -58,6 +49,12 @@ class SealedKeys:
 
     def __len__(self) -> int:
         return len(self._ordered)
+
+    def repeated(self) -> frozenset[bytes]:
+        """The keys that came more than once."""
+        keys = self._ordered
+        again = np.unique(keys[1:][keys[1:] == keys[:-1]])
+        return frozenset(key.ljust(KEY_BYTES, b"\0") for key in again.tolist())
 
     def __contains__(self, key: bytes) -> bool:
         wanted = np.frombuffer(key, dtype=self._ordered.dtype)[0]
